@@ -20,6 +20,8 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
+# The plugins stand beside the interpreter that runs this, also when its environment is not on PATH.
+PLUGINS = Path(sys.executable).parent
 TARGETS = {"sealpush/v1": ROOT / "sdk/sealpush/v1", "sealpushd/v1": ROOT / "services/sealpushd/v1"}
 
 
@@ -28,6 +30,8 @@ def generate(package: str, out: Path) -> None:
     sources = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / package).glob("*.proto"))
     arguments = [
         "protoc",
+        f"--plugin=protoc-gen-mypy={PLUGINS / 'protoc-gen-mypy'}",
+        f"--plugin=protoc-gen-mypy_grpc={PLUGINS / 'protoc-gen-mypy_grpc'}",
         f"--proto_path={PROTOS}",
         f"--proto_path={files('grpc_tools') / '_proto'}",
         f"--python_out={out}",
