@@ -1,0 +1,1 @@
+"""What every service stands on: settings, logs, metrics, errors, access, servers, clients, database, vault."""

@@ -1,0 +1,139 @@
+"""Natural batching: send at once when nothing is in flight; what comes meanwhile gathers and goes together next.
+
+No timers: at low load nothing waits, under load batches grow until the bounds. One class for calls between services and
+for statements to PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+from sealpushd.platform.errors import Overloaded
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# A mesh frame and a statement carry at most this many items; larger ones gain nothing (measured) and hold up the rest.
+BATCH_ITEMS_MAX = 512
+# Items that may wait before callers are refused: about a second's work at full speed.
+QUEUE_ITEMS_MAX = 20_000
+
+
+class NaturalBatcher(Generic[Item, Result]):
+    """Gathers submissions into bounded batches for `flush`.
+
+    `flush` takes a sequence of items and returns a result each, in their order; when it raises, every submission in that
+    batch raises the same. A submission is never reordered behind a later one and, if it fits a batch, never split.
+    """
+
+    def __init__(
+        self,
+        flush: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
+        *,
+        items_max: int = BATCH_ITEMS_MAX,
+        in_flight_max: int = 1,
+        queue_items_max: int = QUEUE_ITEMS_MAX,
+        weigh: Callable[[Item], int] | None = None,
+        bytes_max: int = 2 * 1024 * 1024,
+    ) -> None:
+        self._flush = flush
+        self._items_max = items_max
+        self._in_flight_max = in_flight_max
+        self._queue_items_max = queue_items_max
+        self._weigh = weigh
+        self._bytes_max = bytes_max
+        self._waiting: deque[tuple[Sequence[Item], asyncio.Future[list[Result]]]] = deque()
+        self._waiting_items = 0
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def submit(self, item: Item) -> Result:
+        """The result for one item."""
+        return (await self._submit((item,)))[0]
+
+    async def submit_many(self, items: Sequence[Item]) -> list[Result]:
+        """Results for many items, in their order; more than a batch holds is split."""
+        if not items:
+            return []
+        parts = list(self._split(items))
+        if len(parts) == 1:
+            return await self._submit(parts[0])
+        results = await asyncio.gather(*(self._submit(part) for part in parts))
+        return [result for part in results for result in part]
+
+    def _split(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
+        if self._weigh is None:
+            if len(items) <= self._items_max:
+                return (items,)
+            return [items[start : start + self._items_max] for start in range(0, len(items), self._items_max)]
+        parts: list[Sequence[Item]] = []
+        part: list[Item] = []
+        size = 0
+        for item in items:
+            weight = self._weigh(item)
+            if part and (len(part) == self._items_max or size + weight > self._bytes_max):
+                parts.append(part)
+                part, size = [], 0
+            part.append(item)
+            size += weight
+        parts.append(part)
+        return parts
+
+    def _submit(self, items: Sequence[Item]) -> asyncio.Future[list[Result]]:
+        if self._waiting_items + len(items) > self._queue_items_max:
+            raise Overloaded("too much is waiting here already; try again in a second")
+        future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((items, future))
+        self._waiting_items += len(items)
+        if len(self._running) < self._in_flight_max:
+            self._start()
+        return future
+
+    def _start(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._run())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _run(self) -> None:
+        # Whoever submits in the same turn of the loop as the first still joins its batch.
+        while self._waiting:
+            batch: list[Item] = []
+            submissions: list[tuple[int, asyncio.Future[list[Result]]]] = []
+            size = 0
+            while self._waiting:
+                items, future = self._waiting[0]
+                weight = sum(map(self._weigh, items)) if self._weigh is not None else 0
+                if batch and (len(batch) + len(items) > self._items_max or size + weight > self._bytes_max):
+                    break
+                self._waiting.popleft()
+                self._waiting_items -= len(items)
+                if future.cancelled():
+                    continue
+                batch.extend(items)
+                size += weight
+                submissions.append((len(items), future))
+            if not batch:
+                continue
+            try:
+                results = await self._flush(batch)
+                if len(results) != len(batch):
+                    raise RuntimeError(f"flush answered {len(results)} results for {len(batch)} items")
+            except BaseException as e:
+                for _, future in submissions:
+                    if not future.done():
+                        future.set_exception(e) if isinstance(e, Exception) else future.cancel()
+                if not isinstance(e, Exception):
+                    raise
+                continue
+            start = 0
+            for count, future in submissions:
+                if not future.done():
+                    future.set_result(list(results[start : start + count]))
+                start += count
+
+    async def aclose(self) -> None:
+        """Wait until nothing is in flight; nothing new may be submitted."""
+        while self._running:
+            await asyncio.gather(*self._running, return_exceptions=True)

@@ -1,0 +1,153 @@
+"""PostgreSQL through a few pinned connections.
+
+A pool's reset between uses costs more than a statement, so connections are never reset: nothing here leaves session state
+behind. A lost connection is made again; the statement that lost it raises StoreUnavailable, because whether it took effect is
+unknown. Ids travel as 16 raw bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+import structlog
+from prometheus_client import Histogram
+
+from sealpushd.platform.errors import StoreUnavailable
+from sealpushd.platform.metrics import DB_RECONNECTS, DB_SECONDS
+
+log = structlog.get_logger()
+
+CONNECT_TIMEOUT_S: Final = 5.0
+# Longer than any call's deadline: the server side ends first, and with an error that names the statement.
+STATEMENT_TIMEOUT_S: Final = 12.0
+
+_LOST = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    OSError,
+)
+# The statement failed, the connection stands: trying again may help.
+_BUSY = (
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.QueryCanceledError,
+    asyncpg.DiskFullError,
+    asyncpg.OutOfMemoryError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+
+Connection = asyncpg.Connection[asyncpg.Record]
+
+
+def load_sql(folder: Path, name: str) -> str:
+    """A statement from a service's `sql/` folder."""
+    return (folder / "sql" / f"{name}.sql").read_text()
+
+
+async def connect(url: str, *, search_path: str | None = None) -> Connection:
+    """A connection whose uuid values are raw bytes; raises StoreUnavailable."""
+    settings = {
+        "application_name": f"sealpush-{search_path or 'admin'}",
+        "statement_timeout": f"{int(STATEMENT_TIMEOUT_S * 1000)}",
+    }
+    if search_path is not None:
+        settings["search_path"] = search_path
+    try:
+        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, server_settings=settings)
+    except (*_LOST, TimeoutError, asyncpg.PostgresError) as e:
+        raise StoreUnavailable(f"cannot connect to PostgreSQL: {e or type(e).__name__}; is it running, are role and password right?") from e
+    await connection.set_type_codec("uuid", schema="pg_catalog", encoder=_as_is, decoder=bytes, format="binary")
+    return connection
+
+
+def _as_is(value: bytes) -> bytes:
+    return value
+
+
+class Database:
+    """A fixed set of connections, each used by one statement or transaction at a time."""
+
+    def __init__(self, url: str, search_path: str, connections: int) -> None:
+        self._url = url
+        self._search_path = search_path
+        self._size = connections
+        # Last in, first out: under little load one warm connection does everything.
+        self._idle: asyncio.LifoQueue[Connection | None] = asyncio.LifoQueue()
+        self._timers: dict[str, Histogram] = {}
+
+    async def open(self) -> None:
+        """Make the first connection; raises StoreUnavailable when that fails."""
+        for _ in range(self._size - 1):
+            self._idle.put_nowait(None)
+        self._idle.put_nowait(await connect(self._url, search_path=self._search_path))
+
+    async def aclose(self) -> None:
+        """Close every connection, after the statement it is working on."""
+        for _ in range(self._size):
+            connection = await self._idle.get()
+            if connection is not None and not connection.is_closed():
+                try:
+                    await connection.close(timeout=2)
+                except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
+                    connection.terminate()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection for more than one statement; asyncpg's errors come out as ServiceErrors."""
+        connection = await self._idle.get()
+        try:
+            if connection is None or connection.is_closed():
+                if connection is not None:
+                    DB_RECONNECTS.inc()
+                connection = None
+                connection = await connect(self._url, search_path=self._search_path)
+            yield connection
+        except asyncio.CancelledError:
+            # A statement may still be running on it: do not hand it to anybody else.
+            if connection is not None and connection.is_in_transaction():
+                connection.terminate()
+            raise
+        except _LOST as e:
+            if connection is not None:
+                connection.terminate()
+            raise StoreUnavailable("PostgreSQL went away in the middle; try again with the same request id") from e
+        except _BUSY as e:
+            raise StoreUnavailable(f"PostgreSQL refused for now ({type(e).__name__}); try again with the same request id") from e
+        finally:
+            self._idle.put_nowait(connection)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A connection inside a transaction that commits at the end of the block."""
+        async with self.connection() as connection, connection.transaction():
+            yield connection
+
+    async def fetch(self, name: str, query: str, *arguments: Any) -> Sequence[asyncpg.Record]:
+        """Rows of one statement, which is a transaction of its own. `name` is for the metrics."""
+        timer = self._timers.get(name)
+        if timer is None:
+            timer = self._timers[name] = DB_SECONDS.labels(name)
+        start = time.perf_counter()
+        async with self.connection() as connection:
+            rows: Sequence[asyncpg.Record] = await connection.fetch(query, *arguments)
+        timer.observe(time.perf_counter() - start)
+        return rows
+
+    async def fetch_one(self, name: str, query: str, *arguments: Any) -> asyncpg.Record | None:
+        """The first row, if there is one."""
+        rows = await self.fetch(name, query, *arguments)
+        return rows[0] if rows else None
+
+    async def execute(self, name: str, query: str, *arguments: Any) -> None:
+        await self.fetch(name, query, *arguments)

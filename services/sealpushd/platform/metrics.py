@@ -1,0 +1,37 @@
+"""Prometheus metrics that every service has, and the listener that serves them."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+
+RPC_SECONDS = Histogram(
+    "sealpush_rpc_seconds",
+    "Time a call took in this service, by method and answer.",
+    ["method", "code"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+)
+RPC_IN_FLIGHT = Gauge("sealpush_rpc_in_flight", "Calls being served.", ["method"])
+MESH_BATCH_ITEMS = Histogram(
+    "sealpush_mesh_batch_items",
+    "Items that one call to another service carried.",
+    ["method"],
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+)
+DB_SECONDS = Histogram(
+    "sealpush_db_seconds",
+    "Time a statement took, by its name.",
+    ["statement"],
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
+)
+DB_RECONNECTS = Counter("sealpush_db_reconnects", "Connections to PostgreSQL that had to be made again.")
+DELIVERIES = Counter("sealpush_deliveries", "Deliveries that entered a state.", ["state"])
+WAKE_UPS = Counter("sealpush_wake_ups", "Wake-ups by lane and outcome.", ["app", "platform", "outcome"])
+VALKEY_ERRORS = Counter("sealpush_valkey_errors", "Calls to Valkey that failed and were gone on without.", ["use"])
+STREAMS_OPEN = Gauge("sealpush_streams_open", "Device streams that are open.")
+
+
+def serve_metrics(host: str, port: int) -> int:
+    """Serve `/metrics` on a thread of its own; returns the port. Raises OSError when the port is taken."""
+    server, _ = start_http_server(port, addr=host, registry=REGISTRY)
+    bound: int = server.server_port
+    return bound

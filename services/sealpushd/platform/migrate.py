@@ -1,0 +1,166 @@
+"""Schemas, roles and migrations. One run at a time; services never migrate, they only check.
+
+Every service owns a schema named after it, with the roles `<service>_owner` (no login; owns the tables) and `<service>_app`
+(login; reads and writes rows only). `sealpush_maintenance` may call the functions that make and drop partitions.
+A migration is a file `sql/NNNN_name.sql` of a service's folder, applied once, in order, inside one transaction, never edited after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import asyncpg
+import structlog
+
+from sealpushd.platform.db import Connection, connect
+from sealpushd.platform.errors import StoreUnavailable
+
+log = structlog.get_logger()
+
+SERVICES: Final = ("accounts", "registration", "keys", "publishing", "dispatch", "fetch")
+MAINTENANCE_ROLE: Final = "sealpush_maintenance"
+# Any number, the same for ever: it names the lock that keeps two migrations apart.
+_LOCK: Final = 0x5EA1_9054
+_FILE = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
+
+
+class SchemaError(Exception):
+    """The schema in the database is not the one this program was written for; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    service: str
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def migrations_of(service: str) -> list[Migration]:
+    """The migrations of a service, oldest first."""
+    folder = files(f"sealpushd.{service}") / "sql"
+    if not folder.is_dir():
+        return []
+    found = []
+    for entry in folder.iterdir():
+        match = _FILE.fullmatch(entry.name)
+        if match:
+            found.append(Migration(service, int(match[1]), Path(entry.name).stem, entry.read_text()))
+    return sorted(found, key=lambda migration: migration.version)
+
+
+async def migrate(admin_url: str, passwords: dict[str, str]) -> list[str]:
+    """Bring every schema to the present version; returns the names of the migrations that were applied.
+
+    `passwords` gives the password of each login role by its name; a role without one keeps what it has. Safe to repeat and to
+    run twice at once. Raises SchemaError when the database is newer or an applied migration differs, StoreUnavailable.
+    """
+    connection = await connect(admin_url)
+    applied: list[str] = []
+    try:
+        await connection.execute("SET statement_timeout = 0")
+        await connection.execute("SELECT pg_advisory_lock($1)", _LOCK)
+        await connection.execute("CREATE SCHEMA IF NOT EXISTS sealpush_meta")
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS sealpush_meta.migrations (service text, version int, name text NOT NULL,"
+            " checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (service, version))"
+        )
+        await _login_role(connection, MAINTENANCE_ROLE, passwords.get(MAINTENANCE_ROLE))
+        for service in SERVICES:
+            await _roles_and_schema(connection, service, passwords.get(f"{service}_app"))
+            for migration in await _pending(connection, service):
+                async with connection.transaction():
+                    await connection.execute(f'SET LOCAL ROLE "{service}_owner"')
+                    await connection.execute(f'SET LOCAL search_path = "{service}"')
+                    await connection.execute(migration.sql)
+                    await connection.execute("RESET ROLE")
+                    await connection.execute(
+                        "INSERT INTO sealpush_meta.migrations (service, version, name, checksum) VALUES ($1, $2, $3, $4)",
+                        service,
+                        migration.version,
+                        migration.name,
+                        migration.checksum,
+                    )
+                applied.append(f"{service}/{migration.name}")
+            await _grants(connection, service)
+        await connection.execute("GRANT USAGE ON SCHEMA sealpush_meta TO PUBLIC")
+        await connection.execute("GRANT SELECT ON sealpush_meta.migrations TO PUBLIC")
+    except (asyncpg.InsufficientPrivilegeError, asyncpg.DuplicateObjectError) as e:
+        raise SchemaError(f"cannot set up roles and schemas: {e}; migrate with a role that may create roles") from e
+    finally:
+        await connection.close()
+    return applied
+
+
+async def _login_role(connection: Connection, role: str, password: str | None) -> None:
+    exists = await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", role)
+    if not exists:
+        await connection.execute(f'CREATE ROLE "{role}" LOGIN')
+    if password is not None:
+        # ALTER ROLE takes no parameters: let the server quote it.
+        statement = await connection.fetchval("SELECT format('ALTER ROLE %I PASSWORD %L', $1::text, $2::text)", role, password)
+        await connection.execute(statement)
+
+
+async def _roles_and_schema(connection: Connection, service: str, password: str | None) -> None:
+    owner = f"{service}_owner"
+    if not await connection.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", owner):
+        await connection.execute(f'CREATE ROLE "{owner}" NOLOGIN')
+    # Since PostgreSQL 16 even the creator of a role must be granted it before it can act as it.
+    await connection.execute(f'GRANT "{owner}" TO CURRENT_USER')
+    await _login_role(connection, f"{service}_app", password)
+    await connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{service}" AUTHORIZATION "{owner}"')
+
+
+async def _grants(connection: Connection, service: str) -> None:
+    app = f"{service}_app"
+    await connection.execute(f'REVOKE ALL ON ALL FUNCTIONS IN SCHEMA "{service}" FROM PUBLIC')
+    await connection.execute(f'GRANT USAGE ON SCHEMA "{service}" TO "{app}", "{MAINTENANCE_ROLE}"')
+    await connection.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{service}" TO "{app}"')
+    await connection.execute(f'GRANT USAGE ON ALL SEQUENCES IN SCHEMA "{service}" TO "{app}"')
+    await connection.execute(f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA "{service}" TO "{app}", "{MAINTENANCE_ROLE}"')
+
+
+async def _pending(connection: Connection, service: str) -> list[Migration]:
+    rows = await connection.fetch("SELECT version, name, checksum FROM sealpush_meta.migrations WHERE service = $1", service)
+    return _compare(service, {row["version"]: (row["name"], row["checksum"]) for row in rows})
+
+
+def _compare(service: str, applied: dict[int, tuple[str, str]]) -> list[Migration]:
+    """Migrations still to apply; raises SchemaError where what was applied is not what this program has."""
+    known = {migration.version: migration for migration in migrations_of(service)}
+    for version, (name, checksum) in applied.items():
+        if version not in known:
+            raise SchemaError(
+                f"the schema {service} was made by a newer Sealpush (migration {name}); run that version, or restore a back-up"
+            )
+        if known[version].checksum != checksum:
+            raise SchemaError(
+                f"migration {service}/{name} was changed after it was applied; use the program version that wrote this database"
+            )
+    return [migration for version, migration in sorted(known.items()) if version not in applied]
+
+
+async def check_schema(url: str, service: str) -> None:
+    """Raises SchemaError unless the service's schema is exactly the one this program knows, StoreUnavailable without an answer."""
+    connection = await connect(url)
+    try:
+        rows = await connection.fetch("SELECT version, name, checksum FROM sealpush_meta.migrations WHERE service = $1", service)
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError, asyncpg.InsufficientPrivilegeError) as e:
+        raise SchemaError("the database has no Sealpush schemas yet: run `sealpush db migrate` first") from e
+    except asyncpg.PostgresError as e:
+        raise StoreUnavailable(f"PostgreSQL does not answer properly: {e}") from e
+    finally:
+        await connection.close()
+    pending = _compare(service, {row["version"]: (row["name"], row["checksum"]) for row in rows})
+    if pending:
+        raise SchemaError(f"the schema {service} lacks migration {pending[0].name}: run `sealpush db migrate` first")

@@ -1,0 +1,184 @@
+"""What surrounds every call that a service answers: caller, access rule, deadline, request id, errors, metrics, trace.
+
+The wrapping happens once, when a servicer is registered, so that a call pays for what it uses and not for a chain of
+interceptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, Final, Protocol
+from urllib.parse import unquote
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from sealpush.ids import uuid7
+
+from sealpushd.platform import access, telemetry
+from sealpushd.platform.errors import DeadlineExceeded, ServiceError, render
+from sealpushd.platform.logging import request_ids
+from sealpushd.platform.metrics import RPC_IN_FLIGHT, RPC_SECONDS
+from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, TokenVerifier
+
+log = structlog.get_logger()
+
+# No call is worth more of a server's time than this, whatever deadline its caller names.
+DEADLINE_S_MAX: Final = 10.0
+REQUEST_ID_KEY: Final = "x-request-id"
+_REQUEST_ID = re.compile(r"[0-9A-Za-z._,:+-]{1,600}")
+
+_caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
+_address: ContextVar[str] = ContextVar("address", default="")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def require_sender() -> SenderCaller:
+    """The sender that makes this call. The access table has made sure of it; another kind here is a bug."""
+    caller = _caller.get()
+    if not isinstance(caller, SenderCaller):
+        raise TypeError("the access table lets a caller in that is no sender")
+    return caller
+
+
+def require_device() -> DeviceCaller:
+    """The device that makes this call; as `require_sender`."""
+    caller = _caller.get()
+    if not isinstance(caller, DeviceCaller):
+        raise TypeError("the access table lets a caller in that is no device")
+    return caller
+
+
+def caller_address() -> str:
+    """The caller's IP address, without port; empty for a Unix socket."""
+    return _address.get()
+
+
+def address_of(peer: str) -> str:
+    """The IP address in a gRPC peer such as `ipv4:10.0.0.1:5000` or `ipv6:%5B::1%5D:5000`."""
+    kind, _, rest = peer.partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return ""
+    host, _, _ = unquote(rest).rpartition(":")
+    return host.strip("[]")
+
+
+class Registrar(Protocol):
+    """What the generated `add_XServicer_to_server` functions need of a server."""
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None: ...
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None: ...
+
+
+class GuardedServer:
+    """Stands between generated registration code and a gRPC server, and guards every method on the way."""
+
+    def __init__(self, server: grpc.aio.Server, verifier: TokenVerifier) -> None:
+        self._server = server
+        self._verifier = verifier
+        self.services: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Unused: methods come by `add_registered_method_handlers`, which the generated code calls as well."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        self.services.append(service)
+        guarded: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        for name, handler in handlers.items():
+            method = f"/{service}/{name}"
+            if method not in access.ACCESS:
+                raise RuntimeError(f"{method} has no rule in the access table")
+            guarded[name] = _guard(handler, method, access.ACCESS[method], self._verifier)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
+
+
+def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier) -> grpc.RpcMethodHandler[Any, Any]:
+    in_flight = RPC_IN_FLIGHT.labels(method)
+    # Label look-ups cost more than the observation: remember the children by answer.
+    seconds = {code: RPC_SECONDS.labels(method, code.name) for code in grpc.StatusCode}
+
+    def enter(context: Context) -> Mapping[str, str]:
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        given = metadata.get(REQUEST_ID_KEY, "")
+        request_ids.set(tuple(given.split(",")) if _REQUEST_ID.fullmatch(given) else (uuid7().hex(),))
+        address = address_of(context.peer())
+        _address.set(address)
+        authorization = metadata.get("authorization", "")
+        caller = verifier.verify(authorization[7:]) if authorization[:7].lower() == "bearer " else None
+        access.check(rule, caller, address)
+        _caller.set(caller)
+        return metadata
+
+    def answer(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+        if isinstance(error, TimeoutError):
+            error = DeadlineExceeded("the deadline ended before the work; try again with the same request id")
+        if not isinstance(error, ServiceError):
+            log.error("call failed by a bug", method=method, exc_info=error)
+            error = ServiceError("internal error; the log has it under this request id")
+        return render(error)
+
+    async def unary(request: Message, context: Context) -> Any:
+        start = time.perf_counter()
+        code = grpc.StatusCode.OK
+        in_flight.inc()
+        try:
+            metadata = enter(context)
+            remaining = context.time_remaining()
+            limit = DEADLINE_S_MAX if remaining is None else min(remaining, DEADLINE_S_MAX)
+            async with asyncio.timeout(limit):
+                if telemetry.enabled():
+                    with telemetry.server_span(method, metadata):
+                        return await handler.unary_unary(request, context)
+                return await handler.unary_unary(request, context)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as e:
+            code, message, trailing = answer(e)
+            await context.abort(code, message, trailing)
+            raise
+        finally:
+            in_flight.dec()
+            seconds[code].observe(time.perf_counter() - start)
+
+    async def streaming(call: Callable[[], AsyncIterator[Message]], context: Context) -> AsyncIterator[Message]:
+        start = time.perf_counter()
+        code = grpc.StatusCode.OK
+        in_flight.inc()
+        try:
+            enter(context)
+            async for response in call():
+                yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as e:
+            code, message, trailing = answer(e)
+            await context.abort(code, message, trailing)
+        finally:
+            in_flight.dec()
+            seconds[code].observe(time.perf_counter() - start)
+
+    def unary_stream(request: Message, context: Context) -> AsyncIterator[Message]:
+        return streaming(lambda: handler.unary_stream(request, context), context)
+
+    def stream_stream(requests: AsyncIterator[Message], context: Context) -> AsyncIterator[Message]:
+        return streaming(lambda: handler.stream_stream(requests, context), context)
+
+    serializers = {
+        "request_deserializer": handler.request_deserializer,
+        "response_serializer": handler.response_serializer,
+    }
+    if handler.request_streaming and handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(stream_stream, **serializers)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(unary_stream, **serializers)
+    if handler.request_streaming:
+        raise RuntimeError(f"{method}: client streaming is not used in this suite")
+    return grpc.unary_unary_rpc_method_handler(unary, **serializers)

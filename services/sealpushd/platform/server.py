@@ -1,0 +1,233 @@
+"""The bootstrap that every service shares: listeners, health, metrics, drain. A service brings its servicers and tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from sealpushd.platform import logging, telemetry, tls
+from sealpushd.platform.clients import MESSAGE_BYTES_MAX, MeshChannel
+from sealpushd.platform.clock import Clock, SystemClock
+from sealpushd.platform.db import Database
+from sealpushd.platform.metrics import serve_metrics
+from sealpushd.platform.migrate import check_schema
+from sealpushd.platform.rpc import GuardedServer
+from sealpushd.platform.settings import Settings, SettingsError
+from sealpushd.platform.tokens import ServiceKey, TokenVerifier
+from sealpushd.platform.valkey import Valkey
+from sealpushd.platform.vault import FileKeyWrapper, Vault
+
+log = structlog.get_logger()
+
+# HTTP/2 streams one client connection may hold open at once.
+STREAMS_PER_CONNECTION_MAX: Final = 10_000
+TASK_RESTART_PAUSE_S: Final = 1.0
+
+SERVER_OPTIONS: Final = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+    # Two servers on one port would share its connections at random: refuse instead.
+    ("grpc.so_reuseport", 0),
+    # Phones ping through networks that drop idle connections after a minute.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+AddServicer = tuple[Callable[[Any, Any], None], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceApp:
+    """A wired service: what it answers, what runs beside, what to close, in this order."""
+
+    public: Sequence[AddServicer] = ()
+    mesh: Sequence[AddServicer] = ()
+    # Run until cancelled; one that fails is logged and started again.
+    tasks: Sequence[Callable[[], Coroutine[Any, Any, None]]] = ()
+    # Called first when the service ends: stop taking work, end long streams.
+    drain: Callable[[], Awaitable[None]] | None = None
+    closes: Sequence[Callable[[], Awaitable[None]]] = ()
+
+
+@dataclass(slots=True)
+class Runtime:
+    """What `app.py` wires a service from. Parts are opened on demand and closed by the bootstrap."""
+
+    service: str
+    settings: Settings
+    key: ServiceKey
+    verifier: TokenVerifier
+    clock: Clock = field(default_factory=SystemClock)
+    closes: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    async def database(self) -> Database:
+        """Connections as the service's role, its schema checked. Raises SchemaError, StoreUnavailable, SettingsError."""
+        self.settings.need("postgres_url")
+        assert self.settings.postgres_url is not None  # noqa: S101 - need() has just made sure
+        url = self.settings.postgres_url.get_secret_value()
+        await check_schema(url, self.service)
+        db = Database(url, self.service, self.settings.postgres_connections)
+        await db.open()
+        self.closes.append(db.aclose)
+        return db
+
+    async def vault(self, db: Database) -> Vault:
+        self.settings.need("vault_key")
+        assert self.settings.vault_key is not None  # noqa: S101 - need() has just made sure
+        return await Vault.open(db, self.service, FileKeyWrapper(self.settings.vault_key))
+
+    def valkey(self) -> Valkey:
+        self.settings.need("valkey_url")
+        assert self.settings.valkey_url is not None  # noqa: S101 - need() has just made sure
+        valkey = Valkey(self.settings.valkey_url.get_secret_value())
+        self.closes.append(valkey.aclose)
+        return valkey
+
+    def channel(self, peer: str) -> MeshChannel:
+        """A channel to another service's mesh listener."""
+        channel = MeshChannel(peer, getattr(self.settings, f"{peer}_mesh"), self.key)
+        self.closes.append(channel.aclose)
+        return channel
+
+
+Build = Callable[[Runtime], Awaitable[ServiceApp]]
+
+
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None, setting: str) -> int:
+    try:
+        return server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    except RuntimeError as e:
+        raise SettingsError(f"cannot listen on {address}: is another process using it? Choose another with {setting}") from e
+
+
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the thread that started this process ends (prctl PR_SET_PDEATHSIG, Linux)."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def run_service(service: str, settings: Settings, build: Build, ready: Callable[[dict[str, int]], None] | None = None) -> None:
+    """Run one service until SIGTERM or SIGINT, then drain: NOT_SERVING, finish calls, close.
+
+    Raises SettingsError, SchemaError, StoreUnavailable before it serves anything. `ready` gets the ports once it does.
+    """
+    logging.configure(service, settings.log_level, human=settings.log_human)
+    telemetry.configure(service, enabled=settings.traces)
+    if settings.end_with_parent:
+        end_with_parent()
+    settings.need("service_key", "trust")
+    assert settings.service_key is not None and settings.trust is not None  # noqa: S101, PT018 - need() has just made sure
+    try:
+        key, verifier = ServiceKey.load(service, settings.service_key), TokenVerifier.load(settings.trust)
+    except ValueError as e:
+        raise SettingsError(str(e)) from e
+    runtime = Runtime(service, settings, key, verifier)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+
+    try:
+        app = await build(runtime)
+        await _serve(service, settings, app, verifier, stopping, ready)
+    finally:
+        for close in reversed(runtime.closes):
+            try:
+                await asyncio.wait_for(close(), timeout=5)
+            except Exception as e:
+                log.warning("a part did not close cleanly", error=repr(e))
+
+
+async def _serve(
+    service: str,
+    settings: Settings,
+    app: ServiceApp,
+    verifier: TokenVerifier,
+    stopping: asyncio.Event,
+    ready: Callable[[dict[str, int]], None] | None,
+) -> None:
+    health = health_aio.HealthServicer()
+    servers: list[grpc.aio.Server] = []
+    ports: dict[str, int] = {}
+    if app.public:
+        settings.need("tls_certificate", "tls_private_key")
+        assert settings.tls_certificate is not None and settings.tls_private_key is not None  # noqa: S101, PT018 - as above
+        try:
+            credentials = tls.server_credentials(settings.tls_certificate, settings.tls_private_key)
+        except ValueError as e:
+            raise SettingsError(str(e)) from e
+        public, services = _server(app.public, verifier, health)
+        if settings.reflection:
+            reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], public)
+        ports["public"] = _listen(public, f"{settings.host}:{settings.port(service, 'public')}", credentials, "SEALPUSH_PUBLIC_PORT")
+        servers.append(public)
+    mesh, _ = _server(app.mesh, verifier, health)
+    ports["mesh"] = _listen(mesh, f"{settings.host}:{settings.port(service, 'mesh')}", None, "SEALPUSH_MESH_PORT")
+    servers.append(mesh)
+    try:
+        ports["metrics"] = serve_metrics(settings.host, settings.port(service, "metrics"))
+    except OSError as e:
+        port = settings.port(service, "metrics")
+        raise SettingsError(f"cannot listen on {settings.host}:{port}: {e.strerror}; choose another with SEALPUSH_METRICS_PORT") from e
+
+    for server in servers:
+        await server.start()
+    tasks = [asyncio.create_task(_keep_running(task), name=getattr(task, "__qualname__", "task")) for task in app.tasks]
+    await health.set("", health_pb2.HealthCheckResponse.SERVING)
+    log.info("serving", **ports)
+    if ready is not None:
+        ready(ports)
+    await stopping.wait()
+
+    log.info("draining", seconds=settings.drain_seconds)
+    await health.enter_graceful_shutdown()
+    if app.drain is not None:
+        await app.drain()
+    await asyncio.gather(*(server.stop(settings.drain_seconds) for server in servers))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for close in app.closes:
+        await close()
+    log.info("stopped")
+
+
+def _server(
+    servicers: Sequence[AddServicer], verifier: TokenVerifier, health: health_aio.HealthServicer
+) -> tuple[grpc.aio.Server, list[str]]:
+    """A server with its servicers guarded, and the names of their gRPC services."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    guarded = GuardedServer(server, verifier)
+    for add, servicer in servicers:
+        add(servicer, guarded)
+    # Health is for load balancers and supervisors: no token.
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    return server, guarded.services
+
+
+async def _keep_running(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    while True:
+        try:
+            await task()
+            return
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:
+            log.error("a background task failed and starts again", task=getattr(task, "__qualname__", "task"), exc_info=e)
+            await asyncio.sleep(TASK_RESTART_PAUSE_S)

@@ -1,0 +1,127 @@
+"""TLS of the public listeners, and a certificate authority for one machine."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CA_LIFETIME = timedelta(days=3650)
+# Browsers and Apple's stacks refuse server certificates that live longer than 398 days.
+CERTIFICATE_LIFETIME = timedelta(days=397)
+RENEW_BEFORE = timedelta(days=30)
+
+
+def server_credentials(certificate: Path, private_key: Path) -> grpc.ServerCredentials:
+    """Credentials of a listener; raises ValueError that names the file that cannot be used."""
+    try:
+        chain, key = certificate.read_bytes(), private_key.read_bytes()
+        x509.load_pem_x509_certificates(chain)
+        load_pem_private_key(key, None)
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"{certificate} and {private_key} are no TLS certificate and key (PEM): {e}") from e
+    return grpc.ssl_server_credentials([(key, chain)])
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a file that only its owner reads, whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+class LocalAuthority:
+    """A certificate authority in a folder: `ca.pem` to hand out, `ca.key` to keep. Made when it is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.certificate_path = folder / "ca.pem"
+        self._folder = folder
+        key_path = folder / "ca.key"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The key is written before the certificate: a certificate on disk always has its key.
+        if self.certificate_path.exists():
+            loaded = load_pem_private_key(key_path.read_bytes(), None)
+            if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+                raise ValueError(f"{key_path} is not the key of this authority; remove {folder} to make a new one")
+            self._key = loaded
+            self._certificate = x509.load_pem_x509_certificate(self.certificate_path.read_bytes())
+            return
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        now = datetime.now(UTC)
+        name = _name("Sealpush local authority")
+        self._certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(self._key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=5))
+            .not_valid_after(now + CA_LIFETIME)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(
+                x509.KeyUsage(
+                    digital_signature=False,
+                    content_commitment=False,
+                    key_encipherment=False,
+                    data_encipherment=False,
+                    key_agreement=False,
+                    key_cert_sign=True,
+                    crl_sign=True,
+                    encipher_only=False,
+                    decipher_only=False,
+                ),
+                critical=True,
+            )
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        write_secret(key_path, self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        write_secret(self.certificate_path, self._certificate.public_bytes(Encoding.PEM))
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        """Certificate and key files for a server on this machine's loopback, made anew when they end within 30 days."""
+        certificate_path, key_path = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        now = datetime.now(UTC)
+        if certificate_path.exists() and key_path.exists():
+            present = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+            if present.issuer == self._certificate.subject and present.not_valid_after_utc - now > RENEW_BEFORE:
+                return certificate_path, key_path
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = [
+            x509.DNSName("localhost"),
+            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+            x509.IPAddress(ipaddress.ip_address("::1")),
+        ]
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(_name(f"sealpush {name}"))
+            .issuer_name(self._certificate.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=5))
+            .not_valid_after(now + CERTIFICATE_LIFETIME)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        write_secret(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        write_secret(certificate_path, certificate.public_bytes(Encoding.PEM))
+        return certificate_path, key_path

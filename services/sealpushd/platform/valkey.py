@@ -1,0 +1,127 @@
+"""Valkey only speeds things up: every call here has a short deadline, and a failure is counted and gone on without.
+
+All key names stand in this module. Every key has a time to live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from sealpushd.platform.metrics import VALKEY_ERRORS
+
+log = structlog.get_logger()
+
+# Valkey is on the same machine or rack: what takes longer is not worth waiting for.
+TIMEOUT_S: Final = 0.25
+PRESENCE_TTL_S: Final = 60
+RECONNECT_PAUSE_S: Final = 0.5
+
+# Channels: devices that have something new; wake-ups that wait for dispatch; streams that a newer one ended.
+CHANNEL_DEVICES: Final = "sealpush:devices"
+CHANNEL_QUEUE: Final = "sealpush:queue"
+CHANNEL_STREAMS: Final = "sealpush:streams"
+
+
+def presence_key(device_id: bytes) -> bytes:
+    return b"sealpush:presence:" + device_id
+
+
+def limit_key(name: str, subject: str, window: int) -> str:
+    """Key of a rate limit's window. The subject may be a phone number or an address: only its hash is stored."""
+    digest = hashlib.blake2b(f"{name}\0{subject}".encode(), digest_size=16).hexdigest()
+    return f"sealpush:limit:{name}:{digest}:{window}"
+
+
+_FAILURES = (RedisError, OSError, TimeoutError)
+
+
+class Valkey:
+    """The few things services use Valkey for. Nothing here raises because Valkey is away."""
+
+    def __init__(self, url: str) -> None:
+        self._client: Redis = Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 1),
+            health_check_interval=0,
+        )
+        self._url = url
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    async def ping(self) -> bool:
+        try:
+            return bool(await self._client.ping())
+        except _FAILURES:
+            return False
+
+    async def publish(self, channel: str, message: bytes) -> None:
+        """Tell whoever listens; lost when nobody does."""
+        try:
+            await self._client.publish(channel, message)
+        except _FAILURES:
+            VALKEY_ERRORS.labels("publish").inc()
+
+    async def present(self, device_ids: Sequence[bytes]) -> list[bool]:
+        """Which devices hold a live stream, as far as is known; all False when Valkey is away."""
+        try:
+            values: list[Any] = await self._client.mget([presence_key(device_id) for device_id in device_ids])
+        except _FAILURES:
+            VALKEY_ERRORS.labels("presence").inc()
+            return [False] * len(device_ids)
+        return [value is not None for value in values]
+
+    async def set_present(self, device_ids: Sequence[bytes], stream_id: bytes) -> None:
+        try:
+            async with self._client.pipeline(transaction=False) as pipe:
+                for device_id in device_ids:
+                    pipe.set(presence_key(device_id), stream_id, ex=PRESENCE_TTL_S)
+                await pipe.execute()
+        except _FAILURES:
+            VALKEY_ERRORS.labels("presence").inc()
+
+    async def clear_present(self, device_id: bytes) -> None:
+        try:
+            await self._client.delete(presence_key(device_id))
+        except _FAILURES:
+            VALKEY_ERRORS.labels("presence").inc()
+
+    async def count(self, key: str, ttl_s: int) -> int | None:
+        """The number of calls with this key so far, this one included; None when Valkey is away."""
+        try:
+            async with self._client.pipeline(transaction=True) as pipe:
+                pipe.incr(key)
+                pipe.expire(key, ttl_s, nx=True)
+                counted, _ = await pipe.execute()
+        except _FAILURES:
+            VALKEY_ERRORS.labels("limit").inc()
+            return None
+        return int(counted)
+
+    async def listen(self, *channels: str) -> AsyncIterator[tuple[str, bytes]]:
+        """Messages of channels, for ever; connects again when the connection is lost. What came meanwhile is lost."""
+        while True:
+            # A subscription is quiet for long: its reads must not end by the short time-out of the other calls.
+            client: Redis = Redis.from_url(self._url, socket_timeout=None, socket_connect_timeout=TIMEOUT_S)
+            try:
+                async with client.pubsub() as pubsub:
+                    await pubsub.subscribe(*channels)
+                    async for message in pubsub.listen():
+                        if message["type"] == "message":
+                            yield message["channel"].decode(), message["data"]
+            except _FAILURES:
+                VALKEY_ERRORS.labels("listen").inc()
+            finally:
+                await client.aclose()
+            await asyncio.sleep(RECONNECT_PAUSE_S)
