@@ -1,0 +1,361 @@
+"""Decisions of the mailbox: states, their order, what a message's status is, how a stop is answered. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import IntEnum
+from typing import Final
+
+from sealpush.ids import ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId
+
+
+class State(IntEnum):
+    """States of a delivery; the numbers are those of `sealpush.v1.State` and of the database."""
+
+    QUEUED = 1
+    PUSHED = 2
+    FETCHED = 3
+    DELIVERED = 4
+    UNDELIVERED = 5
+    BLOCKED = 6
+    EXPIRED = 7
+    CANCELLED = 8
+    REPLACED = 9
+
+    @property
+    def terminal(self) -> bool:
+        return self >= State.DELIVERED
+
+
+class Reason(IntEnum):
+    """The reason codes the mailbox itself gives; the numbers are those of `sealpush.v1.ReasonCode`."""
+
+    NONE = 0
+    PROVIDER_ERROR = 28
+    SENDER_BLOCKED = 100
+    ADVERTISING_BLOCKED = 101
+    LIFETIME_OVER = 102
+    CANCELLED_BY_SENDER = 103
+    REPLACED_BY_NEWER = 104
+    TOKEN_GONE = 105
+    UNREGISTERED = 106
+    NUMBER_REBOUND = 107
+    DEVICE_CANNOT_OPEN = 108
+    NO_PREKEY = 109
+    PUSH_QUARANTINED = 110
+
+
+class StopPoint(IntEnum):
+    BEFORE_PUSH = 1
+    PUSH_MAY_HAVE_LEFT = 2
+    TOO_LATE = 3
+
+
+class AckOutcome(IntEnum):
+    DELIVERED = 1
+    UNDELIVERED = 2
+    BLOCKED = 3
+    READ = 4
+
+
+class Verdict(IntEnum):
+    ACCEPTED = 1
+    LATE = 2
+    UNKNOWN = 3
+    REFUSED = 4
+
+
+# Which changes are legal. Everything open may end as EXPIRED, CANCELLED or REPLACED, and an acknowledgement passes through FETCHED.
+LEGAL: Final[dict[State, frozenset[State]]] = {
+    State.QUEUED: frozenset(
+        {State.PUSHED, State.FETCHED, State.UNDELIVERED, State.BLOCKED, State.EXPIRED, State.CANCELLED, State.REPLACED}
+    ),
+    State.PUSHED: frozenset(
+        {State.QUEUED, State.FETCHED, State.UNDELIVERED, State.BLOCKED, State.EXPIRED, State.CANCELLED, State.REPLACED}
+    ),
+    State.FETCHED: frozenset({State.DELIVERED, State.UNDELIVERED, State.BLOCKED, State.EXPIRED, State.CANCELLED, State.REPLACED}),
+}
+
+# Where all deliveries have ended without one that arrived, the first of these that occurs is the message's.
+_TERMINAL_ORDER: Final = (State.BLOCKED, State.UNDELIVERED, State.EXPIRED, State.REPLACED, State.CANCELLED)
+_OPEN_ORDER: Final = (State.FETCHED, State.PUSHED, State.QUEUED)
+
+# A device on a live stream gets this long to acknowledge before its push leaves after all.
+LIVE_STREAM_HEAD_START: Final = timedelta(seconds=2)
+# A device whose token died may still poll for this long.
+DEAD_TOKEN_GRACE: Final = timedelta(seconds=60)
+# A sealed creation time may differ from the server's clock by this much.
+CREATED_SKEW_MAX: Final = timedelta(minutes=5)
+LIFETIME_MAX: Final = timedelta(days=28)
+# Sorts before every id.
+BEFORE_ALL: Final = MessageId(bytes(16))
+
+
+def message_state(deliveries: Iterable[tuple[State, int]]) -> tuple[State, int]:
+    """State and reason of a message from those of its deliveries: any DELIVERED wins; then, once all have ended, by importance;
+    else the one that is farthest."""
+    by_state: dict[State, int] = {}
+    for state, reason in deliveries:
+        by_state.setdefault(state, reason)
+    if not by_state:
+        raise ValueError("a message has at least one delivery")
+    if State.DELIVERED in by_state:
+        return State.DELIVERED, 0
+    order = _TERMINAL_ORDER if all(state.terminal for state in by_state) else _OPEN_ORDER
+    for state in order:
+        if state in by_state:
+            return state, by_state[state]
+    raise AssertionError("every state stands in an order")
+
+
+def stop_point(state_before: State, fence: int) -> StopPoint:
+    """Whether a push, or the content itself, can have left before the stop. The fence counts hand-outs to dispatchers."""
+    if fence == 0 and state_before is State.QUEUED:
+        return StopPoint.BEFORE_PUSH
+    return StopPoint.PUSH_MAY_HAVE_LEFT
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedKey:
+    """An idempotency key with the MAC of the request it stands for."""
+
+    sender_id: SenderId
+    request_id: str
+    request_mac: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NewDelivery:
+    device_id: DeviceId
+    stanza: bytes
+    platform: int
+    push_reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message to store; see `NewMessage` in mailbox.proto for the fields."""
+
+    key: AcceptedKey
+    message_id: MessageId
+    subscriber_id: SubscriberId
+    app_id: str
+    content_class: int
+    priority: int
+    created_at: datetime
+    expires_at: datetime
+    replace_hash: bytes
+    order_id: OrderId
+    leg_no: int
+    channel: int
+    group_id: bytes | None
+    traffic_type: int
+    tag: str
+    originator_requested: str
+    originator_effective: str
+    muted: bool
+    blocked: int
+    deliveries: tuple[NewDelivery, ...]
+    content_id: ContentId
+    head: bytes
+    tail: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a key was accepted for."""
+
+    message_id: MessageId
+    request_mac: bytes
+    devices: int
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A delivery that a device takes. The envelope's parts are empty where only the change of state was asked for."""
+
+    device_id: DeviceId
+    message_id: MessageId
+    wake_up_id: WakeUpId
+    priority: int
+    content_class: int
+    muted: bool
+    created_at: datetime
+    expires_at: datetime
+    head: bytes
+    stanza: bytes
+    tail: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TakeQuery:
+    """Which deliveries a device wants: one by wake-up id, one by message id, or the next ones after an id."""
+
+    device_id: DeviceId
+    wake_up_id: WakeUpId | None = None
+    message_id: MessageId | None = None
+    after_id: MessageId = BEFORE_ALL
+    most: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A delivery that is to end."""
+
+    message_id: MessageId
+    device_id: DeviceId
+    state: State
+    reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A delivery that did end, with what went before."""
+
+    message_id: MessageId
+    device_id: DeviceId
+    state: State
+    stop_point: StopPoint
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """A verified acknowledgement."""
+
+    message_id: MessageId
+    device_id: DeviceId
+    content_id: ContentId
+    outcome: AckOutcome
+    reason: int
+    at_ms: int
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AckAnswer:
+    message_id: MessageId
+    verdict: Verdict
+    state: State | None
+
+
+def ack_state(outcome: AckOutcome) -> State:
+    """The terminal state that an acknowledgement asks for. READ asks for none: ValueError."""
+    match outcome:
+        case AckOutcome.DELIVERED:
+            return State.DELIVERED
+        case AckOutcome.UNDELIVERED:
+            return State.UNDELIVERED
+        case AckOutcome.BLOCKED:
+            return State.BLOCKED
+    raise ValueError("reading is no state")
+
+
+def initial_state(blocked: int, delivery: NewDelivery) -> tuple[State, int]:
+    """State and reason a delivery is stored with."""
+    if blocked:
+        return State.BLOCKED, blocked
+    if not delivery.stanza:
+        return State.UNDELIVERED, delivery.push_reason or Reason.NO_PREKEY
+    return State.QUEUED, 0
+
+
+def push_in(state: State, delivery: NewDelivery, *, on_live_stream: bool) -> float | None:
+    """Seconds until a new delivery's push; None: it is not pushed."""
+    if state.terminal or delivery.push_reason:
+        return None
+    return LIVE_STREAM_HEAD_START.total_seconds() if on_live_stream else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WakeUp:
+    """A wake-up handed to a dispatcher."""
+
+    message_id: MessageId
+    device_id: DeviceId
+    wake_up_id: WakeUpId
+    fence: int
+    app_id: str
+    platform: int
+    priority: int
+    muted: bool
+    expires_at: datetime
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a dispatcher says of a wake-up; outcomes as in `WakeUpOutcome`."""
+
+    message_id: MessageId
+    device_id: DeviceId
+    fence: int
+    outcome: int
+    retry_at: datetime | None
+    reason: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryRecord:
+    device_id: DeviceId
+    state: State
+    reason: int
+    push_reason: int
+    changed_at: datetime
+    pushed_at: datetime | None
+    fetched_at: datetime | None
+    read_at: datetime | None
+    late_ack_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRecord:
+    message_id: MessageId
+    order_id: OrderId
+    group_id: bytes | None
+    tag: str
+    leg_no: int
+    channel: int
+    accepted_at: datetime
+    expires_at: datetime
+    deliveries: Sequence[DeliveryRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A journal entry; `kind` as in `EventKind`."""
+
+    message_id: MessageId
+    device_id: DeviceId
+    sender_id: SenderId
+    order_id: OrderId
+    leg_no: int
+    group_id: bytes | None
+    channel: int
+    kind: int
+    state: State
+    reason: int
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """A place in the journal: transaction and number within."""
+
+    xid: int
+    seq: int
+
+    def encode(self) -> bytes:
+        return self.xid.to_bytes(8, "big") + self.seq.to_bytes(8, "big")
+
+    @classmethod
+    def decode(cls, data: bytes) -> Position:
+        """Raises ValueError for anything but 16 bytes; nothing means the beginning."""
+        if not data:
+            return cls(0, 0)
+        if len(data) != 16:
+            raise ValueError("a position is 16 bytes, as given with the events")
+        return cls(int.from_bytes(data[:8], "big"), int.from_bytes(data[8:], "big"))

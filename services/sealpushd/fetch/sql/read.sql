@@ -1,0 +1,18 @@
+-- The user read them. In: $1 message ids, $2 device ids, $3 content ids. Out: a row for each delivery that exists.
+WITH given AS (
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS t (message_id, device_id, content_id)
+), found AS (
+    SELECT g.message_id, g.device_id, d.state, d.reason, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel
+    FROM given g
+    JOIN messages m ON m.message_id = g.message_id AND m.content_id = g.content_id
+    JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
+), marked AS (
+    UPDATE deliveries d SET read_at = now()
+    FROM found f WHERE d.message_id = f.message_id AND d.device_id = f.device_id AND d.state = 4 AND d.read_at IS NULL
+    RETURNING d.message_id, d.device_id
+), journal AS (
+    INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, kind, state, reason)
+    SELECT f.message_id, f.device_id, f.sender_id, f.order_id, f.leg_no, f.group_id, f.channel, 2, f.state, f.reason
+    FROM marked JOIN found f USING (message_id, device_id)
+)
+SELECT message_id, device_id, state FROM found

@@ -1,0 +1,50 @@
+-- Messages with everything that belongs to them, in one statement and so in one commit.
+-- In, an element a message:  $1 sender, $2 request id, $3 mac, $4 message id, $5 subscriber, $6 app, $7 class, $8 priority, $9 created,
+--   $10 expires, $11 order, $12 leg, $13 channel, $14 group, $15 traffic type, $16 tag, $17 originator requested, $18 effective,
+--   $19 muted, $20 content id, $21 head, $22 tail, $23 devices, $24 replace hash.
+-- In, an element a delivery: $25 message id, $26 device, $27 state, $28 reason, $29 push reason, $30 platform, $31 stanza,
+--   $32 wake-up id, $33 seconds until the push (null: none).
+-- Out: the message ids that were stored now; a key that exists already stores nothing of its message.
+WITH given AS (
+    SELECT * FROM unnest(
+        $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::uuid[], $6::text[], $7::int2[], $8::int2[], $9::timestamptz[],
+        $10::timestamptz[], $11::uuid[], $12::int2[], $13::int2[], $14::uuid[], $15::int2[], $16::text[], $17::text[], $18::text[],
+        $19::bool[], $20::uuid[], $21::bytea[], $22::bytea[], $23::int2[], $24::bytea[]
+    ) AS t (sender_id, request_id, request_mac, message_id, subscriber_id, app_id, content_class, priority, created_at, expires_at,
+            order_id, leg_no, channel, group_id, traffic_type, tag, originator_requested, originator_effective, muted, content_id,
+            head, tail, devices, replace_hash)
+), given_deliveries AS (
+    SELECT * FROM unnest(
+        $25::uuid[], $26::uuid[], $27::int2[], $28::int2[], $29::int2[], $30::int2[], $31::bytea[], $32::uuid[], $33::float8[]
+    ) AS t (message_id, device_id, state, reason, push_reason, platform, stanza, wake_up_id, push_in_s)
+), keys AS (
+    INSERT INTO accepted_requests (sender_id, request_id, request_mac, message_id, devices, message_expires_at)
+    SELECT sender_id, request_id, request_mac, message_id, devices, expires_at FROM given
+    ON CONFLICT DO NOTHING
+    RETURNING message_id
+), stored AS (
+    INSERT INTO messages (message_id, sender_id, subscriber_id, app_id, order_id, leg_no, channel, group_id, traffic_type, content_class,
+                          priority, tag, originator_requested, originator_effective, content_id, muted, created_at, expires_at)
+    SELECT g.message_id, sender_id, subscriber_id, app_id, order_id, leg_no, channel, group_id, traffic_type, content_class,
+           priority, tag, originator_requested, originator_effective, content_id, muted, created_at, expires_at
+    FROM given g JOIN keys USING (message_id)
+), content AS (
+    INSERT INTO contents (message_id, head, tail)
+    SELECT g.message_id, head, tail FROM given g JOIN keys USING (message_id) WHERE head <> ''
+), delivery AS (
+    INSERT INTO deliveries (message_id, device_id, state, reason, push_reason, platform, stanza)
+    SELECT d.message_id, device_id, state, reason, push_reason, platform, nullif(stanza, '')
+    FROM given_deliveries d JOIN keys USING (message_id)
+), open AS (
+    INSERT INTO open_deliveries (device_id, message_id, wake_up_id, sender_id, subscriber_id, content_class, app_id, platform, priority,
+                                 muted, replace_hash, expires_at, closes_at, next_attempt_at)
+    SELECT d.device_id, d.message_id, d.wake_up_id, g.sender_id, g.subscriber_id, g.content_class, g.app_id, d.platform, g.priority,
+           g.muted, nullif(g.replace_hash, ''), g.expires_at, g.expires_at, now() + d.push_in_s * interval '1 second'
+    FROM given_deliveries d JOIN keys USING (message_id) JOIN given g USING (message_id)
+    WHERE d.state < 4
+), journal AS (
+    INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
+    SELECT d.message_id, d.device_id, g.sender_id, g.order_id, g.leg_no, g.group_id, g.channel, d.state, d.reason
+    FROM given_deliveries d JOIN keys USING (message_id) JOIN given g USING (message_id)
+)
+SELECT message_id FROM keys

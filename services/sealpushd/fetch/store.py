@@ -1,0 +1,437 @@
+"""What the mailbox keeps, and the statements over it. Every method is one transaction; hot ones take batches."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import asyncpg
+from sealpush.ids import DeviceId, MessageId, OrderId, SenderId, WakeUpId
+
+from sealpushd.fetch import rules
+from sealpushd.fetch.rules import (
+    Accepted,
+    AcceptedKey,
+    Ack,
+    AckAnswer,
+    AckOutcome,
+    DeliveryRecord,
+    Ended,
+    Ending,
+    Event,
+    MessageRecord,
+    NewMessage,
+    Position,
+    Reason,
+    Report,
+    State,
+    StopPoint,
+    Taken,
+    TakeQuery,
+    Verdict,
+    WakeUp,
+)
+from sealpushd.platform.db import Database, load_sql
+from sealpushd.platform.errors import StoreUnavailable
+
+Result = TypeVar("Result")
+
+# A deadlock between batches is resolved by PostgreSQL within its deadlock_timeout; the loser tries again.
+DEADLOCK_TRIES_MAX: Final = 3
+# Deliveries that one turn of the sweeper ends; the next turn goes on.
+SWEEP_ROWS_MAX: Final = 2_000
+# A dispatcher that was not seen for this long has lost its leases. Its stream's keep-alive would have ended it before.
+SESSION_LOST_AFTER: Final = timedelta(seconds=15)
+
+_FOLDER = Path(__file__).parent
+
+
+def _columns(rows: Iterable[Sequence[Any]], width: int) -> list[list[Any]]:
+    """Rows as columns, which is how statements take them; no rows give empty columns."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return columns or [[] for _ in range(width)]
+
+
+class MailboxStore:
+    """Statements over the schema `fetch`. Raises StoreUnavailable; nothing else that a caller must handle."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._sql = {path.stem: load_sql(_FOLDER, path.stem) for path in (_FOLDER / "sql").glob("[a-z]*.sql")}
+
+    async def _fetch(self, name: str, *arguments: Any) -> Sequence[asyncpg.Record]:
+        return await self._db.fetch(name, self._sql[name], *arguments)
+
+    async def _retrying(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Repeat what lost a deadlock: it was rolled back whole."""
+        for tries_left in reversed(range(DEADLOCK_TRIES_MAX)):
+            try:
+                return await work()
+            except StoreUnavailable as e:
+                if not tries_left or not isinstance(e.__cause__, asyncpg.DeadlockDetectedError):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    async def lookup_accepted(self, keys: Sequence[AcceptedKey]) -> list[Accepted | None]:
+        """What each key was accepted for, None where it was not. The caller compares the MACs."""
+        rows = await self._fetch("lookup_accepted", [key.sender_id for key in keys], [key.request_id for key in keys])
+        found = {(row["sender_id"], row["request_id"]): row for row in rows}
+        return [_accepted(found.get((key.sender_id, key.request_id))) for key in keys]
+
+    async def store(self, messages: Sequence[NewMessage], wake_up_ids: Sequence[Sequence[WakeUpId]], live: Set[DeviceId]) -> set[MessageId]:
+        """Store messages, one wake-up id a delivery; returns the ids stored now. A key accepted before stores nothing.
+
+        Messages are sorted by key, so that batches with the same keys cannot deadlock. Keys must differ within the call.
+        """
+        ordered = sorted(zip(messages, wake_up_ids, strict=True), key=lambda pair: (pair[0].key.sender_id, pair[0].key.request_id))
+        message_columns = _columns(
+            (
+                (
+                    m.key.sender_id,
+                    m.key.request_id,
+                    m.key.request_mac,
+                    m.message_id,
+                    m.subscriber_id,
+                    m.app_id,
+                    m.content_class,
+                    m.priority,
+                    m.created_at,
+                    m.expires_at,
+                    m.order_id,
+                    m.leg_no,
+                    m.channel,
+                    m.group_id,
+                    m.traffic_type,
+                    m.tag or None,
+                    m.originator_requested or None,
+                    m.originator_effective or None,
+                    m.muted,
+                    m.content_id,
+                    m.head,
+                    m.tail,
+                    len(m.deliveries),
+                    m.replace_hash,
+                )
+                for m, _ in ordered
+            ),
+            24,
+        )
+        deliveries = []
+        for m, ids in ordered:
+            for delivery, wake_up_id in zip(m.deliveries, ids, strict=True):
+                state, reason = rules.initial_state(m.blocked, delivery)
+                deliveries.append(
+                    (
+                        m.message_id,
+                        delivery.device_id,
+                        state,
+                        reason,
+                        delivery.push_reason,
+                        delivery.platform,
+                        delivery.stanza,
+                        wake_up_id,
+                        rules.push_in(state, delivery, on_live_stream=delivery.device_id in live),
+                    )
+                )
+        arguments = [*message_columns, *_columns(deliveries, 9)]
+        replacing = [m for m, _ in ordered if m.replace_hash]
+
+        async def work() -> set[MessageId]:
+            if not replacing:
+                return {row["message_id"] for row in await self._fetch("store", *arguments)}
+            async with self._db.transaction() as connection:
+                stored = {row["message_id"] for row in await connection.fetch(self._sql["store"], *arguments)}
+                keys = [(m.message_id, d.device_id, m.replace_hash) for m in replacing if m.message_id in stored for d in m.deliveries]
+                rows = await connection.fetch(self._sql["replaced"], *_columns(keys, 3))
+                endings = [Ending(row["message_id"], row["device_id"], State.REPLACED, Reason.REPLACED_BY_NEWER) for row in rows]
+                if endings:
+                    await connection.fetch(self._sql["close"], *_close_columns(endings))
+                return stored
+
+        return await self._retrying(work)
+
+    async def take(self, queries: Sequence[TakeQuery], *, contents: bool = True) -> list[list[Taken]]:
+        """Deliveries that devices ask for, FETCHED from now on; a list for each query, oldest first."""
+        columns = _columns(((n, q.device_id, q.wake_up_id, q.message_id, q.after_id, q.most) for n, q in enumerate(queries)), 6)
+        rows = await self._retrying(lambda: self._fetch("take", *columns, contents))
+        answers: list[list[Taken]] = [[] for _ in queries]
+        for row in rows:
+            answers[row["question"]].append(
+                Taken(
+                    DeviceId(row["device_id"]),
+                    MessageId(row["message_id"]),
+                    WakeUpId(row["wake_up_id"]),
+                    row["priority"],
+                    row["content_class"],
+                    row["muted"],
+                    row["created_at"],
+                    row["expires_at"],
+                    row["head"] or b"",
+                    row["stanza"] or b"",
+                    row["tail"] or b"",
+                )
+            )
+        return answers
+
+    async def waiting_ids(self, device_ids: Sequence[DeviceId], most: int) -> dict[DeviceId, list[MessageId]]:
+        """Ids of open deliveries by device, oldest first, without taking them."""
+        waiting: dict[DeviceId, list[MessageId]] = {}
+        for row in await self._fetch("waiting_ids", list(device_ids), most):
+            waiting.setdefault(DeviceId(row["device_id"]), []).append(MessageId(row["message_id"]))
+        return waiting
+
+    async def acknowledge(self, acks: Sequence[Ack]) -> list[AckAnswer]:
+        """Write down acknowledgements whose signatures were checked; an answer each. Repeating them is safe."""
+        answers: dict[int, AckAnswer] = {}
+        # One row a delivery may be in a statement: a second acknowledgement of the same one waits for the next round.
+        rest = [(n, ack) for n, ack in enumerate(acks) if ack.outcome is not AckOutcome.READ]
+        while rest:
+            seen: set[tuple[MessageId, DeviceId]] = set()
+            now: list[tuple[int, Ack]] = []
+            later: list[tuple[int, Ack]] = []
+            for n, ack in rest:
+                key = (ack.message_id, ack.device_id)
+                (later if key in seen else now).append((n, ack))
+                seen.add(key)
+            answers.update(await self._acknowledge(now))
+            rest = later
+        reads = [(n, ack) for n, ack in enumerate(acks) if ack.outcome is AckOutcome.READ]
+        if reads:
+            answers.update(await self._read(reads))
+        return [answers[n] for n in range(len(acks))]
+
+    async def _acknowledge(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
+        columns = _columns(
+            (
+                (a.message_id, a.device_id, rules.ack_state(a.outcome), a.reason, a.content_id, a.outcome, a.at_ms, a.signature)
+                for _, a in acks
+            ),
+            8,
+        )
+        rows = await self._retrying(lambda: self._fetch("close", *columns))
+        closed = {(row["message_id"], row["device_id"]): State(row["state"]) for row in rows}
+        answers = {
+            n: AckAnswer(a.message_id, Verdict.ACCEPTED, closed[a.message_id, a.device_id])
+            for n, a in acks
+            if (a.message_id, a.device_id) in closed
+        }
+        missed = [(n, a) for n, a in acks if n not in answers]
+        if missed:
+            answers.update(await self._acknowledge_late(missed))
+        return answers
+
+    async def _acknowledge_late(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
+        # What is open but over its time did not close: end it first, so that the acknowledgement is late for something.
+        await self.sweep()
+        columns = _columns(((a.message_id, a.device_id, a.content_id, a.outcome, a.reason, a.signature) for _, a in acks), 6)
+        rows = await self._retrying(lambda: self._fetch("late_ack", *columns))
+        found = {(row["message_id"], row["device_id"]): row for row in rows}
+        answers = {}
+        for n, a in acks:
+            row = found.get((a.message_id, a.device_id))
+            if row is None:
+                answers[n] = AckAnswer(a.message_id, Verdict.UNKNOWN, None)
+            else:
+                verdict = Verdict.ACCEPTED if row["repeated"] else Verdict.LATE
+                answers[n] = AckAnswer(a.message_id, verdict, State(row["state"]))
+        return answers
+
+    async def _read(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
+        distinct = dict.fromkeys((a.message_id, a.device_id, a.content_id) for _, a in acks)
+        rows = await self._retrying(lambda: self._fetch("read", *_columns(distinct, 3)))
+        found = {(row["message_id"], row["device_id"]): State(row["state"]) for row in rows}
+        answers = {}
+        for n, a in acks:
+            state = found.get((a.message_id, a.device_id))
+            if state is None:
+                answers[n] = AckAnswer(a.message_id, Verdict.UNKNOWN, None)
+            else:
+                answers[n] = AckAnswer(a.message_id, Verdict.ACCEPTED if state is State.DELIVERED else Verdict.LATE, state)
+        return answers
+
+    async def close(self, endings: Sequence[Ending]) -> list[Ended]:
+        """End deliveries that are still open; returns those that this call ended."""
+        if not endings:
+            return []
+        rows = await self._retrying(lambda: self._fetch("close", *_close_columns(endings)))
+        return [_ended(row) for row in rows]
+
+    async def cancel(self, sender_id: SenderId, message_ids: Sequence[MessageId]) -> dict[MessageId, list[Ended]]:
+        """End what is open of a sender's messages. Every delivery of a known message is answered; unknown messages are left out."""
+        records = await self.statuses(sender_id, message_ids)
+        endings = [
+            Ending(record.message_id, delivery.device_id, State.CANCELLED, Reason.CANCELLED_BY_SENDER)
+            for record in records
+            for delivery in record.deliveries
+            if not delivery.state.terminal
+        ]
+        ended = {(each.message_id, each.device_id): each for each in await self.close(endings)}
+        answers: dict[MessageId, list[Ended]] = {}
+        # What ended meanwhile in another way, or had ended before, is told as it stands now.
+        for record in await self.statuses(sender_id, message_ids):
+            answers[record.message_id] = [
+                ended.get((record.message_id, each.device_id), Ended(record.message_id, each.device_id, each.state, StopPoint.TOO_LATE))
+                for each in record.deliveries
+            ]
+        return answers
+
+    async def block(self, subscriber_id: bytes, sender_id: SenderId, *, advertising_only: bool) -> list[Ended]:
+        """End what is queued of a sender that the recipient blocks now."""
+        rows = await self._db.fetch(
+            "block",
+            "SELECT message_id, device_id FROM open_deliveries WHERE subscriber_id = $1 AND sender_id = $2"
+            " AND (NOT $3 OR content_class = 2)",
+            subscriber_id,
+            sender_id,
+            advertising_only,
+        )
+        reason = Reason.ADVERTISING_BLOCKED if advertising_only else Reason.SENDER_BLOCKED
+        return await self.close([Ending(row["message_id"], row["device_id"], State.BLOCKED, reason) for row in rows])
+
+    async def close_devices(self, devices: dict[DeviceId, int]) -> list[Ended]:
+        """End everything open of installations that are gone, with the reason given for each."""
+        rows = await self._db.fetch(
+            "close_devices", "SELECT message_id, device_id FROM open_deliveries WHERE device_id = ANY ($1::uuid[])", list(devices)
+        )
+        return await self.close([Ending(r["message_id"], r["device_id"], State.UNDELIVERED, devices[r["device_id"]]) for r in rows])
+
+    async def sweep(self) -> list[Ended]:
+        """End what is over its time: expired, or its token dead for longer than the grace."""
+        rows = await self._db.fetch(
+            "overdue",
+            "SELECT message_id, device_id, close_reason FROM open_deliveries WHERE closes_at <= now() ORDER BY closes_at LIMIT $1",
+            SWEEP_ROWS_MAX,
+        )
+        return await self.close(
+            [
+                Ending(
+                    row["message_id"],
+                    row["device_id"],
+                    State.EXPIRED if row["close_reason"] == Reason.LIFETIME_OVER else State.UNDELIVERED,
+                    row["close_reason"],
+                )
+                for row in rows
+            ]
+        )
+
+    async def statuses(self, sender_id: SenderId, message_ids: Sequence[MessageId]) -> list[MessageRecord]:
+        """Messages of the sender with their deliveries; unknown ones are left out."""
+        found: dict[MessageId, tuple[asyncpg.Record, list[DeliveryRecord]]] = {}
+        for row in await self._fetch("statuses", sender_id, list(dict.fromkeys(message_ids))):
+            _, deliveries = found.setdefault(MessageId(row["message_id"]), (row, []))
+            deliveries.append(
+                DeliveryRecord(
+                    DeviceId(row["device_id"]),
+                    State(row["state"]),
+                    row["reason"],
+                    row["push_reason"],
+                    row["changed_at"],
+                    row["pushed_at"],
+                    row["fetched_at"],
+                    row["read_at"],
+                    row["late_ack_at"],
+                )
+            )
+        return [
+            MessageRecord(
+                message_id,
+                OrderId(row["order_id"]),
+                row["group_id"],
+                row["tag"] or "",
+                row["leg_no"],
+                row["channel"],
+                row["accepted_at"],
+                row["expires_at"],
+                deliveries,
+            )
+            for message_id, (row, deliveries) in found.items()
+        ]
+
+    async def open_session(self, session_id: bytes) -> None:
+        await self._db.execute(
+            "session",
+            "INSERT INTO wake_up_sessions (session_id) VALUES ($1) ON CONFLICT (session_id) DO UPDATE SET seen_at = now()",
+            session_id,
+        )
+
+    async def end_sessions(self, session_ids: Sequence[bytes]) -> None:
+        """Release the leases of dispatchers that are gone; their wake-ups can be claimed again at once."""
+        ended = list(session_ids)
+        await self._db.execute("end_sessions", "UPDATE open_deliveries SET session_id = NULL WHERE session_id = ANY ($1::uuid[])", ended)
+        await self._db.execute("end_sessions", "DELETE FROM wake_up_sessions WHERE session_id = ANY ($1::uuid[])", ended)
+
+    async def lost_sessions(self) -> list[bytes]:
+        """Dispatchers that were not seen for a while: their mailbox process is gone."""
+        rows = await self._db.fetch(
+            "lost_sessions", "SELECT session_id FROM wake_up_sessions WHERE seen_at < now() - $1::interval", SESSION_LOST_AFTER
+        )
+        return [row["session_id"] for row in rows]
+
+    async def claim(self, session_id: bytes, lanes: Sequence[tuple[str, int, int]]) -> list[WakeUp]:
+        """Lease due wake-ups to a dispatcher: app, platform and how many for each lane."""
+        rows = await self._retrying(lambda: self._fetch("claim", session_id, *_columns(lanes, 3)))
+        return [WakeUp(*row) for row in rows]
+
+    async def report(self, session_id: bytes, reports: Sequence[Report]) -> None:
+        """Write down what became of wake-ups; stale reports change nothing."""
+        distinct = {(report.message_id, report.device_id): report for report in reports}
+        columns = _columns(
+            ((r.message_id, r.device_id, r.fence, r.outcome, r.retry_at, r.reason, r.detail[:100]) for r in distinct.values()),
+            7,
+        )
+        await self._retrying(lambda: self._fetch("report", session_id, *columns, rules.DEAD_TOKEN_GRACE))
+
+    async def next_due_in(self) -> float | None:
+        """Seconds until the next wake-up that nobody holds falls due; None when there is none. Never negative."""
+        row = await self._db.fetch_one(
+            "next_due",
+            "SELECT extract(epoch FROM min(next_attempt_at) - now())::float8 AS due FROM open_deliveries"
+            " WHERE next_attempt_at IS NOT NULL AND session_id IS NULL",
+        )
+        return None if row is None or row["due"] is None else max(0.0, row["due"])
+
+    async def now_position(self) -> Position:
+        """Where the journal's future begins: what is committed from now on comes after it."""
+        row = await self._db.fetch_one("now_position", "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::int8 AS xid")
+        if row is None:
+            raise StoreUnavailable("PostgreSQL gave no answer; try again")
+        return Position(row["xid"], 0)
+
+    async def events(self, after: Position, most: int) -> tuple[list[Event], Position]:
+        """Journal entries after a position in commit order, and the position after them."""
+        rows = await self._fetch("read_events", str(after.xid), after.seq, most)
+        events = [
+            Event(
+                MessageId(row["message_id"]),
+                DeviceId(row["device_id"]),
+                SenderId(row["sender_id"]),
+                OrderId(row["order_id"]),
+                row["leg_no"],
+                row["group_id"],
+                row["channel"],
+                row["kind"],
+                State(row["state"]),
+                row["reason"],
+                row["at"],
+            )
+            for row in rows
+        ]
+        return events, Position(rows[-1]["xid"], rows[-1]["seq"]) if rows else after
+
+
+def _accepted(row: asyncpg.Record | None) -> Accepted | None:
+    if row is None:
+        return None
+    return Accepted(MessageId(row["message_id"]), row["request_mac"], row["devices"], row["message_expires_at"])
+
+
+def _close_columns(endings: Sequence[Ending]) -> list[list[Any]]:
+    distinct = {(e.message_id, e.device_id): e for e in endings}
+    return _columns(((e.message_id, e.device_id, e.state, e.reason, None, None, None, None) for e in distinct.values()), 8)
+
+
+def _ended(row: asyncpg.Record) -> Ended:
+    point = rules.stop_point(State(row["state_before"]), row["fence"])
+    return Ended(MessageId(row["message_id"]), DeviceId(row["device_id"]), State(row["state"]), point)
