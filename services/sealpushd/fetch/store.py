@@ -349,11 +349,12 @@ class MailboxStore:
             for message_id, (row, deliveries) in found.items()
         ]
 
-    async def open_session(self, session_id: bytes) -> None:
+    async def keep_sessions(self, session_ids: Sequence[bytes]) -> None:
+        """Write down that these dispatchers are connected now."""
         await self._db.execute(
-            "session",
-            "INSERT INTO wake_up_sessions (session_id) VALUES ($1) ON CONFLICT (session_id) DO UPDATE SET seen_at = now()",
-            session_id,
+            "keep_sessions",
+            "INSERT INTO wake_up_sessions (session_id) SELECT unnest($1::uuid[]) ON CONFLICT (session_id) DO UPDATE SET seen_at = now()",
+            list(session_ids),
         )
 
     async def end_sessions(self, session_ids: Sequence[bytes]) -> None:
@@ -382,15 +383,6 @@ class MailboxStore:
             7,
         )
         await self._retrying(lambda: self._fetch("report", session_id, *columns, rules.DEAD_TOKEN_GRACE))
-
-    async def next_due_in(self) -> float | None:
-        """Seconds until the next wake-up that nobody holds falls due; None when there is none. Never negative."""
-        row = await self._db.fetch_one(
-            "next_due",
-            "SELECT extract(epoch FROM min(next_attempt_at) - now())::float8 AS due FROM open_deliveries"
-            " WHERE next_attempt_at IS NOT NULL AND session_id IS NULL",
-        )
-        return None if row is None or row["due"] is None else max(0.0, row["due"])
 
     async def now_position(self) -> Position:
         """Where the journal's future begins: what is committed from now on comes after it."""

@@ -1,0 +1,1 @@
+"""Clients of the push services, all of one shape."""

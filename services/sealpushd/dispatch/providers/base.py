@@ -1,0 +1,233 @@
+"""The one shape of all push services: what goes in, what comes out.
+
+A provider turns (target, wake-up) into an `Outcome`. It never decides what follows from it: that is `dispatch.rules`.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from typing import Protocol
+
+WAKE_UP_ID_BYTES = 16
+# Vendors' reasons are short words ("TooManyProviderTokenUpdates"); a longer one is not one of theirs.
+REASON_CHARACTERS_MAX = 64
+# An honest push service asks for seconds or minutes; a mistaken one must not park a delivery for ever.
+RETRY_AFTER_MAX = timedelta(hours=24)
+# No vendor's token is longer than about 4 KiB (FCM reserves the right to that size).
+PUSH_TOKEN_CHARACTERS_MAX = 4096
+
+
+class Clock(Protocol):
+    """Gives the time; tests move it by hand."""
+
+    def now(self) -> datetime:
+        """The time now, aware, in UTC."""
+
+
+class PushToken:
+    """A device's address at its push service. A secret: it prints as `PushToken(…)`, `reveal` is for the wire only."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        """Raises ValueError (without the value) when it is empty, too long or not printable ASCII."""
+        if not 0 < len(value) <= PUSH_TOKEN_CHARACTERS_MAX or not value.isascii() or not value.isprintable():
+            raise ValueError(f"a push token has 1 to {PUSH_TOKEN_CHARACTERS_MAX} printable ASCII characters")
+        self._value = value
+
+    def reveal(self) -> str:
+        """The token itself."""
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PushToken) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash((PushToken, self._value))
+
+    def __repr__(self) -> str:
+        return "PushToken(…)"
+
+
+class PushEnvironment(Enum):
+    """Which of the vendor's worlds a token lives in. APNs has two; the others know PRODUCTION only."""
+
+    PRODUCTION = "production"
+    SANDBOX = "sandbox"
+
+
+class WakeUpPriority(Enum):
+    """How soon the device should learn of it."""
+
+    HIGH = "high"
+    # May wait until the device is awake for another reason.
+    NORMAL = "normal"
+
+
+@dataclass(frozen=True, slots=True)
+class PushTarget:
+    """Where a wake-up goes. `topic` is the app (bundle id, package); `registered_at` the token's registration."""
+
+    token: PushToken
+    environment: PushEnvironment
+    topic: str
+    registered_at: datetime
+
+    def __post_init__(self) -> None:
+        if self.registered_at.tzinfo is None:
+            raise ValueError("registered_at must be an aware datetime")
+
+
+@dataclass(frozen=True, slots=True)
+class WakeUp:
+    """What is sent: an opaque random id and nothing that says who sent what.
+
+    `muted` wakes the app without showing anything (V11). After `expires_at` the push service drops it.
+    """
+
+    wake_up_id: bytes
+    muted: bool
+    priority: WakeUpPriority
+    expires_at: datetime
+
+    def __post_init__(self) -> None:
+        if len(self.wake_up_id) != WAKE_UP_ID_BYTES:
+            raise ValueError(f"a wake-up id has {WAKE_UP_ID_BYTES} bytes")
+        if self.expires_at.tzinfo is None:
+            raise ValueError("expires_at must be an aware datetime")
+
+    @property
+    def wire_id(self) -> str:
+        """The id as it travels: base64url without padding, 22 characters."""
+        return base64.urlsafe_b64encode(self.wake_up_id).rstrip(b"=").decode()
+
+    @property
+    def request_uuid(self) -> uuid.UUID:
+        """The same UUID for every repeat of this wake-up, for vendors whose requests carry one."""
+        return uuid.UUID(bytes=self.wake_up_id, version=4)
+
+
+def clean_reason(text: object) -> str:
+    """A vendor's reason fit for logs and labels: at most 64 letters, digits, `.`, `_`, `-`; never empty.
+
+    Vendors (and whatever stands between) may answer anything, also an echo of the token; only a short word passes.
+    """
+    if isinstance(text, str) and re.fullmatch(rf"[A-Za-z0-9._\-]{{1,{REASON_CHARACTERS_MAX}}}", text):
+        return text
+    return "unreadable"
+
+
+# What can come out
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reason:
+            object.__setattr__(self, "reason", clean_reason(self.reason))
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted(_Outcome):
+    """The push service took it. Not "delivered": only the device's acknowledgement is."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGone(_Outcome):
+    """The app is gone from the device, says the push service. `at`: since when; None: it named no time.
+
+    Without a time, compare-and-clear uses the moment of the answer.
+    """
+
+    at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSuspect(_Outcome):
+    """The token is not valid **here**: wrong token, or a good token of the other environment or another app.
+
+    The push service cannot tell which, and names no time. A phone whose registration carried the wrong environment
+    would be forgotten for good although its token is fine. So: this push leg ends, the token is set aside until the
+    device registers again, and it is not erased.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class RetryAt(_Outcome):
+    """Not now. `retry_after`: not earlier than this, as the push service asked; None: it did not."""
+
+    retry_after: timedelta | None = None
+
+    def __post_init__(self) -> None:
+        _Outcome.__post_init__(self)
+        if self.retry_after is not None:
+            object.__setattr__(self, "retry_after", min(max(self.retry_after, timedelta(0)), RETRY_AFTER_MAX))
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshAuth(_Outcome):
+    """Our credential is refused as expired although the provider has just renewed it, or may not yet renew it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Misconfigured(_Outcome):
+    """CONFIG: credentials or topic are wrong; every push of this app fails until somebody repairs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bug(_Outcome):
+    """Our request is wrong and stays wrong: never repeat it."""
+
+
+Outcome = Accepted | TokenGone | TokenSuspect | RetryAt | RefreshAuth | Misconfigured | Bug
+
+
+class Provider(Protocol):
+    """One push service for one app's credentials. Safe for many concurrent sends on one event loop."""
+
+    @property
+    def name(self) -> str:
+        """ "apns", "fcm" or "hms"; a label for logs and metrics."""
+
+    async def send(self, target: PushTarget, wake_up: WakeUp) -> Outcome:
+        """Hand one wake-up over.
+
+        Never raises for what the push service or the network does: no answer, a late one or garbage is `RetryAt`.
+        Bounded by the provider's total timeout. Repeating a send with the same wake-up is harmless. Cancellation passes
+        through; whether the push left is then unknown.
+        """
+
+    async def aclose(self) -> None:
+        """Close connections; sends under way end as `RetryAt`. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """One answer of a push service, bounded. Header names are lower case; `body` is None when it was too long."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = b""
+
+
+def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
+    """The Retry-After header, seconds or an HTTP date; None: absent or unreadable. Bounded to 24 hours."""
+    if value is None:
+        return None
+    if re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+        return min(timedelta(seconds=int(value)), RETRY_AFTER_MAX)
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    delay = (at if at.tzinfo else at.replace(tzinfo=UTC)) - now
+    return min(max(delay, timedelta(0)), RETRY_AFTER_MAX)

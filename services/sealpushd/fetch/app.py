@@ -1,0 +1,32 @@
+"""Wires the mailbox."""
+
+from __future__ import annotations
+
+from sealpush.v1 import messages_pb2_grpc
+
+from sealpushd.fetch.leases import Leases
+from sealpushd.fetch.service import Mailbox, MailboxServicer, MessagesServicer
+from sealpushd.fetch.store import MailboxStore
+from sealpushd.fetch.streams import StreamHub
+from sealpushd.platform.server import Runtime, ServiceApp
+from sealpushd.v1 import mailbox_pb2_grpc
+
+
+async def build(runtime: Runtime) -> ServiceApp:
+    """The fetch service: public Messages, mesh Mailbox. Needs PostgreSQL and Valkey."""
+    store = MailboxStore(await runtime.database())
+    valkey = runtime.valkey()
+    hub = StreamHub(valkey, store)
+    leases = Leases(store, valkey)
+    mailbox = Mailbox(store, hub, leases)
+
+    async def drain() -> None:
+        await hub.drain()
+        await leases.drain()
+
+    return ServiceApp(
+        public=[(messages_pb2_grpc.add_MessagesServicer_to_server, MessagesServicer(mailbox, hub))],
+        mesh=[(mailbox_pb2_grpc.add_MailboxServicer_to_server, MailboxServicer(mailbox, store, leases))],
+        tasks=[hub.listen, hub.sweep, leases.listen, leases.heartbeat, mailbox.sweep],
+        drain=drain,
+    )

@@ -1,0 +1,309 @@
+"""An HTTP/2 server for simulated push services: h2 (sans-IO) on an asyncio protocol.
+
+It knows nothing of any vendor. A `Peer` decides what to answer; it gets each request whole and may answer later, never,
+or break the connection in the ways a real service does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    RequestReceived,
+    StreamEnded,
+    StreamReset,
+    WindowUpdated,
+)
+from h2.exceptions import H2Error
+from h2.settings import SettingCodes
+
+# A push payload has at most 4096 bytes; twice that is kept to show what came, the rest is counted and thrown away.
+BODY_BYTES_KEPT_MAX = 8192
+# One provider needs a handful; more means that it opens one per message.
+CONNECTIONS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One request, whole. Header names are lower case, pseudo headers stand apart."""
+
+    method: str
+    scheme: str
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    body_bytes: int
+
+    def header(self, name: str) -> str | None:
+        """The first value of this header; None: absent."""
+        return next((value for known, value in self.headers if known == name), None)
+
+
+class Peer(Protocol):
+    """The vendor's side: what to do with a request."""
+
+    streams_max: int
+
+    def connection_opened(self, connection: Http2Connection) -> None:
+        """A client connected; `connection.number` counts from 1."""
+
+    def stream_refused(self, connection: Http2Connection) -> None:
+        """A stream came above the announced limit, before the client could know it, and was refused."""
+
+    def request_received(self, exchange: Exchange) -> None:
+        """A request is complete: answer it now, later or never."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and the means to answer it. Answering after the connection is gone does nothing."""
+
+    connection: Http2Connection
+    stream_id: int
+    request: HttpRequest
+
+    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes = b"", *, truncated: bool = False) -> None:
+        """Send the whole answer. `truncated` announces one byte more, then resets the stream."""
+        self.connection.send_answer(self.stream_id, status, headers, body, truncated=truncated)
+
+
+@dataclass(slots=True)
+class _Incoming:
+    pseudo: dict[str, str]
+    headers: tuple[tuple[str, str], ...]
+    body: bytearray = field(default_factory=bytearray)
+    body_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    body: memoryview
+    truncated: bool
+
+
+class Http2Connection(asyncio.Protocol):
+    """One connection of a provider."""
+
+    def __init__(self, peer: Peer, server: Http2Server) -> None:
+        self._peer = peer
+        self._server = server
+        self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
+        self._incoming: dict[int, _Incoming] = {}
+        self._outgoing: dict[int, _Outgoing] = {}
+        self._open_streams: set[int] = set()
+        self._transport: asyncio.Transport | None = None
+        self._streams_max = peer.streams_max
+        self.number = 0
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # create_server gives stream transports; uvloop's share no base class with asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is None or tls.selected_alpn_protocol() != "h2" or not self._server.admit(self):
+            self.drop()
+            return
+        self._h2.initiate_connection()
+        self._h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: self._streams_max})
+        self._flush()
+        self._peer.connection_opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            events = self._h2.receive_data(data)
+            # h2 has closed these streams already, also for the events that come before the reset.
+            reset = {event.stream_id for event in events if isinstance(event, StreamReset)}
+            for stream_id in reset:
+                self._forget(stream_id)
+            for event in events:
+                if not (isinstance(event, RequestReceived) and event.stream_id in reset):
+                    self._handle(event)
+        except H2Error:
+            # h2 has put the GOAWAY that says why into its buffer.
+            self._flush()
+            self.drop(gently=True)
+            return
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._server.forget(self)
+
+    # the peer's side
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an answer can still be sent."""
+        return self._transport is not None
+
+    def raise_streams_max(self, streams_max: int) -> None:
+        """Announce that so many streams may be open at once from now on."""
+        if self._transport is not None and streams_max != self._streams_max:
+            self._streams_max = streams_max
+            self._h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: streams_max})
+
+    def send_answer(self, stream_id: int, status: int, headers: list[tuple[str, str]], body: bytes, *, truncated: bool) -> None:
+        """See `Exchange.answer`."""
+        if self._transport is None or stream_id not in self._open_streams:
+            return
+        length = len(body) + 1 if truncated else len(body)
+        fields = [(":status", str(status)), *headers]
+        if length:
+            fields.append(("content-length", str(length)))
+        self._h2.send_headers(stream_id, fields, end_stream=length == 0)
+        if length == 0:
+            self._open_streams.discard(stream_id)
+        else:
+            self._outgoing[stream_id] = _Outgoing(memoryview(body), truncated)
+            self._pump(stream_id)
+        self._flush()
+
+    def goaway(self, reason: str, *, last_stream_id: int) -> None:
+        """Say goodbye with a JSON reason, as APNs does, and close."""
+        if self._transport is not None:
+            note = json.dumps({"reason": reason}).encode()
+            self._h2.close_connection(ErrorCodes.NO_ERROR, additional_data=note, last_stream_id=last_stream_id)
+            self._flush()
+            self.drop(gently=True)
+
+    def drop(self, *, gently: bool = False) -> None:
+        """Close at once; `gently` lets what was written reach the other side."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            if gently:
+                transport.close()
+            else:
+                transport.abort()
+
+    # h2's side
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case RequestReceived():
+                self._open(event)
+            case DataReceived():
+                self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                incoming = self._incoming.get(event.stream_id)
+                if incoming is not None:
+                    incoming.body_bytes += len(event.data)
+                    incoming.body += event.data[: BODY_BYTES_KEPT_MAX - len(incoming.body)]
+            case StreamEnded():
+                self._complete(event.stream_id)
+            case WindowUpdated():
+                for stream_id in [event.stream_id] if event.stream_id else list(self._outgoing):
+                    self._pump(stream_id)
+            case ConnectionTerminated():
+                self.drop(gently=True)
+
+    def _open(self, event: RequestReceived) -> None:
+        if len(self._open_streams) >= self._streams_max:
+            # The client may not have seen our SETTINGS yet: refuse the stream, keep the connection.
+            self._h2.reset_stream(event.stream_id, ErrorCodes.REFUSED_STREAM)
+            self._peer.stream_refused(self)
+            return
+        fields = [(str(name), str(value)) for name, value in event.headers]
+        self._open_streams.add(event.stream_id)
+        self._incoming[event.stream_id] = _Incoming(
+            pseudo={name: value for name, value in fields if name.startswith(":")},
+            headers=tuple((name, value) for name, value in fields if not name.startswith(":")),
+        )
+
+    def _complete(self, stream_id: int) -> None:
+        incoming = self._incoming.pop(stream_id, None)
+        if incoming is None:
+            return
+        request = HttpRequest(
+            method=incoming.pseudo.get(":method", ""),
+            scheme=incoming.pseudo.get(":scheme", ""),
+            path=incoming.pseudo.get(":path", ""),
+            headers=incoming.headers,
+            body=bytes(incoming.body),
+            body_bytes=incoming.body_bytes,
+        )
+        self._peer.request_received(Exchange(self, stream_id, request))
+
+    def _pump(self, stream_id: int) -> None:
+        """Send as much of an answer's body as the client's windows allow."""
+        outgoing = self._outgoing.get(stream_id)
+        while outgoing is not None and len(outgoing.body):
+            room = min(self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
+            if room <= 0:
+                return
+            part, outgoing.body = outgoing.body[:room], outgoing.body[room:]
+            last = len(outgoing.body) == 0 and not outgoing.truncated
+            self._h2.send_data(stream_id, bytes(part), end_stream=last)
+        if outgoing is not None:
+            if outgoing.truncated:
+                self._h2.reset_stream(stream_id, ErrorCodes.INTERNAL_ERROR)
+            self._forget(stream_id)
+
+    def _forget(self, stream_id: int) -> None:
+        self._incoming.pop(stream_id, None)
+        self._outgoing.pop(stream_id, None)
+        self._open_streams.discard(stream_id)
+
+    def _flush(self) -> None:
+        data = self._h2.data_to_send()
+        if data and self._transport is not None:
+            self._transport.write(data)
+
+
+class Http2Server:
+    """The listening side: TLS 1.2 or later, ALPN h2 only."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._connections: set[Http2Connection] = set()
+        self._deserted = asyncio.Event()
+        self._deserted.set()
+        self._accepted = 0
+        self._listener: asyncio.Server | None = None
+
+    async def start(self, *, host: str, port: int, certificate: Path, private_key: Path) -> int:
+        """Listen; gives the real port. Raises OSError when it cannot, ssl.SSLError on a bad certificate."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2"])
+        context.load_cert_chain(certificate, private_key)
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: Http2Connection(self._peer, self), host, port, ssl=context)
+        bound: int = self._listener.sockets[0].getsockname()[1]
+        return bound
+
+    async def close(self) -> None:
+        """Stop listening and drop every connection. Idempotent."""
+        if self._listener is not None:
+            self._listener.close()
+            for connection in list(self._connections):
+                connection.drop()
+            await self._listener.wait_closed()
+            # Aborted transports report their end in the next turns of the loop.
+            await self._deserted.wait()
+
+    def admit(self, connection: Http2Connection) -> bool:
+        """Count a new connection; False: too many."""
+        if len(self._connections) >= CONNECTIONS_MAX:
+            return False
+        self._connections.add(connection)
+        self._deserted.clear()
+        self._accepted += 1
+        connection.number = self._accepted
+        return True
+
+    def forget(self, connection: Http2Connection) -> None:
+        """A connection ended."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._deserted.set()
