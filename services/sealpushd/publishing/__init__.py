@@ -1,0 +1,1 @@
+"""Accepting messages from senders, and telling them what became of each."""

@@ -1,0 +1,103 @@
+"""What publishing asks of the other services: each call takes items one by one and goes out in batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from sealpush.errors import EntryRefused
+from sealpush.ids import SenderId
+from sealpush.keys import SenderEntry
+
+from sealpushd.platform.clients import BatchedCall, MeshChannel
+from sealpushd.platform.errors import FailedPrecondition, Unavailable
+from sealpushd.v1 import (
+    administration_pb2,
+    administration_pb2_grpc,
+    directory_pb2,
+    directory_pb2_grpc,
+    mailbox_pb2,
+    mailbox_pb2_grpc,
+    sealing_pb2,
+    sealing_pb2_grpc,
+)
+
+# How old an entry may be: a revoked sender goes on for this long at the most.
+ENTRY_FRESH_S: Final = 30.0
+# When accounts does not answer, an entry this old still serves: entries live for months.
+ENTRY_STALE_MAX_S: Final = 3600.0
+SIGNATURE_BYTES: Final = 64
+
+
+class Peers:
+    """The mesh as publishing sees it. Raises ServiceErrors, as `from_mesh` makes them."""
+
+    def __init__(self, accounts: MeshChannel, registration: MeshChannel, keys: MeshChannel, fetch: MeshChannel) -> None:
+        directory = directory_pb2_grpc.DirectoryStub(registration.channel)
+        sealing = sealing_pb2_grpc.SealingStub(keys.channel)
+        self.mailbox_channel = fetch
+        self.mailbox = mailbox_pb2_grpc.MailboxStub(fetch.channel)
+        self.lookup_accepted: BatchedCall[mailbox_pb2.AcceptedKey, mailbox_pb2.AcceptedResult] = BatchedCall(
+            fetch,
+            self.mailbox.LookupAccepted,
+            lambda items: mailbox_pb2.LookupAcceptedRequest(keys=items),
+            lambda answer: answer.results,
+        )
+        self.resolve: BatchedCall[directory_pb2.ResolveQuery, directory_pb2.ResolveResult] = BatchedCall(
+            registration,
+            directory.Resolve,
+            lambda items: directory_pb2.ResolveRequest(queries=items),
+            lambda answer: answer.results,
+        )
+        self.seal: BatchedCall[sealing_pb2.SealItem, sealing_pb2.SealResult] = BatchedCall(
+            keys,
+            sealing.Seal,
+            lambda items: sealing_pb2.SealRequest(items=items),
+            lambda answer: answer.results,
+            weigh=lambda item: 256 + len(item.content),
+        )
+        self.check_stanzas: BatchedCall[sealing_pb2.StanzaCheck, sealing_pb2.StanzaVerdict] = BatchedCall(
+            keys,
+            sealing.CheckStanzas,
+            lambda items: sealing_pb2.CheckStanzasRequest(checks=items),
+            lambda answer: answer.verdicts,
+        )
+        self.store: BatchedCall[mailbox_pb2.NewMessage, mailbox_pb2.StoreResult] = BatchedCall(
+            fetch,
+            self.mailbox.Store,
+            lambda items: mailbox_pb2.StoreRequest(messages=items),
+            lambda answer: answer.results,
+            weigh=lambda item: 512 + len(item.tail) + 200 * len(item.deliveries),
+        )
+        self._accounts = accounts
+        self._administration = administration_pb2_grpc.AdministrationStub(accounts.channel)
+        self._entries: dict[SenderId, tuple[SenderEntry, float]] = {}
+
+    async def sender_entry(self, sender_id: SenderId) -> SenderEntry:
+        """The sender's entry, at most 30 s old while accounts answers. Raises FailedPrecondition for a sender without one."""
+        kept = self._entries.get(sender_id)
+        now = time.monotonic()
+        if kept is not None and now - kept[1] < ENTRY_FRESH_S:
+            return kept[0]
+        try:
+            answer = await self._accounts.call(
+                self._administration.GetSenders, administration_pb2.GetSendersRequest(sender_ids=[sender_id])
+            )
+        except Unavailable:
+            if kept is not None and now - kept[1] < ENTRY_STALE_MAX_S:
+                return kept[0]
+            raise
+        entry = _decode(answer.senders)
+        self._entries[sender_id] = (entry, now)
+        return entry
+
+
+def _decode(senders: Sequence[administration_pb2.Sender]) -> SenderEntry:
+    # Accounts verified the root's signature when the entry was put; phones verify it again.
+    try:
+        if senders and len(senders[0].sender_entry) > SIGNATURE_BYTES:
+            return SenderEntry.decode(senders[0].sender_entry[:-SIGNATURE_BYTES])
+    except (ValueError, EntryRefused) as e:
+        raise FailedPrecondition("the sender's entry is malformed; ask the operator to certify a new one") from e
+    raise FailedPrecondition("this sender has no entry or was removed; ask the operator")

@@ -1,0 +1,291 @@
+"""Decisions of publishing: what a request must be, what follows from who the recipient is, and how a status is told. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import Enum
+from typing import Final
+
+from sealpush.envelope import CONTENT_BYTES_MAX, Envelope, content_public_key, verify_signature
+from sealpush.errors import EnvelopeRefused
+from sealpush.ids import ID_BYTES, SenderId
+from sealpush.keys import SenderEntry, SenderMode
+from sealpush.v1 import common_pb2, content_pb2, publish_pb2
+
+from sealpushd.platform.clock import from_ms, to_ms
+from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied
+
+REQUEST_ID_MAX: Final = 64
+BATCH_REQUESTS_MAX: Final = 512
+BATCH_BYTES_MAX: Final = 2 * 1024 * 1024
+LIFETIME_DEFAULT: Final = timedelta(days=14)
+LIFETIME_MIN: Final = timedelta(seconds=1)
+LIFETIME_MAX: Final = timedelta(days=28)
+# A sealed creation time may differ from the server's clock by this much.
+CREATED_SKEW_MAX: Final = timedelta(minutes=5)
+# An envelope's own lifetime and the one in the request may differ by rounding, not by more.
+LIFETIME_DIFFERENCE_MAX: Final = timedelta(seconds=1)
+SUBSCRIPTIONS_MAX: Final = 16
+# The waiting interval of a status; below the 10 s that any call may take.
+WAIT_MAX: Final = timedelta(seconds=8)
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
+
+# Longest texts inside a content, in characters; the proto says them too.
+_CONTENT_LIMITS: Final = {
+    "title": 256,
+    "image_url": 2048,
+    "deep_link": 2048,
+    "custom_payload": 16 * 1024,
+    "replace_key": 64,
+    "action_type": 64,
+    "resource_id": 128,
+    "locale": 35,
+    "short_text": 512,
+    "template_type": 64,
+    "content_url": 2048,
+}
+_ACTION_LIMITS: Final = {"title": 64, "action": 64, "options": 2048}
+_ACTIONS_MAX: Final = 3
+_REQUEST_LIMITS: Final = {"app_id": 64, "replace_key": 64, "tag": 50, "originator": 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A request that could be right: everything that can be known without asking anybody was checked."""
+
+    request: publish_pb2.PublishRequest
+    app_id: str
+    created_at: datetime
+    expires_at: datetime
+    # Serialised Content for the server to seal, or the envelope that the sender sealed.
+    plain: bytes | None
+    envelope: Envelope | None
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises InvalidRequest unless it can be an idempotency key."""
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest(
+            f"request_id must be 1 to {REQUEST_ID_MAX} printable ASCII characters; use a UUID of your own", field="request_id"
+        )
+
+
+def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_ids: Sequence[str], now: datetime) -> Publication:
+    """What a sender asks for, its request id checked before. Raises InvalidRequest that names the field, PermissionDenied for an app that is not the sender's."""
+    if request.recipient.WhichOneof("kind") is None:
+        raise InvalidRequest("recipient is missing: give a phone number", field="recipient")
+    app_id = _app(request.app_id, app_ids)
+    if request.content_class not in (common_pb2.CONTENT_CLASS_INFORMATIONAL, common_pb2.CONTENT_CLASS_ADVERTISING):
+        raise InvalidRequest("content_class must be INFORMATIONAL or ADVERTISING", field="content_class")
+    _known(request, "priority", common_pb2.Priority)
+    _known(request, "channel", common_pb2.Channel)
+    _known(request, "traffic_type", common_pb2.TrafficType)
+    if request.channel not in (common_pb2.CHANNEL_UNSPECIFIED, common_pb2.CHANNEL_PUSH):
+        raise InvalidRequest("this installation carries messages by push only", field="channel")
+    for platform in request.platforms:
+        if platform == common_pb2.PLATFORM_UNSPECIFIED or platform not in common_pb2.Platform.values():
+            raise InvalidRequest(f"platform {platform} is unknown", field="platforms")
+    for field, most in _REQUEST_LIMITS.items():
+        if len(getattr(request, field)) > most:
+            raise InvalidRequest(f"{field} is longer than {most} characters", field=field)
+    for field in ("order_id", "group_id"):
+        if len(getattr(request, field)) not in (0, ID_BYTES):
+            raise InvalidRequest(f"{field} must be empty or 16 bytes", field=field)
+    if request.leg_no > 100:
+        raise InvalidRequest("leg_no is at most 100", field="leg_no")
+    if len(request.subscriptions) > SUBSCRIPTIONS_MAX or any(len(each) > 64 for each in request.subscriptions):
+        raise InvalidRequest(f"at most {SUBSCRIPTIONS_MAX} subscriptions of at most 64 characters", field="subscriptions")
+    lifetime = _lifetime(request)
+    match request.WhichOneof("content"):
+        case "plain":
+            expires_at = now + (lifetime or LIFETIME_DEFAULT)
+            return Publication(request, app_id, now, expires_at, _plain(request), None)
+        case "sealed":
+            envelope = _sealed(request.sealed, sender_id, lifetime, now)
+            header = envelope.header
+            return Publication(request, app_id, from_ms(header.created_at_ms), from_ms(header.expires_at_ms), None, envelope)
+    raise InvalidRequest("content is missing: give `plain` or `sealed`", field="content")
+
+
+def _app(app_id: str, allowed: Sequence[str]) -> str:
+    if not app_id:
+        if not allowed:
+            raise PermissionDenied("this sender may not use any app yet; ask the operator to grant one")
+        return allowed[0]
+    if app_id not in allowed:
+        raise PermissionDenied(f"this sender may not use the app {app_id!r}")
+    return app_id
+
+
+def _known(request: publish_pb2.PublishRequest, field: str, enum: object) -> None:
+    value = getattr(request, field)
+    if value not in enum.values():  # type: ignore[attr-defined]  # the stubs of enums share no base class
+        raise InvalidRequest(f"{field} {value} is unknown to this version", field=field)
+
+
+def _lifetime(request: publish_pb2.PublishRequest) -> timedelta | None:
+    if not request.HasField("lifetime"):
+        return None
+    try:
+        lifetime = request.lifetime.ToTimedelta()
+    except (ValueError, OverflowError) as e:
+        raise InvalidRequest("lifetime is no valid duration", field="lifetime") from e
+    if not LIFETIME_MIN <= lifetime <= LIFETIME_MAX:
+        raise InvalidRequest("lifetime must be 1 second to 28 days", field="lifetime")
+    return lifetime
+
+
+def check_content(content: content_pb2.Content) -> None:
+    """Raises InvalidRequest for a text over its limit, a link that is no HTTPS address, or a content with nothing to show."""
+    if not (content.title or content.body or content.short_text or content.content_url):
+        raise InvalidRequest("the content is empty: give a title or a body", field="plain.body")
+    for field, most in _CONTENT_LIMITS.items():
+        if len(getattr(content, field)) > most:
+            raise InvalidRequest(f"{field} is longer than {most} characters", field=f"plain.{field}")
+    for field in ("image_url", "content_url"):
+        value = getattr(content, field)
+        if value and not value.startswith("https://"):
+            raise InvalidRequest(f"{field} must be an https:// address", field=f"plain.{field}")
+    if len(content.actions) > _ACTIONS_MAX:
+        raise InvalidRequest(f"at most {_ACTIONS_MAX} actions", field="plain.actions")
+    for action in content.actions:
+        for field, most in _ACTION_LIMITS.items():
+            if len(getattr(action, field)) > most:
+                raise InvalidRequest(f"an action's {field} is longer than {most} characters", field="plain.actions")
+
+
+def _plain(request: publish_pb2.PublishRequest) -> bytes:
+    content = content_pb2.Content()
+    content.CopyFrom(request.plain)
+    check_content(content)
+    if content.version > 1:
+        raise InvalidRequest("this server knows version 1 of a content", field="plain.version")
+    if content.content_class not in (common_pb2.CONTENT_CLASS_UNSPECIFIED, request.content_class):
+        raise InvalidRequest("the content names another class than the request", field="plain.content_class")
+    if content.replace_key not in ("", request.replace_key):
+        raise InvalidRequest("the content names another replace_key than the request", field="plain.replace_key")
+    content.version = 1
+    content.content_class = request.content_class
+    content.replace_key = request.replace_key
+    serialised = content.SerializeToString()
+    if len(serialised) > CONTENT_BYTES_MAX:
+        raise InvalidRequest(f"the content is {len(serialised)} bytes, at most {CONTENT_BYTES_MAX} are possible; shorten it", field="plain")
+    return serialised
+
+
+def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: timedelta | None, now: datetime) -> Envelope:
+    try:
+        envelope = Envelope.parse(sealed.envelope)
+    except EnvelopeRefused as e:
+        raise InvalidRequest("the envelope cannot be parsed; see docs/device-protocol.md for its layout", field="sealed.envelope") from e
+    header = envelope.header
+    if header.sender_id != sender_id:
+        raise InvalidRequest("the envelope names another sender", field="sealed.envelope")
+    if header.server_sealed:
+        raise InvalidRequest("the envelope says that the server sealed it; leave that flag out", field="sealed.envelope")
+    if abs(to_ms(now) - header.created_at_ms) > CREATED_SKEW_MAX / timedelta(milliseconds=1):
+        raise InvalidRequest(
+            "the envelope was made more than 5 minutes from the server's time; check your clock and seal again", field="sealed.envelope"
+        )
+    own = timedelta(milliseconds=header.expires_at_ms - header.created_at_ms)
+    if own < LIFETIME_MIN:
+        raise InvalidRequest("the envelope lives shorter than 1 second", field="sealed.envelope")
+    if lifetime is not None and abs(own - lifetime) > LIFETIME_DIFFERENCE_MAX:
+        raise InvalidRequest("lifetime differs from the envelope's own; leave it out or make them equal", field="lifetime")
+    if header.expires_at_ms <= to_ms(now):
+        raise InvalidRequest("the envelope has expired already", field="sealed.envelope")
+    if len({stanza.device_id for stanza in envelope.stanzas}) != len(envelope.stanzas):
+        raise InvalidRequest("the envelope has two stanzas for one device", field="sealed.envelope")
+    return envelope
+
+
+def check_sender_entry(publication: Publication, entry: SenderEntry, now: datetime) -> None:
+    """What the sender's entry allows. Raises FailedPrecondition for the mode or an entry out of time, InvalidRequest for the signature.
+
+    Phones check the same: what they would refuse is refused here, before it is accepted.
+    """
+    if not entry.not_before_ms <= to_ms(now) < entry.not_after_ms:
+        raise FailedPrecondition("the sender's entry is out of its time; ask the operator to certify a new one")
+    if publication.envelope is None:
+        if SenderMode.SERVER not in entry.modes:
+            raise FailedPrecondition("this sender is end-to-end only: seal the content yourself and publish it as `sealed`")
+        return
+    try:
+        verify_signature(publication.envelope, content_public_key(publication.envelope.header, entry, None))
+    except EnvelopeRefused as e:
+        raise InvalidRequest(
+            "the envelope is not signed by a key that the sender's entry lists for this time", field="sealed.envelope"
+        ) from e
+
+
+def blocked_reason(content_class: int, *, block_all: bool, block_advertising: bool) -> int:
+    """Why the recipient's decision forbids a message; 0: it does not."""
+    if block_all:
+        return common_pb2.REASON_CODE_SENDER_BLOCKED
+    if block_advertising and content_class == common_pb2.CONTENT_CLASS_ADVERTISING:
+        return common_pb2.REASON_CODE_ADVERTISING_BLOCKED
+    return 0
+
+
+def traffic_type(request: publish_pb2.PublishRequest) -> int:
+    """The traffic type as given, else the one that the content class stands for."""
+    if request.traffic_type:
+        return request.traffic_type
+    if request.content_class == common_pb2.CONTENT_CLASS_ADVERTISING:
+        return common_pb2.TRAFFIC_TYPE_ADVERTISING
+    return common_pb2.TRAFFIC_TYPE_INFORMATIONAL
+
+
+class Wait(Enum):
+    """How a status is asked for."""
+
+    TRUE_STATE = "true state"
+    ASSUMED = "assumed"
+    UP_TO = "up to"
+
+
+def parse_wait(request: publish_pb2.GetStatusRequest) -> tuple[Wait, timedelta]:
+    """Absent: the true state. Present and 0: the assumed one. Longer: wait so long at the most. Raises InvalidRequest."""
+    if not request.HasField("wait"):
+        return Wait.TRUE_STATE, timedelta()
+    try:
+        wait = request.wait.ToTimedelta()
+    except (ValueError, OverflowError) as e:
+        raise InvalidRequest("wait is no valid duration", field="wait") from e
+    if wait < timedelta() or wait > WAIT_MAX:
+        raise InvalidRequest(f"wait must be 0 to {WAIT_MAX.total_seconds():.0f} seconds", field="wait")
+    return (Wait.UP_TO, wait) if wait else (Wait.ASSUMED, wait)
+
+
+TERMINAL: Final = frozenset(
+    {
+        common_pb2.STATE_DELIVERED,
+        common_pb2.STATE_UNDELIVERED,
+        common_pb2.STATE_BLOCKED,
+        common_pb2.STATE_EXPIRED,
+        common_pb2.STATE_CANCELLED,
+        common_pb2.STATE_REPLACED,
+    }
+)
+
+# The app instance is gone, or the sender itself took the message back: nothing to assume then.
+_NOT_ASSUMED_REASONS: Final = frozenset(
+    {common_pb2.REASON_CODE_UNREGISTERED, common_pb2.REASON_CODE_NUMBER_REBOUND, common_pb2.REASON_CODE_NO_APPLICATION}
+)
+_NOT_ASSUMED_STATES: Final = frozenset({common_pb2.STATE_CANCELLED, common_pb2.STATE_REPLACED})
+
+
+def assume(status: publish_pb2.MessageStatus) -> publish_pb2.MessageStatus:
+    """The answer for a waiting interval of 0: DELIVERED whether or not the device received it, as long as the app is registered."""
+    if status.state in _NOT_ASSUMED_STATES or status.reason_code in _NOT_ASSUMED_REASONS:
+        return status
+    assumed = publish_pb2.MessageStatus()
+    assumed.CopyFrom(status)
+    assumed.assumed = status.state != common_pb2.STATE_DELIVERED
+    assumed.state = common_pb2.STATE_DELIVERED
+    assumed.reason_code = common_pb2.REASON_CODE_UNSPECIFIED
+    return assumed

@@ -1,0 +1,153 @@
+"""gRPC of publishing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+from sealpush.ids import ID_BYTES, MessageId, SenderId
+from sealpush.v1 import publish_pb2, publish_pb2_grpc
+
+from sealpushd.platform import rpc
+from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError
+from sealpushd.platform.tokens import SenderCaller
+from sealpushd.publishing import rules
+from sealpushd.publishing.acceptance import Acceptance, to_refusal
+from sealpushd.publishing.peers import Peers
+from sealpushd.publishing.rules import Wait
+from sealpushd.publishing.watching import StatusWatch
+from sealpushd.v1 import mailbox_pb2
+
+# Frames of one stream that are worked on at once; more would only wait elsewhere.
+FRAMES_IN_FLIGHT_MAX: Final = 8
+
+
+class PublishingServicer(publish_pb2_grpc.PublishingServicer):
+    """What senders call."""
+
+    def __init__(self, acceptance: Acceptance, watch: StatusWatch, peers: Peers) -> None:
+        self._acceptance = acceptance
+        self._watch = watch
+        self._peers = peers
+
+    async def Publish(self, request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:  # noqa: N802 - gRPC's name
+        (outcome,) = await self._acceptance.accept(rpc.require_sender(), [request])
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        return publish_pb2.PublishResponse(result=outcome)
+
+    async def PublishBatch(  # noqa: N802 - gRPC's name
+        self, request: publish_pb2.PublishBatchRequest, context: Any
+    ) -> publish_pb2.PublishBatchResponse:
+        results = await self._accept_all(rpc.require_sender(), request.requests, request.ByteSize())
+        return publish_pb2.PublishBatchResponse(results=results)
+
+    async def PublishStream(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[publish_pb2.PublishStreamRequest], context: Any
+    ) -> AsyncIterator[publish_pb2.PublishStreamResponse]:
+        caller = rpc.require_sender()
+        done: asyncio.Queue[publish_pb2.PublishStreamResponse | ServiceError | None] = asyncio.Queue()
+        room = asyncio.Semaphore(FRAMES_IN_FLIGHT_MAX)
+
+        async def work(frame: publish_pb2.PublishStreamRequest) -> None:
+            try:
+                results = await self._accept_all(caller, frame.requests, frame.ByteSize())
+                done.put_nowait(publish_pb2.PublishStreamResponse(frame=frame.frame, results=results))
+            except ServiceError as e:
+                done.put_nowait(e)
+            finally:
+                room.release()
+
+        async def read() -> None:
+            async with asyncio.TaskGroup() as group:
+                async for frame in request_iterator:
+                    await room.acquire()
+                    group.create_task(work(frame))
+            done.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (answer := await done.get()) is not None:
+                if isinstance(answer, ServiceError):
+                    raise answer
+                yield answer
+        finally:
+            reader.cancel()
+
+    async def _accept_all(
+        self, caller: SenderCaller, requests: Sequence[publish_pb2.PublishRequest], size: int
+    ) -> list[publish_pb2.PublishResult]:
+        if len(requests) > rules.BATCH_REQUESTS_MAX:
+            raise InvalidRequest(f"at most {rules.BATCH_REQUESTS_MAX} messages a batch; split it", field="requests")
+        if size > rules.BATCH_BYTES_MAX:
+            raise InvalidRequest(f"a batch is at most {rules.BATCH_BYTES_MAX} bytes; split it", field="requests")
+        outcomes = await self._acceptance.accept(caller, requests)
+        return [
+            to_refusal(request, outcome) if isinstance(outcome, ServiceError) else outcome
+            for request, outcome in zip(requests, outcomes, strict=True)
+        ]
+
+    async def GetStatus(self, request: publish_pb2.GetStatusRequest, context: Any) -> publish_pb2.GetStatusResponse:  # noqa: N802
+        caller = rpc.require_sender()
+        message_id = _message_id(request.message_id, "message_id")
+        how, wait = rules.parse_wait(request)
+        status = await self._status(caller.sender_id, message_id, wait)
+        return publish_pb2.GetStatusResponse(status=rules.assume(status) if how is Wait.ASSUMED else status)
+
+    async def _status(self, sender_id: SenderId, message_id: MessageId, wait: timedelta) -> publish_pb2.MessageStatus:
+        last: publish_pb2.MessageStatus | None = None
+        if not wait:
+            found = await self._watch.statuses(sender_id, [message_id])
+            last = found[0] if found else None
+        else:
+            try:
+                async with asyncio.timeout(wait.total_seconds()):
+                    async for statuses in self._watch.watch(sender_id, [message_id]):
+                        last = statuses[-1] if statuses else last
+            except TimeoutError:
+                # The interval is over: what was seen last is the answer.
+                if last is None:
+                    raise
+        if last is None:
+            raise NotFound("this sender has no such message, or it is older than statuses are kept")
+        return last
+
+    async def GetStatuses(  # noqa: N802 - gRPC's name
+        self, request: publish_pb2.GetStatusesRequest, context: Any
+    ) -> publish_pb2.GetStatusesResponse:
+        caller = rpc.require_sender()
+        statuses = await self._watch.statuses(caller.sender_id, _message_ids(request.message_ids))
+        return publish_pb2.GetStatusesResponse(statuses=statuses)
+
+    async def WatchStatus(  # noqa: N802 - gRPC's name
+        self, request: publish_pb2.WatchStatusRequest, context: Any
+    ) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
+        caller = rpc.require_sender()
+        async for statuses in self._watch.watch(caller.sender_id, _message_ids(request.message_ids)):
+            yield publish_pb2.WatchStatusResponse(statuses=statuses)
+
+    async def Cancel(self, request: publish_pb2.CancelRequest, context: Any) -> publish_pb2.CancelResponse:  # noqa: N802 - gRPC's name
+        caller = rpc.require_sender()
+        message_id = _message_id(request.message_id, "message_id")
+        answer = await self._peers.mailbox_channel.call(
+            self._peers.mailbox.Cancel,
+            mailbox_pb2.MailboxCancelRequest(sender_id=caller.sender_id, message_ids=[message_id]),
+        )
+        (result,) = answer.results
+        if not result.found:
+            raise NotFound("this sender has no such message, or it is older than statuses are kept")
+        return publish_pb2.CancelResponse(state=result.state, deliveries=result.deliveries)
+
+
+def _message_id(value: bytes, field: str) -> MessageId:
+    if len(value) != ID_BYTES:
+        raise InvalidRequest(f"{field} must be 16 bytes, not {len(value)}", field=field)
+    return MessageId(value)
+
+
+def _message_ids(values: Sequence[bytes]) -> list[MessageId]:
+    if not 0 < len(values) <= rules.BATCH_REQUESTS_MAX:
+        raise InvalidRequest(f"give 1 to {rules.BATCH_REQUESTS_MAX} message ids", field="message_ids")
+    return [_message_id(value, "message_ids") for value in values]
