@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 import structlog
@@ -47,7 +47,11 @@ _BUSY = (
     asyncpg.ReadOnlySQLTransactionError,
 )
 
-Connection = asyncpg.Connection[asyncpg.Record]
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    # Generic in its stubs only.
+    Connection = asyncpg.Connection
 
 
 def load_sql(folder: Path, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -58,8 +59,8 @@ def migrations_of(service: str) -> list[Migration]:
     return sorted(found, key=lambda migration: migration.version)
 
 
-async def migrate(admin_url: str, passwords: dict[str, str]) -> list[str]:
-    """Bring every schema to the present version; returns the names of the migrations that were applied.
+async def migrate(admin_url: str, passwords: dict[str, str], services: Sequence[str] = SERVICES) -> list[str]:
+    """Bring the schemas of these services to the present version; returns the names of the migrations that were applied.
 
     `passwords` gives the password of each login role by its name; a role without one keeps what it has. Safe to repeat and to
     run twice at once. Raises SchemaError when the database is newer or an applied migration differs, StoreUnavailable.
@@ -75,7 +76,7 @@ async def migrate(admin_url: str, passwords: dict[str, str]) -> list[str]:
             " checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (service, version))"
         )
         await _login_role(connection, MAINTENANCE_ROLE, passwords.get(MAINTENANCE_ROLE))
-        for service in SERVICES:
+        for service in services:
             await _roles_and_schema(connection, service, passwords.get(f"{service}_app"))
             for migration in await _pending(connection, service):
                 async with connection.transaction():
@@ -127,7 +128,7 @@ async def _grants(connection: Connection, service: str) -> None:
     await connection.execute(f'GRANT USAGE ON SCHEMA "{service}" TO "{app}", "{MAINTENANCE_ROLE}"')
     await connection.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{service}" TO "{app}"')
     await connection.execute(f'GRANT USAGE ON ALL SEQUENCES IN SCHEMA "{service}" TO "{app}"')
-    await connection.execute(f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA "{service}" TO "{app}", "{MAINTENANCE_ROLE}"')
+    await connection.execute(f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA "{service}" TO "{MAINTENANCE_ROLE}"')
 
 
 async def _pending(connection: Connection, service: str) -> list[Migration]:

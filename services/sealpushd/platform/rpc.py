@@ -23,7 +23,7 @@ from sealpushd.platform import access, telemetry
 from sealpushd.platform.errors import DeadlineExceeded, ServiceError, render
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.metrics import RPC_IN_FLIGHT, RPC_SECONDS
-from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, TokenVerifier
+from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
 
 log = structlog.get_logger()
 
@@ -51,6 +51,14 @@ def require_device() -> DeviceCaller:
     caller = _caller.get()
     if not isinstance(caller, DeviceCaller):
         raise TypeError("the access table lets a caller in that is no device")
+    return caller
+
+
+def require_service() -> ServiceCaller:
+    """The service, or the operator, that makes this call; as `require_sender`."""
+    caller = _caller.get()
+    if not isinstance(caller, ServiceCaller):
+        raise TypeError("the access table lets a caller in that is no service")
     return caller
 
 

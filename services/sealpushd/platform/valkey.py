@@ -97,11 +97,11 @@ class Valkey:
         except _FAILURES:
             VALKEY_ERRORS.labels("presence").inc()
 
-    async def count(self, key: str, ttl_s: int) -> int | None:
-        """The number of calls with this key so far, this one included; None when Valkey is away."""
+    async def count(self, key: str, ttl_s: int, add: int = 1) -> int | None:
+        """The sum of what was added to this key so far, this call included; 0 reads it. None when Valkey is away."""
         try:
             async with self._client.pipeline(transaction=True) as pipe:
-                pipe.incr(key)
+                pipe.incrby(key, add)
                 pipe.expire(key, ttl_s, nx=True)
                 counted, _ = await pipe.execute()
         except _FAILURES:

@@ -75,7 +75,10 @@ def check_request_id(request_id: str) -> None:
 
 
 def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_ids: Sequence[str], now: datetime) -> Publication:
-    """What a sender asks for, its request id checked before. Raises InvalidRequest that names the field, PermissionDenied for an app that is not the sender's."""
+    """What a sender asks for, its request id checked before.
+
+    Raises InvalidRequest that names the field, PermissionDenied for an app that is not the sender's.
+    """
     if request.recipient.WhichOneof("kind") is None:
         raise InvalidRequest("recipient is missing: give a phone number", field="recipient")
     app_id = _app(request.app_id, app_ids)

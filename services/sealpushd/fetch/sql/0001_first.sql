@@ -163,7 +163,7 @@ $$;
 
 -- Weekly partitions from last week to `ahead` weeks on. Weekly and not daily: what looks at a device's deliveries visits every
 -- partition of a message's longest life.
-CREATE FUNCTION ensure_partitions(ahead int DEFAULT 6) RETURNS int LANGUAGE plpgsql SECURITY DEFINER SET search_path = fetch, pg_temp AS $$
+CREATE FUNCTION ensure_partitions(ahead int DEFAULT 6) RETURNS int LANGUAGE plpgsql SECURITY DEFINER SET search_path = "fetch", pg_temp AS $$
 DECLARE
     week timestamptz := date_trunc('week', now() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC' - interval '1 week';
     made int := 0;
@@ -196,7 +196,7 @@ END $$;
 
 -- Drop partitions that end before the retention: contents after the longest lifetime, the rest after `keep`.
 CREATE FUNCTION drop_partitions(keep interval DEFAULT interval '90 days') RETURNS int
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = fetch, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = "fetch", pg_temp AS $$
 DECLARE
     dropped int := 0;
     old record;
@@ -210,7 +210,7 @@ BEGIN
     LOOP
         -- The name ends in its ISO week.
         IF to_timestamp(right(old.part, 7), 'IYYY"w"IW') + interval '1 week'
-           < now() - CASE WHEN old.parent = 'contents' THEN interval '29 days' ELSE greatest(keep, interval '29 days') END THEN
+           < now() - (CASE WHEN old.parent = 'contents' THEN interval '29 days' ELSE greatest(keep, interval '29 days') END) THEN
             EXECUTE format('DROP TABLE %I', old.part);
             dropped := dropped + 1;
         END IF;

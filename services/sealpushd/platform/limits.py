@@ -1,0 +1,180 @@
+"""Every rate limit of the suite in one table, and the counter that keeps them.
+
+A limit counts what one subject (a number, an address, a login) did in a fixed window; a subject can therefore do up to twice
+the limit around the border of two windows. Counters live in Valkey. What happens without Valkey stands in the table:
+
+- OPEN: the limit is not kept meanwhile.
+- POSTGRES: counting goes on in the service's own schema, from zero. Nobody is locked out because a cache is down and nobody
+  gets in more often than twice the limit in that window. Without PostgreSQL the call fails anyway: closed.
+
+Bounds that are no rates (attempts of one code, sizes, queues) stand with the rule they belong to.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final, Protocol
+
+import structlog
+
+from sealpushd.platform.clock import Clock
+from sealpushd.platform.db import Database
+from sealpushd.platform.errors import LimitExceeded
+from sealpushd.platform.settings import Settings
+from sealpushd.platform.valkey import Valkey, limit_key
+
+log = structlog.get_logger()
+
+
+class WithoutValkey(enum.Enum):
+    """What keeps a limit while Valkey is away."""
+
+    OPEN = "open"
+    POSTGRES = "postgres"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most `allowed` of something in each `window`, per subject. `refusal` is what a caller over the limit reads."""
+
+    name: str
+    allowed: Callable[[Settings], int]
+    window: timedelta
+    without_valkey: WithoutValkey
+    reason: str
+    refusal: str
+
+
+def _limit(name: str, allowed: Callable[[Settings], int], window: timedelta, reason: str, refusal: str) -> Limit:
+    # Each of today's limits guards money (an SMS has a price) or a secret (a code, a password): none fails open.
+    return Limit(name, allowed, window, WithoutValkey.POSTGRES, reason, refusal)
+
+
+_HOUR: Final = timedelta(hours=1)
+_DAY: Final = timedelta(days=1)
+_QUARTER: Final = timedelta(minutes=15)
+
+CODES_PER_NUMBER: Final = _limit(
+    "codes_per_number",
+    lambda settings: settings.codes_per_number_hour,
+    _HOUR,
+    "with 5 attempts a code, 25 guesses of a million in an hour; and nobody is flooded with SMS",
+    "too many codes were sent to this number; wait before asking for another",
+)
+CODES_PER_NUMBER_DAY: Final = _limit(
+    "codes_per_number_day",
+    lambda settings: 2 * settings.codes_per_number_hour,
+    _DAY,
+    "somebody who guesses patiently, every hour of every day, needs decades",
+    "too many codes were sent to this number today; try again tomorrow",
+)
+CODES_PER_ADDRESS: Final = _limit(
+    "codes_per_address",
+    lambda settings: settings.codes_per_address_hour,
+    _HOUR,
+    "one machine that asks for codes to many numbers; phones behind one mobile gateway share an address",
+    "too many codes were asked for from this address; wait before asking for another",
+)
+CODES_PER_PREFIX: Final = _limit(
+    "codes_per_prefix",
+    lambda settings: settings.codes_per_prefix_hour,
+    _HOUR,
+    "SMS pumping: blocks of numbers, often premium, that share all but their last digits",
+    "too many codes were sent to numbers like this one; wait before asking for another",
+)
+SIGN_IN_FAILURES_PER_LOGIN: Final = _limit(
+    "sign_in_failures_per_login",
+    lambda _: 20,
+    _QUARTER,
+    "guessing one organisation's password; failures from outside its networks are counted apart, so that they lock nobody out",
+    "too many failed sign-ins; wait before the next",
+)
+SIGN_IN_FAILURES_PER_ADDRESS: Final = _limit(
+    "sign_in_failures_per_address",
+    lambda _: 100,
+    _QUARTER,
+    "one machine that tries many logins; an organisation's applications may share an address",
+    "too many failed sign-ins from this address; wait before the next",
+)
+
+LIMITS: Final = (
+    CODES_PER_NUMBER,
+    CODES_PER_NUMBER_DAY,
+    CODES_PER_ADDRESS,
+    CODES_PER_PREFIX,
+    SIGN_IN_FAILURES_PER_LOGIN,
+    SIGN_IN_FAILURES_PER_ADDRESS,
+)
+
+# $1 limit, $2 subject's hash, $3 window, $4 how many to add, $5 now, $6 when the row may go. Returns the count so far.
+_COUNT: Final = """
+WITH gone AS (
+    DELETE FROM limit_counts WHERE ctid IN (SELECT ctid FROM limit_counts WHERE ends_at < $5 LIMIT 100 FOR UPDATE SKIP LOCKED)
+)
+INSERT INTO limit_counts (name, subject, in_window, counted, ends_at) VALUES ($1, $2, $3, $4, $6)
+ON CONFLICT (name, subject, in_window) DO UPDATE SET counted = limit_counts.counted + excluded.counted
+RETURNING counted
+"""
+
+
+class Counting(Protocol):
+    """Where counts are kept: adds to the count of a subject in a window and returns it."""
+
+    async def count(self, limit: Limit, subject: str, window: int, add: int) -> int: ...
+
+
+class PostgresCounter:
+    """Counts in the service's schema. Needs `limit_counts(name, subject, in_window, counted, ends_at)`."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+
+    async def count(self, limit: Limit, subject: str, window: int, add: int) -> int:
+        digest = hashlib.blake2b(subject.encode(), digest_size=16).digest()
+        now = self._clock.now()
+        row = await self._db.fetch_one("limit_count", _COUNT, limit.name, digest, window, add, now, now + 2 * limit.window)
+        return int(row["counted"]) if row is not None else 0
+
+
+class Limiter:
+    """Keeps the limits of the table. Subjects that identify a person must come in as a keyed hash."""
+
+    def __init__(self, valkey: Valkey, fallback: Counting, settings: Settings, clock: Clock) -> None:
+        self._valkey = valkey
+        self._fallback = fallback
+        self._settings = settings
+        self._clock = clock
+
+    async def take(self, limit: Limit, subject: str) -> None:
+        """Count one; raises LimitExceeded, with the time to wait, when that is one too many."""
+        if await self._count(limit, subject, 1) > limit.allowed(self._settings):
+            raise self._exceeded(limit)
+
+    async def check(self, limit: Limit, subject: str) -> None:
+        """Count nothing; raises LimitExceeded when the limit is used up already."""
+        if await self._count(limit, subject, 0) >= limit.allowed(self._settings):
+            raise self._exceeded(limit)
+
+    async def add(self, limit: Limit, subject: str) -> None:
+        """Count one that has happened, whatever the limit."""
+        await self._count(limit, subject, 1)
+
+    async def _count(self, limit: Limit, subject: str, add: int) -> int:
+        window = int(self._clock.now().timestamp() // limit.window.total_seconds())
+        counted = await self._valkey.count(limit_key(limit.name, subject, window), int(limit.window.total_seconds()), add)
+        if counted is not None:
+            return counted
+        if limit.without_valkey is WithoutValkey.OPEN:
+            return 0
+        return await self._fallback.count(limit, subject, window, add)
+
+    def _exceeded(self, limit: Limit) -> LimitExceeded:
+        window_s = limit.window.total_seconds()
+        retry_after = timedelta(seconds=window_s - self._clock.now().timestamp() % window_s)
+        log.warning("limit exceeded", limit=limit.name)
+        return LimitExceeded(limit.refusal, retry_after=retry_after, metadata={"limit": limit.name})
