@@ -1,0 +1,1 @@
+"""Benchmarks: every figure with its floor, measured in the same run."""

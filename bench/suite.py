@@ -1,0 +1,154 @@
+"""The suite under measurement: the real processes, in a folder that goes away, and what each process costs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import sealpush
+from sealpush import Channels, Sender
+from sealpush.v1 import accounts_pb2
+from sealpushd.up.endpoints import Endpoints
+from sealpushd.up.errors import UpError
+
+START_TIMEOUT_S: Final = 60.0
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A running `sealpush up` without its show."""
+
+    process: asyncio.subprocess.Process
+    endpoints: Endpoints
+    channels: Channels
+    token: str
+
+    @classmethod
+    @asynccontextmanager
+    async def start(cls) -> AsyncIterator[Suite]:
+        with tempfile.TemporaryDirectory(prefix="sealpush-bench-") as folder:
+            data_dir = Path(folder) / "data"
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "sealpushd", "up", "--data-dir", str(data_dir), "--base-port", str(free_base())),
+                *("--quiet", "--no-show"),
+                stdout=sys.stderr,
+            )
+            try:
+                endpoints = await _wait(process, data_dir)
+                async with Channels(public_endpoints(endpoints)) as channels:
+                    answer = await channels.accounts.SignIn(
+                        accounts_pb2.SignInRequest(login=endpoints.login, password=endpoints.password), timeout=10
+                    )
+                    yield cls(process, endpoints, channels, answer.access_token)
+            finally:
+                if process.returncode is None:
+                    process.send_signal(signal.SIGTERM)
+                    await process.wait()
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),)
+
+    def sender(self) -> Sender:
+        return Sender(self.channels, self.endpoints.login, self.endpoints.password)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU time so far of every process of the suite, by name; PostgreSQL's are one."""
+        used: dict[str, float] = {}
+        for pid, name in self.processes().items():
+            used[name] = used.get(name, 0.0) + _cpu_seconds(pid)
+        return used
+
+    def processes(self) -> dict[int, str]:
+        """Pid to name of every process below `sealpush up`, itself included."""
+        parents: dict[int, int] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                fields = _stat(int(entry.name))
+                if fields:
+                    parents[int(entry.name)] = int(fields[1])
+        found = {self.process.pid: "up"}
+        grown = True
+        while grown:
+            grown = False
+            for pid, parent in parents.items():
+                if parent in found and pid not in found:
+                    found[pid] = _name(pid, found[parent])
+                    grown = True
+        return found
+
+
+def public_endpoints(endpoints: Endpoints) -> sealpush.Endpoints:
+    public = endpoints.public
+    return sealpush.Endpoints(
+        accounts=public["accounts"],
+        registration=public["registration"],
+        keys=public["keys"],
+        publishing=public["publishing"],
+        messages=public["fetch"],
+        ca_pem=Path(endpoints.ca).read_bytes(),
+    )
+
+
+def free_base() -> int:
+    """A base port whose range nobody seems to use."""
+    for base in range(21000, 60000, 300):
+        try:
+            for offset in (1, 90, 91, 101, 201):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", base + offset))
+        except OSError:
+            continue
+        return base
+    raise RuntimeError("no free range of ports")
+
+
+async def _wait(process: asyncio.subprocess.Process, data_dir: Path) -> Endpoints:
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while True:
+            if process.returncode is not None:
+                raise RuntimeError("`sealpush up` ended before it was ready")
+            try:
+                return Endpoints.load(data_dir)
+            except UpError:
+                await asyncio.sleep(0.1)
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the command's name: state, ppid, …"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = _stat(pid)
+    # User and system time, with those of children that ended.
+    return sum(map(int, fields[11:15])) / _TICKS if fields else 0.0
+
+
+def _name(pid: int, parent: str) -> str:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return parent
+    if parent == "postgres" or "postgres" in command[0]:
+        return "postgres"
+    if "valkey" in command[0]:
+        return "valkey"
+    if "serve" in command:
+        return command[command.index("serve") + 1]
+    return "simulators" if "simulate" in command else parent
+
+
