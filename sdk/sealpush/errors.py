@@ -4,6 +4,7 @@
 The text is for people: what happened and what to do. No text ever holds content, keys or tokens.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -73,3 +74,123 @@ class RootMismatch(KeystoreError):
     """Another platform root is already pinned in this store."""
 
     reason = "ROOT_MISMATCH"
+
+
+class NotRegisteredHere(SealpushError):
+    """This device has no registration yet, or its registration ended."""
+
+    reason = "NOT_REGISTERED_HERE"
+
+
+class StreamTakenOver(SealpushError):
+    """Another stream of this device took over; this one has ended for good."""
+
+    reason = "STREAM_TAKEN_OVER"
+
+
+class CallFailed(SealpushError):
+    """A service answered with an error, or did not answer. The subclass says which kind.
+
+    `code` is the gRPC code's name, `server_reason` the service's stable word for programs ("" if it gave none), `field`
+    the request's field at fault, `retry_after_s` when to come back, `metadata` what else the service said.
+    """
+
+    reason = "CALL_FAILED"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "",
+        server_reason: str = "",
+        field: str = "",
+        retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.server_reason = server_reason
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
+
+
+class InvalidRequest(CallFailed):
+    """The request cannot be right; `field` says where."""
+
+    reason = "INVALID_REQUEST"
+
+
+class WrongCode(InvalidRequest):
+    """The one-time code is wrong; `attempts_left` says how many more may be tried."""
+
+    reason = "WRONG_CODE"
+
+    @property
+    def attempts_left(self) -> int:
+        """Tries that are left with the present code."""
+        text = self.metadata.get("attempts_left", "")
+        return int(text) if text.isascii() and text.isdigit() else 0
+
+
+class Unauthenticated(CallFailed):
+    """Login, password, token or device is not known to the service."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(CallFailed):
+    """The caller is known and may not do this."""
+
+    reason = "PERMISSION_DENIED"
+
+
+class NotFound(CallFailed):
+    """There is no such thing for this caller."""
+
+    reason = "NOT_FOUND"
+
+
+class AlreadyExists(CallFailed):
+    """The id is taken by something else."""
+
+    reason = "ALREADY_EXISTS"
+
+
+class FailedPrecondition(CallFailed):
+    """Something has to be done first; the message says what."""
+
+    reason = "FAILED_PRECONDITION"
+
+
+class Aborted(CallFailed):
+    """Another call was faster."""
+
+    reason = "ABORTED"
+
+
+class Overloaded(CallFailed):
+    """A limit is used up; `retry_after_s` says when to come back. Nothing was done."""
+
+    reason = "OVERLOADED"
+    retryable = True
+
+
+class Unavailable(CallFailed):
+    """The service cannot be reached, or cannot answer now. What was asked may or may not have happened."""
+
+    reason = "UNAVAILABLE"
+    retryable = True
+
+
+class DeadlineExceeded(CallFailed):
+    """No answer in time. What was asked may or may not have happened."""
+
+    reason = "DEADLINE_EXCEEDED"
+    retryable = True
+
+
+class ServerFault(CallFailed):
+    """The service failed by a fault of its own; report it with the request id."""
+
+    reason = "SERVER_FAULT"

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from google.protobuf.duration_pb2 import Duration
 from pyreqwest.client import Client, ClientBuilder
+
 from sealpushd.dispatch.providers.apns import ERRORS, ApnsProvider, ApnsSettings
 from sealpushd.dispatch.providers.base import (
     Accepted,

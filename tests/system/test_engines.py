@@ -17,6 +17,7 @@ from typing import Any
 import asyncpg
 import pytest
 import redis.asyncio
+
 from sealpushd import engines as engines_module
 from sealpushd.engines import EngineError, Engines, launcher
 from sealpushd.engines.binaries import find_postgres

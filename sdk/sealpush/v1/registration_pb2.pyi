@@ -57,6 +57,7 @@ class StartRegistrationResponse(_message.Message):
     CODE_LENGTH_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     RESEND_AT_FIELD_NUMBER: _builtins.int
+    SERVER_TIME_FIELD_NUMBER: _builtins.int
     registration_id: _builtins.bytes
     """16 bytes, names this attempt."""
     code_length: _builtins.int
@@ -66,6 +67,10 @@ class StartRegistrationResponse(_message.Message):
     def resend_at(self) -> _timestamp_pb2.Timestamp:
         """Earliest time at which another code can be asked for."""
 
+    @_builtins.property
+    def server_time(self) -> _timestamp_pb2.Timestamp:
+        """So that the first prekey has right times also on a phone whose clock is wrong."""
+
     def __init__(
         self,
         *,
@@ -73,10 +78,11 @@ class StartRegistrationResponse(_message.Message):
         code_length: _builtins.int = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         resend_at: _timestamp_pb2.Timestamp | None = ...,
+        server_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "resend_at", b"resend_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "resend_at", b"resend_at", "server_time", b"server_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_length", b"code_length", "expires_at", b"expires_at", "registration_id", b"registration_id", "resend_at", b"resend_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_length", b"code_length", "expires_at", b"expires_at", "registration_id", b"registration_id", "resend_at", b"resend_at", "server_time", b"server_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sealpush.v1 import messages_pb2_grpc
-
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.service import Mailbox, MailboxServicer, MessagesServicer
 from sealpushd.fetch.store import MailboxStore

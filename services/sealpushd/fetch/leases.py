@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Final
 
 import structlog
-from sealpush.ids import uuid7
 
+from sealpush.ids import uuid7
 from sealpushd.fetch.rules import Report, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.errors import ServiceError, StoreUnavailable, Unavailable
@@ -90,6 +90,18 @@ class WakeUpSession:
                 self._reports[:0] = reports
                 self._reported.set()
                 await asyncio.sleep(STORE_RETRY_PAUSE_S)
+            except asyncio.CancelledError:
+                self._reports[:0] = reports
+                raise
+
+    async def write_last_reports(self) -> None:
+        """Write down what is left when the session ends. Repeating a report is harmless: its fence is used up."""
+        reports, self._reports = self._reports, []
+        if reports:
+            try:
+                await self._store.report(self.session_id, reports)
+            except StoreUnavailable as e:
+                log.warning("the last reports of a dispatcher are lost: its wake-ups will repeat", reports=len(reports), error=e.message)
 
 
 class Leases:

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from sealpush import proofs
 from sealpush.envelope import assemble
 from sealpush.ids import ID_BYTES, AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc, publish_pb2
-
 from sealpushd.fetch import rules
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.rules import (
@@ -540,6 +540,8 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await session.write_last_reports()
             await self._leases.close(session)
 
     async def ReadEvents(  # noqa: N802 - gRPC's name

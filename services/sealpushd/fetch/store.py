@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import asyncpg
-from sealpush.ids import DeviceId, MessageId, OrderId, SenderId, WakeUpId
 
+from sealpush.ids import DeviceId, MessageId, OrderId, SenderId, WakeUpId
 from sealpushd.fetch import rules
 from sealpushd.fetch.rules import (
     Accepted,

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import structlog
-from sealpush.ids import DeviceId, MessageId, uuid7
 
+from sealpush.ids import DeviceId, MessageId, uuid7
 from sealpushd.fetch.rules import AckAnswer
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.errors import Aborted, ServiceError, Unavailable

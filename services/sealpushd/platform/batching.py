@@ -58,6 +58,8 @@ class NaturalBatcher(Generic[Item, Result]):
         if not items:
             return []
         parts = list(self._split(items))
+        # All of it or nothing: parts that went ahead would be worked on for a caller who was refused.
+        self._need_room(len(items))
         if len(parts) == 1:
             return await self._submit(parts[0])
         results = await asyncio.gather(*(self._submit(part) for part in parts))
@@ -81,9 +83,12 @@ class NaturalBatcher(Generic[Item, Result]):
         parts.append(part)
         return parts
 
-    def _submit(self, items: Sequence[Item]) -> asyncio.Future[list[Result]]:
-        if self._waiting_items + len(items) > self._queue_items_max:
+    def _need_room(self, items: int) -> None:
+        if self._waiting_items + items > self._queue_items_max:
             raise Overloaded("too much is waiting here already; try again in a second")
+
+    def _submit(self, items: Sequence[Item]) -> asyncio.Future[list[Result]]:
+        self._need_room(len(items))
         future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
         self._waiting.append((items, future))
         self._waiting_items += len(items)
@@ -92,11 +97,19 @@ class NaturalBatcher(Generic[Item, Result]):
         return future
 
     def _start(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._run())
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._running.add(asyncio.get_running_loop().create_task(self._run()))
 
     async def _run(self) -> None:
+        try:
+            await self._work()
+        finally:
+            # Here and not in a callback, which runs later: whoever submits in between would find this worker still counted and
+            # wait for one that never starts.
+            task = asyncio.current_task()
+            if task is not None:
+                self._running.discard(task)
+
+    async def _work(self) -> None:
         # Whoever submits in the same turn of the loop as the first still joins its batch.
         while self._waiting:
             batch: list[Item] = []

@@ -7,9 +7,10 @@ interceptors.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
@@ -17,8 +18,8 @@ from urllib.parse import unquote
 import grpc
 import structlog
 from google.protobuf.message import Message
-from sealpush.ids import uuid7
 
+from sealpush.ids import uuid7
 from sealpushd.platform import access, telemetry
 from sealpushd.platform.errors import DeadlineExceeded, ServiceError, render
 from sealpushd.platform.logging import request_ids
@@ -155,14 +156,16 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             in_flight.dec()
             seconds[code].observe(time.perf_counter() - start)
 
-    async def streaming(call: Callable[[], AsyncIterator[Message]], context: Context) -> AsyncIterator[Message]:
+    async def streaming(call: Callable[[], AsyncGenerator[Message, None]], context: Context) -> AsyncGenerator[Message, None]:
         start = time.perf_counter()
         code = grpc.StatusCode.OK
         in_flight.inc()
         try:
             enter(context)
-            async for response in call():
-                yield response
+            # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
+            async with contextlib.aclosing(call()) as responses:
+                async for response in responses:
+                    yield response
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
             raise
@@ -173,11 +176,16 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             in_flight.dec()
             seconds[code].observe(time.perf_counter() - start)
 
-    def unary_stream(request: Message, context: Context) -> AsyncIterator[Message]:
-        return streaming(lambda: handler.unary_stream(request, context), context)
+    # gRPC looks at the function itself: only an asynchronous generator runs in the event loop.
+    async def unary_stream(request: Message, context: Context) -> AsyncGenerator[Message, None]:
+        async with contextlib.aclosing(streaming(lambda: handler.unary_stream(request, context), context)) as responses:
+            async for response in responses:
+                yield response
 
-    def stream_stream(requests: AsyncIterator[Message], context: Context) -> AsyncIterator[Message]:
-        return streaming(lambda: handler.stream_stream(requests, context), context)
+    async def stream_stream(requests: AsyncIterator[Message], context: Context) -> AsyncGenerator[Message, None]:
+        async with contextlib.aclosing(streaming(lambda: handler.stream_stream(requests, context), context)) as responses:
+            async for response in responses:
+                yield response
 
     serializers = {
         "request_deserializer": handler.request_deserializer,

@@ -18,8 +18,8 @@ import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from sealpush.ids import DeviceId, SenderId, SubscriberId
 
+from sealpush.ids import DeviceId, SenderId, SubscriberId
 from sealpushd.platform.errors import Unauthenticated
 
 SENDER_TOKEN_LIFETIME_S: Final = 2 * 3600

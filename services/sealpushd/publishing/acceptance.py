@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from google.protobuf.duration_pb2 import Duration
+
 from sealpush.ids import MessageId, uuid7
 from sealpush.v1 import common_pb2, keys_pb2, publish_pb2
-
 from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import AlreadyExists, InvalidRequest, ServiceError
 from sealpushd.platform.tokens import SenderCaller

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sealpush.v1 import publish_pb2_grpc
-
 from sealpushd.platform.server import Runtime, ServiceApp
 from sealpushd.publishing.acceptance import Acceptance
 from sealpushd.publishing.peers import Peers

@@ -9,7 +9,6 @@ from typing import Final
 from sealpush.errors import EntryRefused
 from sealpush.ids import SenderId
 from sealpush.keys import SenderEntry
-
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.errors import FailedPrecondition, Unavailable
 from sealpushd.v1 import (

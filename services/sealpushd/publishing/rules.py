@@ -14,7 +14,6 @@ from sealpush.errors import EnvelopeRefused
 from sealpush.ids import ID_BYTES, SenderId
 from sealpush.keys import SenderEntry, SenderMode
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2
-
 from sealpushd.platform.clock import from_ms, to_ms
 from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied
 

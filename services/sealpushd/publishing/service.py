@@ -9,7 +9,6 @@ from typing import Any, Final
 
 from sealpush.ids import ID_BYTES, MessageId, SenderId
 from sealpush.v1 import publish_pb2, publish_pb2_grpc
-
 from sealpushd.platform import rpc
 from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError
 from sealpushd.platform.tokens import SenderCaller

@@ -10,9 +10,9 @@ from typing import Final
 
 import grpc
 import structlog
+
 from sealpush.ids import MessageId, SenderId
 from sealpush.v1 import publish_pb2
-
 from sealpushd.publishing import rules
 from sealpushd.publishing.peers import Peers
 from sealpushd.v1 import mailbox_pb2

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sealpushd.dispatch.providers.base import (
     RETRY_AFTER_MAX,
     Bug,

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from sealpushd.engines import binaries
 from sealpushd.engines.binaries import find_postgres, find_valkey
 from sealpushd.engines.errors import EngineError

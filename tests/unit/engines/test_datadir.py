@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sealpushd.engines.datadir import FORMAT, DataDir
 from sealpushd.engines.errors import EngineError
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from sealpushd.engines import launcher
 
 LAUNCHER = [sys.executable, "-I", "-S", launcher.__file__]

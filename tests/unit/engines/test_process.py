@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from sealpushd.engines import process
 from sealpushd.engines.errors import EngineError
 from sealpushd.engines.process import ServerProcess

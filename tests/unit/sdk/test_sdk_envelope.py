@@ -11,6 +11,7 @@ import nacl.utils
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sealpush.envelope import (
     CONTENT_BYTES_MAX,
     ENVELOPE_BYTES_MAX,

@@ -6,6 +6,7 @@ import uuid
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sealpush.ids import check_id, parse_uuid, uuid7, uuid7_ms, uuid_text
 
 

@@ -9,6 +9,7 @@ import nacl.signing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sealpush import envelope, proofs
 from sealpush.errors import EntryRefused, KeyRefused, SuiteUnsupported
 from sealpush.ids import DeviceId, SenderId

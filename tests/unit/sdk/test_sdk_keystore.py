@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from sealpush.errors import KeystoreBusy, KeystoreError, KeystoreTooNew, RootMismatch
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, SenderId, SubscriberId
 from sealpush.keys import DAY_MS, PREKEY_RETENTION_MS, EntryRole, IdentityKey, PrekeyKind, PrekeyPrivate, generate_prekey

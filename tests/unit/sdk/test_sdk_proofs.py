@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RegistrationId
 from sealpush.keys import IdentityKey
 from sealpush.proofs import (

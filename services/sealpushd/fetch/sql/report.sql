@@ -26,7 +26,7 @@ WITH given AS (
         changed_at = CASE WHEN l.outcome = 1 AND d.state = 1 THEN now() ELSE d.changed_at END,
         pushed_at = CASE WHEN l.outcome = 1 THEN coalesce(d.pushed_at, now()) ELSE d.pushed_at END,
         attempts = d.attempts + CASE WHEN l.outcome = 5 THEN 0 ELSE 1 END,
-        push_reason = CASE l.outcome WHEN 1 THEN 0 WHEN 3 THEN 105 WHEN 4 THEN 110 ELSE l.reason END,
+        push_reason = CASE l.outcome WHEN 1 THEN 0 WHEN 3 THEN 105 WHEN 4 THEN coalesce(nullif(l.reason, 0), 110) ELSE l.reason END,
         detail = nullif(l.detail, '')
     FROM locked l WHERE d.message_id = l.message_id AND d.device_id = l.device_id
     RETURNING d.message_id, d.device_id, d.state = 2 AND d.changed_at = now() AS changed

@@ -1,0 +1,836 @@
+"""A sender: sign in, publish (sealed by the server or here), learn what became of it, cancel.
+
+Every publish form answers with a `PublishOutcome`; only what concerns the sender as a whole (wrong password, no right, a
+recipient's keys that do not verify) is raised. Repeating a publish with the same request id is always safe.
+
+Content sealed here is sealed once: what is sent again are the same bytes, also when the caller publishes again with the
+same request id after `Unanswered` (the last 1024 of them are kept in this process; `prepare_sealed()` gives the bytes to a
+sender that keeps them itself).
+"""
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Final, Self, TypedDict, Unpack
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from sealpush import envelope, errors
+from sealpush.errors import CallFailed
+from sealpush.ids import (
+    ContentId,
+    DeviceId,
+    GroupId,
+    MessageId,
+    OrderId,
+    RecipientRef,
+    RequestId,
+    SenderId,
+    check_id,
+    uuid7,
+    uuid_text,
+)
+from sealpush.keys import ContentSigningKey, PrekeyKind, RecipientDevice, SignedPrekey
+from sealpush.model import (
+    Channel,
+    Platform,
+    Priority,
+    Reason,
+    Recipient,
+    State,
+    StoppedDelivery,
+    TrafficType,
+    wire_time,
+)
+from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, jitter, retrying
+from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata
+from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, publish_pb2
+from sealpush.v1.content_pb2 import Content
+
+BATCH_ITEMS_MAX: Final = 512
+BATCH_BYTES_MAX: Final = 2 * 1024 * 1024 - 64 * 1024  # the service's 2 MiB, less room for the frame around the items
+BATCHES_IN_FLIGHT: Final = 4  # keeps the service busy while one answer travels
+RESEALS_MAX: Final = 3  # a recipient whose devices change faster than this is reached by a later publish
+SEALED_KEPT_MAX: Final = 1024  # sealed requests without an answer, kept for the caller's own retry
+LIFETIME_DEFAULT: Final = timedelta(days=14)
+LIFETIME_MAX: Final = timedelta(days=28)
+WATCH_SILENT_ENDS_MAX: Final = 3  # a service that restarts may end a watch before it said anything
+STATUS_WAIT_MAX: Final = timedelta(seconds=8)
+CONTENT_VERSION: Final = 1
+
+_RETRYABLE_CODES: Final = frozenset(
+    code.value[0] for code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+)
+_CODE_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
+# What concerns the sender, not one message.
+_RAISED: Final = (errors.Unauthenticated, errors.PermissionDenied)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Durably stored, for so many devices. `repeated_request`: it was before, this is the first answer again."""
+
+    request_id: RequestId
+    message_id: MessageId
+    expires_at: datetime
+    devices: int
+    repeated_request: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NotRegistered:
+    """Nobody can receive it; nothing was stored. Use another channel at once."""
+
+    request_id: RequestId
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Definitely not stored. `retry_after` None: repeating it unchanged does not help."""
+
+    request_id: RequestId
+    code: str
+    reason: str
+    message: str
+    field: str = ""
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """No answer in time: it may or may not be stored. Publish again with the same request id to know."""
+
+    request_id: RequestId
+    reason: str
+    message: str
+
+
+PublishOutcome = Accepted | NotRegistered | Refused | Unanswered
+
+
+class PublishOptions(TypedDict, total=False):
+    """What `publish()` takes beside recipient and content; see Publication."""
+
+    request_id: str | None
+    app_id: str
+    priority: Priority
+    lifetime: timedelta | None
+    replace_key: str
+    order_id: OrderId | None
+    leg_no: int
+    channel: Channel
+    group_id: GroupId | None
+    traffic_type: TrafficType
+    tag: str
+    originator: str
+    primary_only: bool
+    subscriptions: Sequence[str]
+    platforms: Sequence[Platform]
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One message to publish. The request id is made here where none is given; keep it to ask again.
+
+    `content.content_class` must be set. `lifetime` None: 14 days. `replace_key` defaults to the content's own.
+    """
+
+    recipient: Recipient
+    content: Content = field(repr=False)
+    request_id: RequestId = field(default_factory=lambda: RequestId(uuid_text(uuid7())))
+    app_id: str = ""
+    priority: Priority = Priority.UNSPECIFIED
+    lifetime: timedelta | None = None
+    replace_key: str = field(default="", repr=False)
+    order_id: OrderId | None = None
+    leg_no: int = 0
+    channel: Channel = Channel.UNSPECIFIED
+    group_id: GroupId | None = None
+    traffic_type: TrafficType = TrafficType.UNSPECIFIED
+    tag: str = ""
+    originator: str = ""
+    primary_only: bool = False
+    subscriptions: Sequence[str] = ()
+    platforms: Sequence[Platform] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.request_id) <= 64 or not all(" " <= char <= "~" for char in self.request_id):
+            raise ValueError("request_id must be 1 to 64 printable ASCII characters")
+        if not self.content.content_class:
+            raise ValueError("content.content_class must say whether this is informational or advertising")
+        if self.lifetime is not None and not timedelta(seconds=1) <= self.lifetime <= LIFETIME_MAX:
+            raise ValueError("lifetime must be 1 s to 28 days")
+
+    @classmethod
+    def of(cls, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> Self:
+        """The publication to a recipient or phone number."""
+        given = dict(options)
+        if given.get("request_id") is None:
+            given.pop("request_id", None)
+        return cls(Recipient.of(recipient), content, **given)  # type: ignore[arg-type]
+
+    def to_wire(self) -> publish_pb2.PublishRequest:
+        """The request, sealed by the server unless `sealed` takes the place of `plain`."""
+        content = Content()
+        content.CopyFrom(self.content)
+        content.version = content.version or CONTENT_VERSION
+        request = publish_pb2.PublishRequest(
+            request_id=self.request_id,
+            recipient=self.recipient.to_wire(),
+            app_id=self.app_id,
+            content_class=content.content_class,
+            plain=content,
+            priority=common_pb2.Priority.ValueType(self.priority),
+            replace_key=self.replace_key or content.replace_key,
+            order_id=self.order_id or b"",
+            leg_no=self.leg_no,
+            channel=common_pb2.Channel.ValueType(self.channel),
+            group_id=self.group_id or b"",
+            traffic_type=common_pb2.TrafficType.ValueType(self.traffic_type),
+            tag=self.tag,
+            originator=self.originator,
+            primary_only=self.primary_only,
+            subscriptions=self.subscriptions,
+            platforms=[common_pb2.Platform.ValueType(each) for each in self.platforms],
+        )
+        if self.lifetime is not None:
+            request.lifetime.FromTimedelta(self.lifetime)
+        return request
+
+
+@dataclass(frozen=True, slots=True)
+class SealedPublication:
+    """A request whose content is sealed: bytes to keep until there is an answer, and to send again unchanged."""
+
+    request_id: RequestId
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryStatus:
+    """How far one device's delivery has come; times are None until it happens."""
+
+    device_id: DeviceId
+    state: State
+    reason: Reason
+    at: datetime
+    pushed_at: datetime | None
+    fetched_at: datetime | None
+    read_at: datetime | None
+    late_ack_at: datetime | None
+    push_reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A channel that was tried."""
+
+    channel: Channel
+    leg_no: int
+    state: State
+    reason: Reason
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class MessageStatus:
+    """How far a message has come. `assumed`: the waiting interval was 0 and this is not the true state."""
+
+    message_id: MessageId
+    state: State
+    reason: Reason
+    assumed: bool
+    created_at: datetime
+    expires_at: datetime
+    at: datetime
+    attempts: tuple[Attempt, ...]
+    deliveries: tuple[DeliveryStatus, ...]
+    order_id: OrderId
+    group_id: GroupId | None
+    tag: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """What a cancel found: the state that won, and for each delivery whether a push may have left."""
+
+    state: State
+    deliveries: tuple[StoppedDelivery, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outdated:
+    """The envelope does not fit the recipient's devices of now."""
+
+    request_id: RequestId
+
+
+class Sender:
+    """Publishes as one sender of an organisation. Safe for many tasks of one event loop; close it, or use `async with`.
+
+    `sender_name` "" is the organisation's default sender. `signing_key` is needed to seal here. `timeout_s` is how long a
+    call may take altogether, retries included: rule V21's response timeout.
+    """
+
+    def __init__(
+        self,
+        endpoints: Endpoints | Channels,
+        login: str,
+        password: str,
+        *,
+        sender_name: str = "",
+        signing_key: ContentSigningKey | None = None,
+        timeout_s: float = 10.0,
+        clock: Clock | None = None,
+        random: Random = jitter,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        self._own_channels = isinstance(endpoints, Endpoints)
+        self._channels = Channels(endpoints) if isinstance(endpoints, Endpoints) else endpoints
+        self._clock = clock or SystemClock()
+        self._policy = policy or RetryPolicy()
+        self._calls = Calls(self._clock, random, self._policy, timeout_s)
+        self._random = random
+        self._timeout_s = timeout_s
+        self._sign_in_request = accounts_pb2.SignInRequest(login=login, password=password, sender_name=sender_name)
+        self._signing_key = signing_key
+        self._token = TokenHolder(self._sign_in, self._clock)
+        self._sender_id: SenderId | None = None
+        self._sealed: OrderedDict[RequestId, tuple[Publication, publish_pb2.PublishRequest]] = OrderedDict()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connections, if they are this sender's own."""
+        if self._own_channels:
+            await self._channels.close()
+
+    async def sign_in(self) -> SenderId:
+        """The id of the sender that speaks here; signs in if that has not happened. Raises CallFailed."""
+        if self._sender_id is None:
+            deadline = self._deadline()
+            await retrying(lambda: self._token.renew(deadline), deadline=deadline, policy=self._policy, random=self._random)
+        if self._sender_id is None:
+            raise AssertionError("unreachable: signing in sets it")
+        return self._sender_id
+
+    async def publish(self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> PublishOutcome:
+        """Publish one message to a recipient or phone number; the server seals it, so it sees it for a moment."""
+        return await self.publish_one(Publication.of(recipient, content, **options))
+
+    async def publish_one(self, publication: Publication) -> PublishOutcome:
+        """As `publish()`."""
+        outcome = await self._send(publication.to_wire(), self._deadline())
+        if isinstance(outcome, _Outdated):  # nothing was sealed here: not an answer to this request
+            return _outdated_refusal(outcome)
+        return outcome
+
+    async def publish_sealed(self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> PublishOutcome:
+        """Publish one message that only the recipient's devices can read; the server cannot.
+
+        Raises KeyRefused when a device's key is not signed by that device, SuiteUnsupported when it needs a newer release.
+        """
+        publication = Publication.of(recipient, content, **options)
+        deadline = self._deadline()
+        try:
+            for _ in range(RESEALS_MAX + 1):
+                request = self._kept(publication)
+                if request is None:
+                    sealed = await self._seal(publication, deadline)
+                    if not isinstance(sealed, publish_pb2.PublishRequest):
+                        return sealed
+                    request = self._keep(publication, sealed)
+                outcome = await self._send(request, deadline)
+                if not isinstance(outcome, _Outdated):
+                    return outcome
+                self._sealed.pop(publication.request_id, None)
+        except CallFailed as error:
+            if isinstance(error, _RAISED):
+                raise
+            # The keys were not given: nothing was published in this call.
+            return _failure(publication.request_id, error, ambiguous=False)
+        return _outdated_refusal(_Outdated(publication.request_id))
+
+    async def prepare_sealed(
+        self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]
+    ) -> SealedPublication | NotRegistered | Refused:
+        """The sealed request without sending it, for a sender that keeps it over its own crashes. Raises as `publish_sealed()`."""
+        publication = Publication.of(recipient, content, **options)
+        sealed = await self._seal(publication, self._deadline())
+        if isinstance(sealed, publish_pb2.PublishRequest):
+            return SealedPublication(publication.request_id, sealed.SerializeToString(deterministic=True))
+        return sealed
+
+    async def publish_prepared(self, sealed: SealedPublication) -> PublishOutcome:
+        """Send what `prepare_sealed()` made; Refused with reason OUTDATED_DEVICES: prepare it again, with the same request id."""
+        outcome = await self._send(publish_pb2.PublishRequest.FromString(sealed.data), self._deadline())
+        return _outdated_refusal(outcome) if isinstance(outcome, _Outdated) else outcome
+
+    async def publish_many(self, publications: Iterable[Publication]) -> list[PublishOutcome]:
+        """Publish many messages in batches; an outcome each, in their order. Items that were only refused for now are repeated."""
+        outcomes: list[PublishOutcome] = []
+        in_flight: deque[asyncio.Task[list[PublishOutcome]]] = deque()
+        try:
+            for chunk in _chunks(publication.to_wire() for publication in publications):
+                if len(in_flight) == BATCHES_IN_FLIGHT:
+                    outcomes.extend(await in_flight.popleft())
+                in_flight.append(asyncio.create_task(self._publish_batch(chunk)))
+            while in_flight:
+                outcomes.extend(await in_flight.popleft())
+        finally:
+            for task in in_flight:
+                task.cancel()
+            await asyncio.gather(*in_flight, return_exceptions=True)
+        return outcomes
+
+    async def publish_stream(self, publications: AsyncIterable[Publication]) -> AsyncGenerator[PublishOutcome, None]:
+        """Publish an endless source over one stream; outcomes come as the service answers, each with its request id.
+
+        Messages gather while a frame is being sent and then go together. When the stream breaks, what has no answer yet is sent
+        again. Raises CallFailed when that has not helped for a while; what had no answer then is safe to publish again.
+        """
+        session = _StreamSession(self._calls, self._channels, self._token, publications)
+        try:
+            async with contextlib.aclosing(session.run()) as outcomes:
+                async for outcome in outcomes:
+                    yield outcome
+        finally:
+            await session.close()
+
+    async def status(self, message_id: MessageId, wait: timedelta | None = None) -> MessageStatus:
+        """How far a message has come. `wait` None: the true state now; 0: the assumed answer (V17); longer, up to 8 s: waits
+        for a terminal state. Raises NotFound."""
+        request = publish_pb2.GetStatusRequest(message_id=check_id(message_id, "message_id"))
+        if wait is not None:
+            if not timedelta(0) <= wait <= STATUS_WAIT_MAX:
+                raise ValueError("wait must be 0 to 8 s; ask again for longer, or use watch()")
+            request.wait.CopyFrom(_duration(wait))
+        answer = await self._calls.call(self._channels.publishing.GetStatus, request, deadline=self._deadline(), token=self._token)
+        return _status(answer.status)
+
+    async def statuses(self, message_ids: Iterable[MessageId]) -> dict[MessageId, MessageStatus]:
+        """How far messages have come; ones that are not this sender's, or too old, are left out."""
+        found: dict[MessageId, MessageStatus] = {}
+        ids = list(message_ids)
+        for start in range(0, len(ids), BATCH_ITEMS_MAX):
+            request = publish_pb2.GetStatusesRequest(message_ids=ids[start : start + BATCH_ITEMS_MAX])
+            answer = await self._calls.call(self._channels.publishing.GetStatuses, request, deadline=self._deadline(), token=self._token)
+            found.update((MessageId(each.message_id), _status(each)) for each in answer.statuses)
+        return found
+
+    async def watch(self, message_ids: Iterable[MessageId]) -> AsyncGenerator[MessageStatus, None]:
+        """The present status of each of up to 512 messages, then every change, until all are terminal. Reconnects by itself."""
+        open_ids = set(message_ids)
+        if len(open_ids) > BATCH_ITEMS_MAX:
+            raise ValueError(f"at most {BATCH_ITEMS_MAX} messages a watch; make several")
+        last: dict[MessageId, MessageStatus] = {}
+        attempt = 0
+        clean_ends = 0
+        renewed = False
+        while open_ids:
+            pause_s: float | None = None
+            bearer = ""
+            try:
+                bearer = await self._token.get(self._deadline())
+                call = self._channels.publishing.WatchStatus(
+                    publish_pb2.WatchStatusRequest(message_ids=sorted(open_ids)), metadata=call_metadata(bearer, uuid7().hex())
+                )
+                try:
+                    async for frame in call:
+                        attempt, renewed = 0, False
+                        for each in map(_status, frame.statuses):
+                            if last.get(each.message_id) != each:
+                                last[each.message_id] = each
+                                yield each
+                            if each.state.terminal:
+                                open_ids.discard(each.message_id)
+                        if not open_ids:
+                            return
+                finally:
+                    call.cancel()
+            except grpc.aio.AioRpcError as error:
+                failure = call_failed(error)
+                if isinstance(failure, errors.Unauthenticated) and not renewed:
+                    renewed = True
+                    self._token.drop(bearer)
+                    continue
+                if not failure.retryable:
+                    raise failure from error
+                pause_s = failure.retry_after_s
+            except CallFailed as failure:
+                if not failure.retryable:
+                    raise
+                pause_s = failure.retry_after_s
+            else:
+                clean_ends += 1
+                if clean_ends >= WATCH_SILENT_ENDS_MAX:
+                    open_ids &= last.keys()  # of the rest the service says nothing: not messages of this sender
+            await self._clock.sleep(self._policy.delay_s(attempt, self._random, pause_s))
+            attempt += 1
+
+    async def cancel(self, message_id: MessageId) -> Cancelled:
+        """Stop what has not arrived. Repeating it is safe. Raises NotFound."""
+        request = publish_pb2.CancelRequest(message_id=check_id(message_id, "message_id"))
+        answer = await self._calls.call(self._channels.publishing.Cancel, request, deadline=self._deadline(), token=self._token)
+        return Cancelled(State(answer.state), tuple(map(StoppedDelivery.from_wire, answer.deliveries)))
+
+    def _deadline(self) -> Deadline:
+        return Deadline.after(self._clock, self._timeout_s)
+
+    async def _sign_in(self, deadline: Deadline) -> Token:
+        answer = await self._calls.once(self._channels.accounts.SignIn, self._sign_in_request, deadline=deadline)
+        self._sender_id = SenderId(check_id(answer.sender_id, "sender_id"))
+        lifetime_s = wire_time(answer.expires_at).timestamp() - self._clock.now_ms() / 1000
+        return Token(answer.access_token, lifetime_s)
+
+    async def _send(self, request: publish_pb2.PublishRequest, deadline: Deadline) -> PublishOutcome | _Outdated:
+        """Send one request, the same bytes each time."""
+        try:
+            answer = await self._calls.call(self._channels.publishing.Publish, request, deadline=deadline, token=self._token)
+        except CallFailed as error:
+            if isinstance(error, _RAISED):
+                raise
+            return _failure(RequestId(request.request_id), error, ambiguous=True)
+        return _outcome(RequestId(request.request_id), answer.result)
+
+    async def _publish_batch(self, requests: Sequence[publish_pb2.PublishRequest]) -> list[PublishOutcome]:
+        """Outcomes of one batch; repeats what was refused for now while the deadline allows."""
+        deadline = self._deadline()
+        outcomes: list[PublishOutcome] = [Unanswered(RequestId(each.request_id), "UNAVAILABLE", "not sent") for each in requests]
+        waiting = list(range(len(requests)))
+        for attempt in range(self._policy.attempts_max):
+            try:
+                answer = await self._calls.call(
+                    self._channels.publishing.PublishBatch,
+                    publish_pb2.PublishBatchRequest(requests=[requests[index] for index in waiting]),
+                    deadline=deadline,
+                    token=self._token,
+                )
+            except CallFailed as error:
+                if isinstance(error, _RAISED):
+                    raise
+                for index in waiting:
+                    outcomes[index] = _failure(RequestId(requests[index].request_id), error, ambiguous=True)
+                return outcomes
+            again: list[int] = []
+            pause_s = 0.0
+            for position, index in enumerate(waiting):
+                if position >= len(answer.results):
+                    outcomes[index] = Unanswered(
+                        RequestId(requests[index].request_id), "NO_RESULT", "the service left it out; publish it again"
+                    )
+                    continue
+                result = answer.results[position]
+                outcomes[index] = _settled(_outcome(RequestId(requests[index].request_id), result))
+                if result.refusal.code in _RETRYABLE_CODES:
+                    again.append(index)
+                    pause_s = max(pause_s, result.refusal.retry_after.ToTimedelta().total_seconds())
+            delay_s = self._policy.delay_s(attempt, self._random, pause_s)
+            if not again or delay_s >= deadline.remaining_s():
+                break
+            waiting = again
+            await self._clock.sleep(delay_s)
+        return outcomes
+
+    def _kept(self, publication: Publication) -> publish_pb2.PublishRequest | None:
+        """What was sealed for this very publication before."""
+        known = self._sealed.get(publication.request_id)
+        return known[1] if known is not None and known[0] == publication else None
+
+    def _keep(self, publication: Publication, request: publish_pb2.PublishRequest) -> publish_pb2.PublishRequest:
+        self._sealed[publication.request_id] = (publication, request)
+        while len(self._sealed) > SEALED_KEPT_MAX:
+            self._sealed.popitem(last=False)
+        return request
+
+    async def _seal(self, publication: Publication, deadline: Deadline) -> publish_pb2.PublishRequest | NotRegistered | Refused:
+        """The request with its content sealed to the recipient's devices of now."""
+        if self._signing_key is None:
+            raise ValueError("sealing needs a signing_key whose public half stands in the sender's entry")
+        query = keys_pb2.RecipientKeysQuery(
+            request_id=publication.request_id, recipient=publication.recipient.to_wire(), app_id=publication.app_id
+        )
+        answer = await self._calls.call(
+            self._channels.keys.GetRecipientKeys,
+            keys_pb2.GetRecipientKeysRequest(queries=[query]),
+            deadline=deadline,
+            token=self._token,
+        )
+        result = answer.results[0] if answer.results else keys_pb2.RecipientKeysResult(refused="the key service gave no result")
+        if result.WhichOneof("outcome") == "not_registered":
+            return NotRegistered(publication.request_id, Reason(result.not_registered))
+        if result.WhichOneof("outcome") != "keys":
+            return Refused(publication.request_id, "INVALID_ARGUMENT", "KEYS_REFUSED", result.refused)
+        now_ms = self._clock.now_ms()
+        request = publication.to_wire()
+        lifetime = publication.lifetime or LIFETIME_DEFAULT
+        header = envelope.Header(
+            content_id=ContentId(uuid7()),
+            sender_id=await self.sign_in(),
+            sender_key_id=self._signing_key.key_id,
+            recipient_ref=RecipientRef(result.keys.recipient_ref),
+            created_at_ms=now_ms,
+            expires_at_ms=now_ms + lifetime // timedelta(milliseconds=1),
+        )
+        recipients = [envelope.recipient(_device(each), now_ms) for each in result.keys.devices]
+        sealed = envelope.seal(request.plain.SerializeToString(), header, recipients, self._signing_key)
+        request.sealed.envelope = sealed.encode()
+        request.sealed.device_list_version = result.keys.device_list_version
+        request.lifetime.FromTimedelta(lifetime)
+        return request
+
+
+class _StreamSession:
+    """One publish_stream(): a source, frames without an answer, and the stream of the moment."""
+
+    FRAMES_WITHOUT_ANSWER_MAX: Final = 8  # 8 × 512 messages are enough to keep a service busy over a slow line
+
+    def __init__(
+        self,
+        calls: Calls,
+        channels: Channels,
+        token: TokenHolder,
+        source: AsyncIterable[Publication],
+    ) -> None:
+        self._calls = calls
+        self._channels = channels
+        self._token = token
+        self._gathered: asyncio.Queue[publish_pb2.PublishRequest | None] = asyncio.Queue(BATCH_ITEMS_MAX)
+        self._reader = asyncio.create_task(self._read_source(source), name="sealpush-publish-source")
+        self._held: publish_pb2.PublishRequest | None = None  # taken from the source, did not fit its frame
+        self._source_done = False
+        self._frame = 0
+        self._unanswered: OrderedDict[int, list[publish_pb2.PublishRequest]] = OrderedDict()
+        self._room = asyncio.Event()
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _read_source(self, source: AsyncIterable[Publication]) -> None:
+        try:
+            async for publication in source:
+                await self._gathered.put(publication.to_wire())
+        except Exception:
+            await self._gathered.put(None)  # what came before the failure is published; run() raises it then
+            raise
+        await self._gathered.put(None)
+
+    async def run(self) -> AsyncGenerator[PublishOutcome, None]:
+        clock, policy = self._calls.clock, self._calls.policy
+        attempt = 0
+        while True:
+            bearer = ""
+            try:
+                bearer = await self._token.get(Deadline.after(clock, self._calls.timeout_s))
+                async with contextlib.aclosing(self._run_once(bearer)) as answered:
+                    async for outcome in answered:
+                        attempt = 0
+                        yield outcome
+                if self._source_done and not self._unanswered:
+                    self._reader.result()  # the source's own error, if it failed
+                    return
+                failure: CallFailed = errors.Unavailable("the service ended the stream before it answered everything")
+            except grpc.aio.AioRpcError as error:
+                failure = call_failed(error)
+                if isinstance(failure, errors.Unauthenticated):
+                    self._token.drop(bearer)
+                    if attempt:
+                        raise failure from error
+                elif not failure.retryable:
+                    raise failure from error
+            except CallFailed as error:
+                if not error.retryable:
+                    raise
+                failure = error
+            attempt += 1
+            if attempt >= policy.attempts_max:
+                raise failure
+            await clock.sleep(policy.delay_s(attempt - 1, self._calls.random, failure.retry_after_s))
+
+    async def _run_once(self, bearer: str) -> AsyncGenerator[PublishOutcome, None]:
+        call = self._channels.publishing.PublishStream(metadata=call_metadata(bearer, uuid7().hex()))
+        writer = asyncio.create_task(self._write(call), name="sealpush-publish-frames")
+        try:
+            async for answer in call:
+                frame = self._unanswered.pop(answer.frame, None)
+                self._room.set()
+                if frame is None:
+                    continue
+                for index, request in enumerate(frame):
+                    request_id = RequestId(request.request_id)
+                    if index < len(answer.results):
+                        yield _settled(_outcome(request_id, answer.results[index]))
+                    else:
+                        yield Unanswered(request_id, "NO_RESULT", "the service left it out; publish it again")
+        finally:
+            call.cancel()
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[publish_pb2.PublishStreamRequest, publish_pb2.PublishStreamResponse]) -> None:
+        for number, requests in list(self._unanswered.items()):
+            await call.write(publish_pb2.PublishStreamRequest(frame=number, requests=requests))
+        while not self._source_done:
+            while len(self._unanswered) >= self.FRAMES_WITHOUT_ANSWER_MAX:
+                self._room.clear()
+                await self._room.wait()
+            requests = await self._next_frame()
+            if requests:
+                self._frame += 1
+                self._unanswered[self._frame] = requests
+                await call.write(publish_pb2.PublishStreamRequest(frame=self._frame, requests=requests))
+        await call.done_writing()
+
+    async def _next_frame(self) -> list[publish_pb2.PublishRequest]:
+        """What gathered while the frame before was being written, within the bounds of a frame; waits for one message."""
+        requests: list[publish_pb2.PublishRequest] = []
+        size = 0
+        while len(requests) < BATCH_ITEMS_MAX:
+            if self._held is not None:
+                each: publish_pb2.PublishRequest | None = self._held
+                self._held = None
+            elif requests and self._gathered.empty():
+                break
+            else:
+                each = await self._gathered.get()
+            if each is None:
+                self._source_done = True
+                break
+            size += each.ByteSize()
+            if requests and size > BATCH_BYTES_MAX:
+                self._held = each
+                break
+            requests.append(each)
+        return requests
+
+
+def _chunks(requests: Iterable[publish_pb2.PublishRequest]) -> Iterator[list[publish_pb2.PublishRequest]]:
+    """Batches in order, each within the bounds of one."""
+    chunk: list[publish_pb2.PublishRequest] = []
+    size = 0
+    for each in requests:
+        each_bytes = each.ByteSize() + 8  # tag and length around an item
+        if chunk and (len(chunk) == BATCH_ITEMS_MAX or size + each_bytes > BATCH_BYTES_MAX):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(each)
+        size += each_bytes
+    if chunk:
+        yield chunk
+
+
+def _outcome(request_id: RequestId, result: publish_pb2.PublishResult) -> PublishOutcome | _Outdated:
+    match result.WhichOneof("outcome"):
+        case "accepted":
+            accepted = result.accepted
+            return Accepted(
+                request_id, MessageId(accepted.message_id), wire_time(accepted.expires_at), accepted.devices, accepted.repeated_request
+            )
+        case "not_registered":
+            return NotRegistered(request_id, Reason(result.not_registered.reason_code))
+        case "outdated_devices":
+            return _Outdated(request_id)
+        case "refusal":
+            refusal = result.refusal
+            retry_after = refusal.retry_after.ToTimedelta() if refusal.HasField("retry_after") else None
+            code = _CODE_NAMES.get(refusal.code, "UNKNOWN")
+            if refusal.code in _RETRYABLE_CODES and code != "RESOURCE_EXHAUSTED":
+                return Unanswered(request_id, refusal.reason, refusal.message)
+            return Refused(request_id, code, refusal.reason, refusal.message, refusal.field, retry_after)
+    return Unanswered(request_id, "NO_RESULT", "the service gave no outcome that this release knows; ask again, or upgrade")
+
+
+def _settled(outcome: PublishOutcome | _Outdated) -> PublishOutcome:
+    return _outdated_refusal(outcome) if isinstance(outcome, _Outdated) else outcome
+
+
+def _outdated_refusal(outdated: _Outdated) -> Refused:
+    return Refused(
+        outdated.request_id,
+        "FAILED_PRECONDITION",
+        "OUTDATED_DEVICES",
+        "the recipient's devices changed; ask for the keys again and seal again",
+        retry_after=timedelta(0),
+    )
+
+
+def _failure(request_id: RequestId, error: CallFailed, *, ambiguous: bool) -> Refused | Unanswered:
+    """The outcome that a call's error means. Only a definite answer is a refusal."""
+    definite = not isinstance(error, errors.Unavailable | errors.DeadlineExceeded | errors.ServerFault)
+    if definite or not ambiguous:
+        retry_after = None if error.retry_after_s is None and not error.retryable else timedelta(seconds=error.retry_after_s or 0)
+        return Refused(request_id, error.code, error.server_reason or error.reason, str(error), error.field, retry_after)
+    return Unanswered(request_id, error.server_reason or error.reason, str(error))
+
+
+def _prekey(prekey: keys_pb2.Prekey, kind: PrekeyKind) -> SignedPrekey:
+    """A prekey as the key service gave it. The kind is part of what is signed, so a wrong one does not verify."""
+    return SignedPrekey(
+        prekey.suite,
+        prekey.prekey_id,
+        kind,
+        prekey.public_key,
+        prekey.created_at_ms,
+        prekey.expires_at_ms,
+        prekey.signature,
+    )
+
+
+def _device(keys: keys_pb2.DeviceKeys) -> RecipientDevice:
+    return RecipientDevice(
+        DeviceId(keys.device_id),
+        keys.identity_public_key,
+        _prekey(keys.signed_prekey, PrekeyKind.SIGNED),
+        _prekey(keys.one_time_prekey, PrekeyKind.ONE_TIME) if keys.HasField("one_time_prekey") else None,
+        keys.min_suite or 1,
+    )
+
+
+def _duration(length: timedelta) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(length)
+    return duration
+
+
+def _status(status: publish_pb2.MessageStatus) -> MessageStatus:
+    return MessageStatus(
+        MessageId(status.message_id),
+        State(status.state),
+        Reason(status.reason_code),
+        status.assumed,
+        wire_time(status.created_at),
+        wire_time(status.expires_at),
+        wire_time(status.at),
+        tuple(
+            Attempt(Channel(each.channel), each.leg_no, State(each.state), Reason(each.reason_code), wire_time(each.at))
+            for each in status.attempts
+        ),
+        tuple(
+            DeliveryStatus(
+                DeviceId(each.device_id),
+                State(each.state),
+                Reason(each.reason_code),
+                wire_time(each.at),
+                wire_time(each.pushed_at) if each.HasField("pushed_at") else None,
+                wire_time(each.fetched_at) if each.HasField("fetched_at") else None,
+                wire_time(each.read_at) if each.HasField("read_at") else None,
+                wire_time(each.late_ack_at) if each.HasField("late_ack_at") else None,
+                Reason(each.push_reason),
+            )
+            for each in status.deliveries
+        ),
+        OrderId(status.order_id),
+        GroupId(status.group_id) if status.group_id else None,
+        status.tag,
+    )

@@ -1,0 +1,240 @@
+"""What may be stored about organisations, senders and apps, and who may sign in. Pure: values in, values or a refusal out."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from sealpush.errors import EntryRefused
+from sealpush.ids import AppId, SenderId
+from sealpush.keys import EntryRole, SenderEntry, verify_sender_entry
+from sealpushd.platform.access import SCOPES
+from sealpushd.platform.clock import to_ms
+from sealpushd.platform.errors import InvalidRequest
+
+PASSWORD_BYTES_MIN: Final = 12
+PASSWORD_BYTES_MAX: Final = 256
+ORGANISATION_NAME_CHARACTERS_MAX: Final = 128
+SENDER_NAME_CHARACTERS_MAX: Final = 64
+APP_NAME_CHARACTERS_MAX: Final = 128
+TOPIC_CHARACTERS_MAX: Final = 255
+# They travel in every token of the organisation.
+NETWORKS_MAX: Final = 64
+SENDER_APPS_MAX: Final = 64
+LOGO_BYTES_MAX: Final = 1024 * 1024
+LOGO_SIDE_PIXELS: Final = 512
+ROOT_KEY_BYTES: Final = 32
+# PostgreSQL's bigint; a serial is a counter or a time, never near it.
+ENTRY_SERIAL_MAX: Final = 2**63 - 1
+
+_NAME = re.compile(r"[a-z0-9.-]{1,64}", re.ASCII)
+_COLOUR = re.compile(r"#[0-9a-f]{6}", re.ASCII)
+_PNG_START: Final = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    app_id: AppId
+    name: str
+    apns_topic: str
+    root_public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """What another service may know of a sender."""
+
+    sender_id: SenderId
+    organisation_id: bytes
+    name: str
+    sender_entry: bytes
+    app_ids: tuple[AppId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AccountSender:
+    """A sender as far as signing in needs it."""
+
+    sender_id: SenderId
+    name: str
+    app_ids: tuple[AppId, ...]
+    scopes: frozenset[str]
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """An organisation as far as signing in needs it."""
+
+    organisation_id: bytes
+    password_hash: bytes
+    networks: tuple[str, ...]
+    senders: tuple[AccountSender, ...]
+
+    def __repr__(self) -> str:
+        return f"Account({self.organisation_id.hex()})"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What phones may know of a sender."""
+
+    sender_entry: bytes
+    platform_entry: bytes
+    display_name: str
+    brand_colour: str
+    brand_text_colour: str
+    logo_png: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Brand:
+    """Colours as "#rrggbb" or empty; a logo or None for the one there is."""
+
+    colour: str
+    text_colour: str
+    logo_png: bytes | None
+
+
+def is_login(text: str) -> bool:
+    """Whether the text can be a login at all."""
+    return _NAME.fullmatch(text) is not None
+
+
+def check_login(text: str) -> str:
+    if not is_login(text):
+        raise InvalidRequest("a login is 1 to 64 characters of a-z 0-9 - .", field="login")
+    return text
+
+
+def is_app_id(text: str) -> bool:
+    """Whether the text can be an app id at all."""
+    return _NAME.fullmatch(text) is not None
+
+
+def check_app_id(text: str) -> AppId:
+    if not is_app_id(text):
+        raise InvalidRequest("an app id is 1 to 64 characters of a-z 0-9 - .", field="app_id")
+    return AppId(text)
+
+
+def check_name(text: str, characters_max: int, field: str = "name") -> str:
+    if not 1 <= len(text) <= characters_max or not text.isprintable() or text != text.strip():
+        raise InvalidRequest(f"write 1 to {characters_max} printable characters, without spaces around them", field=field)
+    return text
+
+
+def check_new_password(password: str) -> str | None:
+    """The password to set, None for the one there is."""
+    if not password:
+        return None
+    if not PASSWORD_BYTES_MIN <= len(password.encode()) <= PASSWORD_BYTES_MAX:
+        raise InvalidRequest(f"a password is {PASSWORD_BYTES_MIN} to {PASSWORD_BYTES_MAX} bytes", field="password")
+    return password
+
+
+def check_networks(networks: Sequence[str]) -> tuple[str, ...]:
+    """The networks in their one spelling, each once."""
+    if len(networks) > NETWORKS_MAX:
+        raise InvalidRequest(f"at most {NETWORKS_MAX} networks", field="networks")
+    try:
+        return tuple(dict.fromkeys(str(ipaddress.ip_network(network.strip())) for network in networks))
+    except ValueError as e:
+        raise InvalidRequest(f"not a CIDR network such as 192.0.2.0/24: {e}", field="networks") from e
+
+
+def check_colour(colour: str, field: str) -> str:
+    lower = colour.lower()
+    if lower and _COLOUR.fullmatch(lower) is None:
+        raise InvalidRequest('write a colour as "#rrggbb", or leave it empty', field=field)
+    return lower
+
+
+def check_logo(png: bytes) -> bytes | None:
+    """The logo, None for an empty one. Reads only the header (PNG, 5.2 and 11.2.1): phones decode it with care of their own."""
+    if not png:
+        return None
+    if len(png) > LOGO_BYTES_MAX:
+        raise InvalidRequest(f"the logo is larger than {LOGO_BYTES_MAX} bytes", field="logo_png")
+    if not png.startswith(_PNG_START) or len(png) < len(_PNG_START) + 17:
+        raise InvalidRequest("the logo is not a PNG", field="logo_png")
+    width = int.from_bytes(png[16:20], "big")
+    height = int.from_bytes(png[20:24], "big")
+    if (width, height) != (LOGO_SIDE_PIXELS, LOGO_SIDE_PIXELS):
+        side = LOGO_SIDE_PIXELS
+        raise InvalidRequest(f"the logo is {width} x {height}; it must be exactly {side} x {side} pixels", field="logo_png")
+    return png
+
+
+def check_scopes(scopes: Sequence[str]) -> tuple[str, ...]:
+    """The scopes, all of them for an empty list."""
+    unknown = sorted(set(scopes) - SCOPES)
+    if unknown:
+        raise InvalidRequest(f"no such scope: {', '.join(unknown)}; there are {', '.join(sorted(SCOPES))}", field="scopes")
+    return tuple(sorted(set(scopes) or SCOPES))
+
+
+def check_app_ids(app_ids: Sequence[str]) -> tuple[AppId, ...]:
+    distinct = tuple(dict.fromkeys(AppId(app_id) for app_id in app_ids))
+    if not 1 <= len(distinct) <= SENDER_APPS_MAX:
+        raise InvalidRequest(f"name 1 to {SENDER_APPS_MAX} apps; the first is the sender's default", field="app_ids")
+    for app_id in distinct:
+        check_app_id(app_id)
+    return distinct
+
+
+def common_root(app_ids: Sequence[AppId], apps: Sequence[App]) -> bytes:
+    """The root that all these apps pin: one signature certifies a sender, so its apps must share the root."""
+    known = {app.app_id: app for app in apps}
+    missing = [app_id for app_id in app_ids if app_id not in known]
+    if missing:
+        raise InvalidRequest(f"no such app: {', '.join(missing)}; put it first", field="app_ids")
+    roots = {known[app_id].root_public_key for app_id in app_ids}
+    if len(roots) != 1:
+        raise InvalidRequest("these apps pin different roots; make a sender for each root", field="app_ids")
+    return roots.pop()
+
+
+def check_entry(entry: bytes, root_public_key: bytes, role: EntryRole, now: datetime, field: str) -> SenderEntry:
+    """The entry, if this root signed it, it is in time and of this role."""
+    try:
+        checked = verify_sender_entry(root_public_key, entry, to_ms(now), role=role)
+    except EntryRefused as e:
+        raise InvalidRequest(str(e), field=field) from e
+    if checked.serial > ENTRY_SERIAL_MAX:
+        raise InvalidRequest("the entry's serial must fit 63 bits", field=field)
+    return checked
+
+
+def check_entry_of(sender_id: SenderId, entry: SenderEntry) -> SenderEntry:
+    if entry.sender_id != sender_id:
+        raise InvalidRequest("the entry certifies another sender id", field="sender_entry")
+    return entry
+
+
+def choose_sender(account: Account, name: str) -> AccountSender:
+    """Who of the organisation will speak: the sender of that name; without a name its default, or its only one."""
+    if name:
+        found = [sender for sender in account.senders if sender.name == name]
+        if not found:
+            raise InvalidRequest("the organisation has no sender of this name", field="sender_name")
+        return found[0]
+    default = [sender for sender in account.senders if sender.is_default]
+    if not default and len(account.senders) == 1:
+        default = list(account.senders)
+    if not default:
+        raise InvalidRequest("the organisation has no default sender; name one", field="sender_name")
+    return default[0]
+
+
+def failure_subject(login: str, *, inside: bool) -> str:
+    """Whose failed sign-ins are counted together.
+
+    Those from outside the organisation's networks could not have succeeded: counted with the others, they would let anybody
+    lock an organisation out by its login alone.
+    """
+    return f"{login} {'inside' if inside else 'outside'}"

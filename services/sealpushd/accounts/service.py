@@ -1,0 +1,262 @@
+"""The gRPC side of accounts: parse, decide, answer. Protobuf stops here."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+from typing import Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from nacl.exceptions import InvalidkeyError
+from nacl.pwhash import argon2id
+
+from sealpush.ids import ID_BYTES, SenderId
+from sealpush.keys import EntryRole
+from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
+from sealpushd.accounts import rules
+from sealpushd.accounts.store import AccountStore, NewOrganisation, NewSender
+from sealpushd.platform import rpc
+from sealpushd.platform.access import address_allowed
+from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
+from sealpushd.platform.clock import Clock
+from sealpushd.platform.errors import InvalidRequest, NotFound, Overloaded, PermissionDenied, Unauthenticated
+from sealpushd.platform.limits import SIGN_IN_FAILURES_PER_ADDRESS, SIGN_IN_FAILURES_PER_LOGIN, Limiter
+from sealpushd.platform.tokens import SenderCaller, ServiceKey
+from sealpushd.v1 import administration_pb2, administration_pb2_grpc
+
+# Each check of a password takes 64 MiB and a core for a twentieth of a second. As few at once also bound by how much parallel
+# guesses overshoot a limit.
+PASSWORD_CHECKS_AT_ONCE: Final = 2
+# About two seconds of work: who comes later is better off coming again.
+PASSWORD_CHECKS_WAITING_MAX: Final = 64
+
+# Phones ask for a profile at the first message of a sender; a campaign makes millions ask at once.
+PROFILE_CACHED: Final = timedelta(seconds=5)
+# With logos of 1 MiB each, 64 MiB at the most.
+PROFILES_CACHED_MAX: Final = 64
+
+
+def _hash(password: str) -> bytes:
+    return argon2id.str(password.encode(), opslimit=argon2id.OPSLIMIT_INTERACTIVE, memlimit=argon2id.MEMLIMIT_INTERACTIVE)
+
+
+def _is_password(password_hash: bytes, password: str) -> bool:
+    try:
+        return argon2id.verify(password_hash, password.encode())
+    except InvalidkeyError:
+        return False
+
+
+class PasswordChecker:
+    """Checks passwords with the same work whether or not there is anything to check against."""
+
+    def __init__(self) -> None:
+        self._decoy: bytes | None = None
+        self._turns = asyncio.Semaphore(PASSWORD_CHECKS_AT_ONCE)
+        self._waiting = 0
+
+    async def __aenter__(self) -> PasswordChecker:
+        """Take a turn; raises Overloaded when too many wait already."""
+        if self._waiting >= PASSWORD_CHECKS_WAITING_MAX:
+            raise Overloaded("too many sign-ins at once; try again in a second")
+        self._waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self._waiting -= 1
+        if self._decoy is None:
+            self._decoy = await asyncio.to_thread(_hash, "nobody's password")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turns.release()
+
+    async def is_password(self, password_hash: bytes | None, password: str) -> bool:
+        """Whether it is; with None the answer is False after the same time."""
+        if password_hash is None:
+            assert self._decoy is not None  # noqa: S101 - made on entering
+            await asyncio.to_thread(_is_password, self._decoy, password)
+            return False
+        return await asyncio.to_thread(_is_password, password_hash, password)
+
+
+class AccountsService(accounts_pb2_grpc.AccountsServicer):
+    """Public: sign-in, sender profiles."""
+
+    def __init__(self, store: AccountStore, limiter: Limiter, key: ServiceKey, clock: Clock) -> None:
+        self._store = store
+        self._limiter = limiter
+        self._key = key
+        self._clock = clock
+        self._passwords = PasswordChecker()
+        self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, datetime]] = {}
+        self._profile_batcher = NaturalBatcher(store.profiles)
+
+    async def SignIn(  # noqa: N802 - gRPC's name
+        self, request: accounts_pb2.SignInRequest, context: rpc.Context
+    ) -> accounts_pb2.SignInResponse:
+        address = rpc.caller_address()
+        account = await self._authenticated(request.login, request.password, address)
+        sender = rules.choose_sender(account, request.sender_name)
+        caller = SenderCaller(sender.sender_id, account.organisation_id, sender.app_ids, sender.scopes, account.networks)
+        token, ends_at = self._key.sender_token(caller)
+        return accounts_pb2.SignInResponse(access_token=token, expires_at=Timestamp(seconds=ends_at), sender_id=sender.sender_id)
+
+    async def _authenticated(self, login: str, password: str, address: str) -> rules.Account:
+        """The organisation that login, password and address prove together."""
+        possible = rules.is_login(login) and len(password.encode()) <= rules.PASSWORD_BYTES_MAX
+        async with self._passwords as passwords:
+            await self._limiter.check(SIGN_IN_FAILURES_PER_ADDRESS, address)
+            account = await self._store.account(login) if possible else None
+            inside = account is not None and address_allowed(address, account.networks)
+            subject = rules.failure_subject(login, inside=inside)
+            await self._limiter.check(SIGN_IN_FAILURES_PER_LOGIN, subject)
+            right = await passwords.is_password(None if account is None else account.password_hash, password if possible else "")
+            if account is None or not right:
+                await self._limiter.add(SIGN_IN_FAILURES_PER_ADDRESS, address)
+                await self._limiter.add(SIGN_IN_FAILURES_PER_LOGIN, subject)
+                raise Unauthenticated("login or password is wrong")
+        if not inside:
+            raise PermissionDenied(f"the address {address} is not one of the organisation's networks")
+        return account
+
+    async def GetSenderProfile(  # noqa: N802
+        self, request: accounts_pb2.GetSenderProfileRequest, context: rpc.Context
+    ) -> accounts_pb2.GetSenderProfileResponse:
+        sender_id = _sender_id(request.sender_id)
+        now = self._clock.now()
+        cached = self._profiles.get(sender_id)
+        if cached is not None and now < cached[1]:
+            return cached[0]
+        profile = await self._profile_batcher.submit(sender_id)
+        self._profiles.pop(sender_id, None)
+        if profile is None:
+            raise NotFound("no such sender")
+        response = accounts_pb2.GetSenderProfileResponse(
+            sender_entry=profile.sender_entry,
+            platform_entry=profile.platform_entry,
+            display_name=profile.display_name,
+            brand_colour=profile.brand_colour,
+            brand_text_colour=profile.brand_text_colour,
+            logo_png=profile.logo_png,
+        )
+        if len(self._profiles) >= PROFILES_CACHED_MAX:
+            del self._profiles[next(iter(self._profiles))]
+        self._profiles[sender_id] = response, now + PROFILE_CACHED
+        return response
+
+
+class AdministrationService(administration_pb2_grpc.AdministrationServicer):
+    """Mesh: operators set up, services look up."""
+
+    def __init__(self, store: AccountStore, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def PutOrganisation(  # noqa: N802
+        self, request: administration_pb2.PutOrganisationRequest, context: rpc.Context
+    ) -> administration_pb2.PutOrganisationResponse:
+        actor = rpc.require_service().name
+        login = rules.check_login(request.login)
+        name = rules.check_name(request.name, rules.ORGANISATION_NAME_CHARACTERS_MAX)
+        networks = rules.check_networks(request.networks)
+        password = rules.check_new_password(request.password)
+        password_hash = None if password is None else await asyncio.to_thread(_hash, password)
+        new = NewOrganisation(login, password_hash, name, networks)
+        organisation_id = await self._store.put_organisation(new, actor=actor, now=self._clock.now())
+        return administration_pb2.PutOrganisationResponse(organisation_id=organisation_id)
+
+    async def PutSender(  # noqa: N802
+        self, request: administration_pb2.PutSenderRequest, context: rpc.Context
+    ) -> administration_pb2.PutSenderResponse:
+        actor = rpc.require_service().name
+        now = self._clock.now()
+        sender_id = _sender_id(request.sender_id)
+        if len(request.organisation_id) != ID_BYTES:
+            raise InvalidRequest("organisation_id must be 16 bytes", field="organisation_id")
+        app_ids = rules.check_app_ids(request.app_ids)
+        brand = rules.Brand(
+            rules.check_colour(request.brand_colour, "brand_colour"),
+            rules.check_colour(request.brand_text_colour, "brand_text_colour"),
+            rules.check_logo(request.logo_png),
+        )
+        root = rules.common_root(app_ids, await self._store.apps(app_ids))
+        entry = rules.check_entry(request.sender_entry, root, EntryRole.SENDER, now, "sender_entry")
+        new = NewSender(
+            sender_id=sender_id,
+            organisation_id=request.organisation_id,
+            name=rules.check_name(request.name, rules.SENDER_NAME_CHARACTERS_MAX),
+            signed_entry=request.sender_entry,
+            entry=rules.check_entry_of(sender_id, entry),
+            root_public_key=root,
+            app_ids=app_ids,
+            brand=brand,
+            scopes=rules.check_scopes(request.scopes),
+            is_default=request.is_default,
+        )
+        await self._store.put_sender(new, actor=actor, now=now)
+        return administration_pb2.PutSenderResponse()
+
+    async def PutApp(  # noqa: N802
+        self, request: administration_pb2.PutAppRequest, context: rpc.Context
+    ) -> administration_pb2.PutAppResponse:
+        actor = rpc.require_service().name
+        if len(request.root_public_key) != rules.ROOT_KEY_BYTES:
+            raise InvalidRequest("root_public_key must be 32 bytes", field="root_public_key")
+        app = rules.App(
+            app_id=rules.check_app_id(request.app_id),
+            name=rules.check_name(request.name, rules.APP_NAME_CHARACTERS_MAX),
+            apns_topic=rules.check_name(request.apns_topic, rules.TOPIC_CHARACTERS_MAX, "apns_topic") if request.apns_topic else "",
+            root_public_key=request.root_public_key,
+        )
+        await self._store.put_app(app, actor=actor, now=self._clock.now())
+        return administration_pb2.PutAppResponse()
+
+    async def PutPlatformEntry(  # noqa: N802
+        self, request: administration_pb2.PutPlatformEntryRequest, context: rpc.Context
+    ) -> administration_pb2.PutPlatformEntryResponse:
+        actor = rpc.require_service().name
+        now = self._clock.now()
+        if not await self._store.root_in_use(request.root_public_key):
+            raise InvalidRequest("this root is not pinned by any app; put the app first", field="root_public_key")
+        entry = rules.check_entry(request.platform_entry, request.root_public_key, EntryRole.PLATFORM, now, "platform_entry")
+        await self._store.put_platform_entry(request.platform_entry, entry, request.root_public_key, actor=actor, now=now)
+        return administration_pb2.PutPlatformEntryResponse()
+
+    async def GetSenders(  # noqa: N802
+        self, request: administration_pb2.GetSendersRequest, context: rpc.Context
+    ) -> administration_pb2.GetSendersResponse:
+        _check_batch(len(request.sender_ids), "sender_ids")
+        senders = await self._store.senders([_sender_id(sender_id, "sender_ids") for sender_id in request.sender_ids])
+        return administration_pb2.GetSendersResponse(
+            senders=[
+                administration_pb2.Sender(
+                    sender_id=sender.sender_id,
+                    organisation_id=sender.organisation_id,
+                    name=sender.name,
+                    sender_entry=sender.sender_entry,
+                    app_ids=sender.app_ids,
+                )
+                for sender in senders
+            ]
+        )
+
+    async def GetApps(  # noqa: N802
+        self, request: administration_pb2.GetAppsRequest, context: rpc.Context
+    ) -> administration_pb2.GetAppsResponse:
+        _check_batch(len(request.app_ids), "app_ids")
+        apps = await self._store.apps([app_id for app_id in request.app_ids if rules.is_app_id(app_id)])
+        return administration_pb2.GetAppsResponse(
+            apps=[administration_pb2.App(app_id=app.app_id, name=app.name, apns_topic=app.apns_topic) for app in apps]
+        )
+
+
+def _sender_id(value: bytes, field: str = "sender_id") -> SenderId:
+    if len(value) != ID_BYTES:
+        raise InvalidRequest(f"{field} must be 16 bytes", field=field)
+    return SenderId(value)
+
+
+def _check_batch(items: int, field: str) -> None:
+    if items > BATCH_ITEMS_MAX:
+        raise InvalidRequest(f"at most {BATCH_ITEMS_MAX} items a call", field=field)

@@ -1,0 +1,2 @@
+-- $1 sender id.
+DELETE FROM sender_apps WHERE sender_id = $1

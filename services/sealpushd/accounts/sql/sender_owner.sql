@@ -1,0 +1,2 @@
+-- $1 sender id. Whose it is.
+SELECT organisation_id FROM senders WHERE sender_id = $1

@@ -1,0 +1,216 @@
+"""What accounts keeps, in PostgreSQL. Every change appends to the journal in its own transaction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+
+from sealpush.ids import AppId, SenderId, uuid7
+from sealpush.keys import SenderEntry
+from sealpushd.accounts.rules import Account, AccountSender, App, Brand, Profile, Sender
+from sealpushd.platform.db import Connection, Database, load_sql
+from sealpushd.platform.errors import Aborted, InvalidRequest
+
+_FOLDER: Final = Path(__file__).parent
+
+
+def _sql(name: str) -> str:
+    return load_sql(_FOLDER, name)
+
+
+ACCOUNT: Final = _sql("account")
+PROFILE: Final = _sql("profile")
+SENDERS: Final = _sql("senders")
+APPS: Final = _sql("apps")
+ROOT_IN_USE: Final = _sql("root_in_use")
+CHANGE_ORGANISATION: Final = _sql("change_organisation")
+CREATE_ORGANISATION: Final = _sql("create_organisation")
+PUT_APP: Final = _sql("put_app")
+LOCK_ORGANISATION: Final = _sql("lock_organisation")
+UNSET_DEFAULT: Final = _sql("unset_default")
+PUT_SENDER: Final = _sql("put_sender")
+SENDER_OWNER: Final = _sql("sender_owner")
+CLEAR_SENDER_APPS: Final = _sql("clear_sender_apps")
+PUT_SENDER_APPS: Final = _sql("put_sender_apps")
+PUT_PLATFORM_ENTRY: Final = _sql("put_platform_entry")
+APPEND_JOURNAL: Final = _sql("append_journal")
+
+_ENTRY_WENT_BACK: Final = "a stored entry has this or a higher serial; sign a new one with a higher serial"
+
+
+@dataclass(frozen=True, slots=True)
+class NewOrganisation:
+    login: str
+    # None: stays.
+    password_hash: bytes | None
+    name: str
+    networks: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"NewOrganisation({self.login!r}, …)"
+
+
+@dataclass(frozen=True, slots=True)
+class NewSender:
+    sender_id: SenderId
+    organisation_id: bytes
+    name: str
+    signed_entry: bytes
+    entry: SenderEntry
+    root_public_key: bytes
+    app_ids: tuple[AppId, ...]
+    brand: Brand
+    scopes: tuple[str, ...]
+    is_default: bool
+
+
+class AccountStore:
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def account(self, login: str) -> Account | None:
+        rows = await self._db.fetch("account", ACCOUNT, login)
+        if not rows:
+            return None
+        return Account(
+            organisation_id=rows[0]["organisation_id"],
+            password_hash=rows[0]["password_hash"].encode(),
+            networks=tuple(rows[0]["networks"]),
+            senders=tuple(
+                AccountSender(
+                    sender_id=SenderId(row["sender_id"]),
+                    name=row["name"],
+                    app_ids=tuple(row["app_ids"]),
+                    scopes=frozenset(row["scopes"]),
+                    is_default=row["is_default"],
+                )
+                for row in rows
+                if row["sender_id"] is not None
+            ),
+        )
+
+    async def profiles(self, sender_ids: Sequence[SenderId]) -> list[Profile | None]:
+        """A result each, in their order."""
+        rows = await self._db.fetch("profile", PROFILE, list(dict.fromkeys(sender_ids)))
+        found = {
+            row["sender_id"]: Profile(
+                sender_entry=row["sender_entry"],
+                platform_entry=row["platform_entry"] or b"",
+                display_name=row["display_name"],
+                brand_colour=row["brand_colour"],
+                brand_text_colour=row["brand_text_colour"],
+                logo_png=row["logo_png"] or b"",
+            )
+            for row in rows
+        }
+        return [found.get(sender_id) for sender_id in sender_ids]
+
+    async def senders(self, sender_ids: Sequence[SenderId]) -> list[Sender]:
+        rows = await self._db.fetch("senders", SENDERS, sender_ids)
+        return [
+            Sender(SenderId(row["sender_id"]), row["organisation_id"], row["name"], row["sender_entry"], tuple(row["app_ids"]))
+            for row in rows
+        ]
+
+    async def apps(self, app_ids: Sequence[str]) -> list[App]:
+        rows = await self._db.fetch("apps", APPS, app_ids)
+        return [App(AppId(row["app_id"]), row["name"], row["apns_topic"], row["root_public_key"]) for row in rows]
+
+    async def root_in_use(self, root_public_key: bytes) -> bool:
+        return await self._db.fetch_one("root_in_use", ROOT_IN_USE, root_public_key) is not None
+
+    async def put_organisation(self, new: NewOrganisation, *, actor: str, now: datetime) -> bytes:
+        """Its id. Raises InvalidRequest when it would be created without a password, Aborted when another call creates it."""
+        networks = list(new.networks)
+        password_hash = None if new.password_hash is None else new.password_hash.decode()
+        async with self._db.transaction() as c:
+            row = await c.fetchrow(CHANGE_ORGANISATION, new.login, password_hash, new.name, networks, now)
+            if row is None:
+                if password_hash is None:
+                    raise InvalidRequest("a new organisation needs a password", field="password")
+                row = await c.fetchrow(CREATE_ORGANISATION, uuid7(), new.login, password_hash, new.name, networks, now)
+            if row is None:
+                raise Aborted("another call creates this organisation at the same time; try again")
+            organisation_id: bytes = row["organisation_id"]
+            detail = {"login": new.login, "name": new.name, "networks": networks, "password_changed": password_hash is not None}
+            await _journal(c, now, actor, "PutOrganisation", organisation_id.hex(), detail)
+            return organisation_id
+
+    async def put_app(self, app: App, *, actor: str, now: datetime) -> None:
+        """Raises InvalidRequest when its root would change under senders that hold entries of the present one."""
+        async with self._db.transaction() as c:
+            if await c.fetchrow(PUT_APP, uuid7(), app.app_id, app.name, app.root_public_key, app.apns_topic, now) is None:
+                raise InvalidRequest(
+                    "senders of this app hold entries of its present root; a new root needs a new app id", field="root_public_key"
+                )
+            detail = {"name": app.name, "root_public_key": app.root_public_key.hex(), "apns_topic": app.apns_topic}
+            await _journal(c, now, actor, "PutApp", app.app_id, detail)
+
+    async def put_sender(self, new: NewSender, *, actor: str, now: datetime) -> None:
+        """Raises InvalidRequest that names the field which does not fit what is stored."""
+        try:
+            async with self._db.transaction() as c:
+                await self._put_sender(c, new, actor, now)
+        except asyncpg.UniqueViolationError as e:
+            raise InvalidRequest("another sender of this organisation has this name", field="name") from e
+        except asyncpg.ForeignKeyViolationError as e:
+            raise InvalidRequest("an app vanished meanwhile; put it first", field="app_ids") from e
+
+    async def _put_sender(self, c: Connection, new: NewSender, actor: str, now: datetime) -> None:
+        if await c.fetchrow(LOCK_ORGANISATION, new.organisation_id) is None:
+            raise InvalidRequest("no such organisation; put it first", field="organisation_id")
+        if new.is_default:
+            await c.execute(UNSET_DEFAULT, new.organisation_id, new.sender_id, now)
+        stored = await c.fetchrow(
+            PUT_SENDER,
+            new.sender_id,
+            new.organisation_id,
+            new.name,
+            new.signed_entry,
+            new.entry.serial,
+            new.entry.display_name,
+            new.root_public_key,
+            new.brand.colour,
+            new.brand.text_colour,
+            new.brand.logo_png,
+            list(new.scopes),
+            new.is_default,
+            now,
+        )
+        if stored is None:
+            owner = await c.fetchval(SENDER_OWNER, new.sender_id)
+            if owner != new.organisation_id:
+                raise InvalidRequest("the sender belongs to another organisation", field="organisation_id")
+            raise InvalidRequest(_ENTRY_WENT_BACK, field="sender_entry")
+        await c.execute(CLEAR_SENDER_APPS, new.sender_id)
+        await c.execute(PUT_SENDER_APPS, new.sender_id, list(new.app_ids))
+        detail = {
+            "organisation_id": new.organisation_id.hex(),
+            "name": new.name,
+            "display_name": new.entry.display_name,
+            "entry_serial": new.entry.serial,
+            "app_ids": list(new.app_ids),
+            "scopes": list(new.scopes),
+            "is_default": new.is_default,
+            "logo_changed": new.brand.logo_png is not None,
+        }
+        await _journal(c, now, actor, "PutSender", new.sender_id.hex(), detail)
+
+    async def put_platform_entry(
+        self, signed_entry: bytes, entry: SenderEntry, root_public_key: bytes, *, actor: str, now: datetime
+    ) -> None:
+        """Raises InvalidRequest when the entry is older than the stored one."""
+        async with self._db.transaction() as c:
+            if await c.fetchrow(PUT_PLATFORM_ENTRY, root_public_key, signed_entry, entry.serial, now) is None:
+                raise InvalidRequest(_ENTRY_WENT_BACK, field="platform_entry")
+            await _journal(c, now, actor, "PutPlatformEntry", root_public_key.hex(), {"entry_serial": entry.serial})
+
+
+async def _journal(c: Connection, now: datetime, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
+    await c.execute(APPEND_JOURNAL, now, actor, action, subject, json.dumps(detail))

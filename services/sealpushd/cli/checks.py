@@ -1,0 +1,171 @@
+"""What `doctor` and `db status` look at. Each check gives a line for people and whether it is well."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+# Fewer weeks than this ahead mean that maintenance does not run: it keeps six.
+PARTITION_WEEKS_AHEAD_MIN: Final = 2
+CERTIFICATE_DAYS_LEFT_MIN: Final = 14
+# Tokens allow for 30 s, creation times for 5 min.
+CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    ok: bool
+    name: str
+    text: str
+
+    @property
+    def line(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.name:<28} {self.text}"
+
+
+async def check_schemas(url: str) -> list[Check]:
+    """A check for each service: is its schema the one of this program? Raises StoreUnavailable."""
+    from sealpushd.platform.migrate import SERVICES, SchemaError, check_schema, migrations_of
+
+    checks = []
+    for service in SERVICES:
+        try:
+            await check_schema(url, service)
+            known = migrations_of(service)
+            checks.append(Check(True, f"schema {service}", f"version {known[-1].version} ({known[-1].name})" if known else "has no tables"))
+        except SchemaError as e:
+            checks.append(Check(False, f"schema {service}", str(e)))
+    return checks
+
+
+async def check_partitions(url: str, now: datetime | None = None) -> Check:
+    """Do the mailbox's partitions reach far enough? Raises StoreUnavailable."""
+    from sealpushd.platform.db import connect
+
+    connection = await connect(url)
+    try:
+        last = await connection.fetchval(
+            "SELECT max(right(child.relname, 7)) FROM pg_inherits JOIN pg_class child ON child.oid = inhrelid"
+            " WHERE inhparent = to_regclass('fetch.messages')"
+        )
+    finally:
+        await connection.close()
+    return judge_partitions(last, now or datetime.now(UTC))
+
+
+def judge_partitions(last_week: str | None, now: datetime) -> Check:
+    """`last_week` as in the partitions' names: 2026w48."""
+    name = "partitions"
+    if last_week is None:
+        return Check(False, name, "there are none: run `sealpush db migrate`")
+    year, _, week = last_week.partition("w")
+    until = datetime.fromisocalendar(int(year), int(week), 1).replace(tzinfo=UTC) + timedelta(weeks=1)
+    weeks = (until - now) / timedelta(weeks=1)
+    if weeks < PARTITION_WEEKS_AHEAD_MIN:
+        return Check(False, name, f"they end on {until:%Y-%m-%d}: run `sealpush db maintain`, and let `--every 1h` keep it running")
+    return Check(True, name, f"reach until {until:%Y-%m-%d}")
+
+
+async def check_clock(url: str) -> Check:
+    """Is this machine's clock the database's? Raises StoreUnavailable."""
+    from sealpushd.platform.db import connect
+
+    connection = await connect(url)
+    try:
+        before = datetime.now(UTC)
+        theirs = await connection.fetchval("SELECT clock_timestamp()")
+        after = datetime.now(UTC)
+    finally:
+        await connection.close()
+    skew = abs(theirs - (before + (after - before) / 2))
+    if skew > CLOCK_SKEW_MAX:
+        return Check(False, "clock", f"differs from PostgreSQL's by {skew.total_seconds():.1f} s: set both by NTP")
+    return Check(True, "clock", f"differs from PostgreSQL's by {skew.total_seconds() * 1000:.0f} ms")
+
+
+def check_certificate(path: Path, now: datetime | None = None) -> Check:
+    """Does the first certificate of a PEM file last for a while?"""
+    from cryptography import x509
+
+    name = f"certificate {path.name}"
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as e:
+        return Check(False, name, f"{path} cannot be read: {e}")
+    left = certificate.not_valid_after_utc - (now or datetime.now(UTC))
+    if left < timedelta(days=CERTIFICATE_DAYS_LEFT_MIN):
+        return Check(False, name, f"ends on {certificate.not_valid_after_utc:%Y-%m-%d}: renew it (`sealpush up` does when it starts)")
+    return Check(True, name, f"good until {certificate.not_valid_after_utc:%Y-%m-%d}")
+
+
+async def check_valkey(url: str) -> Check:
+    import redis.asyncio
+    import redis.exceptions
+
+    started = time.monotonic()
+    client = redis.asyncio.Redis.from_url(url, socket_timeout=3, socket_connect_timeout=3)
+    try:
+        async with client:
+            await client.ping()
+    except (redis.exceptions.RedisError, OSError) as e:
+        return Check(False, "valkey", f"does not answer ({type(e).__name__}): messages still arrive, more slowly")
+    return Check(True, "valkey", f"answers in {(time.monotonic() - started) * 1000:.0f} ms")
+
+
+async def check_health(service: str, address: str) -> Check:
+    """Does a service's mesh listener say that it serves?"""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    name = f"service {service}"
+    started = time.monotonic()
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
+        except grpc.aio.AioRpcError as e:
+            return Check(False, name, f"{address} does not answer ({e.code().name}): look into its log")
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        return Check(False, name, f"{address} answers {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}: look into its log")
+    return Check(True, name, f"{address} serves, answers in {(time.monotonic() - started) * 1000:.0f} ms")
+
+
+async def check_port(name: str, host: str, port: int) -> Check:
+    """Does anything listen there?"""
+    try:
+        async with asyncio.timeout(3):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError):
+        return Check(False, name, f"nothing listens on {host}:{port}")
+    writer.close()
+    await writer.wait_closed()
+    return Check(True, name, f"{host}:{port} takes connections")
+
+
+async def check_postgres(url: str) -> list[Check]:
+    """PostgreSQL, and everything about it that can only be asked when it answers."""
+    from sealpushd.platform.db import connect
+    from sealpushd.platform.errors import StoreUnavailable
+
+    started = time.monotonic()
+    try:
+        connection = await connect(url)
+        try:
+            durable = await connection.fetchval("SELECT current_setting('fsync') || '/' || current_setting('synchronous_commit')")
+            version = await connection.fetchval("SHOW server_version")
+        finally:
+            await connection.close()
+        checks = [Check(True, "postgres", f"{version} answers in {(time.monotonic() - started) * 1000:.0f} ms")]
+        if durable != "on/on":
+            checks.append(Check(False, "durability", f"fsync/synchronous_commit is {durable}: accepted messages may be lost; set both on"))
+        return [*checks, *await check_schemas(url), await check_partitions(url), await check_clock(url)]
+    except StoreUnavailable as e:
+        return [Check(False, "postgres", str(e))]
+
+
+def all_well(checks: Sequence[Check]) -> bool:
+    return all(check.ok for check in checks)

@@ -1,0 +1,46 @@
+"""`sealpush doctor`: what is well and what is not, a line each."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from sealpushd.cli.options import data_dir_option
+
+
+@click.command()
+@data_dir_option
+def doctor(data_dir: Path) -> None:
+    """Check a running `sealpush up`: engines, schemas, partitions, certificates, clock, ports, services.
+
+    Exit code 0 if all is well. Every line that says FAIL says what to do.
+    """
+    from sealpushd.cli.checks import Check, all_well, check_certificate, check_health, check_port, check_postgres, check_valkey
+    from sealpushd.up.endpoints import Endpoints
+
+    endpoints = Endpoints.load(data_dir)
+
+    async def collect() -> list[Check]:
+        postgres, valkey, services, ports = await asyncio.gather(
+            check_postgres(endpoints.postgres_url),
+            check_valkey(endpoints.valkey_url),
+            asyncio.gather(*(check_health(name, address) for name, address in endpoints.mesh.items())),
+            asyncio.gather(*(check_port(f"port {name}", *_split(address)) for name, address in endpoints.listeners().items())),
+        )
+        certificates = [check_certificate(path) for path in sorted(Path(endpoints.ca).parent.glob("*.pem"))]
+        return [*postgres, valkey, *services, *ports, *certificates]
+
+    checks = asyncio.run(collect())
+    for check in checks:
+        click.echo(check.line)
+    failed = sum(not check.ok for check in checks)
+    click.echo("all is well" if all_well(checks) else f"{failed} of {len(checks)} checks failed")
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)

@@ -1,0 +1,520 @@
+"""Decisions about keys: the device log, which prekeys are taken, what is sealed to, whether stanzas fit. Pure.
+
+The device log of a subscriber is a hash chain. Numbers are big-endian:
+
+    entry = "SPL1" | kind1 | flags1 | device_id16 | identity_public_key32 | at_ms8
+    head0 = SHA-256("SPL1-start" | subscriber_id16)
+    headN = SHA-256("SPL1-log" | headN-1 | entryN)
+
+kind: 1 added, 2 removed. flags bit 0: recovered, that is no device which was there before vouches for this one. The head is the
+`device_list_version` that senders see: a server that slips in a device cannot hide that from whoever compares heads.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Self
+
+from sealpush import envelope
+from sealpush.errors import ContentTooLarge, KeyRefused
+from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId
+from sealpush.keys import (
+    MESSAGE_LIFETIME_MS_MAX,
+    ONE_TIME_PREKEYS_BATCH,
+    PREKEY_RETENTION_MS,
+    SUITE_X25519,
+    SUITES_SUPPORTED,
+    TIME_MS_MAX,
+    ContentSigningKey,
+    PrekeyKind,
+    SignedPrekey,
+    verify_prekey,
+)
+from sealpushd.platform.errors import InvalidRequest
+
+# A refill comes when fewer than 20 are left and brings 100; an upload repeated under a new counter still fits.
+ONE_TIME_PREKEYS_MAX: Final = 2 * ONE_TIME_PREKEYS_BATCH
+# A device keeps the private half of a replaced prekey for 35 days and a message lives up to 28: what was sealed within this time
+# after the replacement can surely be opened until its end.
+SUPERSEDED_GRACE_MS: Final = PREKEY_RETENTION_MS - MESSAGE_LIFETIME_MS_MAX
+
+
+class EntryKind(enum.IntEnum):
+    ADDED = 1
+    REMOVED = 2
+
+
+_ENTRY: Final = struct.Struct(">4sBB16s32sQ")
+_MAGIC: Final = b"SPL1"
+_RECOVERED: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One change of a subscriber's devices."""
+
+    kind: EntryKind
+    device_id: DeviceId
+    identity_public_key: bytes
+    at_ms: int
+    recovered: bool = False
+
+    def encode(self) -> bytes:
+        flags = _RECOVERED if self.recovered else 0
+        return _ENTRY.pack(_MAGIC, self.kind, flags, self.device_id, self.identity_public_key, self.at_ms)
+
+    @classmethod
+    def decode(cls, entry: bytes) -> Self:
+        """The entry in exactly these bytes; raises ValueError."""
+        try:
+            magic, kind, flags, device_id, identity_public_key, at_ms = _ENTRY.unpack(entry)
+        except struct.error as e:
+            raise ValueError("not an entry of a device log") from e
+        if magic != _MAGIC or flags & ~_RECOVERED:
+            raise ValueError("not an entry of a device log that this release knows")
+        return cls(EntryKind(kind), DeviceId(device_id), identity_public_key, at_ms, bool(flags & _RECOVERED))
+
+
+def start_head(subscriber_id: SubscriberId) -> bytes:
+    """The head of a log that has no entries yet."""
+    return hashlib.sha256(b"SPL1-start" + subscriber_id).digest()
+
+
+def next_head(head: bytes, entry: bytes) -> bytes:
+    """The head after one more entry."""
+    return hashlib.sha256(b"SPL1-log" + head + entry).digest()
+
+
+def verify_log(subscriber_id: SubscriberId, entries: Iterable[bytes], head: bytes) -> bool:
+    """Whether these are all entries of the log that ends in `head`, in their order."""
+    computed = start_head(subscriber_id)
+    for entry in entries:
+        computed = next_head(computed, entry)
+    return hmac.compare_digest(computed, head)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device as it is known here."""
+
+    device_id: DeviceId
+    subscriber_id: SubscriberId
+    identity_public_key: bytes
+    min_suite: int
+    removed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NewDevice:
+    """A device to enter into its subscriber's list, with the prekey it can be sealed to at once."""
+
+    subscriber_id: SubscriberId
+    device_id: DeviceId
+    identity_public_key: bytes
+    signed_prekey: SignedPrekey
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrekey:
+    """A signed prekey as it is kept; `superseded_at_ms` is None for the current one."""
+
+    prekey: SignedPrekey
+    superseded_at_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceKeys:
+    """A device that is in a list, and its signed prekeys: the current one and perhaps the one before."""
+
+    device: Device
+    prekeys: tuple[StoredPrekey, ...]
+
+    @property
+    def current(self) -> SignedPrekey | None:
+        return next((each.prekey for each in self.prekeys if each.superseded_at_ms is None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ListEnd:
+    """Where the log of a subscriber ends."""
+
+    subscriber_id: SubscriberId
+    seq: int
+    head: bytes
+    device_added: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    subscriber_id: SubscriberId
+    seq: int
+    entry: bytes
+    head: bytes
+
+
+class _Logs:
+    """Logs being appended to; starts from their ends."""
+
+    def __init__(self, ends: Mapping[SubscriberId, ListEnd]) -> None:
+        self._ends = dict(ends)
+        self.appends: list[Append] = []
+
+    def append(self, subscriber_id: SubscriberId, entry: LogEntry) -> None:
+        end = self._ends[subscriber_id]
+        encoded = entry.encode()
+        head, seq = next_head(end.head, encoded), end.seq + 1
+        added = end.device_added or entry.kind is EntryKind.ADDED
+        self._ends[subscriber_id] = ListEnd(subscriber_id, seq, head, added)
+        self.appends.append(Append(subscriber_id, seq, encoded, head))
+
+    def is_empty(self, subscriber_id: SubscriberId) -> bool:
+        return self._ends[subscriber_id].seq == 0
+
+    @property
+    def moved_ends(self) -> list[ListEnd]:
+        return [self._ends[subscriber_id] for subscriber_id in dict.fromkeys(each.subscriber_id for each in self.appends)]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a batch of devices changes."""
+
+    # A text a device that was asked for, empty where nothing is against it.
+    refusals: list[str] = field(default_factory=list)
+    placed: Mapping[DeviceId, SubscriberId] = field(default_factory=dict)
+    removed: Sequence[DeviceId] = ()
+    prekeys: Mapping[DeviceId, SignedPrekey] = field(default_factory=dict)
+    appends: Sequence[Append] = ()
+    ends: Sequence[ListEnd] = ()
+
+
+def plan_put(
+    devices: Sequence[NewDevice],
+    known: Mapping[DeviceId, Device],
+    prekeys: Mapping[DeviceId, DeviceKeys],
+    ends: Mapping[SubscriberId, ListEnd],
+    now_ms: int,
+) -> Plan:
+    """What entering these devices, in this order, means. Entering one that is there already means nothing.
+
+    `known` holds a row for each of the devices, one that is `removed` for those that are new. `ends` holds the logs of their new and
+    present subscribers. A device may come from another subscriber, whose log then says that it left.
+    """
+    logs = _Logs(ends)
+    known = dict(known)
+    placed: dict[DeviceId, SubscriberId] = {}
+    taken: dict[DeviceId, SignedPrekey] = {}
+    refusals = []
+    for new in devices:
+        device = known[new.device_id]
+        refusal = _refuse_device(new, device, now_ms)
+        keys = prekeys.get(new.device_id)
+        held = [each.prekey for each in keys.prekeys] if keys is not None else []
+        if new.device_id in taken:
+            held.append(taken[new.device_id])
+        refusal = refusal or _refuse_reuse(new.signed_prekey, held)
+        refusals.append(refusal)
+        if refusal:
+            continue
+        if device.removed or device.subscriber_id != new.subscriber_id:
+            if not device.removed:
+                logs.append(device.subscriber_id, LogEntry(EntryKind.REMOVED, device.device_id, device.identity_public_key, now_ms))
+            # Nothing in a registration is signed by a device that was there before: only the first needs nobody to vouch for it.
+            recovered = not logs.is_empty(new.subscriber_id)
+            logs.append(new.subscriber_id, LogEntry(EntryKind.ADDED, device.device_id, device.identity_public_key, now_ms, recovered))
+            placed[device.device_id] = new.subscriber_id
+            known[device.device_id] = replace(device, subscriber_id=new.subscriber_id, removed=False)
+        # A registration that is repeated late must not bring back a prekey that was replaced since.
+        if all(new.signed_prekey.created_at_ms > each.created_at_ms for each in held):
+            taken[device.device_id] = new.signed_prekey
+    return Plan(refusals, placed=placed, prekeys=taken, appends=logs.appends, ends=logs.moved_ends)
+
+
+def plan_remove(
+    devices: Sequence[tuple[SubscriberId, DeviceId]],
+    known: Mapping[DeviceId, Device],
+    ends: Mapping[SubscriberId, ListEnd],
+    now_ms: int,
+) -> Plan:
+    """What taking these devices out of these subscribers' lists means. One that is not there (any more) means nothing."""
+    logs = _Logs(ends)
+    removed: dict[DeviceId, None] = {}
+    for subscriber_id, device_id in devices:
+        device = known.get(device_id)
+        if device is None or device.removed or device.subscriber_id != subscriber_id or device_id in removed:
+            continue
+        logs.append(subscriber_id, LogEntry(EntryKind.REMOVED, device_id, device.identity_public_key, now_ms))
+        removed[device_id] = None
+    return Plan(removed=list(removed), appends=logs.appends, ends=logs.moved_ends)
+
+
+def _refuse_device(new: NewDevice, device: Device, now_ms: int) -> str:
+    if not hmac.compare_digest(new.identity_public_key, device.identity_public_key):
+        return "the device id belongs to another identity key; register with a new device id"
+    if new.signed_prekey.kind is not PrekeyKind.SIGNED:
+        return "signed_prekey is of another kind"
+    return refuse_prekey(new.signed_prekey, device, now_ms, device.min_suite)
+
+
+def _refuse_reuse(prekey: SignedPrekey, held: Iterable[SignedPrekey]) -> str:
+    if any(each.prekey_id == prekey.prekey_id and each != prekey for each in held):
+        return f"prekey id {prekey.prekey_id} was used for another prekey; take a new one"
+    return ""
+
+
+def refuse_prekey(prekey: SignedPrekey, device: Device, now_ms: int, min_suite: int) -> str:
+    """Why this prekey of a device cannot be taken; empty: it can."""
+    if prekey.suite not in SUITES_SUPPORTED:
+        # Taking it would leave the device without a prekey that this server can seal to.
+        return f"prekeys of suite {prekey.suite} are not supported here yet; use suite {SUITE_X25519}"
+    try:
+        verify_prekey(
+            prekey,
+            device_id=device.device_id,
+            identity_public_key=device.identity_public_key,
+            now_ms=now_ms,
+            min_suite=min_suite,
+        )
+    except KeyRefused as e:
+        return str(e)
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What a device uploads. `min_suite` 0 leaves it as it is."""
+
+    prekeys: tuple[SignedPrekey, ...]
+    min_suite: int
+
+    @property
+    def signed(self) -> SignedPrekey | None:
+        return next((each for each in self.prekeys if each.kind is PrekeyKind.SIGNED), None)
+
+    @property
+    def one_time(self) -> list[SignedPrekey]:
+        return [each for each in self.prekeys if each.kind is PrekeyKind.ONE_TIME]
+
+
+def check_upload(upload: Upload, device: Device, now_ms: int) -> int:
+    """The device's lowest suite after this upload; raises InvalidRequest for anything in it that cannot be taken."""
+    min_suite = upload.min_suite or device.min_suite
+    if min_suite < device.min_suite:
+        raise InvalidRequest(f"min_suite is {device.min_suite} and never goes down", field="change.min_suite")
+    if min_suite > max(SUITES_SUPPORTED):
+        raise InvalidRequest(f"suites up to {max(SUITES_SUPPORTED)} are supported here", field="change.min_suite")
+    if min_suite > device.min_suite and upload.signed is None:
+        raise InvalidRequest("a device that raises min_suite sends a new signed prekey along", field="change.prekeys")
+    if len(upload.prekeys) - len(upload.one_time) > 1 or len(upload.one_time) > ONE_TIME_PREKEYS_BATCH:
+        raise InvalidRequest(
+            f"an upload holds at most one signed prekey and {ONE_TIME_PREKEYS_BATCH} one-time prekeys", field="change.prekeys"
+        )
+    if len({(each.kind, each.prekey_id) for each in upload.prekeys}) != len(upload.prekeys):
+        raise InvalidRequest("a prekey id stands twice in the upload", field="change.prekeys")
+    for n, prekey in enumerate(upload.prekeys):
+        refusal = refuse_prekey(prekey, device, now_ms, min_suite)
+        if refusal:
+            raise InvalidRequest(refusal, field=f"change.prekeys[{n}]")
+    return min_suite
+
+
+def replaces(prekey: SignedPrekey, held: Sequence[SignedPrekey]) -> bool:
+    """Whether an uploaded signed prekey becomes the current one: not if it is held already.
+
+    Raises InvalidRequest when its id was used for another.
+    """
+    refusal = _refuse_reuse(prekey, held)
+    if refusal:
+        raise InvalidRequest(refusal, field="change.prekeys")
+    return prekey not in held
+
+
+# What a record of one key takes in the blob of its suite.
+_ONE_TIME_RECORD: Final = {SUITE_X25519: struct.Struct(">IQQ32s64s")}
+
+
+@dataclass(frozen=True, slots=True)
+class OneTimePrekeys:
+    """A device's one-time prekeys of one suite; the columns of the table."""
+
+    suite: int
+    first_index: int
+    next_index: int
+    blob: bytes = field(repr=False)
+
+    def left(self, now_ms: int) -> list[SignedPrekey]:
+        """Those that were not handed out and have not expired, oldest first."""
+        record = _ONE_TIME_RECORD[self.suite]
+        keys = [
+            SignedPrekey(self.suite, prekey_id, PrekeyKind.ONE_TIME, public_key, created, expires, signature)
+            for prekey_id, created, expires, public_key, signature in record.iter_unpack(self.blob)
+        ]
+        return [each for each in keys[self.next_index - self.first_index :] if each.expires_at_ms > now_ms]
+
+    def refilled(self, added: Sequence[SignedPrekey], now_ms: int) -> Self:
+        """With more keys at the end, and without what was handed out or expired. Raises InvalidRequest if that is too many."""
+        left = self.left(now_ms)
+        for each in added:
+            refusal = _refuse_reuse(each, left)
+            if refusal:
+                raise InvalidRequest(refusal, field="change.prekeys")
+        keys = list(dict.fromkeys([*left, *added]))
+        if len(keys) > ONE_TIME_PREKEYS_MAX:
+            raise InvalidRequest(
+                f"{len(left)} one-time prekeys are left, and at most {ONE_TIME_PREKEYS_MAX} are kept; upload fewer",
+                field="change.prekeys",
+            )
+        record = _ONE_TIME_RECORD[self.suite]
+        blob = b"".join(
+            record.pack(each.prekey_id, each.created_at_ms, each.expires_at_ms, each.public_key, each.signature) for each in keys
+        )
+        return type(self)(self.suite, self.next_index, self.next_index, blob)
+
+
+@dataclass(frozen=True, slots=True)
+class SealingKey:
+    """What sealing needs of a device. Its signature was checked when it came, and nobody else writes where it is kept."""
+
+    subscriber_id: SubscriberId
+    expires_at_ms: int
+    recipient: envelope.Recipient
+
+
+@dataclass(frozen=True, slots=True)
+class SealItem:
+    """A content to seal for some devices of one subscriber."""
+
+    sender_id: SenderId
+    subscriber_id: SubscriberId
+    device_ids: tuple[DeviceId, ...]
+    content: bytes = field(repr=False)
+    created_at_ms: int
+    expires_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    envelope: envelope.Envelope
+    devices_without_prekey: tuple[DeviceId, ...]
+
+
+def seal(
+    item: SealItem,
+    keys: Mapping[DeviceId, SealingKey],
+    signing_key: ContentSigningKey,
+    content_id: ContentId,
+    recipient_ref: RecipientRef,
+    now_ms: int,
+) -> Sealed:
+    """The content sealed for those of its devices that have a prekey, and the others. Raises ValueError, ContentTooLarge.
+
+    A device that is not the subscriber's (any more) counts as one without a prekey.
+    """
+    recipients = []
+    without = []
+    for device_id in dict.fromkeys(item.device_ids):
+        key = keys.get(device_id)
+        if key is None or key.subscriber_id != item.subscriber_id or key.expires_at_ms <= now_ms:
+            without.append(device_id)
+        else:
+            recipients.append(key.recipient)
+    header = envelope.Header(
+        content_id=content_id,
+        sender_id=item.sender_id,
+        sender_key_id=signing_key.key_id,
+        recipient_ref=recipient_ref,
+        created_at_ms=item.created_at_ms,
+        expires_at_ms=item.expires_at_ms,
+        flags=envelope.FLAG_SERVER_SEALED,
+    )
+    return Sealed(envelope.seal(item.content, header, recipients, signing_key), tuple(without))
+
+
+def check_seal_item(item: SealItem) -> None:
+    """Raises ContentTooLarge or ValueError where sealing would, before any work is done."""
+    if len(item.content) > envelope.CONTENT_BYTES_MAX:
+        raise ContentTooLarge(f"content has {len(item.content)} bytes; at most {envelope.CONTENT_BYTES_MAX} can be sealed")
+    if len(item.device_ids) > envelope.STANZAS_MAX:
+        raise ValueError(f"an envelope holds at most {envelope.STANZAS_MAX} devices")
+    if not 0 <= item.created_at_ms < item.expires_at_ms <= TIME_MS_MAX:
+        raise ValueError("expires_at_ms must be later than created_at_ms, both Unix milliseconds")
+    if item.expires_at_ms - item.created_at_ms > MESSAGE_LIFETIME_MS_MAX:
+        raise ValueError("a message lives at most 28 days")
+
+
+@dataclass(frozen=True, slots=True)
+class StanzaKey:
+    """What a stanza says it was sealed to; `kind` as on the wire."""
+
+    device_id: DeviceId
+    suite: int
+    prekey_id: int
+    kind: int
+
+
+@dataclass(frozen=True, slots=True)
+class StanzaCheck:
+    sender_id: SenderId
+    subscriber_id: SubscriberId
+    device_ids: tuple[DeviceId, ...]
+    stanzas: tuple[StanzaKey, ...]
+    recipient_ref: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StanzaVerdict:
+    """All empty: the envelope fits."""
+
+    missing: tuple[DeviceId, ...] = ()
+    surplus: tuple[DeviceId, ...] = ()
+    stale: tuple[DeviceId, ...] = ()
+
+
+def usable(keys: DeviceKeys | None, subscriber_id: SubscriberId, now_ms: int) -> SignedPrekey | None:
+    """The signed prekey that senders seal to now, if the device is this subscriber's and has one."""
+    if keys is None or keys.device.subscriber_id != subscriber_id or keys.current is None:
+        return None
+    return keys.current if keys.current.expires_at_ms > now_ms else None
+
+
+def accepted(stanza: StanzaKey, keys: DeviceKeys | None, subscriber_id: SubscriberId, now_ms: int) -> bool:
+    """Whether the device surely can open this stanza for as long as a message may live."""
+    if keys is None or keys.device.subscriber_id != subscriber_id or stanza.suite < keys.device.min_suite:
+        return False
+    for each in keys.prekeys:
+        prekey = each.prekey
+        if (prekey.suite, prekey.prekey_id, prekey.kind.value) != (stanza.suite, stanza.prekey_id, stanza.kind):
+            continue
+        if each.superseded_at_ms is not None and now_ms >= each.superseded_at_ms + SUPERSEDED_GRACE_MS:
+            return False
+        return prekey.expires_at_ms > now_ms
+    return False
+
+
+def check_stanzas(check: StanzaCheck, keys: Mapping[DeviceId, DeviceKeys], now_ms: int) -> StanzaVerdict:
+    """What is wrong with the stanzas of an envelope, given the devices and prekeys of now.
+
+    A device without a usable prekey is not missing: no sender could do better.
+    """
+    devices = set(check.device_ids)
+    sealed = {each.device_id for each in check.stanzas}
+    return StanzaVerdict(
+        missing=tuple(
+            device_id
+            for device_id in dict.fromkeys(check.device_ids)
+            if device_id not in sealed and usable(keys.get(device_id), check.subscriber_id, now_ms) is not None
+        ),
+        surplus=tuple(dict.fromkeys(each.device_id for each in check.stanzas if each.device_id not in devices)),
+        stale=tuple(
+            dict.fromkeys(
+                each.device_id
+                for each in check.stanzas
+                if each.device_id in devices and not accepted(each, keys.get(each.device_id), check.subscriber_id, now_ms)
+            )
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Who the recipients are: subscribers, their numbers, installations, push tokens and preferences."""

@@ -1,0 +1,200 @@
+"""Between protobuf and the values inside. Refusals name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from sealpush.errors import KeyRefused
+from sealpush.ids import ID_BYTES, DeviceId, RegistrationId, SenderId
+from sealpush.keys import PrekeyKind, SignedPrekey, verify_prekey
+from sealpush.proofs import body_digest, change_proof, verify_proof
+from sealpush.v1 import common_pb2, keys_pb2, registration_pb2
+from sealpushd.platform.batching import BATCH_ITEMS_MAX
+from sealpushd.platform.errors import InvalidRequest
+from sealpushd.platform.tokens import DeviceCaller
+from sealpushd.registration import rules
+from sealpushd.registration.phones import parse_phone
+from sealpushd.registration.rules import NO_TOKEN, IdentifierKind, InstallationChange, Preference, PushToken, Query
+from sealpushd.registration.store import DeadToken, RegistrationStore
+from sealpushd.v1 import directory_pb2
+
+SIGNATURE_BYTES: Final = 64
+IDENTITY_KEY_BYTES: Final = 32
+PHONE_HELP: Final = "not a phone number in international format, such as +380501234567"
+
+_PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {0}
+_ENVIRONMENTS: Final = frozenset(common_pb2.PushEnvironment.values()) - {0}
+_PRODUCTION: Final = int(common_pb2.PUSH_ENVIRONMENT_PRODUCTION)
+
+MessageType = TypeVar("MessageType", bound=Message)
+
+
+def check_id(value: bytes, field: str) -> bytes:
+    if len(value) != ID_BYTES:
+        raise InvalidRequest(f"{field} must be 16 bytes", field=field)
+    return value
+
+
+def device_id(value: bytes, field: str = "device_id") -> DeviceId:
+    return DeviceId(check_id(value, field))
+
+
+def registration_id(value: bytes) -> RegistrationId:
+    return RegistrationId(check_id(value, "registration_id"))
+
+
+def check_length(value: bytes, length: int, field: str) -> bytes:
+    if len(value) != length:
+        raise InvalidRequest(f"{field} must be {length} bytes", field=field)
+    return value
+
+
+def check_batch(items: int, field: str) -> None:
+    if items > BATCH_ITEMS_MAX:
+        raise InvalidRequest(f"at most {BATCH_ITEMS_MAX} items a call", field=field)
+
+
+def signed_change(kind: type[MessageType], change: bytes) -> MessageType:
+    """The message whose serialised bytes a device signed."""
+    try:
+        return kind.FromString(change)
+    except DecodeError as e:
+        raise InvalidRequest(f"change is no serialised {kind.DESCRIPTOR.name}", field="change") from e
+
+
+def checked_counter(caller: DeviceCaller, proof: common_pb2.DeviceProof, method: str, change: bytes) -> int:
+    """The counter of a change, proven to come from this device."""
+    if not 1 <= proof.counter <= rules.COUNTER_MAX:
+        raise InvalidRequest("the counter must be 1 or more within 63 bits", field="proof.counter")
+    statement = change_proof(caller.device_id, proof.counter, method, body_digest(change))
+    if not verify_proof(caller.identity_public_key, statement, proof.signature):
+        raise InvalidRequest("the change is not signed by the identity key of this device", field="proof.signature")
+    return proof.counter
+
+
+def installation_change(said: registration_pb2.Installation) -> InstallationChange:
+    """What an update says: absent and zero fields stay."""
+    if said.platform and said.platform not in _PLATFORMS:
+        raise InvalidRequest(f"platform {int(said.platform)} is not known to this server", field="platform")
+    if said.push_environment and said.push_environment not in _ENVIRONMENTS:
+        raise InvalidRequest(f"push environment {int(said.push_environment)} is not known to this server", field="push_environment")
+    token = None
+    if said.HasField("push_token"):
+        token = PushToken(said.push_token) if said.push_token else NO_TOKEN
+    return rules.check_installation(
+        InstallationChange(
+            platform=int(said.platform) or None,
+            push_token=token,
+            push_environment=int(said.push_environment) or None,
+            push_topic=said.push_topic or None,
+            push_allowed_by_os=said.push_allowed_by_os if said.HasField("push_allowed_by_os") else None,
+            push_allowed_by_app=said.push_allowed_by_app if said.HasField("push_allowed_by_app") else None,
+            is_primary=said.is_primary if said.HasField("is_primary") else None,
+            app_version=said.app_version if said.HasField("app_version") else None,
+            locale=said.locale if said.HasField("locale") else None,
+            subscriptions=tuple(dict.fromkeys(said.subscriptions.names)) if said.HasField("subscriptions") else None,
+        )
+    )
+
+
+def new_installation(said: registration_pb2.Installation) -> InstallationChange:
+    """What a registration says, with a value for everything."""
+    change = installation_change(said)
+    if change.platform is None:
+        raise InvalidRequest("name the platform", field="installation.platform")
+    return InstallationChange(
+        platform=change.platform,
+        push_token=change.push_token or NO_TOKEN,
+        push_environment=change.push_environment or _PRODUCTION,
+        push_topic=change.push_topic or "",
+        # A system that asks its user reports the answer; until then pushes are tried.
+        push_allowed_by_os=change.push_allowed_by_os is not False,
+        push_allowed_by_app=change.push_allowed_by_app is not False,
+        is_primary=bool(change.is_primary),
+        app_version=change.app_version or "",
+        locale=change.locale or "",
+        subscriptions=change.subscriptions or (),
+    )
+
+
+def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key: bytes, now_ms: int) -> SignedPrekey:
+    """The first signed prekey of a device, verified."""
+    if prekey.kind != keys_pb2.PREKEY_KIND_SIGNED:
+        raise InvalidRequest("the first prekey must be of the kind SIGNED", field="signed_prekey.kind")
+    parsed = SignedPrekey(
+        suite=prekey.suite,
+        prekey_id=prekey.prekey_id,
+        kind=PrekeyKind.SIGNED,
+        public_key=prekey.public_key,
+        created_at_ms=prekey.created_at_ms,
+        expires_at_ms=prekey.expires_at_ms,
+        signature=prekey.signature,
+    )
+    try:
+        verify_prekey(parsed, device_id=device, identity_public_key=identity_public_key, now_ms=now_ms)
+    except KeyRefused as e:
+        raise InvalidRequest(str(e), field="signed_prekey") from e
+    return parsed
+
+
+def preference(said: registration_pb2.Preference) -> Preference:
+    sender_id = SenderId(check_id(said.sender_id, "sender_id"))
+    return Preference(sender_id, said.block_all, said.block_advertising, said.mute)
+
+
+def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query | str:
+    """One recipient to resolve; a text where it is malformed."""
+    recipient = asked.recipient
+    kind = recipient.WhichOneof("kind")
+    scope = ""
+    if len(asked.sender_id) != ID_BYTES:
+        return "sender_id must be 16 bytes"
+    if not rules.is_app_id(asked.app_id):
+        return "app_id is not an app id"
+    if kind == "phone":
+        phone = parse_phone(recipient.phone)
+        if phone is None:
+            return PHONE_HELP
+        number, lookup = IdentifierKind.PHONE, store.phone_lookup(phone)
+    elif kind == "rnokpp":
+        if not 1 <= len(recipient.rnokpp) <= rules.RNOKPP_CHARACTERS_MAX:
+            return f"an rnokpp has 1 to {rules.RNOKPP_CHARACTERS_MAX} characters"
+        number, lookup = IdentifierKind.RNOKPP, store.identifier_lookup(recipient.rnokpp.strip(), "rnokpp")
+    elif kind == "external_user_id":
+        if not 1 <= len(recipient.external_user_id) <= rules.EXTERNAL_ID_CHARACTERS_MAX:
+            return f"an external user id has 1 to {rules.EXTERNAL_ID_CHARACTERS_MAX} characters"
+        # The sender's own names of its users mean nothing to another sender.
+        scope = asked.sender_id.hex()
+        number, lookup = IdentifierKind.EXTERNAL_USER, store.identifier_lookup(recipient.external_user_id, "external user")
+    else:
+        return "name a recipient: phone, rnokpp or external_user_id"
+    if not (asked.primary_only or asked.subscriptions or asked.platforms):
+        return Query(number, scope, lookup, asked.app_id, asked.sender_id)
+    return Query(
+        number, scope, lookup, asked.app_id, asked.sender_id, asked.primary_only, tuple(asked.subscriptions), tuple(asked.platforms)
+    )
+
+
+def check_device_ids(device_ids: Sequence[bytes], field: str) -> list[bytes]:
+    for one in device_ids:
+        if len(one) != ID_BYTES:
+            raise InvalidRequest(f"{field} must be 16 bytes each", field=field)
+    return list(device_ids)
+
+
+def dead_token(said: directory_pb2.DeadToken, now: datetime) -> DeadToken:
+    try:
+        dead_at = said.dead_at.ToDatetime(UTC) if said.HasField("dead_at") else now
+    except (ValueError, OverflowError) as e:
+        raise InvalidRequest("dead_at is no moment", field="dead_tokens.dead_at") from e
+    return DeadToken(check_id(said.device_id, "dead_tokens.device_id"), PushToken(said.push_token), dead_at)
+
+
+def timestamp(moment: datetime) -> Timestamp:
+    """Half the time of Timestamp.FromDatetime."""
+    return Timestamp(seconds=int(moment.timestamp()), nanos=moment.microsecond * 1000)

@@ -1,0 +1,448 @@
+"""Whose a number is, who receives, what a device may change. Pure: values and `now` in, decisions out.
+
+Whose a number is
+-----------------
+A code proves possession of the number at this moment, nothing about the past. Operators give numbers that were silent for
+months to new people, who must get neither the messages nor the decisions of the one before. So:
+
+- An installation that belongs to the number's subscriber already (same device id and identity key) is the same person.
+- Another device joins the subscriber when one of its installations was used within `RECYCLED_AFTER`: several phones of a person.
+- When every installation of the subscriber has been silent for longer, or was unregistered, the number counts as recycled: a new
+  subscriber gets it, the old installations are unbound, their open deliveries closed and the old preferences deleted. A person
+  who comes back after so long, with a new phone, decides anew about senders; nothing else is lost.
+
+A device that proves a different number moves: it leaves its subscriber, its open deliveries there are closed, and it receives
+nothing for the new one until they are.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
+from sealpushd.platform.errors import AlreadyExists, InvalidRequest
+
+RECYCLED_AFTER: Final = timedelta(days=90)
+# A code is one of a million: five guesses, then another code, which the limits count.
+CODE_ATTEMPTS: Final = 5
+RESEND_AFTER: Final = timedelta(seconds=30)
+# Kept after their end, so that a confirmation whose answer was lost can be repeated.
+REGISTRATIONS_KEPT: Final = timedelta(days=1)
+
+CHALLENGE_LIFETIME: Final = timedelta(seconds=60)
+# Two processes of this service may differ by this much.
+CHALLENGE_SKEW: Final = timedelta(seconds=5)
+CHALLENGE_RANDOM_BYTES: Final = 16
+_CHALLENGE_VERSION: Final = b"\x01"
+_CHALLENGE_BYTES: Final = 1 + 8 + 16 + CHALLENGE_RANDOM_BYTES + 32
+
+PUSH_TOKEN_CHARACTERS_MAX: Final = 4096
+TOPIC_CHARACTERS_MAX: Final = 255
+APP_VERSION_CHARACTERS_MAX: Final = 32
+LOCALE_CHARACTERS_MAX: Final = 35
+SUBSCRIPTIONS_MAX: Final = 64
+SUBSCRIPTION_CHARACTERS_MAX: Final = 64
+RNOKPP_CHARACTERS_MAX: Final = 32
+EXTERNAL_ID_CHARACTERS_MAX: Final = 128
+# PostgreSQL's bigint; a counter that starts at 1 never gets there.
+COUNTER_MAX: Final = 2**63 - 1
+
+IOS: Final = 1
+_IOS_TOKEN = re.compile(r"[0-9A-Fa-f]{64,200}", re.ASCII)
+# Printable ASCII without spaces.
+_VISIBLE = re.compile(r"[!-~]*", re.ASCII)
+_APP_ID = re.compile(r"[a-z0-9.-]{1,64}", re.ASCII)
+_LOCALE = re.compile(r"[A-Za-z0-9-]*", re.ASCII)
+
+
+class IdentifierKind(enum.IntEnum):
+    PHONE = 1
+    RNOKPP = 2
+    EXTERNAL_USER = 3
+
+
+class InstallState(enum.IntEnum):
+    ACTIVE = 1
+    UNREGISTERED = 2
+    # Its number got a new owner.
+    UNBOUND = 3
+
+
+class Reason(enum.IntEnum):
+    """The codes of sealpush.v1.ReasonCode that this service gives."""
+
+    NONE = 0
+    CONSUMER_ID_NOT_FOUND = 19
+    CONSUMER_PHONE_NOT_FOUND = 20
+    NO_PRIMARY_DEVICES = 21
+    NO_ACTIVE_INSTALLATIONS = 22
+    PUSH_DISABLED = 23
+    PUSH_OS_DISABLED = 24
+    SUBSCRIPTION_FAILED = 25
+    NO_APPLICATION = 26
+    PLATFORM_NOT_FOUND = 31
+    UNREGISTERED = 106
+    NUMBER_REBOUND = 107
+    NO_PUSH_TOKEN = 111
+
+
+class ClosureKind(enum.IntEnum):
+    CLOSE_DEVICE = 1
+    REMOVE_DEVICE = 2
+    BLOCK_SENDER = 3
+
+
+class PushToken:
+    """A push service's address of an app instance. Never prints itself."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "PushToken(…)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PushToken) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+
+NO_TOKEN: Final = PushToken("")
+
+
+# --- binding -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InstallationChange:
+    """What a device says of itself; None: nothing about it. `push_token` NO_TOKEN: it has none any more."""
+
+    platform: int | None = None
+    push_token: PushToken | None = None
+    push_environment: int | None = None
+    push_topic: str | None = None
+    push_allowed_by_os: bool | None = None
+    push_allowed_by_app: bool | None = None
+    is_primary: bool | None = None
+    app_version: str | None = None
+    locale: str | None = None
+    subscriptions: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewDevice:
+    """A device that asks to be registered."""
+
+    device_id: DeviceId
+    identity_public_key: bytes
+    installation: InstallationChange
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDevice:
+    device_id: DeviceId
+    state: InstallState
+    last_seen_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class OwnInstallation:
+    """What is stored of the device that registers."""
+
+    subscriber_id: SubscriberId
+    app_id: AppId
+    state: InstallState
+    identity_public_key: bytes
+    registration_id: RegistrationId
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a binding is decided from: whose the number is, with which devices, and what this device was before."""
+
+    owner: SubscriberId | None
+    owner_devices: tuple[KnownDevice, ...]
+    own: OwnInstallation | None
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Where a device goes, and what that ends."""
+
+    subscriber_id: SubscriberId
+    # The subscriber whose number this was; its preferences go.
+    recycled: SubscriberId | None = None
+    # Its devices that are unbound.
+    unbound: tuple[DeviceId, ...] = ()
+    # The subscriber that the device itself leaves.
+    left: SubscriberId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Closure:
+    """Something another service must be told. The id is 0 until it is stored."""
+
+    kind: ClosureKind
+    subscriber_id: SubscriberId
+    device_id: DeviceId | None = None
+    sender_id: SenderId | None = None
+    reason: Reason = Reason.NONE
+    advertising_only: bool = False
+    closure_id: int = 0
+
+
+def check_identity(own: OwnInstallation | None, identity_public_key: bytes, app_id: AppId) -> None:
+    """Raises AlreadyExists when the device id belongs to another identity key, or to another app."""
+    if own is None:
+        return
+    if not hmac.compare_digest(own.identity_public_key, identity_public_key):
+        raise AlreadyExists("the device id belongs to another identity key; choose a new device id")
+    if own.app_id != app_id:
+        raise AlreadyExists("the device id belongs to another app; choose a new device id")
+
+
+def bound_before(own: OwnInstallation | None, registration_id: RegistrationId) -> SubscriberId | None:
+    """The subscriber, when exactly this registration bound the device before: its answer was lost, it may be given again."""
+    if own is None or own.state is not InstallState.ACTIVE or own.registration_id != registration_id:
+        return None
+    return own.subscriber_id
+
+
+def decide_binding(facts: Facts, device_id: DeviceId, new_subscriber_id: SubscriberId, *, now: datetime) -> Binding:
+    """To whom a device that proved a number belongs; the rules stand at the head of this module."""
+    own = facts.own
+    if facts.owner is None:
+        binding = Binding(new_subscriber_id)
+    elif own is not None and own.subscriber_id == facts.owner:
+        return Binding(facts.owner)
+    elif any(_in_use(device, now) for device in facts.owner_devices):
+        binding = Binding(facts.owner)
+    else:
+        unbound = tuple(device.device_id for device in facts.owner_devices if device.state is InstallState.ACTIVE)
+        binding = Binding(new_subscriber_id, recycled=facts.owner, unbound=unbound)
+    if own is None or own.state is not InstallState.ACTIVE or own.subscriber_id == binding.subscriber_id:
+        return binding
+    return Binding(binding.subscriber_id, binding.recycled, binding.unbound, left=own.subscriber_id)
+
+
+def _in_use(device: KnownDevice, now: datetime) -> bool:
+    return device.state is InstallState.ACTIVE and now - device.last_seen_at <= RECYCLED_AFTER
+
+
+def closures_of_binding(binding: Binding, device_id: DeviceId) -> list[Closure]:
+    """Whom to tell what after this binding."""
+    ended = [(device, binding.recycled) for device in binding.unbound if binding.recycled is not None]
+    if binding.left is not None:
+        ended.append((device_id, binding.left))
+    return [closure for device, subscriber in ended for closure in closures_of_end(device, subscriber, Reason.NUMBER_REBOUND)]
+
+
+def closures_of_end(device_id: DeviceId, subscriber_id: SubscriberId, reason: Reason) -> list[Closure]:
+    """Whom to tell what when a device leaves a subscriber."""
+    return [
+        Closure(ClosureKind.CLOSE_DEVICE, subscriber_id, device_id, reason=reason),
+        Closure(ClosureKind.REMOVE_DEVICE, subscriber_id, device_id),
+    ]
+
+
+def closures_of_preference(preference: Preference, subscriber_id: SubscriberId) -> list[Closure]:
+    """Whom to tell what after a recipient decided about a sender."""
+    if not preference.block_all and not preference.block_advertising:
+        return []
+    only = not preference.block_all
+    return [Closure(ClosureKind.BLOCK_SENDER, subscriber_id, sender_id=preference.sender_id, advertising_only=only)]
+
+
+# --- proofs --------------------------------------------------------------------------------------------------------------
+
+
+def make_challenge(device_id: DeviceId, random: bytes, mac: Callable[[bytes], bytes], *, now: datetime) -> bytes:
+    """version1 | issued µs8 | device_id16 | random16 | mac32. Whoever holds the MAC's key recognises it: nothing is stored."""
+    issued_us = int(now.timestamp() * 1_000_000)
+    body = _CHALLENGE_VERSION + issued_us.to_bytes(8, "big") + device_id + random
+    return body + mac(body)
+
+
+def challenge_issued_us(challenge: bytes, device_id: DeviceId, mac: Callable[[bytes], bytes], *, now: datetime) -> int | None:
+    """When this challenge was issued, if it was, to this device, and is still good. Else None, without saying why."""
+    if len(challenge) != _CHALLENGE_BYTES or challenge[:1] != _CHALLENGE_VERSION:
+        return None
+    body = challenge[:-32]
+    if not hmac.compare_digest(mac(body), challenge[-32:]) or challenge[9:25] != device_id:
+        return None
+    issued_us = int.from_bytes(challenge[1:9], "big")
+    age = timedelta(microseconds=int(now.timestamp() * 1_000_000) - issued_us)
+    return issued_us if -CHALLENGE_SKEW <= age <= CHALLENGE_LIFETIME else None
+
+
+def code_secret(registration_id: RegistrationId, digits: str) -> bytes:
+    """What is hashed, with the vault's key, instead of keeping a code."""
+    return registration_id + hashlib.sha256(digits.encode()).digest()
+
+
+# --- what devices say of themselves -----------------------------------------------------------------------------------------
+
+
+def check_installation(change: InstallationChange) -> InstallationChange:
+    """The change, if each field is within its bounds."""
+    token = None if change.push_token is None else change.push_token.value
+    if token:
+        if len(token) > PUSH_TOKEN_CHARACTERS_MAX or _VISIBLE.fullmatch(token) is None:
+            raise InvalidRequest(f"a push token is at most {PUSH_TOKEN_CHARACTERS_MAX} visible ASCII characters", field="push_token")
+        if change.platform == IOS and _IOS_TOKEN.fullmatch(token) is None:
+            raise InvalidRequest("an APNs token is 64 to 200 hex digits", field="push_token")
+    _check_text(change.push_topic, TOPIC_CHARACTERS_MAX, _VISIBLE, "push_topic")
+    _check_text(change.locale, LOCALE_CHARACTERS_MAX, _LOCALE, "locale")
+    _check_text(change.app_version, APP_VERSION_CHARACTERS_MAX, _VISIBLE, "app_version")
+    names = change.subscriptions or ()
+    if len(names) > SUBSCRIPTIONS_MAX or any(not 1 <= len(name) <= SUBSCRIPTION_CHARACTERS_MAX or "\0" in name for name in names):
+        raise InvalidRequest(
+            f"at most {SUBSCRIPTIONS_MAX} subscriptions of 1 to {SUBSCRIPTION_CHARACTERS_MAX} characters", field="subscriptions"
+        )
+    return change
+
+
+def _check_text(text: str | None, characters_max: int, pattern: re.Pattern[str], field: str) -> None:
+    if text is not None and (len(text) > characters_max or pattern.fullmatch(text) is None):
+        raise InvalidRequest(f"{field} has at most {characters_max} characters, none of them unusual", field=field)
+
+
+def is_app_id(text: str) -> bool:
+    """Whether the text can be an app id at all."""
+    return _APP_ID.fullmatch(text) is not None
+
+
+def check_locale(locale: str) -> str:
+    _check_text(locale, LOCALE_CHARACTERS_MAX, _LOCALE, "locale")
+    return locale
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What a recipient decided about a sender."""
+
+    sender_id: SenderId
+    block_all: bool
+    block_advertising: bool
+    mute: bool
+
+    @property
+    def is_default(self) -> bool:
+        return not (self.block_all or self.block_advertising or self.mute)
+
+
+# --- resolving: the hottest code of the service. NamedTuples, because making one takes a third of a frozen dataclass ------------
+
+
+class Query(NamedTuple):
+    """One recipient to resolve."""
+
+    kind: int
+    scope: str
+    lookup: bytes
+    app_id: str
+    sender_id: bytes
+    primary_only: bool = False
+    subscriptions: tuple[str, ...] = ()
+    platforms: tuple[int, ...] = ()
+
+
+class Row(NamedTuple):
+    """One row of sql/resolve.sql."""
+
+    n: int
+    subscriber_id: bytes
+    block_all: bool | None
+    block_advertising: bool | None
+    mute: bool | None
+    device_id: bytes | None
+    platform: int
+    is_active: bool
+    is_primary: bool
+    subscriptions: Sequence[str]
+    push_allowed_by_os: bool
+    push_allowed_by_app: bool
+    has_token: bool
+
+
+class Target(NamedTuple):
+    """A device that receives. `push_reason` says why it is not pushed, NONE that it is."""
+
+    device_id: bytes
+    platform: int
+    push_reason: int
+
+
+class Resolved(NamedTuple):
+    """Who receives, and what the recipient decided about the sender."""
+
+    subscriber_id: bytes
+    devices: list[Target]
+    block_all: bool
+    block_advertising: bool
+    mute: bool
+
+
+def resolve(queries: Sequence[Query], rows: Iterable[Any]) -> list[Resolved | Reason]:
+    """The result of each query, in their order, from the rows (shaped as `Row`) that the store found for them, sorted by n."""
+    results: list[Resolved | Reason | None] = [None] * len(queries)
+    n = 0
+    found: list[Any] = []
+    for row in rows:
+        if row[0] != n:
+            if found:
+                results[n - 1] = _resolve_known(queries[n - 1], found)
+            n = row[0]
+            found = [row]
+        else:
+            found.append(row)
+    if found:
+        results[n - 1] = _resolve_known(queries[n - 1], found)
+    return [_nobody(query) if result is None else result for query, result in zip(queries, results, strict=True)]
+
+
+def _nobody(query: Query) -> Reason:
+    return Reason.CONSUMER_PHONE_NOT_FOUND if query.kind == IdentifierKind.PHONE else Reason.CONSUMER_ID_NOT_FOUND
+
+
+def _resolve_known(query: Query, rows: list[Any]) -> Resolved | Reason:
+    first = rows[0]
+    if first[5] is None:
+        return Reason.NO_APPLICATION
+    active = [row for row in rows if row[7]]
+    if not active:
+        return Reason.NO_ACTIVE_INSTALLATIONS
+    if query.platforms:
+        active = [row for row in active if row[6] in query.platforms]
+        if not active:
+            return Reason.PLATFORM_NOT_FOUND
+    if query.primary_only:
+        active = [row for row in active if row[8]]
+        if not active:
+            return Reason.NO_PRIMARY_DEVICES
+    if query.subscriptions:
+        asked = set(query.subscriptions)
+        active = [row for row in active if asked.issubset(row[9])]
+        if not active:
+            return Reason.SUBSCRIPTION_FAILED
+    devices = [Target(row[5], row[6], 0 if row[10] and row[11] and row[12] else push_reason(row[10], row[11], row[12])) for row in active]
+    return Resolved(first[1], devices, bool(first[2]), bool(first[3]), bool(first[4]))
+
+
+def push_reason(allowed_by_os: bool, allowed_by_app: bool, has_token: bool) -> Reason:
+    """Why an installation is not pushed; NONE: it is. What its user forbade comes before what is missing."""
+    if not allowed_by_os:
+        return Reason.PUSH_OS_DISABLED
+    if not allowed_by_app:
+        return Reason.PUSH_DISABLED
+    return Reason.NONE if has_token else Reason.NO_PUSH_TOKEN

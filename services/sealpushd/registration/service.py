@@ -1,0 +1,343 @@
+"""The gRPC side of registration: who, parse, decide, answer. Protobuf stops here and in `parsing`."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from sealpush.ids import ID_BYTES, AppId, DeviceId, RegistrationId, SubscriberId, uuid7
+from sealpush.keys import SignedPrekey
+from sealpush.proofs import challenge_proof, registration_proof, verify_proof
+from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
+from sealpushd.platform import rpc
+from sealpushd.platform.batching import NaturalBatcher
+from sealpushd.platform.clock import Clock, to_ms
+from sealpushd.platform.errors import (
+    Aborted,
+    FailedPrecondition,
+    InvalidRequest,
+    LimitExceeded,
+    ServiceError,
+    Unauthenticated,
+)
+from sealpushd.platform.limits import CODES_PER_ADDRESS, CODES_PER_NUMBER, CODES_PER_NUMBER_DAY, CODES_PER_PREFIX, Limiter
+from sealpushd.platform.tokens import DeviceCaller, ServiceKey
+from sealpushd.registration import parsing, rules
+from sealpushd.registration.codes import CODE_LENGTH, Code, CodeChannel
+from sealpushd.registration.outbox import Outbox
+from sealpushd.registration.peers import App, Apps, DeviceLog, LoggedDevice
+from sealpushd.registration.phones import PhoneNumber, parse_phone
+from sealpushd.registration.rules import NewDevice, Query, Reason, Resolved
+from sealpushd.registration.store import Answered, PendingRegistration, RegistrationStore, StartedRegistration
+from sealpushd.v1 import directory_pb2, directory_pb2_grpc
+
+# Another registration of the same number may change the facts between decision and commit; more than twice is no accident.
+BIND_ATTEMPTS: Final = 3
+PREFERENCES_PAGE_DEFAULT: Final = 100
+PREFERENCES_PAGE_MAX: Final = 500
+# As the proto promises.
+STOPPED_MAX: Final = 1000
+NO_ID: Final = bytes(ID_BYTES)
+
+_METHOD: Final = "/sealpush.v1.Registration/"
+
+
+class RegistrationService(registration_pb2_grpc.RegistrationServicer):
+    """Public: how an app instance becomes a recipient and says what changes."""
+
+    def __init__(
+        self,
+        store: RegistrationStore,
+        limiter: Limiter,
+        codes: CodeChannel,
+        apps: Apps,
+        devices: DeviceLog,
+        outbox: Outbox,
+        key: ServiceKey,
+        clock: Clock,
+        code_lifetime: timedelta,
+    ) -> None:
+        self._store = store
+        self._limiter = limiter
+        self._codes = codes
+        self._apps = apps
+        self._devices = devices
+        self._outbox = outbox
+        self._key = key
+        self._clock = clock
+        self._code_lifetime = code_lifetime
+        self._identities: NaturalBatcher[DeviceId, bytes | None] = NaturalBatcher(store.identities)
+        self._challenges: NaturalBatcher[Answered, DeviceCaller | None] = NaturalBatcher(self._take_challenges)
+
+    # --- registering ---
+
+    async def StartRegistration(  # noqa: N802 - gRPC's name
+        self, request: registration_pb2.StartRegistrationRequest, context: rpc.Context
+    ) -> registration_pb2.StartRegistrationResponse:
+        phone = parse_phone(request.phone)
+        if phone is None:
+            raise InvalidRequest(parsing.PHONE_HELP, field="phone")
+        locale = rules.check_locale(request.locale)
+        app = await self._known_app(request.app_id)
+        await self._take_limits(phone)
+        started, code = self._new_registration(app, phone)
+        wait = await self._store.start(started)
+        if wait is not None:
+            raise LimitExceeded("a code was sent to this number a moment ago; wait before asking for another", retry_after=wait)
+        try:
+            await self._codes.send(phone, code.text(app.name, locale))
+        except ServiceError:
+            # No code is on its way: the number need not wait for another.
+            await self._store.drop_registration(started.registration_id)
+            raise
+        response = registration_pb2.StartRegistrationResponse(registration_id=started.registration_id, code_length=CODE_LENGTH)
+        response.expires_at.FromDatetime(started.expires_at)
+        response.resend_at.FromDatetime(started.created_at + rules.RESEND_AFTER)
+        return response
+
+    async def _known_app(self, app_id: str) -> App:
+        app = await self._apps.get(AppId(app_id)) if rules.is_app_id(app_id) else None
+        if app is None:
+            raise InvalidRequest("no such app", field="app_id")
+        return app
+
+    async def _take_limits(self, phone: PhoneNumber) -> None:
+        # Keyed hashes: numbers are few enough to be guessed from a plain hash.
+        number, prefix = self._store.phone_lookup(phone).hex(), self._store.identifier_lookup(phone.prefix, "phone prefix").hex()
+        await self._limiter.take(CODES_PER_ADDRESS, rpc.caller_address())
+        await self._limiter.take(CODES_PER_PREFIX, prefix)
+        await self._limiter.take(CODES_PER_NUMBER, number)
+        await self._limiter.take(CODES_PER_NUMBER_DAY, number)
+
+    def _new_registration(self, app: App, phone: PhoneNumber) -> tuple[StartedRegistration, Code]:
+        code, now = Code.fresh(), self._clock.now()
+        registration_id = RegistrationId(uuid7())
+        started = StartedRegistration(
+            registration_id=registration_id,
+            app_id=app.app_id,
+            phone=phone,
+            code_hash=self._store.code_hash(registration_id, code.digits),
+            new_subscriber_id=SubscriberId(uuid7()),
+            created_at=now,
+            expires_at=now + self._code_lifetime,
+        )
+        return started, code
+
+    async def ConfirmRegistration(  # noqa: N802
+        self, request: registration_pb2.ConfirmRegistrationRequest, context: rpc.Context
+    ) -> registration_pb2.ConfirmRegistrationResponse:
+        now = self._clock.now()
+        registration_id = parsing.registration_id(request.registration_id)
+        device_id = parsing.device_id(request.device_id)
+        identity = parsing.check_length(request.identity_public_key, parsing.IDENTITY_KEY_BYTES, "identity_public_key")
+        prekey = parsing.signed_prekey(request.signed_prekey, device_id, identity, to_ms(now))
+        device = NewDevice(device_id, identity, parsing.new_installation(request.installation))
+
+        pending = await self._proven(registration_id, request.code, now)
+        if not verify_proof(identity, registration_proof(registration_id, identity, pending.app_id), request.proof):
+            raise InvalidRequest("the registration is not signed by the identity key", field="proof")
+        subscriber_id = await self._bind(registration_id, pending, device, prekey, now)
+
+        response = registration_pb2.ConfirmRegistrationResponse(subscriber_id=subscriber_id)
+        response.server_time.FromDatetime(self._clock.now())
+        return response
+
+    async def _proven(self, registration_id: RegistrationId, digits: str, now: datetime) -> PendingRegistration:
+        """The registration whose code this is."""
+        pending = await self._store.take_attempt(registration_id, now)
+        if pending is None:
+            raise FailedPrecondition("the code has expired or was tried too often; start again")
+        if not hmac.compare_digest(self._store.code_hash(registration_id, digits), pending.code_hash):
+            left = {"attempts_left": str(pending.attempts_left)}
+            raise InvalidRequest("the code is wrong", field="code", metadata=left)
+        await self._store.return_attempt(registration_id)
+        return pending
+
+    async def _bind(
+        self, registration_id: RegistrationId, pending: PendingRegistration, device: NewDevice, prekey: SignedPrekey, now: datetime
+    ) -> SubscriberId:
+        """The subscriber the device belongs to from now on: in its device log, then here, then told to whom it concerns."""
+        for _ in range(BIND_ATTEMPTS):
+            facts = await self._store.facts(pending.phone_lookup, device.device_id)
+            rules.check_identity(facts.own, device.identity_public_key, pending.app_id)
+            repeated = rules.bound_before(facts.own, registration_id)
+            if repeated is not None:
+                return repeated
+            if pending.used_by is not None:
+                raise FailedPrecondition("the code was used; start again")
+            await self._outbox.settle(device.device_id)
+            binding = rules.decide_binding(facts, device.device_id, pending.new_subscriber_id, now=now)
+            logged = LoggedDevice(binding.subscriber_id, device.device_id, device.identity_public_key, prekey)
+            refusal = await self._devices.put(logged)
+            if refusal:
+                raise InvalidRequest(refusal, field="signed_prekey")
+            closures = await self._store.bind(registration_id, pending, device, facts, binding, now=now)
+            if closures is not None:
+                await self._outbox.tell(closures)
+                return binding.subscriber_id
+        raise Aborted("other registrations of this number or device are going on; try again")
+
+    # --- authenticating ---
+
+    async def GetChallenge(  # noqa: N802
+        self, request: registration_pb2.GetChallengeRequest, context: rpc.Context
+    ) -> registration_pb2.GetChallengeResponse:
+        device_id = parsing.device_id(request.device_id)
+        random = secrets.token_bytes(rules.CHALLENGE_RANDOM_BYTES)
+        challenge = rules.make_challenge(device_id, random, self._store.challenge_mac, now=self._clock.now())
+        return registration_pb2.GetChallengeResponse(challenge=challenge)
+
+    async def Authenticate(  # noqa: N802
+        self, request: registration_pb2.AuthenticateRequest, context: rpc.Context
+    ) -> registration_pb2.AuthenticateResponse:
+        device_id = parsing.device_id(request.device_id)
+        caller = await self._answered(device_id, request.challenge, request.signature)
+        if caller is None:
+            # One answer for every cause: an unknown device, a foreign or an old answer.
+            raise Unauthenticated("the answer does not prove this device; ask for a new challenge, or register again")
+        token, ends_at = self._key.device_token(caller)
+        response = registration_pb2.AuthenticateResponse(access_token=token)
+        response.expires_at.seconds = ends_at
+        response.server_time.FromDatetime(self._clock.now())
+        return response
+
+    async def _answered(self, device_id: DeviceId, challenge: bytes, signature: bytes) -> DeviceCaller | None:
+        issued_us = rules.challenge_issued_us(challenge, device_id, self._store.challenge_mac, now=self._clock.now())
+        if issued_us is None:
+            return None
+        identity = await self._identities.submit(device_id)
+        if identity is None or not verify_proof(identity, challenge_proof(challenge, device_id), signature):
+            return None
+        return await self._challenges.submit(Answered(device_id, issued_us))
+
+    async def _take_challenges(self, answered: Sequence[Answered]) -> list[DeviceCaller | None]:
+        return await self._store.take_challenges(answered, self._clock.now())
+
+    # --- changing ---
+
+    async def UpdateInstallation(  # noqa: N802
+        self, request: registration_pb2.UpdateInstallationRequest, context: rpc.Context
+    ) -> registration_pb2.UpdateInstallationResponse:
+        caller = rpc.require_device()
+        counter = parsing.checked_counter(caller, request.proof, _METHOD + "UpdateInstallation", request.change)
+        change = parsing.installation_change(parsing.signed_change(registration_pb2.Installation, request.change))
+        await self._store.change_installation(caller.device_id, counter, change, self._clock.now())
+        return registration_pb2.UpdateInstallationResponse()
+
+    async def Unregister(  # noqa: N802
+        self, request: registration_pb2.UnregisterRequest, context: rpc.Context
+    ) -> registration_pb2.UnregisterResponse:
+        caller = rpc.require_device()
+        counter = parsing.checked_counter(caller, request.proof, _METHOD + "Unregister", b"")
+        await self._outbox.tell(await self._store.end_installation(caller.device_id, counter, self._clock.now()))
+        return registration_pb2.UnregisterResponse()
+
+    async def ListPreferences(  # noqa: N802
+        self, request: registration_pb2.ListPreferencesRequest, context: rpc.Context
+    ) -> registration_pb2.ListPreferencesResponse:
+        caller = rpc.require_device()
+        if request.page_size > PREFERENCES_PAGE_MAX:
+            raise InvalidRequest(f"page_size is at most {PREFERENCES_PAGE_MAX}", field="page_size")
+        size = request.page_size or PREFERENCES_PAGE_DEFAULT
+        after = parsing.check_id(request.page_token, "page_token") if request.page_token else NO_ID
+        found = await self._store.preferences(caller.device_id, after, size + 1)
+        page = found[:size]
+        return registration_pb2.ListPreferencesResponse(
+            preferences=[
+                registration_pb2.Preference(
+                    sender_id=one.sender_id, block_all=one.block_all, block_advertising=one.block_advertising, mute=one.mute
+                )
+                for one in page
+            ],
+            next_page_token=page[-1].sender_id if len(found) > size else b"",
+        )
+
+    async def SetPreference(  # noqa: N802
+        self, request: registration_pb2.SetPreferenceRequest, context: rpc.Context
+    ) -> registration_pb2.SetPreferenceResponse:
+        caller = rpc.require_device()
+        counter = parsing.checked_counter(caller, request.proof, _METHOD + "SetPreference", request.change)
+        preference = parsing.preference(parsing.signed_change(registration_pb2.Preference, request.change))
+        closures = await self._store.set_preference(caller.device_id, counter, preference, self._clock.now())
+        # While the mailbox is away nothing is listed as stopped; it is stopped when the mailbox is back.
+        stopped = await self._outbox.tell(closures)
+        return registration_pb2.SetPreferenceResponse(
+            stopped=[
+                common_pb2.StoppedDelivery(
+                    message_id=one.message_id,
+                    device_id=one.device_id,
+                    stop_point=one.stop_point,  # type: ignore[arg-type]
+                    state=one.state,  # type: ignore[arg-type]
+                )
+                for one in stopped[:STOPPED_MAX]
+            ]
+        )
+
+
+class DirectoryService(directory_pb2_grpc.DirectoryServicer):
+    """Mesh: recipients to devices, devices to push tokens. The hottest calls of the suite: one statement a batch."""
+
+    def __init__(self, store: RegistrationStore, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        # Two in flight: one is parsed and answered here while PostgreSQL works on the other.
+        self._resolving: NaturalBatcher[Query, Resolved | Reason] = NaturalBatcher(store.resolve, in_flight_max=2)
+
+    async def Resolve(  # noqa: N802
+        self, request: directory_pb2.ResolveRequest, context: rpc.Context
+    ) -> directory_pb2.ResolveResponse:
+        parsing.check_batch(len(request.queries), "queries")
+        parsed = [parsing.query(query, self._store) for query in request.queries]
+        answers = iter(await self._resolving.submit_many([query for query in parsed if not isinstance(query, str)]))
+        response = directory_pb2.ResolveResponse()
+        for query in parsed:
+            _add_result(response.results.add(), query if isinstance(query, str) else next(answers))
+        return response
+
+    async def GetPushTargets(  # noqa: N802
+        self, request: directory_pb2.GetPushTargetsRequest, context: rpc.Context
+    ) -> directory_pb2.GetPushTargetsResponse:
+        parsing.check_batch(len(request.device_ids), "device_ids")
+        response = directory_pb2.GetPushTargetsResponse()
+        for target in await self._store.push_targets(parsing.check_device_ids(request.device_ids, "device_ids")):
+            entry = response.targets.add(
+                device_id=target.device_id,
+                push_token=target.push_token.value,
+                environment=target.environment,
+                topic=target.topic,
+                platform=target.platform,
+                app_id=target.app_id,
+            )
+            if target.registered_at is not None:
+                entry.registered_at.CopyFrom(parsing.timestamp(target.registered_at))
+        return response
+
+    async def ReportDeadTokens(  # noqa: N802
+        self, request: directory_pb2.ReportDeadTokensRequest, context: rpc.Context
+    ) -> directory_pb2.ReportDeadTokensResponse:
+        parsing.check_batch(len(request.dead_tokens), "dead_tokens")
+        now = self._clock.now()
+        dead = [parsing.dead_token(one, now) for one in request.dead_tokens]
+        return directory_pb2.ReportDeadTokensResponse(forgotten=await self._store.forget_tokens(dead, now))
+
+
+def _add_result(result: directory_pb2.ResolveResult, answer: Resolved | Reason | str) -> None:
+    if isinstance(answer, str):
+        result.invalid = answer
+    elif isinstance(answer, Reason):
+        result.not_registered = answer  # type: ignore[assignment]
+    else:
+        resolved = result.resolved
+        resolved.subscriber_id = answer.subscriber_id
+        if answer.block_all:
+            resolved.block_all = True
+        if answer.block_advertising:
+            resolved.block_advertising = True
+        if answer.mute:
+            resolved.mute = True
+        add = resolved.devices.add
+        for device_id, platform, push_reason in answer.devices:
+            add(device_id=device_id, platform=platform, push_reason=push_reason)

@@ -1,0 +1,16 @@
+-- Arrays of one length: $1 device ids, $2 token hashes, $3 times of death; $4 now. Forgets a token where it is still the same and
+-- was registered before it died. Returns device ids and hashes of the tokens that were forgotten.
+WITH dead AS (
+    SELECT i.device_id, i.push_token_lookup
+    FROM unnest($1::uuid[], $2::bytea[], $3::timestamptz[]) AS q (device_id, push_token_lookup, dead_at)
+    JOIN installations i ON i.device_id = q.device_id
+                        AND i.push_token_lookup = q.push_token_lookup AND i.token_registered_at < q.dead_at
+    -- In one order everywhere: two batches never wait for each other.
+    ORDER BY i.device_id
+    FOR UPDATE OF i
+)
+UPDATE installations i
+SET push_token = NULL, push_token_lookup = NULL, token_registered_at = NULL, updated_at = $4
+FROM dead
+WHERE i.device_id = dead.device_id
+RETURNING i.device_id, dead.push_token_lookup

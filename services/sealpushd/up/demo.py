@@ -1,0 +1,141 @@
+"""The demo's organisation, app and senders: their keys on disk, their rows through the Administration API.
+
+    demo/root.key               the platform's root, which apps pin; here beside everything else, in earnest kept offline
+    demo/<sender>.key           what the sender signs contents with when it seals by itself
+    demo/<sender>.id            the sender's id
+    demo/<sender>.entry         what the root certified of it
+    demo/platform-<key>.entry   what the root certified of the platform's sealing key
+    demo/password               of the demo organisation's login
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets as randomness
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from sealpush.ids import SenderId, uuid7
+from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
+from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.tls import write_secret
+from sealpushd.platform.tokens import ServiceKey
+from sealpushd.up.ports import HOST, Ports
+from sealpushd.up.secrets import Secrets, load_root
+from sealpushd.up.stack import APNS_TOPIC, APP_ID
+from sealpushd.v1 import administration_pb2 as administration
+from sealpushd.v1 import sealing_pb2 as sealing
+from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+from sealpushd.v1.sealing_pb2_grpc import SealingStub
+
+LOGIN: Final = "demo"
+BANK: Final = "demo-bank"
+SHOP: Final = "demo-shop"
+_DISPLAY: Final = {BANK: ("Demo Bank", "#0a7c4a"), SHOP: ("Demo Shop", "#b3261e")}
+# From the plan for numbers that are written in examples; registered nowhere but here.
+PHONE: Final = "+380501234567"
+NOBODYS_PHONE: Final = "+380501234568"
+OFFLINE_PHONE: Final = "+380501234569"
+_ENTRY_LIFETIME_MS: Final = 5 * 365 * 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What the show needs to know."""
+
+    root_public_key: bytes
+    password: str = field(repr=False)
+    sender_ids: dict[str, SenderId]
+    content_keys: dict[str, ContentSigningKey] = field(repr=False)
+    entries: dict[str, bytes] = field(repr=False)
+
+
+async def set_up(ports: Ports, secrets: Secrets) -> Demo:
+    """The demo's organisation, ready to send. Repeating it changes nothing. Raises ServiceError."""
+    folder = secrets.folder / "demo"
+    root = load_root(folder / "root.key")
+    operator = ServiceKey.load("operator", secrets.service_key("operator"))
+    accounts = MeshChannel("accounts", f"{HOST}:{ports.of('accounts', 'mesh')}", operator)
+    keys = MeshChannel("keys", f"{HOST}:{ports.of('keys', 'mesh')}", operator)
+    try:
+        return await _set_up(folder, root, AdministrationStub(accounts.channel), SealingStub(keys.channel), accounts, keys)
+    finally:
+        await asyncio.gather(accounts.aclose(), keys.aclose())
+
+
+async def _set_up(folder: Path, root: RootKey, admin: AdministrationStub, sealer: SealingStub, accounts: MeshChannel, keys: MeshChannel) -> Demo:
+    password = _kept(folder / "password", lambda: randomness.token_urlsafe(24).encode()).decode()
+    organisation, _, platform = await asyncio.gather(
+        accounts.call(admin.PutOrganisation, administration.PutOrganisationRequest(login=LOGIN, password=password, name="Demo")),
+        accounts.call(
+            admin.PutApp,
+            administration.PutAppRequest(app_id=APP_ID, name="Demo Bank", root_public_key=root.public_key, apns_topic=APNS_TOPIC),
+        ),
+        keys.call(sealer.GetPlatformKey, sealing.GetPlatformKeyRequest()),
+    )
+    platform_entry = _kept(
+        folder / f"platform-{platform.public_key.hex()[:16]}.entry",
+        lambda: _certify(root, SenderId(uuid7()), "Sealpush", EntryRole.PLATFORM, SenderMode.SERVER, platform.public_key),
+    )
+    demo = Demo(root.public_key, password, {}, {}, {})
+    puts = [
+        accounts.call(
+            admin.PutPlatformEntry,
+            administration.PutPlatformEntryRequest(platform_entry=platform_entry, root_public_key=root.public_key),
+        )
+    ]
+    for name, (display_name, colour) in _DISPLAY.items():
+        sender_id = SenderId(_kept(folder / f"{name}.id", uuid7))
+        key = ContentSigningKey.from_seed(_kept(folder / f"{name}.key", lambda: randomness.token_bytes(32)))
+        entry = _kept(
+            folder / f"{name}.entry",
+            lambda sender_id=sender_id, display_name=display_name, key=key: _certify(
+                root, sender_id, display_name, EntryRole.SENDER, SenderMode.SERVER | SenderMode.END_TO_END, key.public_key
+            ),
+        )
+        demo.sender_ids[name], demo.content_keys[name], demo.entries[name] = sender_id, key, entry
+        puts.append(
+            accounts.call(
+                admin.PutSender,
+                administration.PutSenderRequest(
+                    organisation_id=organisation.organisation_id,
+                    sender_id=sender_id,
+                    name=name,
+                    sender_entry=entry,
+                    app_ids=[APP_ID],
+                    brand_colour=colour,
+                    brand_text_colour="#ffffff",
+                    is_default=name == BANK,
+                ),
+            )
+        )
+    await asyncio.gather(*puts)
+    return demo
+
+
+def _kept(path: Path, make: Callable[[], bytes]) -> bytes:
+    """The content of a file that is made at its first use."""
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_secret(path, make())
+    return path.read_bytes()
+
+
+def _certify(root: RootKey, sender_id: SenderId, name: str, role: EntryRole, modes: SenderMode, public_key: bytes) -> bytes:
+    now_ms = time.time_ns() // 1_000_000
+    # An hour back: a phone whose clock is slow must not refuse it.
+    since, until = now_ms - 3_600_000, now_ms + _ENTRY_LIFETIME_MS
+    entry = SenderEntry(
+        sender_id=sender_id,
+        display_name=name,
+        modes=modes,
+        keys=(EntryKey(public_key, since, until),),
+        not_before_ms=since,
+        not_after_ms=until,
+        serial=now_ms,
+        role=role,
+    )
+    return sign_sender_entry(root, entry)

@@ -1,0 +1,62 @@
+"""Which port is whose on one machine, and whether they are free."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from sealpushd.platform.settings import default_port
+from sealpushd.up.errors import UpError
+
+HOST: Final = "127.0.0.1"
+SERVICES: Final = ("accounts", "registration", "keys", "publishing", "dispatch", "fetch")
+# Services that outsiders call.
+PUBLIC: Final = ("accounts", "registration", "keys", "publishing", "fetch")
+LISTENERS: Final[tuple[Literal["public", "mesh", "metrics"], ...]] = ("public", "mesh", "metrics")
+# The processes of a run that was killed end within moments; only then their ports are free.
+_PATIENCE_S: Final = 3.0
+
+
+class Ports:
+    """Every port of one `up`, counted from a base."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.control = base + 90
+        self.apns = base + 91
+
+    def of(self, service: str, listener: Literal["public", "mesh", "metrics"]) -> int:
+        return default_port(service, listener, self.base)
+
+    def all(self) -> Mapping[int, str]:
+        """Port to what it is for."""
+        ports = {self.of(service, listener): f"{service}, {listener}" for listener in LISTENERS for service in SERVICES}
+        return ports | {self.control: "simulators, control", self.apns: "simulated APNs"}
+
+    def check_free(self, patience_s: float = _PATIENCE_S) -> None:
+        """Raises UpError that names the first port somebody listens on. Waits a moment for those of a killed run."""
+        deadline = time.monotonic() + patience_s
+        for port, purpose in self.all().items():
+            while not _is_free(port):
+                if time.monotonic() > deadline:
+                    raise UpError(
+                        f"port {port} ({purpose}) is taken by another program. "
+                        f"Choose other ports with --base-port: {self.base} uses {self.base + 1} to {self.base + 206}."
+                    )
+                time.sleep(0.05)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As the servers do: connections of a while ago that only linger do not take the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE:
+                return False
+            raise UpError(f"cannot use port {port}: {e.strerror}. Choose other ports with --base-port.") from e
+    return True

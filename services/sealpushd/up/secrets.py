@@ -1,0 +1,201 @@
+"""Every secret of an installation, made once, in files that only their owner reads.
+
+    keys/<service>.key      Ed25519 key of each service and of the operator, 64 hex digits
+    trust.json              the public halves, for all
+    vault.key               wraps the data keys in PostgreSQL
+    platform.key            the platform seals with it when a sender does not seal by itself
+    role-passwords.json     PostgreSQL's login roles
+    tls/                    a certificate authority of this machine, and the services' certificates
+    apns/provider.p8, .pem  the key that dispatch signs its APNs tokens with, and its public half for the simulated APNs
+    demo/…                  for the show only, see `up.demo`
+    complete                says that all of the above were there once
+
+One machine holds them all here, because one machine is one trust domain. In a mesh each process gets its own and no other:
+`sealpush prepare` makes them as files to hand out. The platform's root key, which the demo keeps beside them, belongs offline.
+
+What is missing before `complete` was written is made; what is missing afterwards was lost, and is never made anew: a new vault
+key would turn every stored secret into noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
+
+from sealpush.keys import RootKey
+from sealpushd.platform.access import OPERATOR
+from sealpushd.platform.migrate import MAINTENANCE_ROLE, SERVICES
+from sealpushd.platform.tls import LocalAuthority, write_secret
+from sealpushd.platform.tokens import ServiceKey
+from sealpushd.up.errors import UpError
+
+APNS_TEAM_ID: Final = "SEALPUSH01"
+APNS_KEY_ID: Final = "SEALKEY001"
+_KEY_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """Where the secrets are, and those that the supervisor itself uses."""
+
+    folder: Path
+    trust: Path
+    vault_key: Path
+    platform_key: Path
+    ca: Path
+    apns_private_key: Path
+    apns_public_key: Path
+    role_passwords: dict[str, str]
+
+    def service_key(self, service: str) -> Path:
+        return self.folder / "keys" / f"{service}.key"
+
+    def certificate(self, name: str) -> tuple[Path, Path]:
+        """Certificate and private key of a listener."""
+        return self.folder / "tls" / f"{name}.pem", self.folder / "tls" / f"{name}.key"
+
+
+def prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
+    """Make what is missing and renew what ends soon. Only one process at a time may prepare a folder.
+
+    Killed half-way it leaves whole files, and the next run makes the rest. Raises UpError when something is damaged or was lost.
+    """
+    try:
+        return _prepare(folder, certificates)
+    except OSError as e:
+        raise UpError(f"cannot use {e.filename or folder}: {e.strerror}. Choose another --data-dir.") from e
+
+
+def _prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
+    for part in (folder, folder / "keys", folder / "apns", folder / "tls"):
+        part.mkdir(mode=0o700, parents=True, exist_ok=True)
+    complete = folder / "complete"
+    once = _Once(made_before=complete.exists())
+
+    trusted = {}
+    for name in (*SERVICES, OPERATOR):
+        path = folder / "keys" / f"{name}.key"
+        once.make(path, _random_key, _check_key)
+        trusted[name] = [_load_service_key(name, path).public_key.hex()]
+    once.make(folder / "vault.key", _random_key, _check_key)
+    once.make(folder / "platform.key", _random_key, _check_key)
+    once.make(folder / "role-passwords.json", _random_passwords, _check_passwords)
+    once.make(folder / "apns" / "provider.p8", _random_p256, _check_p256)
+    # What follows from the above is written anew each time.
+    p8 = (folder / "apns" / "provider.p8").read_bytes()
+    write_secret(
+        folder / "apns" / "provider.pem",
+        load_pem_private_key(p8, None).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+    )
+    write_secret(folder / "trust.json", json.dumps(trusted, indent=1).encode())
+    try:
+        authority = LocalAuthority(folder / "tls")
+        for name in certificates:
+            authority.issue(name)
+    except (ValueError, FileNotFoundError) as e:
+        # Certificates protect nothing that is stored: new ones are as good.
+        raise UpError(f"{folder / 'tls'} is damaged ({e}). Remove it: new certificates are made at the next start.") from e
+    if not once.made_before:
+        write_secret(complete, b"1\n")
+        _sync(folder)
+    return Secrets(
+        folder=folder,
+        trust=folder / "trust.json",
+        vault_key=folder / "vault.key",
+        platform_key=folder / "platform.key",
+        ca=authority.certificate_path,
+        apns_private_key=folder / "apns" / "provider.p8",
+        apns_public_key=folder / "apns" / "provider.pem",
+        role_passwords=json.loads((folder / "role-passwords.json").read_text()),
+    )
+
+
+class _Once:
+    """Makes files that were never made before, and refuses to replace those that were."""
+
+    def __init__(self, *, made_before: bool) -> None:
+        self.made_before = made_before
+
+    def make(self, path: Path, content: Callable[[], bytes], check: Callable[[bytes], None]) -> None:
+        if not path.exists():
+            if self.made_before:
+                raise UpError(f"{path} is missing. Restore it from a back-up of the data directory; what it protects cannot be read without.")
+            write_secret(path, content())
+            _sync(path.parent)
+        try:
+            check(path.read_bytes())
+        except ValueError as e:
+            raise UpError(f"{path} is damaged ({e}). Restore it from a back-up of the data directory.") from e
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_key() -> bytes:
+    return secrets.token_hex(_KEY_BYTES).encode() + b"\n"
+
+
+def _check_key(content: bytes) -> None:
+    # The error names no content.
+    try:
+        key = bytes.fromhex(content.decode("ascii").strip())
+    except ValueError:
+        key = b""
+    if len(key) != _KEY_BYTES:
+        raise ValueError("it does not hold 64 hex digits")
+
+
+def _load_service_key(name: str, path: Path) -> ServiceKey:
+    try:
+        return ServiceKey.load(name, path)
+    except ValueError as e:
+        raise UpError(str(e)) from e
+
+
+def _random_passwords() -> bytes:
+    roles = (*(f"{service}_app" for service in SERVICES), MAINTENANCE_ROLE)
+    # Hex needs no quoting in a URL.
+    return json.dumps({role: secrets.token_hex(24) for role in roles}, indent=1).encode()
+
+
+def _check_passwords(content: bytes) -> None:
+    document = json.loads(content)
+    if not isinstance(document, dict) or not {*(f"{service}_app" for service in SERVICES), MAINTENANCE_ROLE} <= document.keys():
+        raise ValueError("it does not name every role")
+
+
+def _random_p256() -> bytes:
+    return ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _check_p256(content: bytes) -> None:
+    if not isinstance(load_pem_private_key(content, None), ec.EllipticCurvePrivateKey):
+        raise ValueError("it holds no P-256 key")
+
+
+def load_root(path: Path) -> RootKey:
+    """A platform root key in a file, made when it is not there. For one machine: a real one never lies on a server."""
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_secret(path, _random_key())
+    try:
+        _check_key(path.read_bytes())
+    except ValueError as e:
+        raise UpError(f"{path} is damaged ({e}). Restore it from a back-up of the data directory.") from e
+    return RootKey.from_seed(bytes.fromhex(path.read_text().strip()))
+
+
+__all__ = ["APNS_KEY_ID", "APNS_TEAM_ID", "Secrets", "load_root", "prepare"]

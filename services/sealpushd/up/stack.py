@@ -1,0 +1,152 @@
+"""The services and simulators of one machine as children: which settings each gets, when they answer, in which order they end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit, urlunsplit
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from sealpushd.platform.migrate import MAINTENANCE_ROLE
+from sealpushd.up.children import Child, stop_in_order
+from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
+from sealpushd.up.secrets import APNS_KEY_ID, APNS_TEAM_ID, Secrets
+
+APP_ID: Final = "demo-bank"
+APNS_TOPIC: Final = "ua.demo.bank"
+# Enough for six Pythons to start on a machine that does something else as well.
+READY_TIMEOUT_S: Final = 60.0
+# Calls last at most 10 s, but here nobody is left who waits for their answers.
+_DRAIN_S: Final = 2.0
+_STOP_PATIENCE_S: Final = 6.0
+# One machine: a service's few statements at a time go over these.
+_CONNECTIONS: Final = 4
+# Variables of ours that children may see; every other SEALPUSH_… is for somebody else.
+_PASSED_ON: Final = ("SEALPUSH_TRACES",)
+# First who takes work in, then who carries it on, then who keeps it.
+_STOP_ORDER: Final = (("publishing", "accounts", "registration"), ("dispatch",), ("keys", "fetch"), ("simulators",))
+
+
+def role_url(admin_url: str, role: str, password: str) -> str:
+    """The same database as another role. Password: characters that need no quoting."""
+    parts = urlsplit(admin_url)
+    _, _, where = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{role}:{password}@{where}"))
+
+
+def maintenance_url(admin_url: str, secrets: Secrets) -> str:
+    return role_url(admin_url, MAINTENANCE_ROLE, secrets.role_passwords[MAINTENANCE_ROLE])
+
+
+def environment(service: str, ports: Ports, secrets: Secrets, postgres_url: str, valkey_url: str, log_level: str) -> dict[str, str]:
+    """The settings of a service, as environment. Each gets its own secrets and no other's."""
+    certificate, private_key = secrets.certificate("services")
+    own = {
+        "SERVICE_KEY": secrets.service_key(service),
+        "TRUST": secrets.trust,
+        "POSTGRES_URL": role_url(postgres_url, f"{service}_app", secrets.role_passwords[f"{service}_app"]),
+        "POSTGRES_CONNECTIONS": _CONNECTIONS,
+        "VALKEY_URL": valkey_url,
+        "VAULT_KEY": secrets.vault_key,
+        "HOST": HOST,
+        "MESH_PORT": ports.of(service, "mesh"),
+        "METRICS_PORT": ports.of(service, "metrics"),
+        "DRAIN_SECONDS": _DRAIN_S,
+        "LOG_LEVEL": log_level,
+    }
+    own |= {f"{peer.upper()}_MESH": f"{HOST}:{ports.of(peer, 'mesh')}" for peer in SERVICES}
+    if service in PUBLIC:
+        own |= {"PUBLIC_PORT": ports.of(service, "public"), "TLS_CERTIFICATE": certificate, "TLS_PRIVATE_KEY": private_key}
+    if service == "registration":
+        own |= {"CODE_CHANNEL": "simulated", "CODE_CHANNEL_ADDRESS": f"{HOST}:{ports.control}"}
+    if service == "keys":
+        own |= {"PLATFORM_KEY": secrets.platform_key}
+    if service == "dispatch":
+        apns_url = f"https://localhost:{ports.apns}"
+        own |= {
+            "APNS_APP_ID": APP_ID,
+            "APNS_KEY_ID": APNS_KEY_ID,
+            "APNS_TEAM_ID": APNS_TEAM_ID,
+            "APNS_PRIVATE_KEY": secrets.apns_private_key,
+            "APNS_TOPIC": APNS_TOPIC,
+            "APNS_PRODUCTION_URL": apns_url,
+            "APNS_SANDBOX_URL": apns_url,
+            "APNS_CA": secrets.ca,
+        }
+    return {**_inherited(os.environ), **{f"SEALPUSH_{name}": str(value) for name, value in own.items()}}
+
+
+def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not name.startswith("SEALPUSH_") or name in _PASSED_ON}
+
+
+async def answers(address: str) -> None:
+    """Return once the health service at an address says that it serves."""
+    options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while True:
+            try:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=READY_TIMEOUT_S)
+            except grpc.aio.AioRpcError as e:
+                if e.code() == grpc.StatusCode.UNIMPLEMENTED:
+                    # The simulators have no health service: that somebody answered is all there is to know.
+                    return
+            else:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(0.05)
+
+
+class Stack:
+    """The running children by name."""
+
+    def __init__(self, children: Mapping[str, Child]) -> None:
+        self.children = children
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {name: child.pid for name, child in self.children.items() if child.pid is not None}
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, ports: Ports, secrets: Secrets, postgres_url: str, valkey_url: str, log_folder: Path, log_level: str) -> AsyncIterator[Stack]:
+        """Starts all children at once; they need not answer yet, see `wait_ready`. Ends them in order at the end of the block."""
+        python = ["-m", "sealpushd"]
+        children: dict[str, Child] = {}
+        certificate, private_key = secrets.certificate("apns-simulator")
+        simulators = [
+            *(*python, "simulate", "apns", "--apns-port", str(ports.apns), "--control-port", str(ports.control)),
+            *("--certificate", str(certificate), "--private-key", str(private_key)),
+            *("--provider-key", f"{APNS_TEAM_ID}:{APNS_KEY_ID}:{secrets.apns_public_key}"),
+        ]
+        for service in SERVICES:
+            settings = environment(service, ports, secrets, postgres_url, valkey_url, log_level)
+            address = f"{HOST}:{ports.of(service, 'mesh')}"
+            children[service] = Child(
+                service, [*python, "serve", service], settings, log_folder / f"{service}.log", lambda address=address: answers(address)
+            )
+        children["simulators"] = Child(
+            "simulators", simulators, _inherited(os.environ), log_folder / "simulators.log", lambda: answers(f"{HOST}:{ports.control}")
+        )
+        try:
+            await asyncio.gather(*(child.start() for child in children.values()))
+            yield cls(children)
+        finally:
+            await stop_in_order([[children[name] for name in group] for group in _STOP_ORDER], _STOP_PATIENCE_S)
+
+    async def wait_ready(self) -> None:
+        """Return once every child answers. Raises UpError with the last words of the one that does not."""
+        waiting = [asyncio.ensure_future(child.wait_ready(READY_TIMEOUT_S)) for child in self.children.values()]
+        try:
+            await asyncio.gather(*waiting)
+        finally:
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)

@@ -1,0 +1,121 @@
+"""What contract tests share: real engines, migrated schemas, a mesh of trust, and services served in this process.
+
+Tests that use the engines run in the session's event loop: `pytestmark = pytest.mark.asyncio(loop_scope="session")`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import grpc
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+
+from sealpushd.engines import Engines
+from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.db import connect
+from sealpushd.platform.migrate import migrate
+from sealpushd.platform.server import Build, Runtime
+from sealpushd.platform.settings import Settings
+from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, Served
+
+PASSWORD = "a password of a test"
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engines() -> AsyncIterator[Engines]:
+    """PostgreSQL and Valkey of this test run alone."""
+    # A short path: sockets lie in it.
+    with tempfile.TemporaryDirectory(prefix="sp-") as directory:
+        async with Engines.open(Path(directory) / "data") as running:
+            yield running
+
+
+@pytest.fixture(scope="session")
+def postgres(engines: Engines) -> str:
+    """URL of the throw-away cluster, as its superuser."""
+    return engines.postgres_dsn
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def valkey_url(engines: Engines) -> str:
+    """URL of an empty Valkey."""
+    async with Redis.from_url(engines.valkey_url) as client:
+        await client.flushall()
+    return engines.valkey_url
+
+
+@pytest.fixture(scope="session")
+def migrated(postgres: str) -> Migrated:
+    made = 0
+
+    async def make(*services: str) -> dict[str, str]:
+        nonlocal made
+        made += 1
+        name = f"contract_{made}"
+        admin = await connect(postgres)
+        try:
+            await admin.execute(f'CREATE DATABASE "{name}"')
+        finally:
+            await admin.close()
+        url = urlsplit(postgres)
+        admin_url = url._replace(path=f"/{name}").geturl()
+        await migrate(admin_url, {f"{service}_app": PASSWORD for service in services}, services)
+        host = url.netloc.rpartition("@")[2]
+        urls = {
+            service: url._replace(netloc=f"{service}_app:{PASSWORD.replace(' ', '%20')}@{host}", path=f"/{name}").geturl()
+            for service in services
+        }
+        return urls | {"admin": admin_url}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Mesh:
+    return Mesh()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def closing() -> AsyncIterator[list[Callable[[], Awaitable[None]]]]:
+    """What is called, in reverse order, when the test ends."""
+    closes: list[Callable[[], Awaitable[None]]] = []
+    yield closes
+    for close in reversed(closes):
+        await close()
+
+
+@pytest.fixture
+def serve(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Serve:
+    async def start(service: str, build: Build, settings: Settings, clock: FakeClock) -> Served:
+        runtime = Runtime(service, settings, mesh.keys[service], mesh.verifier, clock, closing)
+        app = await build(runtime)
+        closing.extend(app.closes)
+        public, inside = Peer(app.public, mesh.verifier), Peer(app.mesh, mesh.verifier)
+        for peer in (public, inside):
+            await peer.start()
+            closing.append(peer.stop)
+        channel = grpc.aio.insecure_channel(public.address)
+        closing.append(channel.close)
+        return Served(app, channel, inside.address)
+
+    return start
+
+
+@pytest.fixture
+def mesh_channel(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Connect:
+    def make(peer: str, address: str, service: str) -> MeshChannel:
+        channel = MeshChannel(peer, address, mesh.keys[service])
+        closing.append(channel.aclose)
+        return channel
+
+    return make

@@ -1,0 +1,385 @@
+"""accounts over real gRPC with real PostgreSQL and Valkey."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from grpc import StatusCode
+from pydantic import SecretStr
+
+from sealpush.ids import SenderId, uuid7
+from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
+from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
+from sealpushd.accounts.app import build
+from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.clock import to_ms
+from sealpushd.platform.db import Database, connect
+from sealpushd.platform.errors import InvalidRequest, LimitExceeded, Unavailable
+from sealpushd.platform.limits import CODES_PER_NUMBER, SIGN_IN_FAILURES_PER_LOGIN, Limiter, PostgresCounter
+from sealpushd.platform.settings import load
+from sealpushd.platform.tokens import SenderCaller
+from sealpushd.platform.valkey import Valkey
+from sealpushd.v1 import administration_pb2, administration_pb2_grpc
+from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+PASSWORD = "correct horse battery"
+
+
+def png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * (width + 1) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@dataclass
+class World:
+    """A served accounts service and the operator's tools."""
+
+    served: Served
+    operator: MeshChannel
+    clock: FakeClock
+    urls: dict[str, str]
+    root: RootKey = field(default_factory=RootKey.generate)
+
+    @property
+    def accounts(self) -> Any:
+        return accounts_pb2_grpc.AccountsStub(self.served.public)
+
+    async def administer(self, method: str, request: Any, channel: MeshChannel | None = None) -> Any:
+        channel = channel or self.operator
+        return await channel.call(getattr(administration_pb2_grpc.AdministrationStub(channel.channel), method), request)
+
+    async def put_organisation(self, login: str, **fields: Any) -> bytes:
+        request = administration_pb2.PutOrganisationRequest(login=login, **{"name": "A bank", "password": PASSWORD, **fields})
+        organisation_id: bytes = (await self.administer("PutOrganisation", request)).organisation_id
+        return organisation_id
+
+    async def put_app(self, app_id: str, root: RootKey | None = None) -> None:
+        root_public_key = (root or self.root).public_key
+        await self.administer(
+            "PutApp", administration_pb2.PutAppRequest(app_id=app_id, name="An app", root_public_key=root_public_key, apns_topic="com.bank")
+        )
+
+    def entry(
+        self, sender_id: bytes, *, serial: int = 1, root: RootKey | None = None, role: EntryRole = EntryRole.SENDER, name: str = "A Bank"
+    ) -> bytes:
+        now_ms = to_ms(self.clock.now())
+        window = now_ms - 1000, now_ms + 86_400_000
+        entry = SenderEntry(
+            sender_id=SenderId(sender_id),
+            display_name=name,
+            modes=SenderMode.SERVER if role is EntryRole.PLATFORM else SenderMode.SERVER | SenderMode.END_TO_END,
+            keys=(EntryKey(ContentSigningKey.generate().public_key, *window),),
+            not_before_ms=window[0],
+            not_after_ms=window[1],
+            serial=serial,
+            role=role,
+        )
+        return sign_sender_entry(root or self.root, entry)
+
+    async def put_sender(self, organisation_id: bytes, sender_id: bytes, **fields: Any) -> None:
+        request = administration_pb2.PutSenderRequest(
+            **{
+                "organisation_id": organisation_id,
+                "sender_id": sender_id,
+                "name": "cards",
+                "sender_entry": self.entry(sender_id),
+                "app_ids": ["bank-app"],
+                **fields,
+            }
+        )
+        await self.administer("PutSender", request)
+
+    def sign_in(self, login: str, password: str = PASSWORD, sender_name: str = "") -> Any:
+        return self.accounts.SignIn(accounts_pb2.SignInRequest(login=login, password=password, sender_name=sender_name))
+
+
+_urls: dict[str, str] = {}
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def world(migrated: Migrated, valkey_url: str, serve: Serve, mesh_channel: Connect, clock: FakeClock) -> World:
+    if not _urls:
+        _urls.update(await migrated("accounts"))
+    settings = load(postgres_url=SecretStr(_urls["accounts"]), valkey_url=SecretStr(valkey_url), postgres_connections=2)
+    served = await serve("accounts", build, settings, clock)
+    made = World(served, mesh_channel("accounts", served.mesh_address, "operator"), clock, _urls)
+    admin = await connect(_urls["admin"])
+    await admin.execute("TRUNCATE accounts.organisations, accounts.apps, accounts.platform_entries, accounts.journal CASCADE")
+    await admin.close()
+    await made.put_app("bank-app")
+    return made
+
+
+async def test_sign_in_gives_a_token_that_speaks_for_the_default_sender(world: World, mesh: Mesh) -> None:
+    organisation_id = await world.put_organisation("bank", networks=["127.0.0.0/8"])
+    cards, loans = uuid7(), uuid7()
+    await world.put_sender(organisation_id, cards, scopes=["publish", "status"], is_default=True)
+    await world.put_sender(organisation_id, loans, name="loans")
+    response = await world.sign_in("bank")
+    expected = SenderCaller(SenderId(cards), organisation_id, ("bank-app",), frozenset({"publish", "status"}), ("127.0.0.0/8",))
+    assert mesh.verifier.verify(response.access_token) == expected
+    assert response.sender_id == cards
+    assert (await world.sign_in("bank", sender_name="loans")).sender_id == loans
+
+
+async def test_a_new_default_sender_takes_the_place_of_the_old_one(world: World) -> None:
+    organisation_id = await world.put_organisation("bank")
+    first, second = uuid7(), uuid7()
+    await world.put_sender(organisation_id, first, is_default=True)
+    await world.put_sender(organisation_id, second, name="loans", is_default=True)
+    assert (await world.sign_in("bank")).sender_id == second
+
+
+async def test_an_only_sender_is_the_default_and_two_are_not(world: World) -> None:
+    organisation_id = await world.put_organisation("bank")
+    assert (await refusal(world.sign_in("bank"))).field == "sender_name"
+    only = uuid7()
+    await world.put_sender(organisation_id, only)
+    assert (await world.sign_in("bank")).sender_id == only
+    await world.put_sender(organisation_id, uuid7(), name="loans")
+    assert (await refusal(world.sign_in("bank"))).field == "sender_name"
+    assert (await refusal(world.sign_in("bank", sender_name="nobody"))).field == "sender_name"
+
+
+async def test_wrong_password_and_unknown_login_are_refused_alike(world: World) -> None:
+    await world.put_organisation("bank")
+    wrong = await refusal(world.sign_in("bank", "not the password"))
+    unknown = await refusal(world.sign_in("nobody-there", PASSWORD))
+    impossible = await refusal(world.sign_in("NOT A LOGIN\0", PASSWORD))
+    assert wrong.code is StatusCode.UNAUTHENTICATED
+    assert wrong == unknown == impossible
+
+
+async def test_a_changed_password_replaces_the_old_one_and_an_empty_one_stays(world: World) -> None:
+    organisation_id = await world.put_organisation("bank")
+    await world.put_sender(organisation_id, uuid7())
+    assert await world.put_organisation("bank", password="") == organisation_id
+    await world.sign_in("bank")
+    await world.put_organisation("bank", password="another long password")
+    assert (await refusal(world.sign_in("bank"))).code is StatusCode.UNAUTHENTICATED
+    await world.sign_in("bank", "another long password")
+
+
+async def test_sign_in_from_another_network_is_denied_only_with_the_right_password(world: World) -> None:
+    await world.put_organisation("bank", networks=["192.0.2.0/24"])
+    assert (await refusal(world.sign_in("bank", "wrong password"))).code is StatusCode.UNAUTHENTICATED
+    denied = await refusal(world.sign_in("bank"))
+    assert denied.code is StatusCode.PERMISSION_DENIED
+    assert "127.0.0.1" in denied.message
+
+
+async def test_after_too_many_failures_even_the_right_password_has_to_wait(world: World) -> None:
+    organisation_id = await world.put_organisation("bank")
+    await world.put_sender(organisation_id, uuid7())
+    allowed = SIGN_IN_FAILURES_PER_LOGIN.allowed(load())
+    for _ in range(allowed):
+        assert (await refusal(world.sign_in("bank", "wrong password"))).code is StatusCode.UNAUTHENTICATED
+    limited = await refusal(world.sign_in("bank"))
+    assert limited.code is StatusCode.RESOURCE_EXHAUSTED
+    assert limited.retry_after_s is not None
+    assert 0 < limited.retry_after_s <= 900
+    world.clock.advance(timedelta(seconds=limited.retry_after_s + 1))
+    await world.sign_in("bank")
+
+
+async def test_limits_are_kept_in_postgres_while_valkey_is_away(migrated: Migrated, clock: FakeClock) -> None:
+    urls = await migrated("accounts")
+    db = Database(urls["accounts"], "accounts", 1)
+    await db.open()
+    valkey = Valkey("unix:///nowhere/valkey.sock")
+    limiter = Limiter(valkey, PostgresCounter(db, clock), load(codes_per_number_hour=3), clock)
+    try:
+        for _ in range(3):
+            await limiter.take(CODES_PER_NUMBER, "one")
+        with pytest.raises(LimitExceeded) as caught:
+            await limiter.take(CODES_PER_NUMBER, "one")
+        assert caught.value.retry_after is not None
+        await limiter.take(CODES_PER_NUMBER, "another")
+        clock.advance(caught.value.retry_after + timedelta(seconds=1))
+        await limiter.check(CODES_PER_NUMBER, "one")
+        await limiter.take(CODES_PER_NUMBER, "one")
+        clock.advance(timedelta(hours=3))
+        await limiter.take(CODES_PER_NUMBER, "another")
+        rows = await db.fetch("test", "SELECT counted FROM limit_counts WHERE ends_at < $1", clock.now())
+        assert rows == [], "windows that ended are deleted"
+    finally:
+        await db.aclose()
+        await valkey.aclose()
+
+
+async def test_profile_shows_what_the_root_certified(world: World) -> None:
+    organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
+    logo, signed = png(512, 512), world.entry(sender_id, name="Банк")
+    await world.put_sender(
+        organisation_id, sender_id, sender_entry=signed, logo_png=logo, brand_colour="#A0B1C2", brand_text_colour="#ffffff"
+    )
+    platform_entry = world.entry(uuid7(), role=EntryRole.PLATFORM)
+    await world.administer(
+        "PutPlatformEntry",
+        administration_pb2.PutPlatformEntryRequest(platform_entry=platform_entry, root_public_key=world.root.public_key),
+    )
+    profile = await world.accounts.GetSenderProfile(accounts_pb2.GetSenderProfileRequest(sender_id=sender_id))
+    assert profile == accounts_pb2.GetSenderProfileResponse(
+        sender_entry=signed,
+        platform_entry=platform_entry,
+        display_name="Банк",
+        brand_colour="#a0b1c2",
+        brand_text_colour="#ffffff",
+        logo_png=logo,
+    )
+
+
+async def test_profile_is_remembered_for_seconds_only_and_a_logo_stays(world: World) -> None:
+    organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
+    ask = accounts_pb2.GetSenderProfileRequest(sender_id=sender_id)
+    assert (await refusal(world.accounts.GetSenderProfile(ask))).code is StatusCode.NOT_FOUND
+    await world.put_sender(organisation_id, sender_id, logo_png=png(512, 512))
+    await world.accounts.GetSenderProfile(ask)
+    await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=2, name="Renamed"))
+    assert (await world.accounts.GetSenderProfile(ask)).display_name == "A Bank"
+    world.clock.advance(timedelta(seconds=6))
+    renamed = await world.accounts.GetSenderProfile(ask)
+    assert renamed.display_name == "Renamed"
+    assert renamed.logo_png
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"logo_png": png(511, 512)}, "logo_png"),
+        ({"logo_png": b"GIF89a"}, "logo_png"),
+        ({"brand_colour": "red"}, "brand_colour"),
+        ({"scopes": ["publish", "everything"]}, "scopes"),
+        ({"app_ids": ["unknown-app"]}, "app_ids"),
+        ({"app_ids": []}, "app_ids"),
+        ({"name": " cards"}, "name"),
+    ],
+)
+async def test_a_sender_that_does_not_fit_is_refused_by_field(world: World, fields: dict[str, Any], wrong: str) -> None:
+    organisation_id = await world.put_organisation("bank")
+    with pytest.raises(InvalidRequest) as caught:
+        await world.put_sender(organisation_id, uuid7(), **fields)
+    assert caught.value.field == wrong
+
+
+async def test_an_entry_must_be_signed_by_the_root_and_name_the_sender(world: World) -> None:
+    organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
+    for entry in (
+        world.entry(sender_id, root=RootKey.generate()),
+        world.entry(uuid7()),
+        world.entry(sender_id, role=EntryRole.PLATFORM),
+        world.entry(sender_id)[:-1],
+        b"",
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            await world.put_sender(organisation_id, sender_id, sender_entry=entry)
+        assert caught.value.field == "sender_entry"
+
+
+async def test_an_entry_never_goes_back_to_a_lower_serial(world: World) -> None:
+    organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
+    newest = world.entry(sender_id, serial=5)
+    await world.put_sender(organisation_id, sender_id, sender_entry=newest)
+    await world.put_sender(organisation_id, sender_id, sender_entry=newest)
+    for serial in (4, 5):
+        with pytest.raises(InvalidRequest) as caught:
+            await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=serial))
+        assert caught.value.field == "sender_entry"
+
+
+async def test_a_sender_stays_with_its_organisation_and_names_are_unique_in_it(world: World) -> None:
+    bank, other, sender_id = await world.put_organisation("bank"), await world.put_organisation("other"), uuid7()
+    await world.put_sender(bank, sender_id)
+    for organisation_id, wanted_id, wrong in (
+        (other, sender_id, "organisation_id"),
+        (uuid7(), uuid7(), "organisation_id"),
+        (bank, uuid7(), "name"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            await world.put_sender(organisation_id, wanted_id, name="cards")
+        assert caught.value.field == wrong
+
+
+async def test_apps_of_different_roots_cannot_share_a_sender_and_a_root_in_use_stays(world: World) -> None:
+    organisation_id, other_root = await world.put_organisation("bank"), RootKey.generate()
+    await world.put_app("other-app", other_root)
+    with pytest.raises(InvalidRequest, match="different roots"):
+        await world.put_sender(organisation_id, uuid7(), app_ids=["bank-app", "other-app"])
+    await world.put_sender(organisation_id, uuid7())
+    with pytest.raises(InvalidRequest, match="new app id"):
+        await world.put_app("bank-app", other_root)
+    await world.put_app("other-app", world.root)
+
+
+async def test_platform_entry_needs_the_root_of_an_app(world: World) -> None:
+    stranger = RootKey.generate()
+    for root, signer, wrong in ((stranger, stranger, "root_public_key"), (world.root, stranger, "platform_entry")):
+        request = administration_pb2.PutPlatformEntryRequest(
+            platform_entry=world.entry(uuid7(), role=EntryRole.PLATFORM, root=signer), root_public_key=root.public_key
+        )
+        with pytest.raises(InvalidRequest) as caught:
+            await world.administer("PutPlatformEntry", request)
+        assert caught.value.field == wrong
+
+
+async def test_an_organisation_needs_a_password_at_first_and_proper_networks(world: World) -> None:
+    for fields, wrong in (
+        ({"password": ""}, "password"),
+        ({"password": "short"}, "password"),
+        ({"networks": ["10.0.0.1/8"]}, "networks"),
+        ({"name": ""}, "name"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            await world.put_organisation("bank", **fields)
+        assert caught.value.field == wrong
+
+
+async def test_look_ups_leave_out_what_is_unknown(world: World) -> None:
+    organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
+    await world.put_app("another-app")
+    await world.put_sender(organisation_id, sender_id, app_ids=["bank-app", "another-app"])
+    senders = await world.administer("GetSenders", administration_pb2.GetSendersRequest(sender_ids=[uuid7(), sender_id]))
+    assert [(one.sender_id, one.organisation_id, list(one.app_ids)) for one in senders.senders] == [
+        (sender_id, organisation_id, ["bank-app", "another-app"])
+    ]
+    apps = await world.administer("GetApps", administration_pb2.GetAppsRequest(app_ids=["bank-app", "nothing", "\0"]))
+    assert [(app.app_id, app.name, app.apns_topic) for app in apps.apps] == [("bank-app", "An app", "com.bank")]
+
+
+async def test_every_change_is_in_the_journal_without_its_secrets(world: World) -> None:
+    organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
+    await world.put_sender(organisation_id, sender_id)
+    admin = await connect(world.urls["admin"])
+    rows = await admin.fetch("SELECT actor, action, subject, detail::text FROM accounts.journal ORDER BY entry_id")
+    await admin.close()
+    assert [(row["actor"], row["action"], row["subject"]) for row in rows] == [
+        ("operator", "PutApp", "bank-app"),
+        ("operator", "PutOrganisation", organisation_id.hex()),
+        ("operator", "PutSender", sender_id.hex()),
+    ]
+    assert json.loads(rows[1]["detail"])["password_changed"] is True
+    assert PASSWORD not in rows[1]["detail"]
+
+
+async def test_only_the_operator_administers(world: World, mesh_channel: Connect) -> None:
+    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+    request = administration_pb2.PutOrganisationRequest(login="bank", name="A bank", password=PASSWORD)
+    with pytest.raises(Unavailable, match="PERMISSION_DENIED"):
+        await world.administer("PutOrganisation", request, publishing)
+    stranger = administration_pb2_grpc.AdministrationStub(world.served.public)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stranger.PutOrganisation(request)

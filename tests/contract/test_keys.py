@@ -1,0 +1,741 @@
+"""The service keys over real gRPC and real PostgreSQL, with phones that open what it seals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from pydantic import SecretStr
+
+from sealpush.envelope import CONTENT_BYTES_MAX, Header, Recipient, assemble, open_envelope, recipient, seal
+from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
+from sealpush.keys import (
+    DAY_MS,
+    ContentSigningKey,
+    IdentityKey,
+    PrekeyKind,
+    PrekeyPrivate,
+    RecipientDevice,
+    SignedPrekey,
+    content_key_id,
+    generate_prekey,
+    prekey_proof,
+)
+from sealpush.proofs import body_digest, change_proof, sign_proof
+from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc
+from sealpushd.keys import rules
+from sealpushd.keys.app import build
+from sealpushd.keys.store import KeyStore
+from sealpushd.platform.clock import to_ms
+from sealpushd.platform.db import Database
+from sealpushd.platform.settings import load
+from sealpushd.platform.tokens import DeviceCaller, SenderCaller, ServiceKey
+from sealpushd.v1 import directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
+from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, refusal
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+APP, OTHER_APP = "example-bank", "example-shop"
+UPLOAD_METHOD = "/sealpush.v1.Keys/UploadPrekeys"
+
+
+class Directory(directory_pb2_grpc.DirectoryServicer):
+    """Registration, as small as it gets: phone numbers to subscribers."""
+
+    def __init__(self) -> None:
+        self.people: dict[tuple[str, str], tuple[SubscriberId, list[DeviceId]]] = {}
+
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+        return directory_pb2.ResolveResponse(results=[self._resolve(query) for query in request.queries])
+
+    def _resolve(self, query: directory_pb2.ResolveQuery) -> directory_pb2.ResolveResult:
+        if not query.recipient.phone.startswith("+"):
+            return directory_pb2.ResolveResult(invalid="write the number in international format")
+        if (query.recipient.phone, query.app_id) not in self.people:
+            return directory_pb2.ResolveResult(not_registered=common_pb2.REASON_CODE_CONSUMER_PHONE_NOT_FOUND)
+        subscriber_id, device_ids = self.people[query.recipient.phone, query.app_id]
+        devices = [directory_pb2.ResolvedDevice(device_id=each) for each in device_ids]
+        return directory_pb2.ResolveResult(resolved=directory_pb2.Resolved(subscriber_id=subscriber_id, devices=devices))
+
+    async def GetPushTargets(self, request: directory_pb2.GetPushTargetsRequest, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+    async def ReportDeadTokens(self, request: directory_pb2.ReportDeadTokensRequest, context: Any) -> Any:  # noqa: N802
+        raise NotImplementedError
+
+
+@dataclass
+class World:
+    clock: FakeClock
+    keys: keys_pb2_grpc.KeysAsyncStub
+    sealing: sealing_pb2_grpc.SealingAsyncStub
+    directory: Directory
+    store: KeyStore
+    services: dict[str, ServiceKey]
+
+    @property
+    def now_ms(self) -> int:
+        return to_ms(self.clock.now())
+
+    def mesh(self, service: str = "publishing") -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.services[service].mesh_token()}"),)
+
+    def device(self, phone: Phone) -> tuple[tuple[str, str], ...]:
+        caller = DeviceCaller(phone.device_id, SubscriberId(uuid7()), APP, phone.identity.public_key)
+        return (("authorization", f"Bearer {self.services['registration'].device_token(caller)[0]}"),)
+
+    def sender(self, sender_id: SenderId, *app_ids: str) -> tuple[tuple[str, str], ...]:
+        caller = SenderCaller(sender_id, uuid7(), app_ids, frozenset({"keys"}), ())
+        return (("authorization", f"Bearer {self.services['accounts'].sender_token(caller)[0]}"),)
+
+    async def put(self, *devices: sealing_pb2.NewDevice) -> list[str]:
+        request = sealing_pb2.PutDevicesRequest(devices=devices)
+        return list((await self.sealing.PutDevices(request, metadata=self.mesh("registration"))).refusals)
+
+    async def remove(self, *devices: tuple[SubscriberId, DeviceId]) -> None:
+        removed = [sealing_pb2.RemovedDevice(subscriber_id=s, device_id=d) for s, d in devices]
+        await self.sealing.RemoveDevices(sealing_pb2.RemoveDevicesRequest(devices=removed), metadata=self.mesh("registration"))
+
+    async def seal(self, *items: sealing_pb2.SealItem) -> list[sealing_pb2.SealResult]:
+        return list((await self.sealing.Seal(sealing_pb2.SealRequest(items=items), metadata=self.mesh())).results)
+
+    async def check(self, *checks: sealing_pb2.StanzaCheck) -> list[sealing_pb2.StanzaVerdict]:
+        request = sealing_pb2.CheckStanzasRequest(checks=checks)
+        return list((await self.sealing.CheckStanzas(request, metadata=self.mesh())).verdicts)
+
+    async def log(self, subscriber_id: SubscriberId) -> list[rules.LogEntry]:
+        """The subscriber's log; makes sure that it is the one its head stands for."""
+        entries = await self.store.log(subscriber_id)
+        lists = await self.store.device_lists([subscriber_id])
+        head = lists[subscriber_id].head if lists else rules.start_head(subscriber_id)
+        assert rules.verify_log(subscriber_id, entries, head)
+        return [rules.LogEntry.decode(each) for each in entries]
+
+    async def sealed_for(self, phone: Phone, subscriber_id: SubscriberId) -> bool:
+        """Whether something can be sealed for this phone now."""
+        [result] = await self.seal(self.item(subscriber_id, phone))
+        return not result.devices_without_prekey
+
+    def item(self, subscriber_id: SubscriberId, *phones: Phone, content: bytes = b"hello", **fields: Any) -> sealing_pb2.SealItem:
+        wanted: dict[str, Any] = {"sender_id": uuid7(), "created_at_ms": self.now_ms, "expires_at_ms": self.now_ms + DAY_MS} | fields
+        return sealing_pb2.SealItem(subscriber_id=subscriber_id, device_ids=[each.device_id for each in phones], content=content, **wanted)
+
+
+class Phone:
+    """An app instance: identity, prekeys with their private halves, a counter."""
+
+    def __init__(self, now_ms: int) -> None:
+        self.device_id = DeviceId(uuid7())
+        self.identity = IdentityKey.generate()
+        self.counter = 0
+        self._private: dict[tuple[int, int, PrekeyKind], PrekeyPrivate] = {}
+        self._next_id = 1
+        self.signed_prekey = self.new_prekey(now_ms)
+
+    def new_prekey(self, now_ms: int, kind: PrekeyKind = PrekeyKind.SIGNED, lifetime_ms: int = 90 * DAY_MS) -> SignedPrekey:
+        private, public = generate_prekey(
+            self.identity, self.device_id, prekey_id=self._next_id, kind=kind, now_ms=now_ms, lifetime_ms=lifetime_ms
+        )
+        self._private[private.suite, private.prekey_id, private.kind] = private
+        self._next_id += 1
+        return public
+
+    def resigned(self, prekey: SignedPrekey) -> SignedPrekey:
+        """The same fields under this phone's signature."""
+        signature = self.identity.sign(prekey_proof(prekey, self.device_id))
+        return replace(prekey, signature=signature)
+
+    def new_device(self, subscriber_id: SubscriberId, prekey: SignedPrekey | None = None) -> sealing_pb2.NewDevice:
+        return sealing_pb2.NewDevice(
+            subscriber_id=subscriber_id,
+            device_id=self.device_id,
+            identity_public_key=self.identity.public_key,
+            signed_prekey=to_message(prekey or self.signed_prekey),
+        )
+
+    def upload(self, *prekeys: SignedPrekey, min_suite: int = 0, counter: int | None = None) -> keys_pb2.UploadPrekeysRequest:
+        if counter is None:
+            counter = self.counter = self.counter + 1
+        change = keys_pb2.PrekeyUpload(prekeys=[to_message(each) for each in prekeys], min_suite=min_suite).SerializeToString()
+        signature = sign_proof(self.identity, change_proof(self.device_id, counter, UPLOAD_METHOD, body_digest(change)))
+        return keys_pb2.UploadPrekeysRequest(change=change, proof=common_pb2.DeviceProof(counter=counter, signature=signature))
+
+    def stanza(self, prekey: SignedPrekey | None = None) -> sealing_pb2.StanzaKey:
+        prekey = prekey or self.signed_prekey
+        return sealing_pb2.StanzaKey(
+            device_id=self.device_id,
+            suite=prekey.suite,
+            prekey_id=prekey.prekey_id,
+            kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
+        )
+
+    def open(self, parts: sealing_pb2.SealedParts, sender_public_key: bytes) -> bytes:
+        stanza = {each.device_id: each.stanza for each in parts.stanzas}[self.device_id]
+        return open_envelope(
+            assemble(parts.head, stanza, parts.tail),
+            device_id=self.device_id,
+            private_prekey_lookup=lambda *name: self._private.get(name),
+            sender_public_key=sender_public_key,
+        )
+
+
+def to_message(prekey: SignedPrekey) -> keys_pb2.Prekey:
+    return keys_pb2.Prekey(
+        suite=prekey.suite,
+        prekey_id=prekey.prekey_id,
+        kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
+        public_key=prekey.public_key,
+        created_at_ms=prekey.created_at_ms,
+        expires_at_ms=prekey.expires_at_ms,
+        signature=prekey.signature,
+    )
+
+
+def from_message(message: keys_pb2.Prekey) -> SignedPrekey:
+    return SignedPrekey(
+        message.suite,
+        message.prekey_id,
+        PrekeyKind(message.kind),
+        message.public_key,
+        message.created_at_ms,
+        message.expires_at_ms,
+        message.signature,
+    )
+
+
+async def refused(call: Awaitable[Any], code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> tuple[str, str]:
+    """The message and the field of the refusal that a call must end in."""
+    found = await refusal(call)
+    assert found.code is code, found
+    return found.message, found.field
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def urls(migrated: Migrated) -> dict[str, str]:
+    """One database for all tests here: each makes its own people."""
+    return await migrated("keys")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def world(
+    urls: dict[str, str],
+    mesh: Mesh,
+    serve: Serve,
+    mesh_channel: Connect,
+    clock: FakeClock,
+    closing: list[Callable[[], Awaitable[None]]],
+    tmp_path: Path,
+) -> World:
+    # The vault's key is that of the shared database; the platform's is new for each.
+    (tmp_path / "vault").write_text("11" * 32)
+    (tmp_path / "platform").write_text(os.urandom(32).hex())
+    directory = Directory()
+    registration = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
+    await registration.start()
+    closing.append(registration.stop)
+    settings = load(
+        postgres_url=SecretStr(urls["keys"]),
+        vault_key=tmp_path / "vault",
+        platform_key=tmp_path / "platform",
+        registration_mesh=registration.address,
+    )
+    served = await serve("keys", build, settings, clock)
+    db = Database(urls["keys"], "keys", 1)
+    await db.open()
+    closing.append(db.aclose)
+    sealing = sealing_pb2_grpc.SealingStub(mesh_channel("keys", served.mesh_address, "publishing").channel)
+    return World(clock, keys_pb2_grpc.KeysStub(served.public), sealing, directory, KeyStore(db), mesh.keys)
+
+
+@pytest.fixture
+def phone(world: World) -> Phone:
+    return Phone(world.now_ms)
+
+
+@pytest.fixture
+def subscriber() -> SubscriberId:
+    return SubscriberId(uuid7())
+
+
+async def platform_key(world: World) -> bytes:
+    request = sealing_pb2.GetPlatformKeyRequest()
+    return (await world.sealing.GetPlatformKey(request, metadata=world.mesh("operator"))).public_key
+
+
+# Devices and their log.
+
+
+async def test_a_device_that_was_put_is_in_the_log_and_can_be_sealed_for(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    assert await world.put(phone.new_device(subscriber)) == [""]
+    [entry] = await world.log(subscriber)
+    assert entry == rules.LogEntry(rules.EntryKind.ADDED, phone.device_id, phone.identity.public_key, world.now_ms, recovered=False)
+    assert await world.sealed_for(phone, subscriber)
+
+
+async def test_putting_a_device_again_changes_nothing(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    device = phone.new_device(subscriber)
+    assert await world.put(device, device) == ["", ""]
+    assert await world.put(device) == [""]
+    assert len(await world.log(subscriber)) == 1
+
+
+async def test_a_second_device_is_marked_recovered_as_nobody_vouches_for_it(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber), Phone(world.now_ms).new_device(subscriber))
+    assert [each.recovered for each in await world.log(subscriber)] == [False, True]
+
+
+async def test_another_identity_for_a_known_device_id_is_refused(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    thief = Phone(world.now_ms)
+    thief.device_id = phone.device_id
+    forged = thief.new_device(subscriber, thief.new_prekey(world.now_ms))
+    [first, second] = await world.put(phone.new_device(subscriber), forged)
+    assert (first, "another identity key" in second) == ("", True)
+    await world.remove((subscriber, phone.device_id))
+    assert "another identity key" in (await world.put(forged))[0]
+    assert len(await world.log(subscriber)) == 2
+
+
+async def test_a_prekey_that_another_device_signed_is_refused_and_leaves_no_trace(
+    world: World, phone: Phone, subscriber: SubscriberId
+) -> None:
+    other = Phone(world.now_ms)
+    [refusal] = await world.put(phone.new_device(subscriber, other.signed_prekey))
+    assert "not signed by this device" in refusal
+    assert await world.store.device(phone.device_id) is None
+    assert await world.log(subscriber) == []
+
+
+async def test_a_bad_device_does_not_hold_up_the_others_of_its_batch(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    short = phone.new_device(subscriber)
+    short.device_id = b"short"
+    unsigned = phone.new_device(subscriber)
+    unsigned.signed_prekey.kind = keys_pb2.PREKEY_KIND_ONE_TIME
+    unnamed = phone.new_device(subscriber)
+    unnamed.identity_public_key = b""
+    refusals = await world.put(short, unsigned, phone.new_device(subscriber), unnamed)
+    assert [bool(each) for each in refusals] == [True, True, False, True]
+
+
+async def test_a_moved_device_leaves_the_old_list_and_enters_the_new(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    new_owner = SubscriberId(uuid7())
+    await world.put(phone.new_device(subscriber))
+    assert await world.put(phone.new_device(new_owner)) == [""]
+    assert [each.kind for each in await world.log(subscriber)] == [rules.EntryKind.ADDED, rules.EntryKind.REMOVED]
+    assert [each.kind for each in await world.log(new_owner)] == [rules.EntryKind.ADDED]
+    assert not await world.sealed_for(phone, subscriber)
+    assert await world.sealed_for(phone, new_owner)
+    # A removal that comes late, for the old owner, must not take it from the new one.
+    await world.remove((subscriber, phone.device_id))
+    assert await world.sealed_for(phone, new_owner)
+
+
+async def test_a_removed_device_is_never_sealed_for_and_may_come_back(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    await world.remove((subscriber, phone.device_id), (subscriber, phone.device_id), (subscriber, DeviceId(uuid7())))
+    await world.remove((subscriber, phone.device_id))
+    assert not await world.sealed_for(phone, subscriber)
+    await refused(world.keys.UploadPrekeys(phone.upload(), metadata=world.device(phone)), grpc.StatusCode.PERMISSION_DENIED)
+    assert await world.put(phone.new_device(subscriber)) == [""]
+    assert await world.sealed_for(phone, subscriber)
+    kinds = [each.kind for each in await world.log(subscriber)]
+    assert kinds == [rules.EntryKind.ADDED, rules.EntryKind.REMOVED, rules.EntryKind.ADDED]
+
+
+async def test_a_registration_repeated_late_does_not_bring_back_an_old_prekey(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    world.clock.advance(timedelta(days=7))
+    newer = phone.new_prekey(world.now_ms)
+    await world.keys.UploadPrekeys(phone.upload(newer), metadata=world.device(phone))
+    assert await world.put(phone.new_device(subscriber)) == [""]
+    state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+    assert state.signed_prekey_id == newer.prekey_id
+
+
+async def test_concurrent_batches_for_the_same_subscribers_neither_deadlock_nor_break_the_chain(world: World) -> None:
+    subscribers = [SubscriberId(uuid7()) for _ in range(3)]
+    phones = [Phone(world.now_ms) for _ in range(12)]
+    chance = random.Random(7)  # noqa: S311 - an order, not a secret
+
+    async def put(each: Sequence[Phone]) -> None:
+        assert not any(await world.put(*(phone.new_device(chance.choice(subscribers)) for phone in each)))
+
+    async def remove() -> None:
+        await world.remove(*((chance.choice(subscribers), phone.device_id) for phone in chance.sample(phones, 6)))
+
+    # Every batch holds the same devices in another order, and moves some of them between the subscribers.
+    await asyncio.gather(*(put(chance.sample(phones, 12)) if n % 3 else remove() for n in range(24)))
+    logs = [await world.log(each) for each in subscribers]
+    here = [0, 0, 0]
+    for n, log in enumerate(logs):
+        for entry in log:
+            here[n] += 1 if entry.kind is rules.EntryKind.ADDED else -1
+    found = [await world.store.device(phone.device_id) for phone in phones]
+    assert here == [sum(each is not None and not each.removed and each.subscriber_id == s for each in found) for s in subscribers]
+
+
+async def test_concurrent_devices_of_a_new_subscriber_make_one_chain(world: World, subscriber: SubscriberId) -> None:
+    phones = [Phone(world.now_ms) for _ in range(16)]
+    answers = await asyncio.gather(*(world.put(phone.new_device(subscriber)) for phone in phones))
+    assert answers == [[""]] * 16
+    log = await world.log(subscriber)
+    assert {each.device_id for each in log} == {phone.device_id for phone in phones}
+    assert sum(not each.recovered for each in log) == 1
+
+
+async def test_a_batch_is_bounded(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    _, field = await refused(world.put(*[phone.new_device(subscriber)] * 513))
+    assert field == "devices"
+    _, field = await refused(world.remove((subscriber, DeviceId(b"short"))))
+    assert field == "devices[0]"
+
+
+# Prekeys.
+
+
+async def test_uploaded_prekeys_are_kept_and_counted(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    signed = phone.new_prekey(world.now_ms)
+    one_time = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(100)]
+    answer = await world.keys.UploadPrekeys(phone.upload(signed, *one_time), metadata=world.device(phone))
+    assert answer.one_time_prekeys_left == 100
+    # Under a new counter the same upload is safe to repeat.
+    answer = await world.keys.UploadPrekeys(phone.upload(signed, *one_time), metadata=world.device(phone))
+    assert answer.one_time_prekeys_left == 100
+    state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+    assert (state.signed_prekey_id, state.one_time_prekeys_left) == (signed.prekey_id, 100)
+    assert state.signed_prekey_expires_at.ToMilliseconds() == signed.expires_at_ms
+    world.clock.advance(timedelta(days=90))
+    state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+    assert state.one_time_prekeys_left == 0
+
+
+async def test_the_state_of_a_device_that_is_gone_is_empty(world: World, phone: Phone) -> None:
+    state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+    assert state == keys_pb2.GetPrekeyStateResponse()
+
+
+async def test_a_counter_works_once(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    request = phone.upload(phone.new_prekey(world.now_ms), counter=5)
+    await world.keys.UploadPrekeys(request, metadata=world.device(phone))
+    for replayed in (request, phone.upload(counter=5), phone.upload(counter=4)):
+        message, _ = await refused(world.keys.UploadPrekeys(replayed, metadata=world.device(phone)), grpc.StatusCode.ABORTED)
+        assert "counter" in message
+    await world.keys.UploadPrekeys(phone.upload(counter=6), metadata=world.device(phone))
+
+
+async def test_of_concurrent_uploads_with_one_counter_one_wins(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    requests = [phone.upload(phone.new_prekey(world.now_ms), counter=1) for _ in range(8)]
+    calls = [world.keys.UploadPrekeys(each, metadata=world.device(phone)) for each in requests]
+    codes = [await call.code() for call in calls]
+    assert sorted(codes, key=str) == [grpc.StatusCode.ABORTED] * 7 + [grpc.StatusCode.OK]
+
+
+async def test_a_change_that_the_device_did_not_sign_uses_up_nothing(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    good = phone.upload(phone.new_prekey(world.now_ms), counter=3)
+    forged = Phone(world.now_ms)
+    forged.device_id = phone.device_id
+    for bad in (
+        forged.upload(counter=3),
+        keys_pb2.UploadPrekeysRequest(change=good.change, proof=common_pb2.DeviceProof(counter=4, signature=good.proof.signature)),
+        keys_pb2.UploadPrekeysRequest(change=good.change + b"\x10\x01", proof=good.proof),
+        keys_pb2.UploadPrekeysRequest(change=good.change, proof=common_pb2.DeviceProof(counter=3)),
+    ):
+        _, field = await refused(world.keys.UploadPrekeys(bad, metadata=world.device(phone)))
+        assert field == "proof.signature"
+    await world.keys.UploadPrekeys(good, metadata=world.device(phone))
+
+
+async def test_prekeys_that_nobody_should_seal_to_are_refused(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    now, good = world.now_ms, phone.new_prekey(world.now_ms)
+    bad = {
+        "low order": phone.resigned(replace(good, public_key=bytes(32))),
+        "low order, top bit set": phone.resigned(replace(good, public_key=b"\x01" + bytes(30) + b"\x80")),
+        "short": phone.resigned(replace(good, public_key=b"k" * 31)),
+        "expired": phone.resigned(replace(good, created_at_ms=now - 2 * DAY_MS, expires_at_ms=now)),
+        "from the future": phone.resigned(replace(good, created_at_ms=now + DAY_MS, expires_at_ms=now + 2 * DAY_MS)),
+        "lives too long": phone.resigned(replace(good, expires_at_ms=now + 91 * DAY_MS)),
+        "ends before it begins": replace(good, expires_at_ms=now - 1),
+        "hybrid": phone.resigned(replace(good, suite=2, public_key=b"k" * 1216)),
+        "suite 0": replace(good, suite=0),
+        "not signed": replace(good, signature=bytes(64)),
+        "signature cut short": replace(good, signature=good.signature[:-1]),
+        "id used before": phone.resigned(replace(good, prekey_id=phone.signed_prekey.prekey_id)),
+    }
+    for name, prekey in bad.items():
+        _, field = await refused(world.keys.UploadPrekeys(phone.upload(prekey), metadata=world.device(phone)))
+        assert field in ("change.prekeys", "change.prekeys[0]"), name
+    state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+    assert state.signed_prekey_id == phone.signed_prekey.prekey_id
+
+
+async def test_what_is_no_upload_is_refused(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    unknown_kind = keys_pb2.PrekeyUpload(prekeys=[keys_pb2.Prekey(suite=1)]).SerializeToString()
+    for change, counter, expected in (
+        (b"\xff", 1, "change"),
+        (bytes(300_000), 1, "change"),
+        (unknown_kind, 1, "change.prekeys[0].kind"),
+        (b"", 0, "proof.counter"),
+        (b"", 1 << 63, "proof.counter"),
+    ):
+        request = keys_pb2.UploadPrekeysRequest(change=change, proof=common_pb2.DeviceProof(counter=counter))
+        assert (await refused(world.keys.UploadPrekeys(request, metadata=world.device(phone))))[1] == expected
+    many = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(101)]
+    for upload in (phone.upload(*many), phone.upload(many[0], many[0]), phone.upload(*[phone.new_prekey(world.now_ms) for _ in range(2)])):
+        assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.prekeys"
+    for upload in (phone.upload(min_suite=2), phone.upload(min_suite=300)):
+        assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.min_suite"
+
+
+# Sealing.
+
+
+async def test_what_the_server_seals_opens_on_each_device(world: World, subscriber: SubscriberId) -> None:
+    phones = [Phone(world.now_ms) for _ in range(3)]
+    await world.put(*(phone.new_device(subscriber) for phone in phones))
+    key = await platform_key(world)
+    sizes = (0, 300, CONTENT_BYTES_MAX)
+    items = [world.item(subscriber, *phones, content=os.urandom(size)) for size in sizes]
+    results = await world.seal(*items)
+    for item, result in zip(items, results, strict=True):
+        assert [phone.open(result.parts, key) for phone in phones] == [item.content] * 3
+        header = Header.decode(result.parts.head[:94])
+        assert header.server_sealed
+        assert header.sender_key_id == content_key_id(key)
+        assert (header.content_id, header.sender_id) == (result.parts.content_id, item.sender_id)
+        assert (header.created_at_ms, header.expires_at_ms) == (item.created_at_ms, item.expires_at_ms)
+    assert len({each.parts.content_id for each in results}) == len(results)
+
+
+async def test_a_recipient_looks_different_to_each_sender(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    bank, shop = uuid7(), uuid7()
+    results = await world.seal(*(world.item(subscriber, phone, sender_id=each) for each in (bank, bank, shop)))
+    refs = [Header.decode(each.parts.head[:94]).recipient_ref for each in results]
+    assert refs[0] == refs[1] != refs[2]
+
+
+async def test_devices_without_a_prekey_of_now_are_named_and_the_others_sealed_for(
+    world: World, phone: Phone, subscriber: SubscriberId
+) -> None:
+    expiring, foreign, unknown = Phone(world.now_ms), Phone(world.now_ms), Phone(world.now_ms)
+    short_lived = expiring.new_prekey(world.now_ms, lifetime_ms=1000)
+    await world.put(phone.new_device(subscriber), expiring.new_device(subscriber, short_lived), foreign.new_device(SubscriberId(uuid7())))
+    assert await world.sealed_for(expiring, subscriber)
+    world.clock.advance(timedelta(seconds=1))
+    [result] = await world.seal(world.item(subscriber, expiring, phone, foreign, unknown, phone))
+    assert list(result.devices_without_prekey) == [expiring.device_id, foreign.device_id, unknown.device_id]
+    assert [each.device_id for each in result.parts.stanzas] == [phone.device_id]
+    [result] = await world.seal(world.item(subscriber, unknown))
+    assert not result.parts.stanzas
+    assert result.parts.content_id
+
+
+async def test_a_bad_item_is_named_and_its_batch_refused(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    good = world.item(subscriber, phone)
+    for bad in (
+        world.item(subscriber, phone, content=bytes(CONTENT_BYTES_MAX + 1)),
+        world.item(subscriber, phone, sender_id=b"short"),
+        world.item(subscriber, phone, expires_at_ms=world.now_ms),
+        world.item(subscriber, phone, expires_at_ms=world.now_ms + 29 * DAY_MS),
+        world.item(subscriber, phone, created_at_ms=1 << 50, expires_at_ms=(1 << 50) + 1),
+        world.item(subscriber, *[phone] * 513),
+    ):
+        message, field = await refused(world.seal(good, bad))
+        assert (field, message[:8]) == ("items[1]", "items[1]")
+    assert (await refused(world.seal(*[good] * 513)))[1] == "items"
+    assert (await refused(world.seal(*[world.item(subscriber, *[phone] * 512)] * 33)))[1] == "items"
+
+
+async def test_others_are_served_while_a_large_batch_is_sealed(world: World, subscriber: SubscriberId) -> None:
+    phones = [Phone(world.now_ms) for _ in range(8)]
+    await world.put(*(phone.new_device(subscriber) for phone in phones))
+    batch = asyncio.create_task(world.seal(*[world.item(subscriber, *phones)] * 512))
+    served = 0
+    while not batch.done():
+        await platform_key(world)
+        served += 1
+    assert len(await batch) == 512
+    # Some 400 ms in slices of 2 ms; without slices it is the one or two that came before and after.
+    assert served >= 5
+
+
+# Stanzas.
+
+
+async def test_stanzas_that_fit_are_accepted_and_others_are_named(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    second, gone = Phone(world.now_ms), Phone(world.now_ms)
+    await world.put(phone.new_device(subscriber), second.new_device(subscriber), gone.new_device(subscriber))
+    await world.remove((subscriber, gone.device_id))
+    sender_id = uuid7()
+    [sealed] = await world.seal(world.item(subscriber, phone, second, sender_id=sender_id))
+    ref = Header.decode(sealed.parts.head[:94]).recipient_ref
+    wrong_kind, wrong_id, wrong_suite = second.stanza(), second.stanza(), second.stanza()
+    wrong_kind.kind, wrong_id.prekey_id, wrong_suite.suite = keys_pb2.PREKEY_KIND_ONE_TIME, 99, 2
+
+    def check(*stanzas: sealing_pb2.StanzaKey, devices: Sequence[Phone] = (phone, second), **fields: Any) -> sealing_pb2.StanzaCheck:
+        wanted = {"sender_id": sender_id, "subscriber_id": subscriber, "recipient_ref": ref} | fields
+        return sealing_pb2.StanzaCheck(device_ids=[each.device_id for each in devices], stanzas=stanzas, **wanted)
+
+    verdicts = await world.check(
+        check(phone.stanza(), second.stanza()),
+        check(phone.stanza()),
+        check(phone.stanza(), second.stanza(), gone.stanza()),
+        check(phone.stanza(), wrong_kind),
+        check(phone.stanza(), wrong_id),
+        check(phone.stanza(), wrong_suite),
+        check(phone.stanza(), second.stanza(), sender_id=uuid7()),
+        check(phone.stanza(), second.stanza(), recipient_ref=b""),
+        # A device that has no prekey is not missing: nobody can seal for it. A stanza for it is of no use.
+        check(phone.stanza(), second.stanza(), devices=(phone, second, gone)),
+        check(phone.stanza(), second.stanza(), gone.stanza(), devices=(phone, second, gone)),
+        # Somebody else's devices.
+        check(phone.stanza(), second.stanza(), subscriber_id=uuid7()),
+        check(devices=()),
+    )
+    head = (await world.store.device_lists([subscriber]))[subscriber].head
+    assert {each.device_list_version for each in verdicts[:10]} == {head}
+    assert len(verdicts[10].device_list_version) == 32
+    named = [
+        (list(each.missing_device_ids), list(each.surplus_device_ids), list(each.stale_device_ids), each.foreign_recipient_ref)
+        for each in verdicts
+    ]
+    a, b, c = phone.device_id, second.device_id, gone.device_id
+    assert named == [
+        ([], [], [], False),
+        ([b], [], [], False),
+        ([], [c], [], False),
+        ([], [], [b], False),
+        ([], [], [b], False),
+        ([], [], [b], False),
+        ([], [], [], True),
+        ([], [], [], True),
+        ([], [], [], False),
+        ([], [], [c], False),
+        ([], [], [a, b], True),
+        ([], [], [], False),
+    ]
+
+
+async def test_a_replaced_prekey_is_accepted_while_its_private_half_is_surely_kept(
+    world: World, phone: Phone, subscriber: SubscriberId
+) -> None:
+    await world.put(phone.new_device(subscriber))
+    first = phone.signed_prekey
+    second = phone.new_prekey(world.now_ms)
+    await world.keys.UploadPrekeys(phone.upload(second), metadata=world.device(phone))
+
+    async def stale(prekey: SignedPrekey) -> bool:
+        check = sealing_pb2.StanzaCheck(
+            sender_id=uuid7(), subscriber_id=subscriber, device_ids=[phone.device_id], stanzas=[phone.stanza(prekey)]
+        )
+        return bool((await world.check(check))[0].stale_device_ids)
+
+    assert [await stale(each) for each in (first, second)] == [False, False]
+    world.clock.advance(timedelta(days=7) - timedelta(milliseconds=1))
+    assert [await stale(each) for each in (first, second)] == [False, False]
+    world.clock.advance(timedelta(milliseconds=1))
+    assert [await stale(each) for each in (first, second)] == [True, False]
+    third = phone.new_prekey(world.now_ms)
+    await world.keys.UploadPrekeys(phone.upload(third), metadata=world.device(phone))
+    assert [await stale(each) for each in (first, second, third)] == [True, False, False]
+
+
+async def test_a_malformed_check_is_named(world: World, subscriber: SubscriberId) -> None:
+    good = sealing_pb2.StanzaCheck(sender_id=uuid7(), subscriber_id=subscriber)
+    bad = sealing_pb2.StanzaCheck(sender_id=b"short", subscriber_id=subscriber)
+    assert (await refused(world.check(good, bad)))[1] == "checks[1]"
+    assert (await refused(world.check(*[good] * 513)))[1] == "checks"
+
+
+# Senders that seal by themselves.
+
+
+async def ask(world: World, sender_id: SenderId, *queries: keys_pb2.RecipientKeysQuery) -> list[keys_pb2.RecipientKeysResult]:
+    request = keys_pb2.GetRecipientKeysRequest(queries=queries)
+    return list((await world.keys.GetRecipientKeys(request, metadata=world.sender(sender_id, APP, OTHER_APP))).results)
+
+
+def query(phone_number: str, app_id: str = "", request_id: str = "request-1") -> keys_pb2.RecipientKeysQuery:
+    return keys_pb2.RecipientKeysQuery(request_id=request_id, recipient=common_pb2.Recipient(phone=phone_number), app_id=app_id)
+
+
+async def test_a_sender_seals_with_what_the_key_call_gives(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    keyless = Phone(world.now_ms)
+    await world.put(phone.new_device(subscriber))
+    world.directory.people["+380501110001", APP] = subscriber, [phone.device_id, keyless.device_id]
+    sender_id = SenderId(uuid7())
+    results = await ask(world, sender_id, query("+380501110001"), query("+380501110001"))
+    assert results[0] == results[1]
+    keys = results[0].keys
+    assert keys.device_list_version == (await world.store.device_lists([subscriber]))[subscriber].head
+    assert keys.identity_changed_at.ToMilliseconds() == world.now_ms
+    [device] = keys.devices
+    found = RecipientDevice(
+        DeviceId(device.device_id), device.identity_public_key, from_message(device.signed_prekey), min_suite=device.min_suite
+    )
+    to: Recipient = recipient(found, world.now_ms)
+    key = ContentSigningKey.generate()
+    header = Header(ContentId(uuid7()), sender_id, key.key_id, RecipientRef(keys.recipient_ref), world.now_ms, world.now_ms + DAY_MS)
+    made = seal(b"from the bank itself", header, [to], key)
+    check = sealing_pb2.StanzaCheck(
+        sender_id=sender_id,
+        subscriber_id=subscriber,
+        device_ids=[phone.device_id, keyless.device_id],
+        stanzas=[
+            sealing_pb2.StanzaKey(
+                device_id=each.device_id, suite=each.suite, prekey_id=each.prekey_id, kind=keys_pb2.PrekeyKind.ValueType(each.kind)
+            )
+            for each in made.stanzas
+        ],
+        recipient_ref=made.header.recipient_ref,
+    )
+    assert await world.check(check) == [sealing_pb2.StanzaVerdict(device_list_version=keys.device_list_version)]
+    parts = sealing_pb2.SealedParts(
+        head=made.head, tail=made.tail, stanzas=[sealing_pb2.DeviceStanza(device_id=s.device_id, stanza=s.encode()) for s in made.stanzas]
+    )
+    assert phone.open(parts, key.public_key) == b"from the bank itself"
+
+
+async def test_each_query_has_its_own_answer(world: World, phone: Phone, subscriber: SubscriberId) -> None:
+    await world.put(phone.new_device(subscriber))
+    world.directory.people["+380501110002", OTHER_APP] = subscriber, [phone.device_id]
+    world.directory.people["+380501110003", APP] = SubscriberId(uuid7()), [DeviceId(uuid7())]
+    results = await ask(
+        world,
+        SenderId(uuid7()),
+        query("+380501110002"),
+        query("+380501110002", app_id="somebody-else's"),
+        query("+380501110002", app_id=OTHER_APP),
+        query("050"),
+        query("+380501110003"),
+        query("+380501110002", request_id=""),
+        query("+380501110002", request_id="r" * 65),
+        keys_pb2.RecipientKeysQuery(request_id="request-1"),
+    )
+    outcomes = [each.WhichOneof("outcome") for each in results]
+    assert outcomes == ["not_registered", "refused", "keys", "refused", "not_registered", "refused", "refused", "refused"]
+    assert results[0].not_registered == common_pb2.REASON_CODE_CONSUMER_PHONE_NOT_FOUND
+    assert "somebody-else's" in results[1].refused
+    assert "international" in results[3].refused
+    assert results[4].not_registered == common_pb2.REASON_CODE_NO_PREKEY
+
+
+async def test_a_sender_without_an_app_and_too_many_queries_are_refused(world: World) -> None:
+    request = keys_pb2.GetRecipientKeysRequest(queries=[query("+380501110004")])
+    answer = await world.keys.GetRecipientKeys(request, metadata=world.sender(SenderId(uuid7())))
+    assert "no app" in answer.results[0].refused
+    assert (await refused(ask(world, SenderId(uuid7()), *[query("+380501110004")] * 101)))[1] == "queries"
+    assert await ask(world, SenderId(uuid7())) == []

@@ -1,0 +1,845 @@
+"""registration over real gRPC with real PostgreSQL and Valkey; its peers are small real gRPC servers that remember the calls."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc import StatusCode
+from pydantic import SecretStr
+
+from sealpush.ids import AppId, DeviceId, RegistrationId, uuid7
+from sealpush.keys import IdentityKey, PrekeyKind, generate_prekey
+from sealpush.proofs import body_digest, challenge_proof, change_proof, registration_proof
+from sealpush.v1 import common_pb2, keys_pb2, registration_pb2, registration_pb2_grpc
+from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.clock import to_ms
+from sealpushd.platform.db import connect
+from sealpushd.platform.settings import Settings, load
+from sealpushd.platform.tokens import DeviceCaller
+from sealpushd.registration.app import build
+from sealpushd.simulators.control import SmsControlService
+from sealpushd.simulators.sms import SmsSimulator
+from sealpushd.v1 import (
+    administration_pb2,
+    administration_pb2_grpc,
+    directory_pb2,
+    directory_pb2_grpc,
+    mailbox_pb2,
+    mailbox_pb2_grpc,
+    sealing_pb2,
+    sealing_pb2_grpc,
+)
+from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
+from tests.contract.harness import LOOPBACK, Connect, FakeClock, Mesh, Migrated, Peer, Refusal, Serve, Served, refusal
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+APP = AppId("bank-app")
+METHOD = "/sealpush.v1.Registration/"
+TOKEN = "ab" * 32
+
+
+class Accounts(administration_pb2_grpc.AdministrationServicer):
+    async def GetApps(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        known = [app_id for app_id in request.app_ids if app_id in (APP, "other-app")]
+        return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=one, name="Bank") for one in known])
+
+
+class Keys(sealing_pb2_grpc.SealingServicer):
+    def __init__(self) -> None:
+        self.put: list[tuple[bytes, bytes]] = []
+        self.removed: list[tuple[bytes, bytes]] = []
+        self.refuse = ""
+
+    async def PutDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.put.extend((one.subscriber_id, one.device_id) for one in request.devices)
+        return sealing_pb2.PutDevicesResponse(refusals=[self.refuse for _ in request.devices])
+
+    async def RemoveDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.removed.extend((one.subscriber_id, one.device_id) for one in request.devices)
+        return sealing_pb2.RemoveDevicesResponse()
+
+
+class Mailbox(mailbox_pb2_grpc.MailboxServicer):
+    def __init__(self) -> None:
+        self.closed: list[tuple[bytes, int]] = []
+        self.blocked: list[tuple[bytes, bytes, bool]] = []
+        self.called = asyncio.Event()
+
+    async def CloseDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.closed.extend((one.device_id, one.reason_code) for one in request.devices)
+        self.called.set()
+        return mailbox_pb2.CloseDevicesResponse(closed=len(request.devices))
+
+    async def Block(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.blocked.append((request.subscriber_id, request.sender_id, request.advertising_only))
+        stopped = common_pb2.StoppedDelivery(
+            message_id=bytes(16), stop_point=common_pb2.STOP_POINT_BEFORE_PUSH, state=common_pb2.STATE_BLOCKED
+        )
+        return mailbox_pb2.BlockResponse(deliveries=[stopped])
+
+
+@dataclass
+class World:
+    served: Served
+    directory_channel: MeshChannel
+    clock: FakeClock
+    sms: SmsSimulator
+    keys: Keys
+    mailbox: Mailbox
+    mailbox_peer: Peer
+    settings: Settings
+    urls: dict[str, str]
+    mesh: Mesh
+    numbers: int = 0
+
+    @property
+    def registration(self) -> Any:
+        return registration_pb2_grpc.RegistrationStub(self.served.public)
+
+    async def directory(self, method: str, request: Any, channel: MeshChannel | None = None) -> Any:
+        channel = channel or self.directory_channel
+        return await channel.call(getattr(directory_pb2_grpc.DirectoryStub(channel.channel), method), request)
+
+    def number(self) -> str:
+        self.numbers += 1
+        return f"+38050100{self.numbers:04d}"
+
+    def start(self, phone: str, app_id: str = APP) -> Any:
+        return self.registration.StartRegistration(registration_pb2.StartRegistrationRequest(app_id=app_id, phone=phone, locale="uk-UA"))
+
+    async def resolve(self, phone: str, sender_id: bytes = bytes(16), **fields: Any) -> Any:
+        query = directory_pb2.ResolveQuery(
+            **{"recipient": common_pb2.Recipient(phone=phone), "app_id": APP, "sender_id": sender_id, **fields}
+        )
+        return (await self.directory("Resolve", directory_pb2.ResolveRequest(queries=[query]))).results[0]
+
+    async def target(self, device_id: bytes, channel: MeshChannel | None = None) -> Any:
+        channel = channel or self.directory_channel
+        stub = directory_pb2_grpc.DirectoryStub(channel.channel)
+        return (await channel.call(stub.GetPushTargets, directory_pb2.GetPushTargetsRequest(device_ids=[device_id]))).targets[0]
+
+    def code(self, phone: str) -> str:
+        found = re.search(r"\b(\d{6})\b", self.sms.inbox(phone)[-1].text)
+        assert found is not None
+        return found[1]
+
+    async def phone(self, number: str = "", **installation: Any) -> Phone:
+        """A registered phone."""
+        made = Phone(self, number or self.number())
+        await made.register(**installation)
+        return made
+
+
+@dataclass
+class Phone:
+    """An app instance with its keys."""
+
+    world: World
+    number: str
+    device_id: DeviceId = field(default_factory=lambda: DeviceId(uuid7()))
+    identity: IdentityKey = field(default_factory=IdentityKey.generate)
+    counter: int = 0
+    token: str = ""
+    subscriber_id: bytes = b""
+
+    def confirmation(self, registration_id: bytes, code: str, **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
+        now_ms = to_ms(self.world.clock.now())
+        _, prekey = generate_prekey(self.identity, self.device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=now_ms)
+        said = {"platform": common_pb2.PLATFORM_IOS, "push_token": TOKEN[:-24] + self.device_id.hex()[:24], **installation}
+        return registration_pb2.ConfirmRegistrationRequest(
+            registration_id=registration_id,
+            code=code,
+            device_id=self.device_id,
+            identity_public_key=self.identity.public_key,
+            signed_prekey=keys_pb2.Prekey(
+                suite=prekey.suite,
+                prekey_id=prekey.prekey_id,
+                kind=keys_pb2.PREKEY_KIND_SIGNED,
+                public_key=prekey.public_key,
+                created_at_ms=prekey.created_at_ms,
+                expires_at_ms=prekey.expires_at_ms,
+                signature=prekey.signature,
+            ),
+            installation=registration_pb2.Installation(**said),
+            proof=self.identity.sign(registration_proof(RegistrationId(registration_id), self.identity.public_key, APP)),
+        )
+
+    def confirm(self, request: registration_pb2.ConfirmRegistrationRequest) -> Any:
+        return self.world.registration.ConfirmRegistration(request)
+
+    async def register(self, **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
+        started = await self.world.start(self.number)
+        request = self.confirmation(started.registration_id, self.world.code(self.number), **installation)
+        self.subscriber_id = (await self.confirm(request)).subscriber_id
+        return request
+
+    async def challenge(self) -> bytes:
+        request = registration_pb2.GetChallengeRequest(device_id=self.device_id)
+        challenge: bytes = (await self.world.registration.GetChallenge(request)).challenge
+        return challenge
+
+    def answer(self, challenge: bytes, identity: IdentityKey | None = None) -> Any:
+        signature = (identity or self.identity).sign(challenge_proof(challenge, self.device_id))
+        return self.world.registration.Authenticate(
+            registration_pb2.AuthenticateRequest(device_id=self.device_id, challenge=challenge, signature=signature)
+        )
+
+    async def authenticate(self) -> str:
+        self.token = (await self.answer(await self.challenge())).access_token
+        return self.token
+
+    def proof(self, method: str, change: bytes, counter: int | None = None) -> common_pb2.DeviceProof:
+        if counter is None:
+            self.counter += 1
+            counter = self.counter
+        statement = change_proof(self.device_id, counter, METHOD + method, body_digest(change))
+        return common_pb2.DeviceProof(counter=counter, signature=self.identity.sign(statement))
+
+    def call(self, method: str, request: Any) -> Any:
+        return getattr(self.world.registration, method)(request, metadata=(("authorization", f"Bearer {self.token}"),))
+
+    def update(self, counter: int | None = None, **installation: Any) -> Any:
+        change = registration_pb2.Installation(**installation).SerializeToString()
+        proof = self.proof("UpdateInstallation", change, counter)
+        return self.call("UpdateInstallation", registration_pb2.UpdateInstallationRequest(change=change, proof=proof))
+
+    def prefer(self, sender_id: bytes, **fields: bool) -> Any:
+        change = registration_pb2.Preference(sender_id=sender_id, **fields).SerializeToString()
+        proof = self.proof("SetPreference", change)
+        return self.call("SetPreference", registration_pb2.SetPreferenceRequest(change=change, proof=proof))
+
+    def unregister(self, counter: int | None = None) -> Any:
+        return self.call("Unregister", registration_pb2.UnregisterRequest(proof=self.proof("Unregister", b"", counter)))
+
+    async def preferences(self, **page: Any) -> registration_pb2.ListPreferencesResponse:
+        listed: registration_pb2.ListPreferencesResponse = await self.call(
+            "ListPreferences", registration_pb2.ListPreferencesRequest(**page)
+        )
+        return listed
+
+
+_urls: dict[str, str] = {}
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def world(
+    migrated: Migrated, valkey_url: str, serve: Serve, mesh: Mesh, mesh_channel: Connect, clock: FakeClock, tmp_path: Path, closing: Any
+) -> World:
+    if not _urls:
+        _urls.update(await migrated("registration"))
+    admin = await connect(_urls["admin"])
+    await admin.execute(
+        "TRUNCATE registration.subscribers, registration.registrations, registration.pending_closures, registration.vault_keys CASCADE"
+    )
+    await admin.close()
+    # Peers answer only what registration asks of them.
+    sms, keys, mailbox = SmsSimulator(now=clock.now), Keys(), Mailbox()  # type: ignore[abstract]
+    accounts = Accounts()  # type: ignore[abstract]
+    peers = {
+        "accounts": Peer([(administration_pb2_grpc.add_AdministrationServicer_to_server, accounts)], mesh.verifier),
+        "keys": Peer([(sealing_pb2_grpc.add_SealingServicer_to_server, keys)], mesh.verifier),
+        "fetch": Peer([(mailbox_pb2_grpc.add_MailboxServicer_to_server, mailbox)], mesh.verifier),
+        "sms": Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(sms))], None),
+    }
+    for peer in peers.values():
+        await peer.start()
+        closing.append(peer.stop)
+    vault_key = tmp_path / "vault.key"
+    vault_key.write_text("07" * 32)
+    settings = load(
+        postgres_url=SecretStr(_urls["registration"]),
+        valkey_url=SecretStr(valkey_url),
+        postgres_connections=2,
+        vault_key=vault_key,
+        accounts_mesh=peers["accounts"].address,
+        keys_mesh=peers["keys"].address,
+        fetch_mesh=peers["fetch"].address,
+        code_channel="simulated",
+        code_channel_address=peers["sms"].address,
+        codes_per_number_hour=5,
+        codes_per_address_hour=40,
+    )
+    served = await serve("registration", build, settings, clock)
+    channel = mesh_channel("registration", served.mesh_address, "publishing")
+    return World(served, channel, clock, sms, keys, mailbox, peers["fetch"], settings, _urls, mesh)
+
+
+def dispatch(world: World, mesh_channel: Connect) -> MeshChannel:
+    return mesh_channel("registration", world.served.mesh_address, "dispatch")
+
+
+# --- codes ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_code_names_the_app_and_registers_the_phone(world: World) -> None:
+    phone = await world.phone()
+    text = world.sms.inbox(phone.number)[-1].text
+    assert text.startswith("Bank: ")
+    assert "код" in text
+    resolved = (await world.resolve(phone.number)).resolved
+    assert resolved.subscriber_id == phone.subscriber_id
+    assert [(one.device_id, one.platform, one.push_reason) for one in resolved.devices] == [
+        (phone.device_id, common_pb2.PLATFORM_IOS, common_pb2.REASON_CODE_UNSPECIFIED)
+    ]
+    assert world.keys.put == [(phone.subscriber_id, phone.device_id)]
+    assert world.mailbox.closed == []
+
+
+async def test_a_wrong_number_and_an_unknown_app_are_refused_by_field(world: World) -> None:
+    for number in ("", "12", "not a number", "+99912345678", "+380" + "5" * 30):
+        refused = await refusal(world.start(number))
+        assert (refused.code, refused.field) == (StatusCode.INVALID_ARGUMENT, "phone")
+    assert (await refusal(world.start(world.number(), "no-app"))).field == "app_id"
+    assert (await refusal(world.start(world.number(), "\0"))).field == "app_id"
+
+
+async def test_a_number_is_the_same_however_it_is_written(world: World) -> None:
+    phone = Phone(world, "+380501009999")
+    started = await world.start("380 (50) 100-99-99")
+    await phone.confirm(phone.confirmation(started.registration_id, world.code(phone.number)))
+    assert (await world.resolve("380501009999")).WhichOneof("outcome") == "resolved"
+
+
+async def test_five_wrong_codes_end_the_registration(world: World) -> None:
+    phone = Phone(world, world.number())
+    started = await world.start(phone.number)
+    code = world.code(phone.number)
+    wrong = f"{(int(code) + 1) % 1_000_000:06d}"
+    answers = [await refusal(phone.confirm(phone.confirmation(started.registration_id, wrong))) for _ in range(5)]
+    assert [(answer.code, answer.field, dict(answer.metadata)["attempts_left"]) for answer in answers] == [
+        (StatusCode.INVALID_ARGUMENT, "code", str(left)) for left in (4, 3, 2, 1, 0)
+    ]
+    ended = await refusal(phone.confirm(phone.confirmation(started.registration_id, code)))
+    assert ended.code is StatusCode.FAILED_PRECONDITION
+    assert (await world.resolve(phone.number)).not_registered == common_pb2.REASON_CODE_CONSUMER_PHONE_NOT_FOUND
+
+
+async def test_parallel_guesses_are_all_counted(world: World) -> None:
+    phone = Phone(world, world.number())
+    started = await world.start(phone.number)
+    wrong = f"{(int(world.code(phone.number)) + 1) % 1_000_000:06d}"
+    answers = await asyncio.gather(*(refusal(phone.confirm(phone.confirmation(started.registration_id, wrong))) for _ in range(20)))
+    assert sum(answer.code is StatusCode.INVALID_ARGUMENT for answer in answers) == 5
+
+
+async def test_an_expired_code_is_refused(world: World) -> None:
+    phone = Phone(world, world.number())
+    started = await world.start(phone.number)
+    world.clock.advance(timedelta(seconds=world.settings.code_lifetime_seconds + 1))
+    refused = await refusal(phone.confirm(phone.confirmation(started.registration_id, world.code(phone.number))))
+    assert refused.code is StatusCode.FAILED_PRECONDITION
+
+
+async def test_codes_to_a_number_are_limited(world: World) -> None:
+    number = world.number()
+    await world.start(number)
+    too_soon = await refusal(world.start(number))
+    assert too_soon.code is StatusCode.RESOURCE_EXHAUSTED
+    assert too_soon.retry_after_s == 30
+    assert len(world.sms.inbox(number)) == 1
+    for _ in range(3):
+        world.clock.advance(timedelta(seconds=31))
+        await world.start(number)
+    world.clock.advance(timedelta(seconds=31))
+    limited = await refusal(world.start(number))
+    assert dict(limited.metadata) == {"limit": "codes_per_number"}
+    assert limited.retry_after_s is not None
+    world.clock.advance(timedelta(seconds=limited.retry_after_s))
+    await world.start(number)
+
+
+async def test_codes_to_an_address_are_limited(world: World) -> None:
+    for _ in range(world.settings.codes_per_address_hour):
+        await world.start(world.number())
+    limited = await refusal(world.start(world.number()))
+    assert limited.code is StatusCode.RESOURCE_EXHAUSTED
+    assert dict(limited.metadata) == {"limit": "codes_per_address"}
+
+
+async def test_without_a_code_channel_registration_says_what_to_set(world: World, serve: Serve) -> None:
+    world.served = await serve("registration", build, world.settings.model_copy(update={"code_channel": "none"}), world.clock)
+    refused = await refusal(world.start(world.number()))
+    assert refused.code is StatusCode.FAILED_PRECONDITION
+    assert "SEALPUSH_CODE_CHANNEL" in refused.message
+
+
+async def test_a_code_that_could_not_be_sent_can_be_asked_for_again_at_once(world: World, serve: Serve) -> None:
+    working, number = world.served, world.number()
+    dead = world.settings.model_copy(update={"code_channel_address": f"{LOOPBACK}:1"})
+    world.served = await serve("registration", build, dead, world.clock)
+    assert (await refusal(world.start(number))).code is StatusCode.UNAVAILABLE
+    world.served = working
+    await world.start(number)
+
+
+# --- confirming ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_repeated_confirmation_gives_the_same_answer(world: World) -> None:
+    phone = Phone(world, world.number())
+    request = await phone.register()
+    world.clock.advance(timedelta(hours=1))
+    assert (await phone.confirm(request)).subscriber_id == phone.subscriber_id
+    other = Phone(world, phone.number)
+    used = await refusal(other.confirm(other.confirmation(request.registration_id, request.code)))
+    assert used.code is StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_foreign_proof_and_a_foreign_prekey_are_refused(world: World) -> None:
+    phone, stranger = Phone(world, world.number()), Phone(world, world.number())
+    started = await world.start(phone.number)
+    code = world.code(phone.number)
+    request = phone.confirmation(started.registration_id, code)
+    request.proof = stranger.confirmation(started.registration_id, code).proof
+    assert (await refusal(phone.confirm(request))).field == "proof"
+    request = phone.confirmation(started.registration_id, code)
+    request.signed_prekey.CopyFrom(stranger.confirmation(started.registration_id, code).signed_prekey)
+    assert (await refusal(phone.confirm(request))).field == "signed_prekey"
+    await phone.confirm(phone.confirmation(started.registration_id, code))
+
+
+async def test_a_device_id_belongs_to_its_identity_for_ever(world: World) -> None:
+    phone = await world.phone()
+    thief = Phone(world, world.number(), device_id=phone.device_id)
+    started = await world.start(thief.number)
+    refused = await refusal(thief.confirm(thief.confirmation(started.registration_id, world.code(thief.number))))
+    assert refused.code is StatusCode.ALREADY_EXISTS
+
+
+async def test_what_keys_refuses_is_not_registered_and_costs_no_attempt(world: World) -> None:
+    phone = Phone(world, world.number())
+    started = await world.start(phone.number)
+    world.keys.refuse = "the prekey is not wanted"
+    for _ in range(6):
+        refused = await refusal(phone.confirm(phone.confirmation(started.registration_id, world.code(phone.number))))
+        assert refused.field == "signed_prekey"
+    world.keys.refuse = ""
+    await phone.confirm(phone.confirmation(started.registration_id, world.code(phone.number)))
+    assert len(set(world.keys.put)) == 1, "a repeated confirmation asks for the same subscriber"
+
+
+async def test_unknown_platforms_are_refused_by_field(world: World) -> None:
+    phone = Phone(world, world.number())
+    started = await world.start(phone.number)
+    for installation, wrong in (
+        ({"platform": 99}, "platform"),
+        ({"platform": 0}, "installation.platform"),
+        ({"push_environment": 9}, "push_environment"),
+        ({"push_token": "../x"}, "push_token"),
+        ({"locale": "not a locale"}, "locale"),
+        ({"subscriptions": registration_pb2.Subscriptions(names=[""])}, "subscriptions"),
+    ):
+        request = phone.confirmation(started.registration_id, world.code(phone.number), **installation)
+        assert (await refusal(phone.confirm(request))).field == wrong
+
+
+# --- whose a number is -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_second_phone_joins_the_person_and_its_decisions(world: World) -> None:
+    first, sender_id = await world.phone(), uuid7()
+    await first.authenticate()
+    await first.prefer(sender_id, mute=True)
+    second = await world.phone(first.number)
+    assert second.subscriber_id == first.subscriber_id
+    resolved = (await world.resolve(first.number, sender_id)).resolved
+    assert {one.device_id for one in resolved.devices} == {first.device_id, second.device_id}
+    assert resolved.mute
+
+
+async def test_a_recycled_number_clears_preferences_and_unbinds_the_old_devices(world: World, mesh_channel: Connect) -> None:
+    old, sender_id = await world.phone(), uuid7()
+    await old.authenticate()
+    await old.prefer(sender_id, block_all=True)
+    world.clock.advance(timedelta(days=91))
+    new = await world.phone(old.number)
+    assert new.subscriber_id != old.subscriber_id
+    resolved = (await world.resolve(old.number, sender_id)).resolved
+    assert [one.device_id for one in resolved.devices] == [new.device_id]
+    assert not resolved.block_all
+    assert world.mailbox.closed == [(old.device_id, common_pb2.REASON_CODE_NUMBER_REBOUND)]
+    assert world.keys.removed == [(old.subscriber_id, old.device_id)]
+    assert (await refusal(old.answer(await old.challenge()))).code is StatusCode.UNAUTHENTICATED
+    assert (await world.target(old.device_id, dispatch(world, mesh_channel))).push_token == ""
+
+
+async def test_authentication_keeps_a_number_from_being_recycled(world: World) -> None:
+    first = await world.phone()
+    world.clock.advance(timedelta(days=80))
+    await first.authenticate()
+    world.clock.advance(timedelta(days=80))
+    assert (await world.phone(first.number)).subscriber_id == first.subscriber_id
+
+
+async def test_the_same_device_is_the_same_person_after_any_time(world: World) -> None:
+    phone = await world.phone()
+    subscriber_id = phone.subscriber_id
+    world.clock.advance(timedelta(days=400))
+    await phone.register()
+    assert phone.subscriber_id == subscriber_id
+    assert world.mailbox.closed == []
+
+
+async def test_a_device_that_proves_another_number_moves(world: World) -> None:
+    phone, number = await world.phone(), world.number()
+    old_number, old_subscriber = phone.number, phone.subscriber_id
+    phone.number = number
+    await phone.register()
+    assert phone.subscriber_id != old_subscriber
+    assert world.mailbox.closed == [(phone.device_id, common_pb2.REASON_CODE_NUMBER_REBOUND)]
+    assert world.keys.removed == [(old_subscriber, phone.device_id)]
+    assert (await world.resolve(old_number)).not_registered == common_pb2.REASON_CODE_NO_APPLICATION
+    assert (await world.resolve(number)).resolved.devices[0].device_id == phone.device_id
+
+
+async def test_a_moved_device_receives_nothing_until_its_old_deliveries_are_closed(world: World) -> None:
+    phone = await world.phone()
+    await world.mailbox_peer.stop()
+    phone.number = world.number()
+    await phone.register()
+    assert (await world.resolve(phone.number)).not_registered == common_pb2.REASON_CODE_NO_ACTIVE_INSTALLATIONS
+    await world.mailbox_peer.start()
+    await work_off(world)
+    assert (await world.resolve(phone.number)).resolved.devices[0].device_id == phone.device_id
+
+
+async def work_off(world: World) -> None:
+    """Let the service's own background task tell what is due, until the mailbox was called."""
+    world.clock.advance(timedelta(minutes=2))
+    task = asyncio.create_task(world.served.app.tasks[0]())
+    admin = await connect(world.urls["admin"])
+    try:
+        async with asyncio.timeout(15):
+            while await admin.fetchval("SELECT count(*) FROM registration.pending_closures"):
+                world.clock.advance(timedelta(minutes=2))
+                await asyncio.wait((task,), timeout=0.02)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await admin.close()
+
+
+async def test_what_must_be_told_survives_a_mailbox_that_is_down_and_a_restart(world: World, serve: Serve) -> None:
+    phone, sender_id = await world.phone(), uuid7()
+    await phone.authenticate()
+    await world.mailbox_peer.stop()
+    assert len((await phone.prefer(sender_id, block_all=True)).stopped) == 0
+    await phone.unregister()
+    assert world.mailbox.closed == []
+    assert world.keys.removed == [(phone.subscriber_id, phone.device_id)], "one peer's absence does not hold up another"
+    world.served = await serve("registration", build, world.settings, world.clock)
+    await world.mailbox_peer.start()
+    await work_off(world)
+    assert world.mailbox.closed == [(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)]
+    assert world.mailbox.blocked == [(phone.subscriber_id, sender_id, False)]
+
+
+async def test_a_device_cannot_come_back_before_its_end_is_carried_out(world: World) -> None:
+    phone = await world.phone()
+    await phone.authenticate()
+    await world.mailbox_peer.stop()
+    await phone.unregister()
+    started = await world.start(phone.number)
+    request = phone.confirmation(started.registration_id, world.code(phone.number))
+    assert (await refusal(phone.confirm(request))).code is StatusCode.UNAVAILABLE
+    await world.mailbox_peer.start()
+    async with asyncio.timeout(15):
+        while isinstance(answer := await _outcome(phone.confirm(request)), Refusal):
+            assert answer.code is StatusCode.UNAVAILABLE
+    assert world.mailbox.closed == [(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)]
+    assert (await world.resolve(phone.number)).WhichOneof("outcome") == "resolved"
+
+
+async def _outcome(call: Any) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as e:
+        return Refusal(e.code(), e.details() or "")
+
+
+async def test_two_phones_that_register_a_new_number_at_once_become_one_person(world: World) -> None:
+    number = world.number()
+    phones = [Phone(world, number) for _ in range(3)]
+    requests = []
+    for phone in phones:
+        world.clock.advance(timedelta(seconds=31))
+        started = await world.start(number)
+        requests.append(phone.confirmation(started.registration_id, world.code(number)))
+    answers = await asyncio.gather(*(phone.confirm(request) for phone, request in zip(phones, requests, strict=True)))
+    assert len({answer.subscriber_id for answer in answers}) == 1
+    assert len((await world.resolve(number)).resolved.devices) == 3
+
+
+# --- authentication --------------------------------------------------------------------------------------------------------
+
+
+async def test_an_answered_challenge_gives_a_device_token(world: World) -> None:
+    phone = await world.phone()
+    caller = world.mesh.verifier.verify(await phone.authenticate())
+    assert caller == DeviceCaller(phone.device_id, phone.subscriber_id, APP, phone.identity.public_key)  # type: ignore[arg-type]
+
+
+async def test_every_bad_answer_is_refused_alike(world: World) -> None:
+    phone, unknown = await world.phone(), Phone(world, world.number())
+    used = await phone.challenge()
+    older = await phone.challenge()
+    world.clock.advance(timedelta(seconds=1))
+    newer = await phone.challenge()
+    world.clock.advance(timedelta(seconds=1))
+    await phone.answer(newer)
+    expired = await phone.challenge()
+    world.clock.advance(timedelta(seconds=61))
+    fresh = await phone.challenge()
+    answers = [
+        await refusal(phone.answer(newer)),
+        await refusal(phone.answer(older)),
+        await refusal(phone.answer(used)),
+        await refusal(phone.answer(expired)),
+        await refusal(phone.answer(fresh, IdentityKey.generate())),
+        await refusal(phone.answer(fresh[:-1] + bytes([fresh[-1] ^ 1]))),
+        await refusal(phone.answer(await unknown.challenge())),
+        await refusal(unknown.answer(await unknown.challenge())),
+    ]
+    assert {answer.code for answer in answers} == {StatusCode.UNAUTHENTICATED}
+    assert len(set(answers)) == 1
+
+
+async def test_of_many_parallel_answers_to_one_challenge_one_is_accepted(world: World) -> None:
+    phone = await world.phone()
+    challenge = await phone.challenge()
+    answers = await asyncio.gather(*(_outcome(phone.answer(challenge)) for _ in range(16)))
+    assert sum(not isinstance(answer, Refusal) for answer in answers) == 1
+
+
+# --- changes ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_used_counter_aborts_and_changes_nothing(world: World) -> None:
+    phone = await world.phone()
+    await phone.authenticate()
+    await phone.update(counter=7, push_allowed_by_os=False)
+    for counter in (7, 6):
+        assert (await refusal(phone.update(counter=counter, push_allowed_by_os=True))).code is StatusCode.ABORTED
+    assert (await world.resolve(phone.number)).resolved.devices[0].push_reason == common_pb2.REASON_CODE_PUSH_OS_DISABLED
+    await phone.update(counter=8, push_allowed_by_os=True)
+
+
+async def test_a_change_signed_by_another_key_or_over_other_bytes_is_refused(world: World) -> None:
+    phone = await world.phone()
+    await phone.authenticate()
+    own = phone.identity
+    phone.identity = IdentityKey.generate()
+    assert (await refusal(phone.update(locale="uk"))).field == "proof.signature"
+    phone.identity = own
+    proof = phone.proof("UpdateInstallation", b"other bytes")
+    request = registration_pb2.UpdateInstallationRequest(change=b"", proof=proof)
+    assert (await refusal(phone.call("UpdateInstallation", request))).field == "proof.signature"
+    proof = phone.proof("UpdateInstallation", b"\xff")
+    request = registration_pb2.UpdateInstallationRequest(change=b"\xff", proof=proof)
+    assert (await refusal(phone.call("UpdateInstallation", request))).field == "change"
+    assert (await refusal(phone.update(platform=77))).field == "platform"
+
+
+async def test_an_update_changes_what_it_names_and_nothing_else(world: World, mesh_channel: Connect) -> None:
+    phone, channel = await world.phone(push_topic="com.bank"), dispatch(world, mesh_channel)
+    await phone.authenticate()
+    await phone.update(push_token="cd" * 32, push_environment=common_pb2.PUSH_ENVIRONMENT_SANDBOX)
+    target = await world.target(phone.device_id, channel)
+    assert (target.push_token, target.environment, target.topic, target.app_id) == (
+        "cd" * 32,
+        common_pb2.PUSH_ENVIRONMENT_SANDBOX,
+        "com.bank",
+        APP,
+    )
+    await phone.update(app_version="4.12.0")
+    assert (await world.target(phone.device_id, channel)) == target
+    await phone.update(push_token="")
+    assert (await world.target(phone.device_id, channel)).push_token == ""
+    assert (await world.resolve(phone.number)).resolved.devices[0].push_reason == common_pb2.REASON_CODE_NO_PUSH_TOKEN
+
+
+async def test_a_token_belongs_to_the_installation_that_named_it_last(world: World, mesh_channel: Connect) -> None:
+    before, after = await world.phone(push_token=TOKEN), await world.phone(push_token=TOKEN)
+    channel = dispatch(world, mesh_channel)
+    assert (await world.target(before.device_id, channel)).push_token == ""
+    assert (await world.target(after.device_id, channel)).push_token == TOKEN
+
+
+async def test_unregistering_ends_the_installation_and_can_be_repeated(world: World) -> None:
+    phone = await world.phone()
+    await phone.authenticate()
+    await phone.unregister()
+    await phone.unregister(counter=phone.counter)
+    assert world.mailbox.closed == [(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)]
+    assert world.keys.removed == [(phone.subscriber_id, phone.device_id)]
+    assert (await refusal(phone.update(locale="uk"))).code is StatusCode.UNAUTHENTICATED
+    assert (await refusal(phone.answer(await phone.challenge()))).code is StatusCode.UNAUTHENTICATED
+    assert (await world.resolve(phone.number)).not_registered == common_pb2.REASON_CODE_NO_ACTIVE_INSTALLATIONS
+
+
+async def test_blocking_a_sender_ends_its_queued_deliveries(world: World) -> None:
+    phone, sender_id = await world.phone(), uuid7()
+    await phone.authenticate()
+    stopped = (await phone.prefer(sender_id, block_advertising=True)).stopped
+    assert [one.stop_point for one in stopped] == [common_pb2.STOP_POINT_BEFORE_PUSH]
+    assert world.mailbox.blocked == [(phone.subscriber_id, sender_id, True)]
+    resolved = (await world.resolve(phone.number, sender_id)).resolved
+    assert (resolved.block_all, resolved.block_advertising, resolved.mute) == (False, True, False)
+    assert not (await world.resolve(phone.number, uuid7())).resolved.block_advertising
+    await phone.prefer(sender_id)
+    assert not (await world.resolve(phone.number, sender_id)).resolved.block_advertising
+    assert len(world.mailbox.blocked) == 1
+
+
+async def test_preferences_are_listed_in_pages(world: World) -> None:
+    phone = await world.phone()
+    await phone.authenticate()
+    senders = sorted(uuid7() for _ in range(5))
+    for sender_id in senders:
+        await phone.prefer(sender_id, mute=True)
+    listed: list[bytes] = []
+    page = await phone.preferences(page_size=2)
+    while True:
+        listed.extend(one.sender_id for one in page.preferences)
+        if not page.next_page_token:
+            break
+        page = await phone.preferences(page_size=2, page_token=page.next_page_token)
+    assert listed == senders
+    assert (await refusal(phone.call("ListPreferences", registration_pb2.ListPreferencesRequest(page_size=501)))).field == "page_size"
+
+
+# --- the directory ---------------------------------------------------------------------------------------------------------
+
+
+async def test_resolve_answers_each_query_in_order_and_says_why_not(world: World) -> None:
+    phone = await world.phone(is_primary=True, subscriptions=registration_pb2.Subscriptions(names=["news", "cards"]))
+    android = await world.phone(phone.number, platform=common_pb2.PLATFORM_ANDROID, push_allowed_by_app=False)
+    recipient, sender_id = common_pb2.Recipient(phone=phone.number), uuid7()
+
+    def query(**fields: Any) -> directory_pb2.ResolveQuery:
+        return directory_pb2.ResolveQuery(**{"recipient": recipient, "app_id": APP, "sender_id": sender_id, **fields})
+
+    queries = [
+        query(recipient=common_pb2.Recipient(phone="+380509999999")),
+        query(),
+        query(recipient=common_pb2.Recipient(phone="12")),
+        query(primary_only=True),
+        query(platforms=[common_pb2.PLATFORM_ANDROID]),
+        query(platforms=[common_pb2.PLATFORM_HUAWEI]),
+        query(platforms=[common_pb2.PLATFORM_ANDROID], primary_only=True),
+        query(subscriptions=["news"]),
+        query(subscriptions=["news", "loans"]),
+        query(app_id="other-app"),
+        query(recipient=common_pb2.Recipient(rnokpp="1234567890")),
+        query(recipient=common_pb2.Recipient(external_user_id="u1")),
+        query(recipient=common_pb2.Recipient()),
+        query(app_id="\0"),
+    ]
+    results = (await world.directory("Resolve", directory_pb2.ResolveRequest(queries=queries))).results
+    both = {(phone.device_id, common_pb2.REASON_CODE_UNSPECIFIED), (android.device_id, common_pb2.REASON_CODE_PUSH_DISABLED)}
+    only, other = {(phone.device_id, common_pb2.REASON_CODE_UNSPECIFIED)}, {(android.device_id, common_pb2.REASON_CODE_PUSH_DISABLED)}
+    expected: list[Any] = [
+        common_pb2.REASON_CODE_CONSUMER_PHONE_NOT_FOUND,
+        both,
+        "invalid",
+        only,
+        other,
+        common_pb2.REASON_CODE_PLATFORM_NOT_FOUND,
+        common_pb2.REASON_CODE_NO_PRIMARY_DEVICES,
+        only,
+        common_pb2.REASON_CODE_SUBSCRIPTION_FAILED,
+        common_pb2.REASON_CODE_NO_APPLICATION,
+        common_pb2.REASON_CODE_CONSUMER_ID_NOT_FOUND,
+        common_pb2.REASON_CODE_CONSUMER_ID_NOT_FOUND,
+        "invalid",
+        "invalid",
+    ]
+    for result, wanted in zip(results, expected, strict=True):
+        match result.WhichOneof("outcome"):
+            case "resolved":
+                assert {(one.device_id, one.push_reason) for one in result.resolved.devices} == wanted
+            case "not_registered":
+                assert result.not_registered == wanted
+            case "invalid":
+                assert wanted == "invalid"
+
+
+async def test_at_most_one_installation_of_a_person_is_primary(world: World) -> None:
+    first = await world.phone(is_primary=True)
+    second = await world.phone(first.number, is_primary=True)
+    await first.authenticate()
+    await second.authenticate()
+
+    async def primary() -> list[bytes]:
+        return [one.device_id for one in (await world.resolve(first.number, primary_only=True)).resolved.devices]
+
+    assert await primary() == [second.device_id]
+    await first.update(is_primary=True)
+    assert await primary() == [first.device_id]
+    await asyncio.gather(first.update(is_primary=True), second.update(is_primary=True))
+    assert len(await primary()) == 1
+
+
+async def test_a_dead_token_is_forgotten_only_while_it_is_the_same_and_older(world: World, mesh_channel: Connect) -> None:
+    phone, channel = await world.phone(push_token=TOKEN), dispatch(world, mesh_channel)
+    await phone.authenticate()
+
+    async def report(token: str, after: timedelta | None) -> list[bool]:
+        dead = directory_pb2.DeadToken(device_id=phone.device_id, push_token=token)
+        if after is not None:
+            dead.dead_at.FromDatetime(registered_at + after)
+        unknown = directory_pb2.DeadToken(device_id=uuid7(), push_token=token)
+        request = directory_pb2.ReportDeadTokensRequest(dead_tokens=[unknown, dead])
+        return list((await world.directory("ReportDeadTokens", request, channel)).forgotten)
+
+    registered_at = world.clock.now()
+    second = timedelta(seconds=1)
+    assert await report("cd" * 32, second) == [False, False]
+    assert await report(TOKEN, -second) == [False, False]
+    # The app registers the same token again after its death: it lives.
+    world.clock.advance(2 * second)
+    await phone.update(push_token=TOKEN)
+    assert await report(TOKEN, second) == [False, False]
+    assert (await world.target(phone.device_id, channel)).push_token == TOKEN
+    registered: Timestamp = (await world.target(phone.device_id, channel)).registered_at
+    assert abs(registered.ToDatetime().timestamp() - world.clock.now().replace(tzinfo=None).timestamp()) < 0.001
+    assert await report(TOKEN, 3 * second) == [False, True]
+    assert (await world.target(phone.device_id, channel)).push_token == ""
+    assert await report(TOKEN, 3 * second) == [False, False]
+
+
+async def test_a_new_token_wins_every_race_against_the_death_of_the_old_one(world: World, mesh_channel: Connect) -> None:
+    phone, channel = await world.phone(push_token=TOKEN), dispatch(world, mesh_channel)
+    await phone.authenticate()
+    world.clock.advance(timedelta(seconds=1))
+    dead = directory_pb2.DeadToken(device_id=phone.device_id, push_token=TOKEN)
+    request = directory_pb2.ReportDeadTokensRequest(dead_tokens=[dead])
+    reports = [world.directory("ReportDeadTokens", request, channel) for _ in range(8)]
+    await asyncio.gather(*reports[:4], phone.update(push_token="cd" * 32), *reports[4:])
+    assert (await world.target(phone.device_id, channel)).push_token == "cd" * 32
+
+
+async def test_numbers_and_tokens_are_nowhere_in_the_database_in_clear(world: World) -> None:
+    phone = await world.phone()
+    admin = await connect(world.urls["admin"])
+    dump: list[str] = []
+    for table in ("identifiers", "installations", "registrations", "subscribers", "preferences", "pending_closures", "limit_counts"):
+        dump.extend(str(row[0]) for row in await admin.fetch(f"SELECT t::text FROM registration.{table} t"))  # noqa: S608 - a constant
+    await admin.close()
+    text = "\n".join(dump)
+    code = world.code(phone.number)
+    token = TOKEN[:-24] + phone.device_id.hex()[:24]
+    for secret in (phone.number[1:], token, code):
+        assert secret.encode().hex() not in text
+    assert phone.number not in text
+    assert token not in text

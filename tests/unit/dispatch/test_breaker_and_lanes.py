@@ -1,0 +1,294 @@
+"""The circuit breaker and a lane's book-keeping: pure, with a clock and dice of the test."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState, Release, Send
+from sealpushd.dispatch.providers.base import Accepted, Bug, Misconfigured, Outcome, PushTarget, RefreshAuth, RetryAt, TokenGone, WakeUp
+from sealpushd.dispatch.rules import (
+    FAILURES_MAX,
+    LANE_RETRY,
+    REOPEN_MAX,
+    Breaker,
+    Circuit,
+    decide,
+    excuse_lane,
+    fails_lane,
+)
+from sealpushd.dispatch.store import LaneRow
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+dice = st.floats(0, 1, exclude_max=True)
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.time = NOW
+
+    def now(self) -> datetime:
+        return self.time
+
+
+class NoProvider:
+    name = "apns"
+
+    async def send(self, target: PushTarget, wake_up: WakeUp) -> Outcome:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        """Nothing is open."""
+
+
+def new_lane(clock: FakeClock, capacity: int = 256, die: float = 0.5) -> Lane:
+    return Lane("bank", 1, NoProvider(), topic="ua.bank", capacity=capacity, clock=clock, random=lambda: die)
+
+
+def settle(lane: Lane, send: Send, outcome: Outcome, clock: FakeClock, *, attempt: int = 1, topic_of_lane: bool = True) -> None:
+    outcome = excuse_lane(outcome, topic_of_lane=topic_of_lane)
+    lane.observe(send, outcome, decide(outcome, attempt, clock.now(), lambda: 0.5), topic_of_lane=topic_of_lane)
+    lane.settled()
+
+
+def break_(lane: Lane, clock: FakeClock) -> None:
+    for _ in range(FAILURES_MAX):
+        lane.took()
+        send = lane.admit()
+        assert isinstance(send, Send)
+        settle(lane, send, RetryAt("ServiceUnavailable"), clock)
+
+
+# Breaker
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_closed_breaker_opens_exactly_after_so_many_failures_in_a_row(results: list[bool]) -> None:
+    breaker, in_a_row = Breaker(), 0
+    for good in results:
+        if breaker.circuit(NOW) is not Circuit.CLOSED:
+            break
+        breaker = breaker.succeeded(probe=False) if good else breaker.failed(NOW, lambda: 0.5, probe=False)
+        in_a_row = 0 if good else in_a_row + 1
+        assert (breaker.circuit(NOW) is Circuit.OPEN) is (in_a_row == FAILURES_MAX)
+
+
+@given(openings=st.integers(0, 10_000), random=dice)
+def test_reopening_is_spaced_out_with_a_bound(openings: int, random: float) -> None:
+    breaker = Breaker(0, openings, NOW).failed(NOW, lambda: random, probe=True)
+    assert breaker.open_until is not None
+    assert NOW <= breaker.open_until <= NOW + REOPEN_MAX
+    assert breaker.openings == openings + 1
+
+
+@given(good=st.booleans(), later=st.timedeltas(timedelta(0), timedelta(days=1)))
+def test_only_the_probe_decides_while_the_circuit_is_not_closed(good: bool, later: timedelta) -> None:
+    breaker = Breaker(0, 3, NOW)
+    after = breaker.succeeded(probe=False) if good else breaker.failed(NOW + later, lambda: 0.5, probe=False)
+    assert after == breaker
+    assert breaker.succeeded(probe=True) == Breaker()
+
+
+class LaneMachine(RuleBasedStateMachine):
+    """Any order of credits, hand-outs, sends, outcomes, pauses and time."""
+
+    @initialize(capacity=st.integers(1, 20), die=dice)
+    def begin(self, capacity: int, die: float) -> None:
+        self.clock, self.capacity = FakeClock(), capacity
+        self.lane = new_lane(self.clock, capacity, die)
+        self.credit = self.waiting = 0
+        self.sending: list[Send] = []
+        self.paused = False
+
+    @rule()
+    def give_credit(self) -> None:
+        more = self.lane.take_credit()
+        assert not (more and self.paused)
+        self.credit += more
+
+    @rule()
+    def reconnect(self) -> None:
+        self.lane.session_began()
+        self.credit = 0
+
+    @precondition(lambda self: self.credit > 0)
+    @rule()
+    def hand_out(self) -> None:
+        self.credit -= 1
+        self.waiting += 1
+        self.lane.took()
+
+    @precondition(lambda self: self.waiting > 0)
+    @rule()
+    def admit(self) -> None:
+        admission = self.lane.admit()
+        if isinstance(admission, Release):
+            assert self.lane.state is not LaneState.OPEN
+            self.lane.settled()
+        else:
+            assert not self.paused
+            assert not (admission.probe and any(send.probe for send in self.sending))
+            self.sending.append(admission)
+        self.waiting -= 1
+
+    @precondition(lambda self: self.sending)
+    @rule(
+        outcome=st.sampled_from(
+            [Accepted(), RetryAt("timeout"), RetryAt("TooManyRequests"), Bug("x"), Misconfigured("y"), RefreshAuth("z")]
+        ),
+        attempt=st.integers(1, 9),
+        topic_of_lane=st.booleans(),
+    )
+    def answer(self, outcome: Outcome, attempt: int, topic_of_lane: bool) -> None:
+        settle(self.lane, self.sending.pop(0), outcome, self.clock, attempt=attempt, topic_of_lane=topic_of_lane)
+
+    @precondition(lambda self: self.sending)
+    @rule()
+    def lose(self) -> None:
+        self.lane.abandon(self.sending.pop())
+        self.lane.settled()
+
+    @rule(paused=st.booleans())
+    def switch(self, paused: bool) -> None:
+        self.paused = paused
+        self.lane.apply(LaneRow("bank", 1, paused, "", None if paused else self.clock.now()))
+
+    @rule(seconds=st.integers(0, 400))
+    def wait(self, seconds: int) -> None:
+        self.clock.time += timedelta(seconds=seconds)
+
+    @invariant()
+    def holds_no_more_than_its_capacity(self) -> None:
+        if hasattr(self, "lane"):
+            assert self.lane.held == self.waiting + len(self.sending)
+            assert self.lane.sending == len(self.sending)
+            assert self.lane.held + self.credit <= self.capacity
+
+    def teardown(self) -> None:
+        # Whatever happened: once everything is settled and operators resume it, the lane works with all its credit.
+        if not hasattr(self, "lane"):
+            return
+        for send in self.sending:
+            self.lane.abandon(send)
+            self.lane.settled()
+        for _ in range(self.waiting):
+            self.lane.settled()
+        self.clock.time += timedelta(seconds=1)
+        self.lane.apply(LaneRow("bank", 1, False, "", self.clock.now()))
+        self.lane.session_began()
+        assert self.lane.state is LaneState.OPEN
+        assert self.lane.take_credit() == self.capacity
+        assert self.lane.admit() == Send(probe=False)
+
+
+TestLane = LaneMachine.TestCase
+
+
+# Lanes
+
+
+def test_credit_never_exceeds_what_the_lane_may_hold() -> None:
+    lane = new_lane(FakeClock(), capacity=3)
+    assert lane.take_credit() == 3
+    assert lane.take_credit() == 0
+    lane.took()
+    assert lane.take_credit() == 0
+    lane.settled()
+    assert lane.take_credit() == 1
+
+
+def test_broken_lane_gets_no_credit_and_releases_until_one_try_succeeds() -> None:
+    clock = FakeClock()
+    lane = new_lane(clock)
+    break_(lane, clock)
+    assert lane.state is LaneState.BROKEN
+    assert "ServiceUnavailable" in lane.detail
+    assert lane.take_credit() == 0
+    assert lane.closed_until is not None
+    assert lane.admit() == Release(lane.closed_until, "lane-broken")
+    clock.time = lane.closed_until
+    assert lane.take_credit() == 1
+    lane.took()
+    probe = lane.admit()
+    assert isinstance(probe, Send)
+    assert probe.probe
+    assert isinstance(lane.admit(), Release)
+    settle(lane, probe, Accepted(), clock)
+    assert lane.take_credit() == 256
+
+
+def test_lost_try_makes_room_for_another() -> None:
+    clock = FakeClock()
+    lane = new_lane(clock)
+    break_(lane, clock)
+    assert lane.closed_until is not None
+    clock.time = lane.closed_until
+    probe = lane.admit()
+    assert isinstance(probe, Send)
+    lane.abandon(probe)
+    assert lane.admit() == Send(probe=True)
+
+
+def test_wrong_credentials_stop_the_lane_until_resumed_or_tried_again() -> None:
+    clock = FakeClock()
+    lane = new_lane(clock)
+    lane.took()
+    send = lane.admit()
+    assert isinstance(send, Send)
+    settle(lane, send, Misconfigured("InvalidProviderToken"), clock)
+    assert lane.state is LaneState.MISCONFIGURED
+    assert "InvalidProviderToken" in lane.detail
+    assert lane.closed_until == clock.now() + LANE_RETRY
+    assert lane.take_credit() == 0
+    assert lane.apply(LaneRow("bank", 1, False, "resumed", clock.now()))
+    assert lane.take_credit() == 256
+
+
+def test_installation_with_a_topic_of_its_own_cannot_stop_the_lane() -> None:
+    clock = FakeClock()
+    lane = new_lane(clock)
+    for _ in range(3 * FAILURES_MAX):
+        lane.took()
+        send = lane.admit()
+        assert isinstance(send, Send)
+        settle(lane, send, Misconfigured("TopicDisallowed"), clock, topic_of_lane=False)
+    assert lane.state is LaneState.OPEN
+
+
+@pytest.mark.parametrize("outcome", [RetryAt("TooManyRequests"), Accepted(), Bug("PayloadTooLarge"), TokenGone("Unregistered")])
+def test_what_concerns_one_device_never_breaks_the_lane(outcome: Outcome) -> None:
+    assert not fails_lane(outcome, topic_of_lane=True)
+
+
+def test_pause_is_taken_over_at_once_and_only_changes_are_told() -> None:
+    lane = new_lane(FakeClock())
+    lanes = LaneSet([lane])
+    told: list[None] = []
+    lanes.on_change = lambda: told.append(None)
+    paused = LaneRow("bank", 1, True, "paused by operator", None)
+    lanes.apply([paused, LaneRow("other", 1, True, "", None)])
+    lanes.apply([paused])
+    assert len(told) == 1
+    assert lane.state is LaneState.PAUSED
+    assert lane.detail.startswith("paused by operator")
+    assert lane.take_credit() == 0
+    assert isinstance(lane.refusal(), Release)
+    lanes.apply([LaneRow("bank", 1, False, "", NOW)])
+    assert lane.take_credit() == 256
+
+
+def test_counts_tell_what_became_of_sends() -> None:
+    clock = FakeClock()
+    lane = new_lane(clock)
+    for outcome in (Accepted(), RetryAt("timeout"), TokenGone("Unregistered"), Bug("PayloadTooLarge")):
+        lane.took()
+        send = lane.admit()
+        assert isinstance(send, Send)
+        settle(lane, send, outcome, clock)
+    counts = lane.counts
+    assert (counts.accepted, counts.retried, counts.dead_tokens, counts.quarantined) == (1, 1, 1, 1)
+    assert lane.held == lane.sending == 0

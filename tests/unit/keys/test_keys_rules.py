@@ -1,0 +1,298 @@
+"""Decisions about keys, without anything around them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sealpush.envelope import CONTENT_BYTES_MAX
+from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
+from sealpush.keys import DAY_MS, TIME_MS_MAX, ContentSigningKey, IdentityKey, PrekeyKind, SignedPrekey, generate_prekey, prekey_proof
+from sealpushd.keys import rules
+from sealpushd.keys.app import load_platform_key
+from sealpushd.keys.rules import (
+    Device,
+    DeviceKeys,
+    EntryKind,
+    ListEnd,
+    LogEntry,
+    NewDevice,
+    OneTimePrekeys,
+    SealItem,
+    StanzaCheck,
+    StanzaKey,
+    StoredPrekey,
+    Upload,
+)
+from sealpushd.platform.errors import InvalidRequest
+from sealpushd.platform.settings import SettingsError
+
+NOW = 1_800_000_000_000
+IDENTITY = IdentityKey.from_seed(b"i" * 32)
+DEVICE = Device(DeviceId(b"d" * 16), SubscriberId(b"s" * 16), IDENTITY.public_key, 1, removed=False)
+
+bytes16, bytes32 = st.binary(min_size=16, max_size=16), st.binary(min_size=32, max_size=32)
+entries = st.builds(
+    LogEntry,
+    st.sampled_from(EntryKind),
+    bytes16.map(DeviceId),
+    bytes32,
+    st.integers(0, TIME_MS_MAX),
+    st.booleans(),
+)
+
+
+def prekey(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_ms: int = NOW, min_suite: int = 1) -> SignedPrekey:
+    _, public = generate_prekey(IDENTITY, DEVICE.device_id, prekey_id=prekey_id, kind=kind, now_ms=created_at_ms, min_suite=min_suite)
+    return public
+
+
+ONE_TIME = [prekey(n, PrekeyKind.ONE_TIME) for n in range(100)]
+CURRENT, PREVIOUS = prekey(2), prekey(1)
+KEYS = DeviceKeys(DEVICE, (StoredPrekey(CURRENT, None), StoredPrekey(PREVIOUS, NOW)))
+
+
+# The log.
+
+
+def test_the_chain_is_what_its_docstring_says() -> None:
+    entry = LogEntry(EntryKind.ADDED, DEVICE.device_id, IDENTITY.public_key, 0x0102, recovered=True)
+    assert entry.encode() == b"SPL1\x01\x01" + b"d" * 16 + IDENTITY.public_key + bytes(6) + b"\x01\x02"
+    # Worked out with sha256sum: what other implementations must get.
+    assert rules.start_head(SubscriberId(bytes(16))).hex() == "c24186682d24d379fd592f5dc41f1107ca43ee40fd8ce46bd172158780fcd772"
+    assert rules.next_head(bytes(32), bytes(62)).hex() == "21bb9709fa2902811c4c9f011eca24ee466f3b0309fbedaa583dcb724f90f12d"
+
+
+@given(entries)
+def test_an_entry_survives_its_encoding(entry: LogEntry) -> None:
+    assert LogEntry.decode(entry.encode()) == entry
+
+
+@given(st.binary(max_size=80))
+def test_bytes_that_are_no_entry_are_refused(data: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert LogEntry.decode(data).encode() == data
+
+
+@given(st.lists(entries, min_size=1, max_size=6), st.data())
+def test_a_log_with_anything_changed_does_not_verify(log: list[LogEntry], data: st.DataObject) -> None:
+    subscriber = SubscriberId(b"s" * 16)
+    encoded = [each.encode() for each in log]
+    head = rules.start_head(subscriber)
+    for each in encoded:
+        head = rules.next_head(head, each)
+    assert rules.verify_log(subscriber, encoded, head)
+    at = data.draw(st.integers(0, len(encoded) - 1))
+    assert not rules.verify_log(subscriber, encoded[:at] + encoded[at + 1 :], head)
+    assert not rules.verify_log(subscriber, [*encoded, encoded[at]], head)
+    bit = data.draw(st.integers(0, 8 * len(encoded[at]) - 1))
+    flipped = bytearray(encoded[at])
+    flipped[bit // 8] ^= 1 << bit % 8
+    assert not rules.verify_log(subscriber, [*encoded[:at], bytes(flipped), *encoded[at + 1 :]], head)
+    assert not rules.verify_log(SubscriberId(b"t" * 16), encoded, head)
+
+
+# Devices.
+
+
+PHONES = {name: IdentityKey.from_seed(name * 32) for name in (b"a", b"b", b"c")}
+PHONE_PREKEYS = {
+    name: generate_prekey(identity, DeviceId(name * 16), prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=NOW)[1]
+    for name, identity in PHONES.items()
+}
+PEOPLE = [SubscriberId(name * 16) for name in (b"1", b"2", b"3")]
+phones, people = st.sampled_from(sorted(PHONES)), st.sampled_from(PEOPLE)
+
+
+def new_device(name: bytes, subscriber: SubscriberId) -> NewDevice:
+    return NewDevice(subscriber, DeviceId(name * 16), PHONES[name].public_key, PHONE_PREKEYS[name])
+
+
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.tuples(phones, people), max_size=6)), max_size=6))
+def test_whatever_is_put_and_removed_the_logs_say_where_each_device_is(steps: list[tuple[bool, list[tuple[bytes, SubscriberId]]]]) -> None:
+    """Plays plans against a table in memory, and compares with a plain model and with what the logs replay to."""
+    known: dict[DeviceId, Device] = {}
+    ends = {
+        SubscriberId(name * 16): ListEnd(SubscriberId(name * 16), 0, rules.start_head(SubscriberId(name * 16)))
+        for name in (b"1", b"2", b"3")
+    }
+    logs: dict[SubscriberId, list[bytes]] = {subscriber: [] for subscriber in ends}
+    model: dict[DeviceId, SubscriberId] = {}
+    for put, pairs in steps:
+        if put:
+            for name, subscriber in pairs:
+                new = new_device(name, subscriber)
+                known.setdefault(new.device_id, Device(new.device_id, subscriber, new.identity_public_key, 1, removed=True))
+                model[new.device_id] = subscriber
+            plan = rules.plan_put([new_device(*pair) for pair in pairs], known, {}, ends, NOW)
+            assert plan.refusals == [""] * len(pairs)
+        else:
+            for name, subscriber in pairs:
+                if model.get(DeviceId(name * 16)) == subscriber:
+                    del model[DeviceId(name * 16)]
+            plan = rules.plan_remove([(subscriber, DeviceId(name * 16)) for name, subscriber in pairs], known, ends, NOW)
+        for device_id, subscriber in plan.placed.items():
+            known[device_id] = replace(known[device_id], subscriber_id=subscriber, removed=False)
+        for device_id in plan.removed:
+            known[device_id] = replace(known[device_id], removed=True)
+        for append in plan.appends:
+            logs[append.subscriber_id].append(append.entry)
+            assert append.seq == len(logs[append.subscriber_id])
+        ends |= {end.subscriber_id: replace(end, device_added=False) for end in plan.ends}
+    assert {each.device_id: each.subscriber_id for each in known.values() if not each.removed} == model
+    for subscriber, log in logs.items():
+        assert rules.verify_log(subscriber, log, ends[subscriber].head)
+        here: set[DeviceId] = set()
+        for entry in map(LogEntry.decode, log):
+            # Never added twice, never removed while away.
+            assert (entry.device_id in here) is (entry.kind is EntryKind.REMOVED)
+            here ^= {entry.device_id}
+        assert here == {device_id for device_id, owner in model.items() if owner == subscriber}
+
+
+# Uploads.
+
+
+def test_an_upload_within_all_bounds_is_taken() -> None:
+    assert rules.check_upload(Upload((CURRENT, *ONE_TIME), 0), DEVICE, NOW) == 1
+    assert rules.check_upload(Upload((), 1), DEVICE, NOW) == 1
+
+
+LOW_ORDER = (
+    "0000000000000000000000000000000000000000000000000000000000000000",
+    "0100000000000000000000000000000000000000000000000000000000000000",
+    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+    "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+)
+
+
+@pytest.mark.parametrize("point", LOW_ORDER)
+@pytest.mark.parametrize("top_bit", [0, 0x80])
+def test_no_low_order_point_is_taken_in_any_encoding(point: str, top_bit: int) -> None:
+    public_key = bytes.fromhex(point)
+    unsigned = replace(CURRENT, public_key=public_key[:31] + bytes((public_key[31] | top_bit,)))
+    signed = replace(unsigned, signature=IDENTITY.sign(prekey_proof(unsigned, DEVICE.device_id)))
+    assert "usable X25519" in rules.refuse_prekey(signed, DEVICE, NOW, 1)
+
+
+def test_the_lowest_suite_never_goes_down_and_never_beyond_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = replace(DEVICE, min_suite=2)
+    with pytest.raises(InvalidRequest) as caught:
+        rules.check_upload(Upload((), 1), strict, NOW)
+    assert "never goes down" in caught.value.message
+    with pytest.raises(InvalidRequest):
+        rules.check_upload(Upload((), 2), DEVICE, NOW)
+    # When suite 2 comes: raising it needs a prekey whose signature says so.
+    monkeypatch.setattr(rules, "SUITES_SUPPORTED", frozenset({1, 2}))
+    with pytest.raises(InvalidRequest) as caught:
+        rules.check_upload(Upload((), 2), DEVICE, NOW)
+    assert "signed prekey" in caught.value.message
+    with pytest.raises(InvalidRequest):
+        rules.check_upload(Upload((CURRENT,), 2), DEVICE, NOW)
+
+
+def test_a_signed_prekey_held_already_is_no_news_and_its_id_is_taken() -> None:
+    assert rules.replaces(CURRENT, [PREVIOUS])
+    assert not rules.replaces(CURRENT, [CURRENT, PREVIOUS])
+    with pytest.raises(InvalidRequest):
+        rules.replaces(prekey(1), [CURRENT, PREVIOUS])
+
+
+def test_one_time_prekeys_are_kept_in_order_without_those_handed_out_or_expired() -> None:
+    stock = OneTimePrekeys(1, 0, 0, b"").refilled(ONE_TIME[:50], NOW)
+    assert stock.left(NOW) == ONE_TIME[:50]
+    handed_out = replace(stock, next_index=3)
+    assert handed_out.left(NOW) == ONE_TIME[3:50]
+    refilled = handed_out.refilled(ONE_TIME[50:], NOW)
+    assert (refilled.first_index, refilled.next_index) == (3, 3)
+    assert refilled.left(NOW) == ONE_TIME[3:]
+    assert refilled.left(NOW + 90 * DAY_MS) == []
+    assert len(refilled.refilled([], NOW + 90 * DAY_MS).blob) == 0
+
+
+def test_one_time_prekeys_are_bounded_and_their_ids_their_own() -> None:
+    full = OneTimePrekeys(1, 0, 0, b"").refilled(ONE_TIME, NOW)
+    assert full.refilled(ONE_TIME, NOW) == full
+    with pytest.raises(InvalidRequest):
+        full.refilled([replace(ONE_TIME[0], signature=bytes(64))], NOW)
+    more = [replace(each, prekey_id=each.prekey_id + 100) for each in ONE_TIME]
+    full = full.refilled(more, NOW)
+    with pytest.raises(InvalidRequest) as caught:
+        full.refilled([replace(ONE_TIME[0], prekey_id=200)], NOW)
+    assert "200 one-time prekeys are left" in caught.value.message
+
+
+# Sealing and stanzas.
+
+
+def test_an_item_at_its_bounds_can_be_sealed_and_one_beyond_is_refused_beforehand() -> None:
+    item = SealItem(SenderId(uuid7()), DEVICE.subscriber_id, (), os.urandom(CONTENT_BYTES_MAX), NOW, NOW + 28 * DAY_MS)
+    rules.check_seal_item(item)
+    ref = RecipientRef(bytes(32))
+    sealed = rules.seal(item, {}, ContentSigningKey.from_seed(bytes(32)), ContentId(uuid7()), ref, NOW)
+    assert sealed.envelope.stanzas == ()
+    at_the_end_of_time = replace(item, created_at_ms=TIME_MS_MAX, expires_at_ms=TIME_MS_MAX + 1)
+    for bad in (at_the_end_of_time, replace(item, expires_at_ms=NOW), replace(item, expires_at_ms=item.expires_at_ms + 1)):
+        with pytest.raises(ValueError, match=r"expires_at_ms|28 days"):
+            rules.check_seal_item(bad)
+
+
+def check(*stanzas: StanzaKey, devices: tuple[DeviceId, ...] = (DEVICE.device_id,)) -> StanzaCheck:
+    return StanzaCheck(SenderId(uuid7()), DEVICE.subscriber_id, devices, stanzas, bytes(32))
+
+
+def stanza(of: SignedPrekey) -> StanzaKey:
+    return StanzaKey(DEVICE.device_id, of.suite, of.prekey_id, of.kind)
+
+
+@given(st.integers(0, 100 * DAY_MS))
+def test_a_stanza_is_good_until_its_prekey_ends_and_a_week_after_a_newer_one_came(later: int) -> None:
+    now = NOW + later
+    current = rules.check_stanzas(check(stanza(CURRENT)), {DEVICE.device_id: KEYS}, now)
+    previous = rules.check_stanzas(check(stanza(PREVIOUS)), {DEVICE.device_id: KEYS}, now)
+    assert bool(current.stale) is (later >= 90 * DAY_MS)
+    assert bool(previous.stale) is (later >= 7 * DAY_MS)
+
+
+@given(st.sets(st.integers(0, 5)), st.sets(st.integers(0, 5)), st.sets(st.integers(0, 5)))
+def test_every_device_and_every_stanza_is_judged_once(devices: set[int], sealed: set[int], with_prekeys: set[int]) -> None:
+    def device_id(n: int) -> DeviceId:
+        return DeviceId(bytes((n,)) * 16)
+
+    keys = {device_id(n): replace(KEYS, device=replace(DEVICE, device_id=device_id(n))) for n in with_prekeys}
+    stanzas = [replace(stanza(CURRENT), device_id=device_id(n)) for n in sorted(sealed)]
+    verdict = rules.check_stanzas(check(*stanzas, devices=tuple(device_id(n) for n in sorted(devices))), keys, NOW)
+    assert set(verdict.missing) == {device_id(n) for n in (devices & with_prekeys) - sealed}
+    assert set(verdict.surplus) == {device_id(n) for n in sealed - devices}
+    assert set(verdict.stale) == {device_id(n) for n in sealed & devices - with_prekeys}
+
+
+def test_a_stanza_below_the_lowest_suite_is_stale() -> None:
+    strict = DeviceKeys(replace(DEVICE, min_suite=2), KEYS.prekeys)
+    assert rules.check_stanzas(check(stanza(CURRENT)), {DEVICE.device_id: strict}, NOW).stale == (DEVICE.device_id,)
+
+
+# The platform's key.
+
+
+def test_a_file_without_a_platform_key_is_named_and_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "platform"
+    for content in ("secret", "00" * 31):
+        path.write_text(content)
+        with pytest.raises(SettingsError) as caught:
+            load_platform_key(path)
+        assert str(path) in str(caught.value)
+        assert content not in str(caught.value)
+    with pytest.raises(SettingsError):
+        load_platform_key(tmp_path / "missing")
+    path.write_text("11" * 32 + "\n")
+    assert load_platform_key(path) == ContentSigningKey.from_seed(b"\x11" * 32)
