@@ -11,18 +11,24 @@ from typing import Any
 import grpc
 import uvloop
 
-from sealpush.v1 import publish_pb2, publish_pb2_grpc
+from sealpush.v1 import publish_pb2
 
 
-class Echo(publish_pb2_grpc.PublishingServicer):
-    async def Publish(self, request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:  # noqa: N802 - gRPC's name
-        accepted = publish_pb2.Accepted(message_id=bytes(16), devices=1)
-        return publish_pb2.PublishResponse(result=publish_pb2.PublishResult(request_id=request.request_id, accepted=accepted))
+async def echo(request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:
+    accepted = publish_pb2.Accepted(message_id=bytes(16), devices=1)
+    return publish_pb2.PublishResponse(result=publish_pb2.PublishResult(request_id=request.request_id, accepted=accepted))
+
+
+HANDLER = grpc.unary_unary_rpc_method_handler(
+    echo,
+    request_deserializer=publish_pb2.PublishRequest.FromString,
+    response_serializer=publish_pb2.PublishResponse.SerializeToString,
+)
 
 
 async def serve(certificate: str, private_key: str) -> None:
     server = grpc.aio.server()
-    publish_pb2_grpc.add_PublishingServicer_to_server(Echo(), server)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("sealpush.v1.Publishing", {"Publish": HANDLER}),))
     pair = (Path(private_key).read_bytes(), Path(certificate).read_bytes())
     port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
     await server.start()

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import sealpush
-from sealpush import Channels, Sender
+from sealpush import Channels
 from sealpush.v1 import accounts_pb2
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
+from sealpushd.up.sdk import public_endpoints
+from sealpushd.up.stack import APNS_TOPIC
 
 START_TIMEOUT_S: Final = 60.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Suite:
     """A running `sealpush up` without its show."""
 
@@ -32,6 +33,13 @@ class Suite:
     endpoints: Endpoints
     channels: Channels
     token: str
+    apns_topic: str = APNS_TOPIC
+    numbers_used: int = 0
+
+    def next_number(self) -> str:
+        """A phone number that this run has not used."""
+        self.numbers_used += 1
+        return f"+38050200{self.numbers_used:04}"
 
     @classmethod
     @asynccontextmanager
@@ -59,9 +67,6 @@ class Suite:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self.token}"),)
 
-    def sender(self) -> Sender:
-        return Sender(self.channels, self.endpoints.login, self.endpoints.password)
-
     def cpu_seconds(self) -> dict[str, float]:
         """CPU time so far of every process of the suite, by name; PostgreSQL's are one."""
         used: dict[str, float] = {}
@@ -86,18 +91,6 @@ class Suite:
                     found[pid] = _name(pid, found[parent])
                     grown = True
         return found
-
-
-def public_endpoints(endpoints: Endpoints) -> sealpush.Endpoints:
-    public = endpoints.public
-    return sealpush.Endpoints(
-        accounts=public["accounts"],
-        registration=public["registration"],
-        keys=public["keys"],
-        publishing=public["publishing"],
-        messages=public["fetch"],
-        ca_pem=Path(endpoints.ca).read_bytes(),
-    )
 
 
 def free_base() -> int:
@@ -150,5 +143,3 @@ def _name(pid: int, parent: str) -> str:
     if "serve" in command:
         return command[command.index("serve") + 1]
     return "simulators" if "simulate" in command else parent
-
-

@@ -37,6 +37,7 @@ from sealpushd.keys.app import build
 from sealpushd.keys.store import KeyStore
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Database
+from sealpushd.platform.errors import Aborted
 from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller, ServiceKey
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
@@ -498,6 +499,22 @@ async def test_what_is_no_upload_is_refused(world: World, phone: Phone, subscrib
         assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.prekeys"
     for upload in (phone.upload(min_suite=2), phone.upload(min_suite=300)):
         assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.min_suite"
+
+
+async def test_a_raised_lowest_suite_retires_the_prekeys_that_were_signed_for_a_lower_one(
+    world: World, phone: Phone, subscriber: SubscriberId
+) -> None:
+    await world.put(phone.new_device(subscriber))
+    one_time = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(3)]
+    await world.keys.UploadPrekeys(phone.upload(*one_time, counter=1), metadata=world.device(phone))
+    device = await world.store.device(phone.device_id)
+    assert device is not None
+    # No call can raise it before a second suite is supported: ask the store.
+    assert await world.store.upload(device, 2, 2, rules.Upload((), 2), world.clock.now()) == 0
+    assert await world.store.one_time_prekeys_left(phone.device_id, world.clock.now()) == 0
+    # What was checked against the device as it was before does not count any more.
+    with pytest.raises(Aborted):
+        await world.store.upload(device, 3, 1, rules.Upload((), 0), world.clock.now())
 
 
 # Sealing.

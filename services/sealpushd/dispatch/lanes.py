@@ -30,6 +30,9 @@ PAUSED_RETRY: Final = timedelta(seconds=2)
 # While the one try of a half-open lane runs, others wait this long.
 PROBING_RETRY: Final = timedelta(seconds=1)
 
+# Credit is given back by this part of the capacity at the least.
+CREDIT_SHARE: Final = 4
+
 _HELD = Gauge("sealpush_lane_held", "Wake-ups that dispatch holds, by lane.", ["app", "platform"])
 _SENDING = Gauge("sealpush_lane_in_flight", "Wake-ups on the way to the push service, by lane.", ["app", "platform"])
 _OPEN = Gauge("sealpush_lane_open", "1: the lane takes wake-ups; 0: paused, broken or misconfigured.", ["app", "platform"])
@@ -119,8 +122,14 @@ class Lane:
         self._granted = 0
 
     def take_credit(self) -> int:
-        """How many more wake-ups the mailbox may hand out now; they count as given."""
-        more = max(self._room() - self.held - self._granted, 0)
+        """How many more wake-ups the mailbox may hand out now; they count as given.
+
+        Small amounts gather first: a frame costs the same whether it carries one wake-up or a hundred.
+        """
+        room = self._room()
+        more = room - self.held - self._granted
+        if more < max(room // CREDIT_SHARE, 1):
+            return 0
         self._granted += more
         return more
 

@@ -31,6 +31,8 @@ log = structlog.get_logger()
 
 # Reports in one frame, as everywhere in the mesh.
 REPORTS_MAX: Final = 512
+# The first report after a quiet moment goes at once, then what gathers goes so often: a frame costs as much as ten reports.
+WRITE_PAUSE_S: Final = 0.01
 # Full jitter between 0 and 0.2 s · 2^n before the mailbox is asked for another session.
 RECONNECT_BASE_S: Final = 0.2
 RECONNECT_MAX_S: Final = 5.0
@@ -267,8 +269,9 @@ class Dispatcher:
             credit = [] if self._draining.is_set() else self._credits()
             if reports or credit:
                 await call.write(mailbox_pb2.WakeUpSessionRequest(reports=reports, credits=credit))
-                if session.reports:
-                    continue
+                if not self._draining.is_set():
+                    await asyncio.sleep(WRITE_PAUSE_S)
+                continue
             if self._draining.is_set() and not session.reports and (session.held == 0 or self._drain_is_over):
                 await call.done_writing()
                 return

@@ -22,6 +22,7 @@ async def build(runtime: Runtime) -> ServiceApp:
     async def drain() -> None:
         await hub.drain()
         await leases.drain()
+        await mailbox.journal.drain()
 
     return ServiceApp(
         public=[(messages_pb2_grpc.add_MessagesServicer_to_server, MessagesServicer(mailbox, hub))],

@@ -12,7 +12,7 @@ import structlog
 from sealpush.ids import uuid7
 from sealpushd.fetch.rules import Report, WakeUp
 from sealpushd.fetch.store import MailboxStore
-from sealpushd.platform.errors import ServiceError, StoreUnavailable, Unavailable
+from sealpushd.platform.errors import StoreUnavailable, Unavailable
 from sealpushd.platform.valkey import CHANNEL_QUEUE, Valkey
 
 log = structlog.get_logger()
@@ -35,7 +35,7 @@ class WakeUpSession:
         self._reports: list[Report] = []
         self._changed = asyncio.Event()
         self._reported = asyncio.Event()
-        self._ended: ServiceError | None = None
+        self._ended: Exception | None = None
 
     def add_credit(self, app_id: str, platform: int, credit: int) -> None:
         self._credit[app_id, platform] += credit
@@ -49,7 +49,7 @@ class WakeUpSession:
         """Something may be due."""
         self._changed.set()
 
-    def end(self, error: ServiceError) -> None:
+    def end(self, error: Exception) -> None:
         self._ended = error
         self._changed.set()
 

@@ -358,4 +358,7 @@ class Position:
             return cls(0, 0)
         if len(data) != 16:
             raise ValueError("a position is 16 bytes, as given with the events")
-        return cls(int.from_bytes(data[:8], "big"), int.from_bytes(data[8:], "big"))
+        xid, seq = int.from_bytes(data[:8], "big"), int.from_bytes(data[8:], "big")
+        if seq >= 1 << 63:
+            raise ValueError("a position as given with the events holds smaller numbers")
+        return cls(xid, seq)

@@ -41,7 +41,7 @@ from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, LiveStream, StreamHub
 from sealpushd.platform import rpc
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
 from sealpushd.platform.clock import from_ms
-from sealpushd.platform.errors import InvalidRequest, NotFound, Overloaded, ServiceError
+from sealpushd.platform.errors import InvalidRequest, NotFound, Overloaded, ServiceError, Unavailable
 from sealpushd.platform.metrics import DELIVERIES
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 
@@ -56,6 +56,11 @@ EVENTS_PAGE_MAX: Final = 1_000
 # How long a reader of the journal waits for a notice of this process before it looks for what others wrote.
 JOURNAL_LOOK_PERIOD_S: Final = 0.25
 SWEEP_PERIOD_S: Final = 1.0
+# A device's time as the database holds it.
+AT_MS_MAX: Final = 2**63 - 1
+
+_REASON_CODES: Final = frozenset(common_pb2.ReasonCode.values())
+_OUTCOMES: Final = frozenset(mailbox_pb2.WakeUpOutcome.values()) - {mailbox_pb2.WAKE_UP_OUTCOME_UNSPECIFIED}
 
 
 def _timestamp(moment: datetime) -> Timestamp:
@@ -84,6 +89,17 @@ class Journal:
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._draining = False
+
+    async def drain(self) -> None:
+        """End the readers: they would hold up a server that is going away."""
+        self._draining = True
+        self.written()
+
+    def check_open(self) -> None:
+        """Raises Unavailable once this process is going away."""
+        if self._draining:
+            raise Unavailable("this server is going away; connect again")
 
     def written(self) -> None:
         self._event.set()
@@ -194,6 +210,8 @@ def parse_ack(proto: messages_pb2.Acknowledgement, device_id: DeviceId, identity
     """An acknowledgement whose fields and signature are right, else None."""
     if len(proto.message_id) != ID_BYTES or len(proto.content_id) != ID_BYTES:
         return None
+    if proto.reason_code not in _REASON_CODES or proto.at_ms > AT_MS_MAX:
+        return None
     try:
         outcome = AckOutcome(proto.outcome)
     except ValueError:
@@ -292,15 +310,15 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         stream = await self._hub.open(caller.device_id)
         reader = asyncio.create_task(self._read(request_iterator, stream))
         try:
-            async for frame in self._backlog(stream):
-                yield frame
+            async for response in self._backlog(stream):
+                yield response
             yield messages_pb2.StreamResponse(backlog_done=True, server_time=_now())
             while True:
                 answers, ids = await stream.next()
-                deliveries = await self._take(stream, ids)
-                yield messages_pb2.StreamResponse(
-                    deliveries=deliveries, ack_results=[to_ack_result(answer) for answer in answers], server_time=_now()
-                )
+                if answers:
+                    yield _answer_frame(answers)
+                for frame in _frames(await self._take(stream, ids)):
+                    yield _delivery_frame(frame)
         except StreamDone:
             return
         finally:
@@ -312,37 +330,51 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         try:
             async for request in requests:
                 stream.answered(await self._acknowledge(request.acknowledgements))
-        except ServiceError as e:
+        except Exception as e:
+            # Also a bug ends the stream: the device connects again, where a stream without a reader would hang.
             stream.end(e)
         else:
             stream.end(StreamDone("the device ended its stream"))
 
     async def _backlog(self, stream: LiveStream) -> AsyncIterator[messages_pb2.StreamResponse]:
-        """What waited before the stream began, as far as there is room; the rest follows as the device acknowledges."""
+        """What waited before the stream began. Where there is no room, it goes on as the device acknowledges."""
         after = rules.BEFORE_ALL
-        while stream.room > 0:
+        while True:
+            answers = stream.take_answers() if stream.room else await stream.room_again()
+            if answers:
+                yield _answer_frame(answers)
+            if not stream.room:
+                continue
             most = min(PAGE_DEFAULT, stream.room)
             taken = await self._mailbox.take(TakeQuery(stream.device_id, after_id=after, most=most))
+            stream.sent(each.message_id for each in taken)
             for frame in _frames(taken):
-                stream.sent(each.message_id for each in frame)
-                yield messages_pb2.StreamResponse(deliveries=[to_delivery(each) for each in frame], server_time=_now())
+                yield _delivery_frame(frame)
             if len(taken) < most:
                 return
             after = taken[-1].message_id
 
-    async def _take(self, stream: LiveStream, ids: Sequence[MessageId]) -> list[messages_pb2.Delivery]:
+    async def _take(self, stream: LiveStream, ids: Sequence[MessageId]) -> list[Taken]:
         if not ids:
             return []
         queries = [TakeQuery(stream.device_id, message_id=message_id) for message_id in ids]
         taken = [each for found in await self._mailbox.take_many(queries) for each in found]
-        stream.sent(each.message_id for each in taken)
-        return [to_delivery(each) for each in taken]
+        stream.gone(set(ids).difference(each.message_id for each in taken))
+        return taken
 
 
 class StreamDone(ServiceError):
     """The device half-closed its stream: it ends without an error on the device's side."""
 
     reason = "STREAM_DONE"
+
+
+def _answer_frame(answers: Sequence[AckAnswer]) -> messages_pb2.StreamResponse:
+    return messages_pb2.StreamResponse(ack_results=[to_ack_result(answer) for answer in answers], server_time=_now())
+
+
+def _delivery_frame(taken: Sequence[Taken]) -> messages_pb2.StreamResponse:
+    return messages_pb2.StreamResponse(deliveries=[to_delivery(each) for each in taken], server_time=_now())
 
 
 def _frames(taken: Sequence[Taken]) -> list[list[Taken]]:
@@ -462,14 +494,23 @@ def to_status(record: MessageRecord) -> publish_pb2.MessageStatus:
 
 
 def parse_report(proto: mailbox_pb2.WakeUpReport) -> Report:
+    if proto.outcome not in _OUTCOMES:
+        raise InvalidRequest(f"outcome {proto.outcome} is unknown to this version", field="outcome")
+    if proto.reason_code not in _REASON_CODES:
+        raise InvalidRequest(f"reason_code {proto.reason_code} is unknown to this version", field="reason_code")
+    try:
+        retry_at = proto.retry_at.ToDatetime(UTC) if proto.HasField("retry_at") else None
+    except (ValueError, OverflowError) as e:
+        raise InvalidRequest("retry_at is no valid time", field="retry_at") from e
     return Report(
         MessageId(need_id(proto.message_id, "message_id")),
         DeviceId(need_id(proto.device_id, "device_id")),
         proto.fence,
         proto.outcome,
-        proto.retry_at.ToDatetime(UTC) if proto.HasField("retry_at") else None,
+        retry_at,
         proto.reason_code,
-        proto.detail,
+        # The provider's own words: PostgreSQL holds every character but this one.
+        proto.detail.replace("\0", ""),
     )
 
 
@@ -510,12 +551,19 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
                         session.add_credit(credit.app_id, credit.platform, credit.credit)
                     if request.reports:
                         session.add_reports([parse_report(report) for report in request.reports])
-            except ServiceError as e:
+            except Exception as e:
                 session.end(e)
             else:
                 session.end(StreamDone("the dispatcher ended its session"))
 
-        tasks = [asyncio.create_task(read()), asyncio.create_task(self._write_reports(session.write_reports))]
+        async def write() -> None:
+            try:
+                await session.write_reports()
+            except Exception as e:
+                # The leases end with the session; another one gets the wake-ups.
+                session.end(e)
+
+        tasks = [asyncio.create_task(read()), asyncio.create_task(write())]
         try:
             async for wake_ups in session.wake_ups():
                 yield mailbox_pb2.WakeUpSessionResponse(
@@ -557,6 +605,7 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         # The first frame tells the reader that it misses nothing from here on.
         yield mailbox_pb2.ReadEventsResponse(position=position.encode())
         while True:
+            self._mailbox.journal.check_open()
             events, position = await self._store.events(position, most)
             if events:
                 yield mailbox_pb2.ReadEventsResponse(
@@ -623,12 +672,6 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         ended = await self._store.close_devices(devices)
         self._mailbox.journal.written()
         return mailbox_pb2.CloseDevicesResponse(closed=len(ended))
-
-    async def _write_reports(self, write: Any) -> None:
-        try:
-            await write()
-        except ServiceError as e:
-            log.error("reports of a dispatcher could not be written", error=e.message)
 
 
 def _bounded(items: Any, field: str) -> Any:

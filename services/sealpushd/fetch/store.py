@@ -364,10 +364,9 @@ class MailboxStore:
         await self._db.execute("end_sessions", "DELETE FROM wake_up_sessions WHERE session_id = ANY ($1::uuid[])", ended)
 
     async def lost_sessions(self) -> list[bytes]:
-        """Dispatchers that were not seen for a while: their mailbox process is gone."""
-        rows = await self._db.fetch(
-            "lost_sessions", "SELECT session_id FROM wake_up_sessions WHERE seen_at < now() - $1::interval", SESSION_LOST_AFTER
-        )
+        """Dispatchers that were not seen for a while, because their mailbox process is gone, and those that ended while a claim of theirs
+        was still being committed."""
+        rows = await self._fetch("lost_sessions", SESSION_LOST_AFTER)
         return [row["session_id"] for row in rows]
 
     async def claim(self, session_id: bytes, lanes: Sequence[tuple[str, int, int]]) -> list[WakeUp]:

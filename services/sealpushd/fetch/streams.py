@@ -41,7 +41,7 @@ class LiveStream:
         self._waiting: deque[MessageId] = deque()
         self._answers: list[AckAnswer] = []
         self._changed = asyncio.Event()
-        self._ended: ServiceError | None = None
+        self._ended: Exception | None = None
 
     @property
     def room(self) -> int:
@@ -58,33 +58,63 @@ class LiveStream:
     def sent(self, message_ids: Iterable[MessageId]) -> None:
         self._held.update(message_ids)
 
+    def gone(self, message_ids: Iterable[MessageId]) -> None:
+        """What `next` gave had ended meanwhile: it was not sent."""
+        self._held.difference_update(message_ids)
+
     def answered(self, answers: Sequence[AckAnswer]) -> None:
-        """Acknowledgements were written down: there is room again, and the device is told."""
-        self._held.difference_update(answer.message_id for answer in answers)
+        """Acknowledgements were judged: the device is told, and where a delivery has ended there is room again."""
+        self._held.difference_update(answer.message_id for answer in answers if answer.state is not None and answer.state.terminal)
         self._answers.extend(answers)
         self._changed.set()
 
-    def end(self, error: ServiceError) -> None:
+    def end(self, error: Exception) -> None:
         self._ended = error
         self._changed.set()
 
     async def next(self) -> tuple[list[AckAnswer], list[MessageId]]:
-        """Wait for something to tell: answers, and ids to take and send as far as there is room. Raises what ended the stream."""
+        """Wait for something to tell: answers, and ids to take and send as far as there is room; those count as held from now on.
+
+        Raises what ended the stream, after the last answers.
+        """
         while True:
+            answers = self.take_answers()
             if self._ended is not None:
+                if answers:
+                    return answers, []
                 raise self._ended
-            answers, self._answers = self._answers, []
-            ids = [self._waiting.popleft() for _ in range(min(self.room, len(self._waiting)))]
+            ids = []
+            while self._waiting and self.room:
+                message_id = self._waiting.popleft()
+                # The backlog may have brought it meanwhile.
+                if message_id not in self._held:
+                    self._held.add(message_id)
+                    ids.append(message_id)
             if answers or ids:
                 return answers, ids
             self._changed.clear()
             await self._changed.wait()
 
+    def take_answers(self) -> list[AckAnswer]:
+        """What the device is to be told of its acknowledgements."""
+        answers, self._answers = self._answers, []
+        return answers
+
+    async def room_again(self) -> list[AckAnswer]:
+        """Wait for answers, which may have made room. Raises what ended the stream, after the last answers."""
+        while not self._answers:
+            if self._ended is not None:
+                raise self._ended
+            self._changed.clear()
+            await self._changed.wait()
+        return self.take_answers()
+
 
 class StreamHub:
     """The live streams of this process."""
 
-    def __init__(self, valkey: Valkey, store: MailboxStore) -> None:
+    def __init__(self, valkey: Valkey, store: MailboxStore, *, sweep_period_s: float = SWEEP_PERIOD_S) -> None:
+        self._sweep_period_s = sweep_period_s
         self._valkey = valkey
         self._store = store
         self._worker_id = uuid7()
@@ -98,8 +128,13 @@ class StreamHub:
         if before is not None:
             before.end(_taken_over())
         STREAMS_OPEN.set(len(self._streams))
-        await self._valkey.set_present([device_id], stream.stream_id)
-        await self._valkey.publish(CHANNEL_STREAMS, device_id + stream.stream_id)
+        try:
+            await self._valkey.set_present([device_id], stream.stream_id)
+            await self._valkey.publish(CHANNEL_STREAMS, device_id + stream.stream_id)
+        except BaseException:
+            # The device left meanwhile: nobody else would forget the stream.
+            await self.close(stream)
+            raise
         return stream
 
     async def close(self, stream: LiveStream) -> None:
@@ -152,8 +187,8 @@ class StreamHub:
         """Find what a notice was lost of, and renew presence, for ever."""
         since_presence = 0.0
         while True:
-            await asyncio.sleep(SWEEP_PERIOD_S)
-            since_presence += SWEEP_PERIOD_S
+            await asyncio.sleep(self._sweep_period_s)
+            since_presence += self._sweep_period_s
             streams = list(self._streams.values())
             if since_presence >= PRESENCE_TTL_S / 3:
                 since_presence = 0.0

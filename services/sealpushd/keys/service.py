@@ -37,9 +37,10 @@ REQUEST_ID_CHARS_MAX: Final = 64
 COUNTER_MAX: Final = (1 << 63) - 1
 # Devices of all items of a batch: 2.2 MB of stanzas, under a second's work.
 SEAL_DEVICES_MAX: Final = 16_384
-# Sealing runs in the event loop and lets everything else run after this long. Measured against worker threads, with three batches of
-# 512 in flight: one or two threads take 1.4 to 1.6 times the time and 1.9 times the CPU, as each call into libsodium is too short to
-# pay for passing the interpreter's lock around.
+# Sealing runs in the event loop and lets everything else run after this long. Measured against worker threads, three batches of 512 in
+# flight on two cores: one thread takes 1.4 times the time and 1.7 times the CPU, two take 1.9 and 2.3 times; with the other core busy it
+# is 1.2 and 1.1 or more. A call into libsodium is too short to pay for passing the interpreter's lock around. The price is a wait of
+# 3 ms for others instead of 0.3. A single item for very many devices is one slice, however long.
 SEAL_SLICE_S: Final = 0.002
 
 _RECIPIENT_REF: Final = "recipient_ref"

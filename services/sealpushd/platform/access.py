@@ -108,6 +108,9 @@ def address_allowed(address: str, networks: tuple[str, ...]) -> bool:
         parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        # How a listener on all addresses sees a caller over IPv4.
+        parsed = parsed.ipv4_mapped
     return any(parsed in ipaddress.ip_network(network) for network in networks)
 
 

@@ -80,10 +80,6 @@ def _as_is(value: bytes) -> bytes:
     return value
 
 
-def _without_value(error: BaseException) -> BaseException:
-    return TypeError(type(error).__name__)
-
-
 class Database:
     """A fixed set of connections, each used by one statement or transaction at a time."""
 
@@ -127,9 +123,9 @@ class Database:
             if connection is not None and connection.is_in_transaction():
                 connection.terminate()
             raise
-        except ClientDataError as e:
+        except ClientDataError:
             # A bug of the caller's, not of the connection. The original names the value, which may be a secret.
-            raise ValueError("a value given to a statement does not fit its type") from _without_value(e)
+            raise ValueError("a value given to a statement does not fit its type") from None
         except _LOST as e:
             if connection is not None:
                 connection.terminate()

@@ -182,6 +182,8 @@ def from_mesh(error: grpc.aio.AioRpcError, peer: str) -> ServiceError:
                 )
                 if detail.Unpack(info):
                     metadata = dict(info.metadata)
+                    if info.reason == Overloaded.reason:
+                        return Overloaded(error.details() or Overloaded.reason)
                 elif detail.Unpack(bad) and bad.field_violations:
                     field = bad.field_violations[0].field
                 elif detail.Unpack(retry):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
@@ -94,13 +95,21 @@ class LocalAuthority:
         write_secret(key_path, self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         write_secret(self.certificate_path, self._certificate.public_bytes(Encoding.PEM))
 
+    def _issued(self, certificate: x509.Certificate) -> bool:
+        # By the signature: an authority that was made anew has the same name.
+        try:
+            certificate.verify_directly_issued_by(self._certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return True
+
     def issue(self, name: str) -> tuple[Path, Path]:
         """Certificate and key files for a server on this machine's loopback, made anew when they end within 30 days."""
         certificate_path, key_path = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         now = datetime.now(UTC)
         if certificate_path.exists() and key_path.exists():
             present = x509.load_pem_x509_certificate(certificate_path.read_bytes())
-            if present.issuer == self._certificate.subject and present.not_valid_after_utc - now > RENEW_BEFORE:
+            if self._issued(present) and present.not_valid_after_utc - now > RENEW_BEFORE:
                 return certificate_path, key_path
         key = ec.generate_private_key(ec.SECP256R1())
         names = [

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from sealpush.ids import MessageId, uuid7
 from sealpush.v1 import common_pb2, keys_pb2, publish_pb2
 from sealpushd.platform.clock import Clock, to_ms
-from sealpushd.platform.errors import AlreadyExists, InvalidRequest, ServiceError
+from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, ServiceError
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.platform.vault import Vault
 from sealpushd.publishing import rules
@@ -23,7 +23,7 @@ from sealpushd.v1 import directory_pb2, mailbox_pb2, sealing_pb2
 class _Candidate:
     """A message on its way through the steps; `outcome` is set as soon as it is decided."""
 
-    request: publish_pb2.PublishRequest
+    request: publish_pb2.PublishRequest = field(repr=False)
     outcome: publish_pb2.PublishResult | ServiceError | None = None
     publication: Publication | None = None
     key: mailbox_pb2.AcceptedKey | None = None
@@ -74,7 +74,13 @@ class Acceptance:
         if not candidates:
             return
         now = self._clock.now()
-        entry = await self._peers.sender_entry(caller.sender_id)
+        try:
+            entry = await self._peers.sender_entry(caller.sender_id)
+        except FailedPrecondition as e:
+            # Only what is new: what was accepted before has its answer already.
+            for candidate in candidates:
+                candidate.outcome = e
+            return
         for candidate in candidates:
             try:
                 candidate.publication = rules.parse_publish(candidate.request, caller.sender_id, caller.app_ids, now)

@@ -16,4 +16,4 @@ async def build(runtime: Runtime) -> ServiceApp:
     peers = Peers(runtime.channel("accounts"), runtime.channel("registration"), runtime.channel("keys"), runtime.channel("fetch"))
     watch = StatusWatch(peers)
     servicer = PublishingServicer(Acceptance(peers, vault, runtime.clock), watch, peers)
-    return ServiceApp(public=[(publish_pb2_grpc.add_PublishingServicer_to_server, servicer)], tasks=[watch.tail])
+    return ServiceApp(public=[(publish_pb2_grpc.add_PublishingServicer_to_server, servicer)], tasks=[watch.tail], drain=watch.drain)

@@ -54,7 +54,7 @@ class Peers:
             sealing.Seal,
             lambda items: sealing_pb2.SealRequest(items=items),
             lambda answer: answer.results,
-            weigh=lambda item: 256 + len(item.content),
+            weigh=lambda item: 256 + len(item.content) + 128 * len(item.device_ids),
         )
         self.check_stanzas: BatchedCall[sealing_pb2.StanzaCheck, sealing_pb2.StanzaVerdict] = BatchedCall(
             keys,
@@ -87,6 +87,8 @@ class Peers:
             if kept is not None and now - kept[1] < ENTRY_STALE_MAX_S:
                 return kept[0]
             raise
+        # Forgotten first: a sender that was removed must not come back when accounts is away.
+        self._entries.pop(sender_id, None)
         entry = _decode(answer.senders)
         self._entries[sender_id] = (entry, now)
         return entry

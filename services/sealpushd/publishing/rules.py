@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final
@@ -28,17 +28,21 @@ CREATED_SKEW_MAX: Final = timedelta(minutes=5)
 # An envelope's own lifetime and the one in the request may differ by rounding, not by more.
 LIFETIME_DIFFERENCE_MAX: Final = timedelta(seconds=1)
 SUBSCRIPTIONS_MAX: Final = 16
+# A content of 64 KiB and the stanzas of some 450 devices; keeps a message far below the bound on a batch.
+SEALED_BYTES_MAX: Final = 128 * 1024
+CUSTOM_PAYLOAD_BYTES_MAX: Final = 16 * 1024
 # The waiting interval of a status; below the 10 s that any call may take.
 WAIT_MAX: Final = timedelta(seconds=8)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
+# PostgreSQL takes no NUL in a text, and one such message would fail the whole batch it travels in; the others only spoil logs.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 # Longest texts inside a content, in characters; the proto says them too.
 _CONTENT_LIMITS: Final = {
     "title": 256,
     "image_url": 2048,
     "deep_link": 2048,
-    "custom_payload": 16 * 1024,
     "replace_key": 64,
     "action_type": 64,
     "resource_id": 128,
@@ -56,12 +60,12 @@ _REQUEST_LIMITS: Final = {"app_id": 64, "replace_key": 64, "tag": 50, "originato
 class Publication:
     """A request that could be right: everything that can be known without asking anybody was checked."""
 
-    request: publish_pb2.PublishRequest
+    request: publish_pb2.PublishRequest = field(repr=False)
     app_id: str
     created_at: datetime
     expires_at: datetime
     # Serialised Content for the server to seal, or the envelope that the sender sealed.
-    plain: bytes | None
+    plain: bytes | None = field(repr=False)
     envelope: Envelope | None
 
 
@@ -92,8 +96,11 @@ def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_
         if platform == common_pb2.PLATFORM_UNSPECIFIED or platform not in common_pb2.Platform.values():
             raise InvalidRequest(f"platform {platform} is unknown", field="platforms")
     for field, most in _REQUEST_LIMITS.items():
-        if len(getattr(request, field)) > most:
+        text = getattr(request, field)
+        if len(text) > most:
             raise InvalidRequest(f"{field} is longer than {most} characters", field=field)
+        if _CONTROL.search(text):
+            raise InvalidRequest(f"{field} holds a control character", field=field)
     for field in ("order_id", "group_id"):
         if len(getattr(request, field)) not in (0, ID_BYTES):
             raise InvalidRequest(f"{field} must be empty or 16 bytes", field=field)
@@ -101,6 +108,8 @@ def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_
         raise InvalidRequest("leg_no is at most 100", field="leg_no")
     if len(request.subscriptions) > SUBSCRIPTIONS_MAX or any(len(each) > 64 for each in request.subscriptions):
         raise InvalidRequest(f"at most {SUBSCRIPTIONS_MAX} subscriptions of at most 64 characters", field="subscriptions")
+    if any(_CONTROL.search(each) for each in request.subscriptions):
+        raise InvalidRequest("a subscription holds a control character", field="subscriptions")
     lifetime = _lifetime(request)
     match request.WhichOneof("content"):
         case "plain":
@@ -148,6 +157,8 @@ def check_content(content: content_pb2.Content) -> None:
     for field, most in _CONTENT_LIMITS.items():
         if len(getattr(content, field)) > most:
             raise InvalidRequest(f"{field} is longer than {most} characters", field=f"plain.{field}")
+    if len(content.custom_payload.encode()) > CUSTOM_PAYLOAD_BYTES_MAX:
+        raise InvalidRequest(f"custom_payload is longer than {CUSTOM_PAYLOAD_BYTES_MAX} bytes", field="plain.custom_payload")
     for field in ("image_url", "content_url"):
         value = getattr(content, field)
         if value and not value.startswith("https://"):
@@ -180,6 +191,8 @@ def _plain(request: publish_pb2.PublishRequest) -> bytes:
 
 
 def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: timedelta | None, now: datetime) -> Envelope:
+    if len(sealed.envelope) > SEALED_BYTES_MAX:
+        raise InvalidRequest(f"the envelope is {len(sealed.envelope)} bytes, at most {SEALED_BYTES_MAX} are possible", field="sealed.envelope")
     try:
         envelope = Envelope.parse(sealed.envelope)
     except EnvelopeRefused as e:

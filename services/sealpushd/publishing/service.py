@@ -47,31 +47,35 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
         self, request_iterator: AsyncIterator[publish_pb2.PublishStreamRequest], context: Any
     ) -> AsyncIterator[publish_pb2.PublishStreamResponse]:
         caller = rpc.require_sender()
-        done: asyncio.Queue[publish_pb2.PublishStreamResponse | ServiceError | None] = asyncio.Queue()
+        done: asyncio.Queue[publish_pb2.PublishStreamResponse | Exception | None] = asyncio.Queue()
+        # A frame holds its place until its results were taken: a sender that does not read them is not read either.
         room = asyncio.Semaphore(FRAMES_IN_FLIGHT_MAX)
 
         async def work(frame: publish_pb2.PublishStreamRequest) -> None:
             try:
                 results = await self._accept_all(caller, frame.requests, frame.ByteSize())
                 done.put_nowait(publish_pb2.PublishStreamResponse(frame=frame.frame, results=results))
-            except ServiceError as e:
+            except Exception as e:
                 done.put_nowait(e)
-            finally:
-                room.release()
 
         async def read() -> None:
-            async with asyncio.TaskGroup() as group:
-                async for frame in request_iterator:
-                    await room.acquire()
-                    group.create_task(work(frame))
-            done.put_nowait(None)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    async for frame in request_iterator:
+                        await room.acquire()
+                        group.create_task(work(frame))
+            except Exception as e:
+                done.put_nowait(e)
+            else:
+                done.put_nowait(None)
 
         reader = asyncio.create_task(read())
         try:
             while (answer := await done.get()) is not None:
-                if isinstance(answer, ServiceError):
+                if isinstance(answer, Exception):
                     raise answer
                 yield answer
+                room.release()
         finally:
             reader.cancel()
 

@@ -13,6 +13,7 @@ import structlog
 
 from sealpush.ids import MessageId, SenderId
 from sealpush.v1 import publish_pb2
+from sealpushd.platform.errors import Unavailable
 from sealpushd.publishing import rules
 from sealpushd.publishing.peers import Peers
 from sealpushd.v1 import mailbox_pb2
@@ -52,6 +53,17 @@ class StatusWatch:
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self._followers: dict[MessageId, set[Follower]] = {}
+        self._draining = False
+
+    async def drain(self) -> None:
+        """End the watchers: they would hold up a server that is going away."""
+        self._draining = True
+        self._notice_all()
+
+    def _notice_all(self) -> None:
+        for message_id, followers in list(self._followers.items()):
+            for follower in followers:
+                follower.notice(message_id)
 
     async def statuses(self, sender_id: SenderId, message_ids: Sequence[MessageId]) -> list[publish_pb2.MessageStatus]:
         """Present statuses; unknown messages are left out."""
@@ -83,6 +95,8 @@ class StatusWatch:
                 if fresh or first:
                     yield fresh
                 first = False
+                if waiting and self._draining:
+                    raise Unavailable("this server is going away; watch again")
 
     @contextmanager
     def _following(self, message_ids: Sequence[MessageId]) -> Iterator[Follower]:
@@ -111,9 +125,7 @@ class StatusWatch:
                     pause = 0.1
                     if not frame.events:
                         # Connected: what happened before is looked up by everybody.
-                        for message_id, followers in list(self._followers.items()):
-                            for follower in followers:
-                                follower.notice(message_id)
+                        self._notice_all()
                     for event in frame.events:
                         message_id = MessageId(event.message_id)
                         for follower in self._followers.get(message_id, ()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -211,8 +212,8 @@ def test_reasons_have_the_numbers_of_the_proto() -> None:
 # --- resolving -------------------------------------------------------------------------------------------------------------
 
 
-def row(n: int, **fields: object) -> Row:
-    values: dict[str, object] = {
+def row(n: int, **fields: Any) -> Row:
+    values: dict[str, Any] = {
         "device_id": DEVICE,
         "subscriber_id": OWNER,
         "block_all": None,
@@ -226,11 +227,11 @@ def row(n: int, **fields: object) -> Row:
         "push_allowed_by_app": True,
         "has_token": True,
     }
-    return Row(n=n, **{**values, **fields})  # type: ignore[arg-type]
+    return Row(n=n, **{**values, **fields})
 
 
-def query(kind: int = 1, **fields: object) -> Query:
-    return Query(kind, "", b"h" * 32, "app", b"s" * 16, **fields)  # type: ignore[arg-type]
+def query(kind: int = 1, **fields: Any) -> Query:
+    return Query(kind, "", b"h" * 32, "app", b"s" * 16, **fields)
 
 
 def test_nobody_known_is_answered_by_the_kind_of_the_recipient() -> None:
@@ -263,7 +264,7 @@ def test_results_come_in_the_order_of_the_queries(counts: list[int]) -> None:
         ({"subscriptions": ("a", "b")}, {"subscriptions": ["a"]}, Reason.SUBSCRIPTION_FAILED),
     ],
 )
-def test_what_is_missing_is_named(asked: dict[str, object], stored: dict[str, object], expected: Reason) -> None:
+def test_what_is_missing_is_named(asked: dict[str, Any], stored: dict[str, Any], expected: Reason) -> None:
     assert rules.resolve([query(**asked)], [row(1, **stored)]) == [expected]
 
 
@@ -276,7 +277,7 @@ def test_what_is_missing_is_named(asked: dict[str, object], stored: dict[str, ob
         ({"push_allowed_by_os": False, "push_allowed_by_app": False}, Reason.PUSH_OS_DISABLED),
     ],
 )
-def test_a_device_that_cannot_be_pushed_says_why(stored: dict[str, object], expected: Reason) -> None:
+def test_a_device_that_cannot_be_pushed_says_why(stored: dict[str, Any], expected: Reason) -> None:
     assert rules.resolve([query()], [row(1, **stored)]) == [Resolved(OWNER, [Target(DEVICE, 1, expected)], False, False, False)]
 
 

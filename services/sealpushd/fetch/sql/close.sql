@@ -13,18 +13,18 @@ WITH given AS (
     ORDER BY o.device_id, o.message_id
     FOR UPDATE OF o
 ), fitting AS MATERIALIZED (
-    SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel
+    -- Locked as well, for the state of now: what was taken or pushed while this statement waited is not in its snapshot.
+    SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, d.state AS state_before
     FROM locked l
     JOIN given g ON g.device_id = l.device_id AND g.message_id = l.message_id
     JOIN messages m ON m.message_id = l.message_id
+    JOIN deliveries d ON d.message_id = l.message_id AND d.device_id = l.device_id
     WHERE g.outcome IS NULL OR m.content_id = g.content_id
+    FOR UPDATE OF d
 ), removed AS (
     DELETE FROM open_deliveries o USING fitting f
     WHERE o.device_id = f.device_id AND o.message_id = f.message_id
     RETURNING o.device_id, o.message_id, o.fence, o.sender_id, o.subscriber_id
-), before AS (
-    SELECT d.message_id, d.device_id, d.state
-    FROM fitting f JOIN deliveries d ON d.message_id = f.message_id AND d.device_id = f.device_id
 ), changed AS (
     UPDATE deliveries d
     SET state = f.state, reason = f.reason, changed_at = now(),
@@ -38,8 +38,8 @@ WITH given AS (
     -- A device that acknowledges has fetched; where that was not written yet, it is written now.
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
     SELECT f.message_id, f.device_id, f.sender_id, f.order_id, f.leg_no, f.group_id, f.channel, 3, 0
-    FROM fitting f JOIN before b USING (message_id, device_id)
-    WHERE f.outcome IS NOT NULL AND b.state < 3
+    FROM fitting f
+    WHERE f.outcome IS NOT NULL AND f.state_before < 3
     RETURNING seq
 ), journal AS (
     -- Counting `fetched` makes its events come first.
@@ -56,5 +56,5 @@ WITH given AS (
         )
     ) done WHERE c.message_id = done.message_id
 )
-SELECT f.message_id, f.device_id, f.state, f.reason, r.fence, b.state AS state_before
-FROM fitting f JOIN removed r USING (message_id, device_id) JOIN before b USING (message_id, device_id)
+SELECT f.message_id, f.device_id, f.state, f.reason, r.fence, f.state_before
+FROM fitting f JOIN removed r USING (message_id, device_id)

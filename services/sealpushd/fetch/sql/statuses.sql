@@ -4,3 +4,5 @@ SELECT m.message_id, m.order_id, m.group_id, m.tag, m.leg_no, m.channel, m.accep
 FROM unnest($2::uuid[]) AS i (message_id)
 JOIN messages m ON m.message_id = i.message_id AND m.sender_id = $1
 JOIN deliveries d ON d.message_id = m.message_id
+-- One order, so that what is derived from the deliveries does not change between two reads.
+ORDER BY m.message_id, d.device_id

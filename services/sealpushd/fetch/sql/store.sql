@@ -30,7 +30,8 @@ WITH given AS (
     FROM given g JOIN keys USING (message_id)
 ), content AS (
     INSERT INTO contents (message_id, head, tail)
-    SELECT g.message_id, head, tail FROM given g JOIN keys USING (message_id) WHERE head <> ''
+    SELECT g.message_id, head, tail FROM given g JOIN keys USING (message_id)
+    WHERE head <> '' AND EXISTS (SELECT FROM given_deliveries d WHERE d.message_id = g.message_id AND d.state < 4)
 ), delivery AS (
     INSERT INTO deliveries (message_id, device_id, state, reason, push_reason, platform, stanza)
     SELECT d.message_id, device_id, state, reason, push_reason, platform, nullif(stanza, '')

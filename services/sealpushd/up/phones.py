@@ -1,0 +1,289 @@
+"""Simulated iPhones: the SDK's Device over a keystore in the data directory, woken by the simulated push service.
+
+They do what an app does and nothing else. Phone 1 is in use: its app is open and holds a stream. Phone 2 lies on the table: it hears
+of a message only when a push wakes it. Both belong to one person. Phone 3 is another person's, switched off and never allowed to
+receive pushes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import grpc
+import structlog
+from sealpush.device import Device, Installation, Message
+from sealpush.errors import KeystoreError, Overloaded, SealpushError, Unauthenticated
+from sealpush.ids import MessageId
+from sealpush.keystore import SqliteKeystore
+from sealpush.model import Platform, PushEnvironment
+from sealpush.transport import Channels
+
+from sealpushd.up.demo import OFFLINE_PHONE
+from sealpushd.up.endpoints import Endpoints
+from sealpushd.up.errors import UpError
+from sealpushd.up.sdk import public_endpoints
+from sealpushd.up.stack import APNS_TOPIC
+from sealpushd.v1 import simulator_pb2 as simulator
+from sealpushd.v1.simulator_pb2_grpc import SimulatedApnsStub, SimulatedSmsStub
+
+log = structlog.get_logger()
+
+_CODE_TIMEOUT_S: Final = 20.0
+_CODE = re.compile(r"\b(\d{4,8})\b")
+_RETRY_FIRST_S: Final = 0.2
+_RETRY_MAX_S: Final = 3.0
+_ONLINE_TIMEOUT_S: Final = 20.0
+# What is kept of the past for the show; the messages themselves are in the phone's keystore.
+_REMEMBERED_MAX: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A message that a phone showed, when (monotonic), and what brought it."""
+
+    message: Message
+    at: float
+    brought_by: str
+
+
+@dataclass(slots=True)
+class Handset:
+    """One phone."""
+
+    name: str
+    number: str
+    device: Device
+    keystore: SqliteKeystore = field(repr=False)
+    shown: dict[MessageId, Shown] = field(default_factory=dict)
+    # What the push service handed to this phone: the payloads as received.
+    pushes: list[bytes] = field(default_factory=list, repr=False)
+    online: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def show(self, messages: Sequence[Message], brought_by: str) -> None:
+        for message in messages:
+            if message.message_id in self.shown:
+                log.error("a message was shown twice", phone=self.name)
+            if len(self.shown) >= _REMEMBERED_MAX:
+                del self.shown[next(iter(self.shown))]
+            self.shown[message.message_id] = Shown(message, time.monotonic(), brought_by)
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def wait_for(self, message_id: MessageId, timeout_s: float) -> Shown | None:
+        """The message once the phone shows it; None when it does not in time."""
+        async with self.changed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self.changed.wait_for(lambda: message_id in self.shown)
+        return self.shown.get(message_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Handsets:
+    in_use: Handset
+    asleep: Handset
+    switched_off: Handset
+
+
+@asynccontextmanager
+async def open_phones(endpoints: Endpoints, data_dir: Path) -> AsyncIterator[Handsets]:
+    """The phones, registered and online, until the end of the block. Raises UpError, SealpushError."""
+    folder = data_dir / "phones"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    async with (
+        Channels(public_endpoints(endpoints)) as channels,
+        grpc.aio.insecure_channel(endpoints.simulators, options=[("grpc.max_reconnect_backoff_ms", 500)]) as simulators,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        apns, sms = SimulatedApnsStub(simulators), SimulatedSmsStub(simulators)
+
+        def handset(name: str, number: str) -> Handset:
+            file = folder / f"{name.replace(' ', '-')}.sqlite"
+            try:
+                keystore = stack.enter_context(SqliteKeystore(file))
+            except KeystoreError as e:
+                raise UpError(f"{file} cannot be used ({e}). Remove {folder}: the phones then register anew.") from e
+            root = bytes.fromhex(endpoints.root_public_key)
+            return Handset(name, number, Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=Platform.IOS), keystore)
+
+        phones = Handsets(
+            handset("phone 1", endpoints.phone), handset("phone 2", endpoints.phone), handset("phone 3", OFFLINE_PHONE)
+        )
+        pushed = [_Pushed(phone, apns) for phone in (phones.in_use, phones.asleep)]
+
+        async def register_both() -> None:
+            # One after the other: the number gets one code at a time.
+            for each in pushed:
+                await _register(each.phone, sms, await each.new_token())
+
+        await _all(register_both(), _register(phones.switched_off, sms, ""))
+        streaming = asyncio.Event()
+        tasks = [asyncio.create_task(each.run(), name=f"pushes of {each.phone.name}") for each in pushed]
+        tasks.append(asyncio.create_task(_stream(phones.in_use, streaming), name="stream of phone 1"))
+        try:
+            try:
+                async with asyncio.timeout(_ONLINE_TIMEOUT_S):
+                    await asyncio.gather(streaming.wait(), phones.in_use.online.wait(), phones.asleep.online.wait())
+            except TimeoutError as e:
+                raise UpError(f"the simulated phones do not come online: look into {data_dir / 'log'}") from e
+            yield phones
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all(*works: object) -> None:
+    """All of them; the first error ends the others and is raised itself."""
+    tasks = [asyncio.ensure_future(work) for work in works]  # type: ignore[call-overload]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _register(phone: Handset, sms: SimulatedSmsStub, push_token: str) -> None:
+    """Register the phone, or, where it is registered already, tell its new push token."""
+    installation = Installation(
+        push_token=push_token,
+        push_environment=PushEnvironment.SANDBOX,
+        push_topic=APNS_TOPIC,
+        push_allowed_by_os=bool(push_token),
+        push_allowed_by_app=True,
+        app_version="1.0.0",
+        locale="en",
+    )
+    if await phone.device.registration() is not None:
+        try:
+            await phone.device.update_installation(installation)
+            return
+        except Unauthenticated:
+            # The server's data went, the phone's stayed. An app would ask its user to sign in again; so does this one.
+            log.warning("the server does not know this phone any more: it registers anew", phone=phone.name)
+    before = {each.sms_id for each in (await sms.Inbox(simulator.InboxRequest(phone=phone.number))).messages}
+    while True:
+        try:
+            await phone.device.start_registration(phone.number)
+            break
+        except Overloaded as e:
+            # A run that was killed here asked for a code a moment ago.
+            await asyncio.sleep(min(e.retry_after_s or 1.0, 60.0))
+    await phone.device.confirm(await _code(sms, phone.number, before), installation)
+
+
+async def _code(sms: SimulatedSmsStub, number: str, before: set[str]) -> str:
+    """The code in the next SMS, as a person would read it."""
+    call = sms.WatchInbox(simulator.WatchInboxRequest(phone=number))
+    try:
+        async with asyncio.timeout(_CODE_TIMEOUT_S):
+            async for each in call:
+                found = _CODE.search(each.message.text)
+                if each.message.sms_id not in before and found:
+                    return found[1]
+    except TimeoutError:
+        pass
+    finally:
+        call.cancel()
+    raise UpError("no SMS with a one-time code came to the simulated inbox: look into the logs of registration and simulators")
+
+
+async def _stream(phone: Handset, caught_up: asyncio.Event) -> None:
+    """The open app: messages as they come."""
+    pause = _RETRY_FIRST_S
+    while True:
+        try:
+            async with phone.device.stream(retake=True) as messages:
+                await messages.caught_up()
+                caught_up.set()
+                pause = _RETRY_FIRST_S
+                async for message in messages:
+                    await phone.show([message], "live stream")
+        except (SealpushError, grpc.aio.AioRpcError) as e:
+            log.warning("the stream ended and begins anew", phone=phone.name, error=repr(e))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _RETRY_MAX_S)
+
+
+class _Pushed:
+    """The phone's side of the push service: a token, and pushes that wake the app."""
+
+    def __init__(self, phone: Handset, apns: SimulatedApnsStub) -> None:
+        self.phone = phone
+        self._apns = apns
+        self._token = ""
+
+    async def new_token(self) -> str:
+        made = await self._apns.CreateDevice(simulator.CreateDeviceRequest(topic=APNS_TOPIC), wait_for_ready=True, timeout=20)
+        self._token = made.device_token
+        return self._token
+
+    async def run(self) -> None:
+        """Until cancelled. A push service that was started anew knows no tokens: the phone then gets another one."""
+        pause = _RETRY_FIRST_S
+        while True:
+            try:
+                await self._connected()
+            except (grpc.aio.AioRpcError, SealpushError) as e:
+                log.warning("the push service went away; the phone connects again", phone=self.phone.name, error=repr(e)[:200])
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _RETRY_MAX_S)
+            with contextlib.suppress(grpc.aio.AioRpcError, SealpushError):
+                await self.phone.device.update_installation(
+                    Installation(push_token=await self.new_token(), push_environment=PushEnvironment.SANDBOX, push_topic=APNS_TOPIC)
+                )
+                pause = _RETRY_FIRST_S
+
+    async def _connected(self) -> None:
+        call = self._apns.Connect()
+        wakes: set[asyncio.Task[None]] = set()
+        try:
+            await call.write(simulator.ConnectRequest(online_device_tokens=[self._token]))
+            async for response in call:
+                if response.WhichOneof("frame") == "presence":
+                    if response.presence.unknown_device_tokens:
+                        return
+                    self.phone.online.set()
+                    # What was pushed while nobody listened is not pushed again: an app looks when it starts.
+                    work = asyncio.create_task(self._catch_up())
+                    wakes.add(work)
+                    work.add_done_callback(wakes.discard)
+                for notification in response.batch.notifications:
+                    self.phone.pushes.append(notification.payload)
+                    work = asyncio.create_task(self._wake(notification.payload))
+                    wakes.add(work)
+                    work.add_done_callback(wakes.discard)
+        finally:
+            call.cancel()
+            for work in wakes:
+                work.cancel()
+            await asyncio.gather(*wakes, return_exceptions=True)
+
+    async def _wake(self, payload: bytes) -> None:
+        messages = await self.phone.device.on_wake(json.loads(payload).get("id"))
+        await self.phone.show(messages, "push")
+        if not messages:
+            await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Ask until there was an answer: the system wakes an app again later when its first try failed."""
+        pause = _RETRY_FIRST_S
+        while True:
+            try:
+                await self.phone.show(await self.phone.device.drain(), "asking")
+                return
+            except SealpushError as e:
+                log.info("could not ask for messages; tries again", phone=self.phone.name, error=repr(e)[:200])
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _RETRY_MAX_S)

@@ -1,0 +1,217 @@
+"""The show: five messages, each to its end, told to people."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from sealpush.ids import MessageId
+from sealpush.model import ContentClass, Priority, State, StopPoint
+from sealpush.sender import Accepted, NotRegistered, PublishOutcome, Sender
+from sealpush.transport import Channels
+from sealpush.v1.content_pb2 import Content
+
+from sealpushd.cli.reasons import explanation
+from sealpushd.up.demo import BANK, LOGIN, NOBODYS_PHONE, OFFLINE_PHONE, PHONE, SHOP, Demo
+from sealpushd.up.endpoints import Endpoints
+from sealpushd.up.errors import UpError
+from sealpushd.up.phones import Handset, Handsets
+from sealpushd.up.sdk import public_endpoints
+
+# A message that takes longer has not worked.
+_PATIENCE_S: Final = 20.0
+# All that may pass the push service: what the system needs to show a notification, and the wake-up id.
+_PUSHED_KEYS: Final = frozenset({"aps", "id"})
+
+Say = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What became of one message."""
+
+    title: str
+    ended: str
+    expected: str
+    as_expected: bool
+    milliseconds: float
+    details: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Result:
+    messages: list[Told] = field(default_factory=list)
+
+    @property
+    def all_as_expected(self) -> bool:
+        return all(each.as_expected for each in self.messages)
+
+    def summary(self) -> dict[str, Any]:
+        ended = [each.ended for each in self.messages]
+        return {
+            "sent": len(ended),
+            "delivered": ended.count("DELIVERED"),
+            "blocked": ended.count("BLOCKED"),
+            "not_registered": ended.count("NOT_REGISTERED"),
+            "cancelled": ended.count("CANCELLED"),
+            "unexpected": sum(not each.as_expected for each in self.messages),
+        }
+
+
+async def run(endpoints: Endpoints, demo: Demo, phones: Handsets, say: Say) -> Result:
+    """Send the messages one after the other and tell what became of each. Raises SealpushError."""
+    say(f"One person, {PHONE}, has two phones: phone 1 is in use (live stream), phone 2 is asleep (pushes wake it).\n")
+    result = Result()
+    async with Channels(public_endpoints(endpoints)) as channels:
+        bank = Sender(channels, LOGIN, demo.password, sender_name=BANK, signing_key=demo.content_keys[BANK])
+        shop = Sender(channels, LOGIN, demo.password, sender_name=SHOP)
+        acts: list[Callable[[], Awaitable[Told]]] = [
+            lambda: _delivered(
+                bank,
+                phones,
+                "Demo Bank",
+                "sealed by the platform, which saw it for a moment",
+                bank.publish(PHONE, _content("Payment", "250.00 UAH paid at the bakery. Balance: 1,204.50 UAH."), priority=Priority.HIGH),
+            ),
+            lambda: _delivered(
+                bank,
+                phones,
+                "Demo Bank",
+                "sealed by the bank itself, the platform cannot read it",
+                bank.publish_sealed(PHONE, _content("Your new PIN", "4071. Tell nobody, not even us."), priority=Priority.HIGH),
+            ),
+            lambda: _blocked(shop, phones, demo),
+            lambda: _not_registered(bank),
+            lambda: _cancelled(bank),
+        ]
+        for number, act in enumerate(acts, 1):
+            told = await act()
+            result.messages.append(told)
+            mark = "" if told.as_expected else f"  (expected {told.expected})"
+            say(f"{number}  {told.title:<58} {told.ended:<15} {told.milliseconds:6.0f} ms{mark}")
+            for line in told.details:
+                say(f"   {line}")
+            say()
+    return result
+
+
+def farewell(data_dir: Path) -> str:
+    where = "" if data_dir == Path("data").absolute() else f" --data-dir {data_dir}"
+    return "\n".join(
+        (
+            "Everything runs. From a second terminal:",
+            f"  sealpush send {PHONE} 'Hello' --wait 10s{where}",
+            f"  sealpush send {PHONE} 'For your eyes only' --sealed{where}",
+            f"  sealpush status MESSAGE_ID{where}        also: cancel, explain",
+            f"  sealpush doctor{where}",
+            "Ctrl-C ends it.",
+        )
+    )
+
+
+def _content(title: str, body: str, content_class: ContentClass = ContentClass.INFORMATIONAL) -> Content:
+    return Content(title=title, body=body, content_class=content_class.value, locale="en")  # type: ignore[arg-type]
+
+
+def _ms_since(started: float) -> float:
+    return (time.monotonic() - started) * 1000
+
+
+async def _ended(sender: Sender, message_id: MessageId) -> State:
+    """The state a message ended in, followed by watching; the last one seen when the patience is over."""
+    state = State.UNSPECIFIED
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            async for status in sender.watch([message_id]):
+                state = status.state
+    except TimeoutError:
+        pass
+    return state
+
+
+def _accepted(outcome: PublishOutcome) -> Accepted:
+    if not isinstance(outcome, Accepted):
+        what = "nobody is registered" if isinstance(outcome, NotRegistered) else outcome.message
+        raise UpError(f"a message that should be accepted was not: {what}")
+    return outcome
+
+
+async def _delivered(sender: Sender, phones: Handsets, sender_name: str, sealed: str, publish: Awaitable[PublishOutcome]) -> Told:
+    started = time.monotonic()
+    pushes_before = [len(phone.pushes) for phone in (phones.in_use, phones.asleep)]
+    message_id = _accepted(await publish).message_id
+    state = await _ended(sender, message_id)
+    took = _ms_since(started)
+    shown = await asyncio.gather(*(phone.wait_for(message_id, _PATIENCE_S) for phone in (phones.in_use, phones.asleep)))
+    pushes = [
+        payload for phone, before in zip((phones.in_use, phones.asleep), pushes_before, strict=True) for payload in phone.pushes[before:]
+    ]
+    details = [sealed, _pushed_line(pushes)]
+    title = ""
+    for phone, one in zip((phones.in_use, phones.asleep), shown, strict=True):
+        if one is None:
+            details.append(f"{phone.name} showed nothing")
+        else:
+            title = one.message.content.title
+            details.append(f"{phone.name} showed “{one.message.content.body}” after {(one.at - started) * 1000:.0f} ms ({one.brought_by})")
+    well = state == State.DELIVERED and None not in shown and _opaque(pushes)
+    return Told(f"{sender_name} → {PHONE}: {title}", state.name, "DELIVERED", well, took, tuple(details))
+
+
+def _opaque(pushes: list[bytes]) -> bool:
+    """Whether nothing but a wake-up id passed the push service."""
+    return all(set(json.loads(payload)) <= _PUSHED_KEYS for payload in pushes)
+
+
+def _pushed_line(pushes: list[bytes]) -> str:
+    if not pushes:
+        return "nothing passed the push service"
+    return "through the push service went only " + ", ".join(payload.decode() for payload in pushes)
+
+
+async def _blocked(shop: Sender, phones: Handsets, demo: Demo) -> Told:
+    await phones.in_use.device.set_preference(demo.sender_ids[SHOP], block_advertising=True)
+    started = time.monotonic()
+    pushes_before = _pushes(phones.in_use, phones.asleep)
+    content = _content("Sale", "Everything for half the price!", ContentClass.ADVERTISING)
+    message_id = _accepted(await shop.publish(PHONE, content)).message_id
+    state = await _ended(shop, message_id)
+    took = _ms_since(started)
+    reason = (await shop.status(message_id)).reason
+    shown = [phone.name for phone in (phones.in_use, phones.asleep) if message_id in phone.shown]
+    well = state == State.BLOCKED and not shown and _pushes(phones.in_use, phones.asleep) == pushes_before
+    details = (explanation(reason).happened, "nothing passed the push service, no phone showed anything" if well else f"shown by: {shown}")
+    return Told(f"Demo Shop → {PHONE}: Sale (advertising)", state.name, "BLOCKED", well, took, details)
+
+
+def _pushes(*phones: Handset) -> int:
+    return sum(len(phone.pushes) for phone in phones)
+
+
+async def _not_registered(bank: Sender) -> Told:
+    started = time.monotonic()
+    outcome = await bank.publish(NOBODYS_PHONE, _content("Welcome", "Nobody reads this."))
+    took = _ms_since(started)
+    well = isinstance(outcome, NotRegistered)
+    ended = "NOT_REGISTERED" if well else type(outcome).__name__
+    details = (explanation(outcome.reason).happened + " The bank sends an SMS instead.",) if isinstance(outcome, NotRegistered) else ()
+    return Told(f"Demo Bank → {NOBODYS_PHONE}: Welcome", ended, "NOT_REGISTERED", well, took, details)
+
+
+async def _cancelled(bank: Sender) -> Told:
+    """In time for certain: phone 3 is switched off and has no push token, so that nothing but the phone itself could fetch it."""
+    started = time.monotonic()
+    message_id = _accepted(await bank.publish(OFFLINE_PHONE, _content("Loan offer", "Withdrawn."), lifetime=timedelta(hours=1))).message_id
+    cancelled = await bank.cancel(message_id)
+    state = await _ended(bank, message_id)
+    took = _ms_since(started)
+    before_push = all(each.stop_point == StopPoint.BEFORE_PUSH for each in cancelled.deliveries)
+    details = ("cancelled while the phone (phone 3) was off; " + ("no push had left" if before_push else "a push may have left"),)
+    well = state == State.CANCELLED and before_push and bool(cancelled.deliveries)
+    return Told(f"Demo Bank → {OFFLINE_PHONE}: Loan offer", state.name, "CANCELLED", well, took, details)
