@@ -22,7 +22,7 @@ async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:
     admin = await connect(suite.endpoints.postgres_url)
     await admin.execute("CREATE TABLE IF NOT EXISTS public.bench_floor (message_id uuid PRIMARY KEY, device_id uuid, content bytea)")
     try:
-        async with Phones.registered(suite, 16) as phones:
+        async with Phones.registered(suite, 16, pushed=False) as phones:
             numbers = phones.numbers
 
             async def publish(_: int) -> None:

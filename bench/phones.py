@@ -44,12 +44,15 @@ class Phones:
 
     @classmethod
     @asynccontextmanager
-    async def registered(cls, suite: Suite, count: int) -> AsyncIterator[Phones]:
-        """Phones that are fresh: their numbers are registered anew for each use and unregistered at its end."""
+    async def registered(cls, suite: Suite, count: int, *, pushed: bool = True) -> AsyncIterator[Phones]:
+        """Phones that are fresh: their numbers are registered anew for each use and unregistered at its end.
+
+        Not `pushed`: they have no push token, so that what is measured is accepting alone and not the pushes that follow.
+        """
         async with grpc.aio.insecure_channel(suite.endpoints.simulators) as simulators:
             apns = simulator_pb2_grpc.SimulatedApnsStub(simulators)
             sms = simulator_pb2_grpc.SimulatedSmsStub(simulators)
-            phones = [await _register(suite, apns, sms, suite.next_number()) for _ in range(count)]
+            phones = [await _register(suite, apns, sms, suite.next_number(), pushed=pushed) for _ in range(count)]
         try:
             yield cls(suite, phones)
         finally:
@@ -118,9 +121,7 @@ class Phones:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _register(
-    suite: Suite, apns: SimulatedApnsAsyncStub, sms: SimulatedSmsAsyncStub, number: str
-) -> Phone:
+async def _register(suite: Suite, apns: SimulatedApnsAsyncStub, sms: SimulatedSmsAsyncStub, number: str, *, pushed: bool) -> Phone:
     # No one-time prekeys: what is measured here seals to signed prekeys.
     device = Device(
         suite.endpoints.app_id,
@@ -135,5 +136,5 @@ async def _register(
     inbox = await sms.Inbox(simulator_pb2.InboxRequest(phone=number))
     code = _CODE.search(inbox.messages[-1].text)
     assert code is not None, "the message holds no code"
-    await device.confirm(code[1], Installation(push_token=token, push_allowed_by_os=True, push_allowed_by_app=True))
+    await device.confirm(code[1], Installation(push_token=token if pushed else "", push_allowed_by_os=True, push_allowed_by_app=True))
     return Phone(number, token, device)

@@ -38,7 +38,10 @@ async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:
     port = int(await echo.stdout.readline())
     credentials = grpc.ssl_channel_credentials(Path(suite.endpoints.ca).read_bytes())
     try:
-        async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel, Phones.registered(suite, 16) as phones:
+        async with (
+            grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel,
+            Phones.registered(suite, 16, pushed=False) as phones,
+        ):
             bare = publish_pb2_grpc.PublishingStub(channel)
             numbers = phones.numbers
 

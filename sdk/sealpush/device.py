@@ -1203,6 +1203,8 @@ class _Connection:
         self._holding = asyncio.Event()
         # Sent up this connection and not answered yet, by message, in the order sent.
         self._sent: dict[MessageId, deque[PendingAcknowledgement]] = {}
+        # What the store says is owed and what was sent are read and changed together, or an answer between sends it twice.
+        self._ledger = asyncio.Lock()
         self.progressed = False
 
     async def run(self, bearer: str) -> None:
@@ -1256,20 +1258,19 @@ class _Connection:
             await self._deliver(new)
 
     async def _confirm(self, results: Iterable[messages_pb2.AckResult]) -> None:
-        answered: list[PendingAcknowledgement] = []
-        for result in results:
-            sent = self._sent.get(MessageId(result.message_id))
-            if not sent:
-                continue
-            first = sent.popleft()
-            if not sent:
-                del self._sent[first.message_id]
-            if _is_final(result):
-                answered.append(first)
-        if answered:
-            device = self._device
-            await device._store(device._keystore.confirm_acknowledgements, answered)
-            self._owing.set()
+        """Forget what the service has answered. What it did not judge stays owed, and goes up the next connection."""
+        device = self._device
+        async with self._ledger:
+            answered: list[PendingAcknowledgement] = []
+            for result in results:
+                sent = self._sent.get(MessageId(result.message_id))
+                if sent and _is_final(result):
+                    answered.append(sent.popleft())
+                    if not sent:
+                        del self._sent[answered[-1].message_id]
+            if answered:
+                await device._store(device._keystore.confirm_acknowledgements, answered)
+                self._owing.set()
 
     async def _write(self, call: "_StreamCall") -> None:
         """Send what is owed; what comes meanwhile gathers in the store and goes together with the next write."""
@@ -1277,14 +1278,14 @@ class _Connection:
         while True:
             await self._owing.wait()
             self._owing.clear()
-            owed = await device._store(device._keystore.pending_acknowledgements)
-            fresh = [each for each in owed if each not in self._sent.get(each.message_id, ())][:ACKS_BATCH_MAX]
-            if not fresh:
-                continue
-            for each in fresh:
-                self._sent.setdefault(each.message_id, deque()).append(each)
-            await call.write(messages_pb2.StreamRequest(acknowledgements=map(device._signed, fresh)))
-            self._owing.set()
+            async with self._ledger:
+                owed = await device._store(device._keystore.pending_acknowledgements)
+                fresh = [each for each in owed if each not in self._sent.get(each.message_id, ())][:ACKS_BATCH_MAX]
+                for each in fresh:
+                    self._sent.setdefault(each.message_id, deque()).append(each)
+            if fresh:
+                await call.write(messages_pb2.StreamRequest(acknowledgements=map(device._signed, fresh)))
+                self._owing.set()
 
     async def _keep_house(self) -> None:
         """Try again what is held, and do what is due daily."""

@@ -38,6 +38,7 @@ from sealpush.ids import (
 from sealpush.keys import ContentSigningKey, PrekeyKind, RecipientDevice, SignedPrekey
 from sealpush.model import (
     Channel,
+    ContentClass,
     Platform,
     Priority,
     Reason,
@@ -119,6 +120,7 @@ class PublishOptions(TypedDict, total=False):
 
     request_id: str | None
     app_id: str
+    content_class: ContentClass
     priority: Priority
     lifetime: timedelta | None
     replace_key: str
@@ -138,13 +140,14 @@ class PublishOptions(TypedDict, total=False):
 class Publication:
     """One message to publish. The request id is made here where none is given; keep it to ask again.
 
-    `content.content_class` must be set. `lifetime` None: 14 days. `replace_key` defaults to the content's own.
+    `content_class` must be set, here or in the content. `lifetime` None: 14 days. `replace_key` defaults to the content's own.
     """
 
     recipient: Recipient
     content: Content = field(repr=False)
     request_id: RequestId = field(default_factory=lambda: RequestId(uuid_text(uuid7())))
     app_id: str = ""
+    content_class: ContentClass = ContentClass.UNSPECIFIED
     priority: Priority = Priority.UNSPECIFIED
     lifetime: timedelta | None = None
     replace_key: str = field(default="", repr=False)
@@ -162,8 +165,8 @@ class Publication:
     def __post_init__(self) -> None:
         if not 1 <= len(self.request_id) <= 64 or not all(" " <= char <= "~" for char in self.request_id):
             raise ValueError("request_id must be 1 to 64 printable ASCII characters")
-        if not self.content.content_class:
-            raise ValueError("content.content_class must say whether this is informational or advertising")
+        if not (self.content_class or self.content.content_class):
+            raise ValueError("content_class must say whether this is informational or advertising")
         if self.lifetime is not None and not timedelta(seconds=1) <= self.lifetime <= LIFETIME_MAX:
             raise ValueError("lifetime must be 1 s to 28 days")
 
@@ -180,6 +183,8 @@ class Publication:
         content = Content()
         content.CopyFrom(self.content)
         content.version = content.version or CONTENT_VERSION
+        if self.content_class:
+            content.content_class = common_pb2.ContentClass.ValueType(self.content_class)
         request = publish_pb2.PublishRequest(
             request_id=self.request_id,
             recipient=self.recipient.to_wire(),

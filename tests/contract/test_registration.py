@@ -341,6 +341,8 @@ async def test_an_expired_code_is_refused(world: World) -> None:
 
 
 async def test_codes_to_a_number_are_limited(world: World) -> None:
+    # Begin with a window, so that it does not end in the middle.
+    world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
     number = world.number()
     await world.start(number)
     too_soon = await refusal(world.start(number))
@@ -591,19 +593,14 @@ async def test_an_answered_challenge_gives_a_device_token(world: World) -> None:
 
 async def test_every_bad_answer_is_refused_alike(world: World) -> None:
     phone, unknown = await world.phone(), Phone(world, world.number())
-    used = await phone.challenge()
     older = await phone.challenge()
     world.clock.advance(timedelta(seconds=1))
-    newer = await phone.challenge()
-    world.clock.advance(timedelta(seconds=1))
+    newer, expired = await phone.challenge(), await phone.challenge()
     await phone.answer(newer)
-    expired = await phone.challenge()
+    answers = [await refusal(phone.answer(newer)), await refusal(phone.answer(older))]
     world.clock.advance(timedelta(seconds=61))
     fresh = await phone.challenge()
-    answers = [
-        await refusal(phone.answer(newer)),
-        await refusal(phone.answer(older)),
-        await refusal(phone.answer(used)),
+    answers += [
         await refusal(phone.answer(expired)),
         await refusal(phone.answer(fresh, IdentityKey.generate())),
         await refusal(phone.answer(fresh[:-1] + bytes([fresh[-1] ^ 1]))),

@@ -120,17 +120,17 @@ async def check_valkey(url: str) -> Check:
 async def check_health(service: str, address: str) -> Check:
     """Does a service's mesh listener say that it serves?"""
     import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from sealpushd.up import health
 
     name = f"service {service}"
     started = time.monotonic()
-    async with grpc.aio.insecure_channel(address) as channel:
-        try:
-            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=3)
-        except grpc.aio.AioRpcError as e:
-            return Check(False, name, f"{address} does not answer ({e.code().name}): look into its log")
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        return Check(False, name, f"{address} answers {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}: look into its log")
+    try:
+        answer = await health.ask(address, timeout_s=3)
+    except grpc.aio.AioRpcError as e:
+        return Check(False, name, f"{address} does not answer ({e.code().name}): look into its log")
+    if answer != "SERVING":
+        return Check(False, name, f"{address} answers {answer}: look into its log")
     return Check(True, name, f"{address} serves, answers in {(time.monotonic() - started) * 1000:.0f} ms")
 
 

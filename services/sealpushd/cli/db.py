@@ -10,14 +10,16 @@ from pathlib import Path
 
 import click
 
-from sealpushd.cli.errors import CommandFailed
+from sealpushd.cli.errors import WronglyCalled
 from sealpushd.cli.types import DURATION
 
 ADMIN_URL = "SEALPUSH_POSTGRES_ADMIN_URL"
 
 _url = click.option("--url", envvar=ADMIN_URL, help=f"PostgreSQL as a role that may create roles. From {ADMIN_URL} if not given.")
 _url_file = click.option(
-    "--url-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="File with the URL, so that it stands in no process list."
+    "--url-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the URL, so that it stands in no process list.",
 )
 
 
@@ -25,7 +27,7 @@ def _chosen(url: str | None, url_file: Path | None) -> str:
     if url_file is not None:
         return url_file.read_text().strip()
     if not url:
-        raise CommandFailed(f"which PostgreSQL? Set {ADMIN_URL}, or give --url-file or --url", 2)
+        raise WronglyCalled(f"which PostgreSQL? Set {ADMIN_URL}, or give --url-file or --url")
     return url
 
 
@@ -40,9 +42,9 @@ def _read_passwords(path: Path | None) -> dict[str, str]:
     try:
         passwords = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise CommandFailed(f"{path} is no JSON file: {e}", 2) from e
+        raise WronglyCalled(f"{path} is no JSON file: {e}") from e
     if not isinstance(passwords, dict) or not all(isinstance(value, str) and value for value in passwords.values()):
-        raise CommandFailed(f'{path} must be a JSON object of role to password: {{"fetch_app": "…"}}', 2)
+        raise WronglyCalled(f'{path} must be a JSON object of role to password: {{"fetch_app": "…"}}')
     return passwords
 
 

@@ -25,12 +25,16 @@ _KNOWN: Final = {
 class CommandFailed(click.ClickException):
     """A command cannot do what it was asked for. The message says why and what to do."""
 
-    def __init__(self, message: str, exit_code: int = _FAILED) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = _FAILED
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"sealpush: {self.format_message()}", file=file, err=file is None)
+
+
+class WronglyCalled(CommandFailed):
+    """What was given, or set up, cannot work: trying again does not help."""
+
+    exit_code = _WRONGLY_SET_UP
 
 
 def describe(error: Exception) -> CommandFailed | None:
@@ -38,7 +42,7 @@ def describe(error: Exception) -> CommandFailed | None:
     for (module, name), exit_code in _KNOWN.items():
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and isinstance(error, kind):
-            return CommandFailed(str(error), exit_code)
+            return WronglyCalled(str(error)) if exit_code == _WRONGLY_SET_UP else CommandFailed(str(error))
     grpc = sys.modules.get("grpc")
     if grpc is not None and isinstance(error, grpc.RpcError):
         code, details = getattr(error, "code", None), getattr(error, "details", None)

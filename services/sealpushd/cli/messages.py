@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from sealpushd.cli.errors import CommandFailed
+from sealpushd.cli.errors import CommandFailed, WronglyCalled
 from sealpushd.cli.options import data_dir_option
 from sealpushd.cli.types import DURATION
 
@@ -66,7 +66,6 @@ def send(
     from sealpush.model import ContentClass, Priority
     from sealpush.sender import Accepted, NotRegistered
     from sealpush.v1.content_pb2 import Content
-
     from sealpushd.cli.reasons import explanation
 
     content_class = ContentClass.ADVERTISING if advertising else ContentClass.INFORMATIONAL
@@ -76,9 +75,7 @@ def send(
         async with _senders(data_dir) as open_sender:
             sender = open_sender(sender_name or "", sealed)
             publish = sender.publish_sealed if sealed else sender.publish
-            outcome = await publish(
-                phone, content, request_id=request_id, priority=Priority[priority.upper()], lifetime=lifetime, tag=tag
-            )
+            outcome = await publish(phone, content, request_id=request_id, priority=Priority[priority.upper()], lifetime=lifetime, tag=tag)
             if isinstance(outcome, NotRegistered):
                 known = explanation(outcome.reason)
                 if as_json:
@@ -138,7 +135,8 @@ def cancel(message_id: str, sender_name: str | None, as_json: bool, data_dir: Pa
             sender, _ = await _find(open_sender, data_dir, sender_name, wanted)
             cancelled = await sender.cancel(wanted)
         deliveries = [
-            {"device_id": _text(each.device_id), "stop_point": each.stop_point.name, "state": each.state.name} for each in cancelled.deliveries
+            {"device_id": _text(each.device_id), "stop_point": each.stop_point.name, "state": each.state.name}
+            for each in cancelled.deliveries
         ]
         if as_json:
             _print_json({"message_id": message_id, "state": cancelled.state.name, "deliveries": deliveries})
@@ -195,7 +193,6 @@ async def _senders(data_dir: Path) -> AsyncIterator[Callable[[str, bool], Sender
     """What opens a sender of the running demo by name, all over the same connections."""
     from sealpush.sender import Sender
     from sealpush.transport import Channels
-
     from sealpushd.up.endpoints import Endpoints
     from sealpushd.up.sdk import content_key, public_endpoints
 
@@ -203,7 +200,7 @@ async def _senders(data_dir: Path) -> AsyncIterator[Callable[[str, bool], Sender
 
     def open_sender(name: str, sealed: bool) -> Sender:
         if name and name not in endpoints.senders:
-            raise CommandFailed(f"there is no sender {name!r}; there are: {', '.join(endpoints.senders)}", 2)
+            raise WronglyCalled(f"there is no sender {name!r}; there are: {', '.join(endpoints.senders)}")
         key = content_key(endpoints, name) if sealed else None
         return Sender(channels, endpoints.login, endpoints.password, sender_name=name, signing_key=key)
 
@@ -216,7 +213,6 @@ async def _find(
 ) -> tuple[Sender, MessageStatus]:
     """The sender that a message is of, and its status."""
     from sealpush.errors import NotFound
-
     from sealpushd.up.endpoints import Endpoints
 
     for candidate in [name] if name else Endpoints.load(data_dir).senders:
@@ -249,7 +245,9 @@ def _parse(message_id: str) -> MessageId:
     try:
         return MessageId(parse_uuid(message_id))
     except ValueError as e:
-        raise CommandFailed(f"{message_id!r} is no message id: it looks like 0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b, as `send` printed it", 2) from e
+        raise WronglyCalled(
+            f"{message_id!r} is no message id: it looks like 0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b, as `send` printed it"
+        ) from e
 
 
 def _text(value: bytes) -> str:
@@ -296,7 +294,11 @@ def _show(status: MessageStatus, as_json: bool) -> None:
     reason = f" ({status.reason.name})" if status.reason else ""
     click.echo(f"{_text(status.message_id)}  {status.state.name}{reason}  after {_ms(status.created_at, status.at)}")
     for each in status.deliveries:
-        steps = [f"{word} {_ms(status.created_at, moment)}" for word, moment in (("pushed", each.pushed_at), ("fetched", each.fetched_at)) if moment]
+        steps = [
+            f"{word} {_ms(status.created_at, moment)}"
+            for word, moment in (("pushed", each.pushed_at), ("fetched", each.fetched_at))
+            if moment
+        ]
         steps.append(f"{each.state.name.lower()} {_ms(status.created_at, each.at)}")
         why = next((f"  {reason.name}" for reason in (each.reason, each.push_reason) if reason and reason != status.reason), "")
         click.echo(f"  device {_text(each.device_id)[-8:]}  {each.state.name:<12} {', '.join(steps)}{why}")

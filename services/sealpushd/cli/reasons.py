@@ -37,22 +37,28 @@ REASONS: Final[dict[int, Explanation]] = {
     common.REASON_CODE_OPERATOR_INVALID_SOURCE: Explanation(
         "The sender name is not registered with the operator.", "Register the name, or send under a registered one."
     ),
-    common.REASON_CODE_OPERATOR_SPAM_FILTERED: Explanation("The operator's spam filter dropped it.", "Change the text, or ask the operator."),
+    common.REASON_CODE_OPERATOR_SPAM_FILTERED: Explanation(
+        "The operator's spam filter dropped it.", "Change the text, or ask the operator."
+    ),
     common.REASON_CODE_VERIFICATION: Explanation("The recipient cannot receive on this channel.", _ANOTHER_CHANNEL),
     common.REASON_CODE_BUSY: Explanation("The number was busy.", "Try again later."),
     common.REASON_CODE_BAD_PARAMETERS: Explanation("A parameter is missing or wrong.", "Correct the request and send it anew."),
-    common.REASON_CODE_CONSUMER_ID_NOT_FOUND: Explanation("No customer has this user id in the app.", "Check the id; " + _ANOTHER_CHANNEL.lower()),
+    common.REASON_CODE_CONSUMER_ID_NOT_FOUND: Explanation(
+        "No customer has this user id in the app.", "Check the id; " + _ANOTHER_CHANNEL.lower()
+    ),
     common.REASON_CODE_CONSUMER_PHONE_NOT_FOUND: Explanation(
         "Nobody registered this phone number in the app.", "Use another channel; it works once the person signs in to the app."
     ),
     common.REASON_CODE_NO_PRIMARY_DEVICES: Explanation(
-        "Only the primary installation was asked for, and the recipient has none.", "Send without the restriction to the primary installation."
+        "Only the primary installation was asked for, and the recipient has none.",
+        "Send without the restriction to the primary installation.",
     ),
     common.REASON_CODE_NO_ACTIVE_INSTALLATIONS: Explanation(
         "The recipient has no installation of the app that can receive.", "Use another channel; it works again once the app is opened."
     ),
     common.REASON_CODE_PUSH_DISABLED: Explanation(
-        "The recipient switched pushes off in the app.", "The message waits to be fetched when the app is opened; if it is urgent, use another channel."
+        "The recipient switched pushes off in the app.",
+        "The message waits to be fetched when the app is opened; if it is urgent, use another channel.",
     ),
     common.REASON_CODE_PUSH_OS_DISABLED: Explanation(
         "The recipient switched pushes off in the phone's settings.",
@@ -68,12 +74,18 @@ REASONS: Final[dict[int, Explanation]] = {
     common.REASON_CODE_PROVIDER_ERROR: Explanation(
         "The push service answered with an error.", "The message can still be fetched; operators find the answer in the log of dispatch."
     ),
-    common.REASON_CODE_UNROUTED_ACCOUNT: Explanation("The outside account has no configuration.", "Ask the platform's operator to configure it."),
-    common.REASON_CODE_UNKNOWN_LAYOUT: Explanation("The channel does not know the layout of the content.", "Use a layout that the channel knows."),
+    common.REASON_CODE_UNROUTED_ACCOUNT: Explanation(
+        "The outside account has no configuration.", "Ask the platform's operator to configure it."
+    ),
+    common.REASON_CODE_UNKNOWN_LAYOUT: Explanation(
+        "The channel does not know the layout of the content.", "Use a layout that the channel knows."
+    ),
     common.REASON_CODE_PLATFORM_NOT_FOUND: Explanation(
         "The recipient has no installation on the platforms that were asked for.", "Send to all platforms, or use another channel."
     ),
-    common.REASON_CODE_SENDER_BLOCKED: Explanation("The recipient blocks everything of this sender.", "Respect it; the law may ask for another channel."),
+    common.REASON_CODE_SENDER_BLOCKED: Explanation(
+        "The recipient blocks everything of this sender.", "Respect it; the law may ask for another channel."
+    ),
     common.REASON_CODE_ADVERTISING_BLOCKED: Explanation(
         "The recipient blocks this sender's advertising.", "Respect it: do not send advertising to this recipient on any channel."
     ),
@@ -82,16 +94,20 @@ REASONS: Final[dict[int, Explanation]] = {
         "Use another channel, or a longer lifetime next time.",
     ),
     common.REASON_CODE_CANCELLED_BY_SENDER: Explanation("The sender cancelled it.", "Nothing to do."),
-    common.REASON_CODE_REPLACED_BY_NEWER: Explanation("A newer message with the same replace key took its place.", "Look at the newer message."),
+    common.REASON_CODE_REPLACED_BY_NEWER: Explanation(
+        "A newer message with the same replace key took its place.", "Look at the newer message."
+    ),
     common.REASON_CODE_TOKEN_GONE: Explanation(
-        "The push service says that the app was removed from this phone.", "Use another channel; it works again once the app is installed and opened."
+        "The push service says that the app was removed from this phone.",
+        "Use another channel; it works again once the app is installed and opened.",
     ),
     common.REASON_CODE_UNREGISTERED: Explanation("The user signed this installation out.", _ANOTHER_CHANNEL),
     common.REASON_CODE_NUMBER_REBOUND: Explanation(
         "The number belongs to somebody else now.", "Check with your customer which number is theirs; do not send to this one."
     ),
     common.REASON_CODE_DEVICE_CANNOT_OPEN: Explanation(
-        "The phone received it and could not open it.", "Send it again; if that fails as well, the app must be registered anew on the phone."
+        "The phone received it and could not open it.",
+        "Send it again; if that fails as well, the app must be registered anew on the phone.",
     ),
     common.REASON_CODE_NO_PREKEY: Explanation(
         "The phone has no usable key, so nothing could be sealed for it: the app was not opened for three months.", _ANOTHER_CHANNEL
@@ -103,7 +119,8 @@ REASONS: Final[dict[int, Explanation]] = {
         "The installation has no push token, so it must ask by itself.", "The message waits to be fetched when the app is opened."
     ),
     common.REASON_CODE_NO_LANE: Explanation(
-        "No push service is configured for the app on this platform.", "Ask the platform's operator to configure one; the message can still be fetched."
+        "No push service is configured for the app on this platform.",
+        "Ask the platform's operator to configure one; the message can still be fetched.",
     ),
 }
 

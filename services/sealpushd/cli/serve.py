@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from pathlib import Path
 from typing import Final
 
 import click
 
-from sealpushd.cli.errors import CommandFailed
+from sealpushd.cli.errors import CommandFailed, WronglyCalled
 
 SERVICES: Final = ("accounts", "registration", "keys", "publishing", "dispatch", "fetch")
 
@@ -30,7 +31,7 @@ def serve(name: str) -> None:
     try:
         app = importlib.import_module(f"sealpushd.{name}.app")
     except ModuleNotFoundError as e:
-        raise CommandFailed(f"the service {name} is not installed ({e}): install `sealpush[server]`", 2) from e
+        raise WronglyCalled(f"the service {name} is not installed ({e}): install `sealpush[server]`") from e
     uvloop.run(run_service(name, loaded, app.build))
 
 
@@ -64,7 +65,9 @@ def _provider_key(_: click.Context, __: click.Parameter, values: tuple[str, ...]
     metavar="TEAM_ID:KEY_ID:FILE",
     help="Public key (PEM, P-256) of a provider to trust. Repeatable.",
 )
-def apns(apns_port: int, control_port: int, host: str, certificate: Path, private_key: Path, provider_keys: list[tuple[str, str, Path]]) -> None:
+def apns(
+    apns_port: int, control_port: int, host: str, certificate: Path, private_key: Path, provider_keys: list[tuple[str, str, Path]]
+) -> None:
     """Run a simulated APNs, its phones, and an SMS inbox, until SIGTERM."""
     from sealpushd.platform import logging
     from sealpushd.simulators.server import ProviderKey, SimulatorSettings, run_simulators
@@ -98,14 +101,13 @@ def settings() -> None:
 def health(address: str, timeout_s: float) -> None:
     """Ask a service's mesh listener whether it serves; exit code 0 if so. For health checks of containers."""
     import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-        except grpc.RpcError as e:
-            raise CommandFailed(f"{address} does not answer: {e.code().name}") from e
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        raise CommandFailed(f"{address} answers {status}")
-    click.echo(status)
+    from sealpushd.up.health import ask
+
+    try:
+        answer = asyncio.run(ask(address, timeout_s=timeout_s))
+    except grpc.aio.AioRpcError as e:
+        raise CommandFailed(f"{address} does not answer: {e.code().name}") from e
+    if answer != "SERVING":
+        raise CommandFailed(f"{address} answers {answer}")
+    click.echo(answer)

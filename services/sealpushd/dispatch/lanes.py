@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 from prometheus_client import Counter, Gauge
 
+from sealpush.v1 import common_pb2
 from sealpushd.dispatch.providers.base import Misconfigured, Outcome, Provider, RefreshAuth
 from sealpushd.dispatch.rules import Breaker, Circuit, Decision, Pushed, Quarantine, Retry, StopLane, TokenDead, fails_lane
 from sealpushd.dispatch.store import LaneRow
@@ -36,6 +37,14 @@ CREDIT_SHARE: Final = 4
 _HELD = Gauge("sealpush_lane_held", "Wake-ups that dispatch holds, by lane.", ["app", "platform"])
 _SENDING = Gauge("sealpush_lane_in_flight", "Wake-ups on the way to the push service, by lane.", ["app", "platform"])
 _OPEN = Gauge("sealpush_lane_open", "1: the lane takes wake-ups; 0: paused, broken or misconfigured.", ["app", "platform"])
+
+
+def platform_label(platform: int) -> str:
+    """The platform as metrics name it, "ios"; its number when it is newer than this program."""
+    try:
+        return common_pb2.Platform.Name(common_pb2.Platform.ValueType(platform)).removeprefix("PLATFORM_").lower()
+    except ValueError:
+        return str(platform)
 
 
 class LaneState(Enum):
@@ -108,7 +117,7 @@ class Lane:
         # The last word of whatever broke the lane or stopped it.
         self._broken_by = ""
         self._misconfigured = False
-        labels = (app_id, str(platform))
+        self._labels = labels = (app_id, platform_label(platform))
         # Label look-ups cost more than counting: remember the children.
         self._wake_ups: dict[str, Counter] = {}
         _HELD.labels(*labels).set_function(lambda: self.held)
@@ -142,7 +151,7 @@ class Lane:
         """Count an outcome, one of the proto's words in lower case."""
         counter = self._wake_ups.get(outcome)
         if counter is None:
-            counter = self._wake_ups[outcome] = WAKE_UPS.labels(self.app_id, str(self.platform), outcome)
+            counter = self._wake_ups[outcome] = WAKE_UPS.labels(*self._labels, outcome)
         counter.inc()
 
     def settled(self) -> None:

@@ -35,6 +35,7 @@ REPORTS_MAX: Final = 512
 WRITE_PAUSE_S: Final = 0.01
 # Full jitter between 0 and 0.2 s · 2^n before the mailbox is asked for another session.
 RECONNECT_BASE_S: Final = 0.2
+RECONNECT_MIN_S: Final = 0.02
 RECONNECT_MAX_S: Final = 5.0
 # A session that lived for so long, or brought something, was a good one: the next follows soon.
 SESSION_STABLE_S: Final = 5.0
@@ -66,14 +67,17 @@ _RECONNECTS: Final = Counter("sealpush_wake_up_sessions", "Sessions with the mai
 
 
 class _Session:
-    """What one session owes the mailbox. `live` ends with it: nothing that it handed out is ours any more."""
+    """What one session owes the mailbox. `live` ends with it: nothing that it handed out is ours any more.
 
-    def __init__(self) -> None:
+    `changed` is shared by all sessions: what an earlier one still has under way takes room, and gives it back to the present one.
+    """
+
+    def __init__(self, changed: asyncio.Event) -> None:
         self.live = True
         self.held = 0
         self.brought_something = False
         self.reports: deque[mailbox_pb2.WakeUpReport] = deque()
-        self.changed = asyncio.Event()
+        self.changed = changed
 
 
 class _Held:
@@ -174,11 +178,12 @@ class Dispatcher:
         self._suspects: OrderedDict[tuple[bytes, datetime], str] = OrderedDict()
         self._session: _Session | None = None
         self._work: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
         self._draining = asyncio.Event()
         self._drain_is_over = False
         self._ended = asyncio.Event()
         self._ended.set()
-        lanes.on_change = self._wake
+        lanes.on_change = self._changed.set
 
     # The session
 
@@ -193,7 +198,7 @@ class Dispatcher:
                     await self._draining.wait()
                     return
                 started_at = asyncio.get_running_loop().time()
-                session = _Session()
+                session = _Session(self._changed)
                 try:
                     await self._hold(session)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as e:
@@ -201,7 +206,7 @@ class Dispatcher:
                     log.warning("the session with the mailbox ended and begins anew", code=code, held=session.held)
                 if session.brought_something or asyncio.get_running_loop().time() - started_at > SESSION_STABLE_S:
                     failures = 0
-                pause = self._random() * min(RECONNECT_BASE_S * 2 ** min(failures, 10), RECONNECT_MAX_S)
+                pause = max(self._random() * min(RECONNECT_BASE_S * 2 ** min(failures, 10), RECONNECT_MAX_S), RECONNECT_MIN_S)
                 failures += 1
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
@@ -215,21 +220,17 @@ class Dispatcher:
     async def drain(self) -> None:
         """Take nothing more, let sends end within the limit, report them, end the session. The mailbox releases the rest."""
         self._draining.set()
-        self._wake()
+        self._changed.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_limit.total_seconds()):
                 await self._ended.wait()
                 return
         log.warning("sends did not end within the time for draining", held=self._session.held if self._session else 0)
         self._drain_is_over = True
-        self._wake()
+        self._changed.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * LAST_WORD_S):
                 await self._ended.wait()
-
-    def _wake(self) -> None:
-        if self._session is not None:
-            self._session.changed.set()
 
     async def _hold(self, session: _Session) -> None:
         """One session until it ends; raises what ended it."""

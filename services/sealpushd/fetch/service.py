@@ -119,7 +119,7 @@ class Mailbox:
         self._leases = leases
         self.journal = Journal()
         self._storing: NaturalBatcher[NewMessage, tuple[Accepted, bool]] = NaturalBatcher(
-            self._store_batch, weigh=lambda message: 512 + len(message.tail), in_flight_max=2
+            self._store_batch, weigh=lambda message: 512 + len(message.tail)
         )
         self._looking_up: NaturalBatcher[AcceptedKey, Accepted | None] = NaturalBatcher(store.lookup_accepted)
         self._taking: NaturalBatcher[TakeQuery, list[Taken]] = NaturalBatcher(self._take_batch)

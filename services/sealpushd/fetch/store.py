@@ -223,20 +223,31 @@ class MailboxStore:
         return answers
 
     async def _acknowledge_late(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
-        # What is open but over its time did not close: end it first, so that the acknowledgement is late for something.
-        await self.sweep()
+        answers, overdue = await self._late_acks(acks)
+        if overdue:
+            # Open, but over its time: end it first, so that the acknowledgement is late for something.
+            await self.sweep()
+            ended, _ = await self._late_acks(overdue)
+            answers.update(ended)
+        return answers
+
+    async def _late_acks(self, acks: Sequence[tuple[int, Ack]]) -> tuple[dict[int, AckAnswer], list[tuple[int, Ack]]]:
+        """Answers, and those acknowledgements whose delivery is still open."""
         columns = _columns(((a.message_id, a.device_id, a.content_id, a.outcome, a.reason, a.signature) for _, a in acks), 6)
         rows = await self._retrying(lambda: self._fetch("late_ack", *columns))
         found = {(row["message_id"], row["device_id"]): row for row in rows}
         answers = {}
+        overdue = []
         for n, a in acks:
             row = found.get((a.message_id, a.device_id))
             if row is None:
                 answers[n] = AckAnswer(a.message_id, Verdict.UNKNOWN, None)
-            else:
-                verdict = Verdict.ACCEPTED if row["repeated"] else Verdict.LATE
-                answers[n] = AckAnswer(a.message_id, verdict, State(row["state"]))
-        return answers
+                continue
+            state = State(row["state"])
+            answers[n] = AckAnswer(a.message_id, Verdict.ACCEPTED if row["repeated"] else Verdict.LATE, state)
+            if not state.terminal:
+                overdue.append((n, a))
+        return answers, overdue
 
     async def _read(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
         distinct = dict.fromkeys((a.message_id, a.device_id, a.content_id) for _, a in acks)

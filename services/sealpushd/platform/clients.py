@@ -77,7 +77,7 @@ class BatchedCall(Generic[Item, Result]):
         build: Callable[[Sequence[Item]], Message],
         results: Callable[[Any], Sequence[Result]],
         *,
-        in_flight_max: int = 2,
+        in_flight_max: int = 1,
         weigh: Callable[[Item], int] | None = None,
     ) -> None:
         async def flush(items: Sequence[tuple[Item, tuple[str, ...]]]) -> Sequence[Result]:

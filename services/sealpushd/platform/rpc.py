@@ -17,11 +17,11 @@ from urllib.parse import unquote
 
 import grpc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from sealpush.ids import uuid7
 from sealpushd.platform import access, telemetry
-from sealpushd.platform.errors import DeadlineExceeded, ServiceError, render
+from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, render
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.metrics import RPC_IN_FLIGHT, RPC_SECONDS
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
@@ -112,6 +112,16 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
     # Label look-ups cost more than the observation: remember the children by answer.
     seconds = {code: RPC_SECONDS.labels(method, code.name) for code in grpc.StatusCode}
 
+    def parse(raw: bytes) -> Any:
+        try:
+            return handler.request_deserializer(raw)
+        except DecodeError as e:
+            raise InvalidRequest("the bytes are not this method's request message (protobuf, texts in UTF-8)") from e
+
+    async def parsed(requests: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
+        async for raw in requests:
+            yield parse(raw)
+
     def enter(context: Context) -> Mapping[str, str]:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         given = metadata.get(REQUEST_ID_KEY, "")
@@ -132,12 +142,13 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             error = ServiceError("internal error; the log has it under this request id")
         return render(error)
 
-    async def unary(request: Message, context: Context) -> Any:
+    async def unary(raw: bytes, context: Context) -> Any:
         start = time.perf_counter()
         code = grpc.StatusCode.OK
         in_flight.inc()
         try:
             metadata = enter(context)
+            request = parse(raw)
             remaining = context.time_remaining()
             limit = DEADLINE_S_MAX if remaining is None else min(remaining, DEADLINE_S_MAX)
             async with asyncio.timeout(limit):
@@ -177,20 +188,18 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             seconds[code].observe(time.perf_counter() - start)
 
     # gRPC looks at the function itself: only an asynchronous generator runs in the event loop.
-    async def unary_stream(request: Message, context: Context) -> AsyncGenerator[Message, None]:
-        async with contextlib.aclosing(streaming(lambda: handler.unary_stream(request, context), context)) as responses:
+    async def unary_stream(raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
+        async with contextlib.aclosing(streaming(lambda: handler.unary_stream(parse(raw), context), context)) as responses:
             async for response in responses:
                 yield response
 
-    async def stream_stream(requests: AsyncIterator[Message], context: Context) -> AsyncGenerator[Message, None]:
-        async with contextlib.aclosing(streaming(lambda: handler.stream_stream(requests, context), context)) as responses:
+    async def stream_stream(requests: AsyncIterator[bytes], context: Context) -> AsyncGenerator[Message, None]:
+        async with contextlib.aclosing(streaming(lambda: handler.stream_stream(parsed(requests), context), context)) as responses:
             async for response in responses:
                 yield response
 
-    serializers = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
+    # Requests stay bytes until the caller is known: a stranger's are never parsed, and what cannot be parsed gets a proper answer.
+    serializers = {"request_deserializer": None, "response_serializer": handler.response_serializer}
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(stream_stream, **serializers)
     if handler.response_streaming:

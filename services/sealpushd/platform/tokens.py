@@ -163,7 +163,7 @@ class TokenVerifier:
         try:
             claimed = jwt.decode(token, options={"verify_signature": False})
             issuer, audience = str(claimed.get("iss")), str(claimed.get("aud"))
-        except (jwt.PyJWTError, RecursionError) as e:
+        except jwt.PyJWTError as e:
             raise Unauthenticated("the access token is malformed; sign in again") from e
         if ISSUERS.get(audience, issuer if audience == "mesh" else None) != issuer:
             raise Unauthenticated("the access token comes from an issuer that may not vouch for it; sign in again")
@@ -183,7 +183,7 @@ class TokenVerifier:
                 continue
             except jwt.ExpiredSignatureError as e:
                 raise Unauthenticated("the access token has expired; sign in again") from e
-            except (jwt.PyJWTError, KeyError, ValueError, TypeError, OverflowError) as e:
+            except (jwt.PyJWTError, KeyError, ValueError, TypeError) as e:
                 raise Unauthenticated("the access token is not valid; sign in again") from e
         raise Unauthenticated("the access token is not signed by a key this installation trusts; sign in again")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final
@@ -60,12 +61,12 @@ _REQUEST_LIMITS: Final = {"app_id": 64, "replace_key": 64, "tag": 50, "originato
 class Publication:
     """A request that could be right: everything that can be known without asking anybody was checked."""
 
-    request: publish_pb2.PublishRequest = field(repr=False)
+    request: publish_pb2.PublishRequest = dataclasses.field(repr=False)
     app_id: str
     created_at: datetime
     expires_at: datetime
     # Serialised Content for the server to seal, or the envelope that the sender sealed.
-    plain: bytes | None = field(repr=False)
+    plain: bytes | None = dataclasses.field(repr=False)
     envelope: Envelope | None
 
 
@@ -192,7 +193,7 @@ def _plain(request: publish_pb2.PublishRequest) -> bytes:
 
 def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: timedelta | None, now: datetime) -> Envelope:
     if len(sealed.envelope) > SEALED_BYTES_MAX:
-        raise InvalidRequest(f"the envelope is {len(sealed.envelope)} bytes, at most {SEALED_BYTES_MAX} are possible", field="sealed.envelope")
+        raise InvalidRequest(f"an envelope is at most {SEALED_BYTES_MAX} bytes", field="sealed.envelope")
     try:
         envelope = Envelope.parse(sealed.envelope)
     except EnvelopeRefused as e:

@@ -41,7 +41,9 @@ _TAIL_BYTES: Final = 4096
 class Child:
     """One process that is kept running until `stop`."""
 
-    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, ready: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, ready: Callable[[], Awaitable[None]]
+    ) -> None:
         """`ready` returns once the process answers; it may wait for ever, the caller bounds it."""
         self.name = name
         self.restarts = 0

@@ -1,16 +1,17 @@
 """The demo's organisation, app and senders: their keys on disk, their rows through the Administration API.
 
-    demo/root.key               the platform's root, which apps pin; here beside everything else, in earnest kept offline
-    demo/<sender>.key           what the sender signs contents with when it seals by itself
-    demo/<sender>.id            the sender's id
-    demo/<sender>.entry         what the root certified of it
-    demo/platform-<key>.entry   what the root certified of the platform's sealing key
-    demo/password               of the demo organisation's login
+demo/root.key               the platform's root, which apps pin; here beside everything else, in earnest kept offline
+demo/<sender>.key           what the sender signs contents with when it seals by itself
+demo/<sender>.id            the sender's id
+demo/<sender>.entry         what the root certified of it
+demo/platform-<key>.entry   what the root certified of the platform's sealing key
+demo/password               of the demo organisation's login
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets as randomness
 import time
 from collections.abc import Callable
@@ -66,7 +67,9 @@ async def set_up(ports: Ports, secrets: Secrets) -> Demo:
         await asyncio.gather(accounts.aclose(), keys.aclose())
 
 
-async def _set_up(folder: Path, root: RootKey, admin: AdministrationStub, sealer: SealingStub, accounts: MeshChannel, keys: MeshChannel) -> Demo:
+async def _set_up(
+    folder: Path, root: RootKey, admin: AdministrationStub, sealer: SealingStub, accounts: MeshChannel, keys: MeshChannel
+) -> Demo:
     password = _kept(folder / "password", lambda: randomness.token_urlsafe(24).encode()).decode()
     organisation, _, platform = await asyncio.gather(
         accounts.call(admin.PutOrganisation, administration.PutOrganisationRequest(login=LOGIN, password=password, name="Demo")),
@@ -92,8 +95,8 @@ async def _set_up(folder: Path, root: RootKey, admin: AdministrationStub, sealer
         key = ContentSigningKey.from_seed(_kept(folder / f"{name}.key", lambda: randomness.token_bytes(32)))
         entry = _kept(
             folder / f"{name}.entry",
-            lambda sender_id=sender_id, display_name=display_name, key=key: _certify(
-                root, sender_id, display_name, EntryRole.SENDER, SenderMode.SERVER | SenderMode.END_TO_END, key.public_key
+            functools.partial(
+                _certify, root, sender_id, display_name, EntryRole.SENDER, SenderMode.SERVER | SenderMode.END_TO_END, key.public_key
             ),
         )
         demo.sender_ids[name], demo.content_keys[name], demo.entries[name] = sender_id, key, entry

@@ -16,8 +16,9 @@ async def maintain(url: str) -> tuple[int, int]:
         await connection.execute("SET statement_timeout = 0")
         # Whatever waits for this lock holds up all traffic behind it: rather try again in the next round.
         await connection.execute("SET lock_timeout = '2s'")
-        made = await connection.fetchval("SELECT fetch.ensure_partitions()")
-        dropped = await connection.fetchval("SELECT fetch.drop_partitions()")
+        # Quoted: FETCH is a word of SQL.
+        made = await connection.fetchval('SELECT "fetch".ensure_partitions()')
+        dropped = await connection.fetchval('SELECT "fetch".drop_partitions()')
     except (asyncpg.UndefinedFunctionError, asyncpg.InvalidSchemaNameError) as e:
         raise SchemaError("the database has no Sealpush schemas yet: run `sealpush db migrate` first") from e
     except asyncpg.InsufficientPrivilegeError as e:

@@ -16,17 +16,17 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import structlog
+
 from sealpush.device import Device, Installation, Message
 from sealpush.errors import KeystoreError, Overloaded, SealpushError, Unauthenticated
 from sealpush.ids import MessageId
 from sealpush.keystore import SqliteKeystore
 from sealpush.model import Platform, PushEnvironment
 from sealpush.transport import Channels
-
 from sealpushd.up.demo import OFFLINE_PHONE
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
@@ -34,6 +34,9 @@ from sealpushd.up.sdk import public_endpoints
 from sealpushd.up.stack import APNS_TOPIC
 from sealpushd.v1 import simulator_pb2 as simulator
 from sealpushd.v1.simulator_pb2_grpc import SimulatedApnsStub, SimulatedSmsStub
+
+if TYPE_CHECKING:
+    from sealpushd.v1.simulator_pb2_grpc import SimulatedApnsAsyncStub, SimulatedSmsAsyncStub
 
 log = structlog.get_logger()
 
@@ -114,11 +117,11 @@ async def open_phones(endpoints: Endpoints, data_dir: Path) -> AsyncIterator[Han
             except KeystoreError as e:
                 raise UpError(f"{file} cannot be used ({e}). Remove {folder}: the phones then register anew.") from e
             root = bytes.fromhex(endpoints.root_public_key)
-            return Handset(name, number, Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=Platform.IOS), keystore)
+            return Handset(
+                name, number, Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=Platform.IOS), keystore
+            )
 
-        phones = Handsets(
-            handset("phone 1", endpoints.phone), handset("phone 2", endpoints.phone), handset("phone 3", OFFLINE_PHONE)
-        )
+        phones = Handsets(handset("phone 1", endpoints.phone), handset("phone 2", endpoints.phone), handset("phone 3", OFFLINE_PHONE))
         pushed = [_Pushed(phone, apns) for phone in (phones.in_use, phones.asleep)]
 
         async def register_both() -> None:
@@ -154,7 +157,7 @@ async def _all(*works: object) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _register(phone: Handset, sms: SimulatedSmsStub, push_token: str) -> None:
+async def _register(phone: Handset, sms: SimulatedSmsAsyncStub, push_token: str) -> None:
     """Register the phone, or, where it is registered already, tell its new push token."""
     installation = Installation(
         push_token=push_token,
@@ -183,7 +186,7 @@ async def _register(phone: Handset, sms: SimulatedSmsStub, push_token: str) -> N
     await phone.device.confirm(await _code(sms, phone.number, before), installation)
 
 
-async def _code(sms: SimulatedSmsStub, number: str, before: set[str]) -> str:
+async def _code(sms: SimulatedSmsAsyncStub, number: str, before: set[str]) -> str:
     """The code in the next SMS, as a person would read it."""
     call = sms.WatchInbox(simulator.WatchInboxRequest(phone=number))
     try:
@@ -219,7 +222,7 @@ async def _stream(phone: Handset, caught_up: asyncio.Event) -> None:
 class _Pushed:
     """The phone's side of the push service: a token, and pushes that wake the app."""
 
-    def __init__(self, phone: Handset, apns: SimulatedApnsStub) -> None:
+    def __init__(self, phone: Handset, apns: SimulatedApnsAsyncStub) -> None:
         self.phone = phone
         self._apns = apns
         self._token = ""

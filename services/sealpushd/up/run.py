@@ -49,7 +49,7 @@ async def run(options: Options) -> int:
 
     def say(text: str = "") -> None:
         if not options.quiet:
-            print(text, flush=True)  # noqa: T201 - this is the program's output
+            print(text, flush=True)
 
     work = asyncio.current_task()
     assert work is not None  # noqa: S101 - asyncio.run made one
@@ -98,7 +98,10 @@ async def _run(options: Options, started_at: float, say: Callable[..., None]) ->
             say(f"PostgreSQL, Valkey, {len(SERVICES)} services and the simulators answer after {ready_seconds:.1f} s\n")
             set_up = await demo.set_up(ports, made)
             endpoints = _endpoints(options.data_dir, ports, made, engines, set_up)
-            async with _maintained(maintenance_url(engines.postgres_dsn, made)), phones.open_phones(endpoints, options.data_dir) as handsets:
+            async with (
+                _maintained(maintenance_url(engines.postgres_dsn, made)),
+                phones.open_phones(endpoints, options.data_dir) as handsets,
+            ):
                 endpoints.write(options.data_dir)
                 try:
                     failing = asyncio.ensure_future(engines.wait())
@@ -125,7 +128,7 @@ def _finish(result: object, started_at: float, ready_seconds: float, stack: Stac
         "seconds": round(time.monotonic() - started_at, 2),
         "restarts": restarts,
     }
-    print(json.dumps(line), flush=True)  # noqa: T201 - the promised last line
+    print(json.dumps(line), flush=True)
     return 0 if result.all_as_expected else 1
 
 

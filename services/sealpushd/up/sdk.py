@@ -6,7 +6,6 @@ from pathlib import Path
 
 from sealpush.keys import ContentSigningKey
 from sealpush.transport import Endpoints as PublicEndpoints
-
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
 

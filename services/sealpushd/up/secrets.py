@@ -127,7 +127,9 @@ class _Once:
     def make(self, path: Path, content: Callable[[], bytes], check: Callable[[bytes], None]) -> None:
         if not path.exists():
             if self.made_before:
-                raise UpError(f"{path} is missing. Restore it from a back-up of the data directory; what it protects cannot be read without.")
+                raise UpError(
+                    f"{path} is missing. Restore it from a back-up of the data directory; what it protects cannot be read without."
+                )
             write_secret(path, content())
             _sync(path.parent)
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,6 @@ from sealpush.model import ContentClass, Priority, State, StopPoint
 from sealpush.sender import Accepted, NotRegistered, PublishOutcome, Sender
 from sealpush.transport import Channels
 from sealpush.v1.content_pb2 import Content
-
 from sealpushd.cli.reasons import explanation
 from sealpushd.up.demo import BANK, LOGIN, NOBODYS_PHONE, OFFLINE_PHONE, PHONE, SHOP, Demo
 from sealpushd.up.endpoints import Endpoints
@@ -103,16 +104,28 @@ async def run(endpoints: Endpoints, demo: Demo, phones: Handsets, say: Say) -> R
 
 def farewell(data_dir: Path) -> str:
     where = "" if data_dir == Path("data").absolute() else f" --data-dir {data_dir}"
+    sealpush = _program()
     return "\n".join(
         (
             "Everything runs. From a second terminal:",
-            f"  sealpush send {PHONE} 'Hello' --wait 10s{where}",
-            f"  sealpush send {PHONE} 'For your eyes only' --sealed{where}",
-            f"  sealpush status MESSAGE_ID{where}        also: cancel, explain",
-            f"  sealpush doctor{where}",
+            f"  {sealpush} send {PHONE} 'Hello' --wait 10s{where}",
+            f"  {sealpush} send {PHONE} 'For your eyes only' --sealed{where}",
+            f"  {sealpush} status MESSAGE_ID{where}        also: cancel, explain",
+            f"  {sealpush} doctor{where}",
             "Ctrl-C ends it.",
         )
     )
+
+
+def _program() -> str:
+    """How to call this program in another terminal that stands in the same directory."""
+    started_as = Path(sys.argv[0])
+    if started_as.name != "sealpush":
+        return f"{Path(sys.executable).name} -m sealpushd"
+    found = shutil.which("sealpush")
+    if found is not None and Path(found).samefile(started_as):
+        return "sealpush"
+    return str(started_as.relative_to(Path.cwd()) if started_as.is_relative_to(Path.cwd()) else started_as)
 
 
 def _content(title: str, body: str, content_class: ContentClass = ContentClass.INFORMATIONAL) -> Content:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -11,9 +12,9 @@ from typing import Final
 from urllib.parse import urlsplit, urlunsplit
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sealpushd.platform.migrate import MAINTENANCE_ROLE
+from sealpushd.up import health
 from sealpushd.up.children import Child, stop_in_order
 from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
 from sealpushd.up.secrets import APNS_KEY_ID, APNS_TEAM_ID, Secrets
@@ -88,20 +89,15 @@ def _inherited(environment: Mapping[str, str]) -> dict[str, str]:
 
 async def answers(address: str) -> None:
     """Return once the health service at an address says that it serves."""
-    options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        while True:
-            try:
-                answer = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=READY_TIMEOUT_S)
-            except grpc.aio.AioRpcError as e:
-                if e.code() == grpc.StatusCode.UNIMPLEMENTED:
-                    # The simulators have no health service: that somebody answered is all there is to know.
-                    return
-            else:
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            await asyncio.sleep(0.05)
+    while True:
+        try:
+            if await health.ask(address, timeout_s=READY_TIMEOUT_S, wait=True) == "SERVING":
+                return
+        except grpc.aio.AioRpcError as e:
+            if e.code() == grpc.StatusCode.UNIMPLEMENTED:
+                # The simulators have no health service: that somebody answered is all there is to know.
+                return
+        await asyncio.sleep(0.05)
 
 
 class Stack:
@@ -116,7 +112,9 @@ class Stack:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, ports: Ports, secrets: Secrets, postgres_url: str, valkey_url: str, log_folder: Path, log_level: str) -> AsyncIterator[Stack]:
+    async def open(
+        cls, ports: Ports, secrets: Secrets, postgres_url: str, valkey_url: str, log_folder: Path, log_level: str
+    ) -> AsyncIterator[Stack]:
         """Starts all children at once; they need not answer yet, see `wait_ready`. Ends them in order at the end of the block."""
         python = ["-m", "sealpushd"]
         children: dict[str, Child] = {}
@@ -130,10 +128,14 @@ class Stack:
             settings = environment(service, ports, secrets, postgres_url, valkey_url, log_level)
             address = f"{HOST}:{ports.of(service, 'mesh')}"
             children[service] = Child(
-                service, [*python, "serve", service], settings, log_folder / f"{service}.log", lambda address=address: answers(address)
+                service, [*python, "serve", service], settings, log_folder / f"{service}.log", functools.partial(answers, address)
             )
         children["simulators"] = Child(
-            "simulators", simulators, _inherited(os.environ), log_folder / "simulators.log", lambda: answers(f"{HOST}:{ports.control}")
+            "simulators",
+            simulators,
+            _inherited(os.environ),
+            log_folder / "simulators.log",
+            functools.partial(answers, f"{HOST}:{ports.control}"),
         )
         try:
             await asyncio.gather(*(child.start() for child in children.values()))

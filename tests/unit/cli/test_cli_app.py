@@ -18,7 +18,6 @@ from sealpushd.platform.settings import Settings, SettingsError
 from sealpushd.platform.vault import VaultError
 from sealpushd.up.errors import UpError
 
-
 ID = "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
 
 

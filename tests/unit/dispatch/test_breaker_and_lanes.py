@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState, Release, Send
+from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState, Release, Send, platform_label
 from sealpushd.dispatch.providers.base import Accepted, Bug, Misconfigured, Outcome, PushTarget, RefreshAuth, RetryAt, TokenGone, WakeUp
 from sealpushd.dispatch.rules import (
     FAILURES_MAX,
@@ -292,3 +292,19 @@ def test_counts_tell_what_became_of_sends() -> None:
     counts = lane.counts
     assert (counts.accepted, counts.retried, counts.dead_tokens, counts.quarantined) == (1, 1, 1, 1)
     assert lane.held == lane.sending == 0
+
+
+def test_credit_gathers_to_a_quarter_before_it_is_given_back() -> None:
+    lane = new_lane(FakeClock(), capacity=8)
+    assert lane.take_credit() == 8
+    lane.took()
+    lane.took()
+    lane.settled()
+    assert lane.take_credit() == 0
+    lane.settled()
+    assert lane.take_credit() == 2
+
+
+def test_metrics_name_platforms_also_those_of_the_future() -> None:
+    assert platform_label(1) == "ios"
+    assert platform_label(999) == "999"

@@ -1,7 +1,17 @@
 """sealpush.errors: what callers branch on."""
 
 from sealpush import errors
-from sealpush.errors import EnvelopeRefused, KeystoreBusy, KeystoreError, SealpushError
+from sealpush.errors import (
+    CallFailed,
+    DeadlineExceeded,
+    EnvelopeRefused,
+    KeystoreBusy,
+    KeystoreError,
+    Overloaded,
+    SealpushError,
+    Unavailable,
+    WrongCode,
+)
 
 
 def all_errors() -> list[type[SealpushError]]:
@@ -14,9 +24,21 @@ def test_every_error_has_a_reason_of_its_own() -> None:
     assert all(reason.isupper() for reason in reasons)
 
 
-def test_only_a_busy_store_is_worth_the_same_call_again() -> None:
-    assert [each for each in all_errors() if each.retryable] == [KeystoreBusy]
+def test_only_what_passes_by_itself_is_worth_the_same_call_again() -> None:
+    assert {each for each in all_errors() if each.retryable} == {KeystoreBusy, Overloaded, Unavailable, DeadlineExceeded}
     assert issubclass(KeystoreBusy, KeystoreError)
+
+
+def test_a_failed_call_carries_what_the_service_said() -> None:
+    failure = CallFailed("text", code="NOT_FOUND", server_reason="NO_SUCH", field="a.b", retry_after_s=2.5, metadata={"k": "v"})
+    assert (str(failure), failure.code, failure.server_reason, failure.field) == ("text", "NOT_FOUND", "NO_SUCH", "a.b")
+    assert (failure.retry_after_s, failure.metadata) == (2.5, {"k": "v"})
+
+
+def test_a_wrong_code_counts_tries_also_when_the_service_counts_strangely() -> None:
+    assert WrongCode("no", metadata={"attempts_left": "3"}).attempts_left == 3
+    assert WrongCode("no", metadata={"attempts_left": "many"}).attempts_left == 0
+    assert WrongCode("no").attempts_left == 0
 
 
 def test_a_refused_envelope_says_what_to_do_and_not_why() -> None:

@@ -1,0 +1,1287 @@
+"""sealpush.Device against a small mailbox that speaks the real protocol over real gRPC and seals with sealpush.envelope."""
+
+# Methods of servicers are named by the protocol; what is waited for is in the service's dictionaries.
+# ruff: noqa: N802, ASYNC110
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2, status_pb2
+
+from sealpush.device import PROFILE_FAILED_PAUSE_S, Device, Installation, Message, Preference, SealedBy
+from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
+from sealpush.errors import NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, uuid7
+from sealpush.keys import (
+    DAY_MS,
+    ContentSigningKey,
+    EntryKey,
+    EntryRole,
+    PrekeyKind,
+    RootKey,
+    SenderEntry,
+    SenderMode,
+    SignedPrekey,
+    sign_sender_entry,
+    verify_prekey,
+)
+from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
+from sealpush.model import Platform, Reason
+from sealpush.proofs import (
+    AckOutcome,
+    acknowledgement_proof,
+    body_digest,
+    challenge_proof,
+    change_proof,
+    registration_proof,
+    verify_proof,
+)
+from sealpush.retry import RetryPolicy, SystemClock
+from sealpush.transport import Channels, Endpoints
+from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
+from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
+from sealpush.v1.content_pb2 import Content
+from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
+from sealpush.v1.messages_pb2_grpc import MessagesServicer, add_MessagesServicer_to_server
+from sealpush.v1.registration_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
+
+APP = "example-bank"
+PHONE = "+380501234567"
+CODE = "123456"
+SENDER = SenderId(b"S" * 16)
+ROOT = RootKey.from_seed(b"\x01" * 32)
+SENDER_KEY = ContentSigningKey.from_seed(b"\x02" * 32)
+PLATFORM_KEY = ContentSigningKey.from_seed(b"\x03" * 32)
+HOUR_MS = 3_600_000
+FOREVER_MS = 4_000_000_000_000
+
+Context = Any
+
+
+@dataclass
+class FakeClock:
+    """A wall clock that can be wrong, and pauses that take no time."""
+
+    wrong_by_ms: int = 0
+    ahead_s: float = 0.0
+    pauses: list[float] = field(default_factory=list)
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000 + self.wrong_by_ms + int(self.ahead_s * 1000)
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.ahead_s += seconds
+        await asyncio.sleep(0.001)
+
+
+async def fail(context: Context, code: grpc.StatusCode, reason: str, **metadata: str) -> None:
+    info = AnyMessage()
+    info.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="sealpush", metadata=metadata))
+    status = status_pb2.Status(code=code.value[0], message=reason, details=[info])
+    await context.abort(code, reason, (("grpc-status-details-bin", status.SerializeToString()),))
+
+
+@dataclass
+class Phone:
+    """What the service knows of a device."""
+
+    device_id: DeviceId
+    identity_public_key: bytes
+    signed_prekey: SignedPrekey
+    installation: registration_pb2.Installation
+    one_time: dict[int, SignedPrekey] = field(default_factory=dict)
+    counter: int = 0
+    waiting: dict[bytes, messages_pb2.Delivery] = field(default_factory=dict)
+    ended: dict[bytes, messages_pb2.Acknowledgement] = field(default_factory=dict)
+    preferences: dict[bytes, registration_pb2.Preference] = field(default_factory=dict)
+    stream: asyncio.Queue[messages_pb2.Delivery | None] | None = None
+
+
+def to_prekey(prekey: keys_pb2.Prekey) -> SignedPrekey:
+    return SignedPrekey(
+        prekey.suite,
+        prekey.prekey_id,
+        PrekeyKind(prekey.kind),
+        prekey.public_key,
+        prekey.created_at_ms,
+        prekey.expires_at_ms,
+        prekey.signature,
+    )
+
+
+def make_entry(
+    modes: SenderMode = SenderMode.END_TO_END | SenderMode.SERVER,
+    key: ContentSigningKey = SENDER_KEY,
+    *,
+    serial: int = 1,
+    root: RootKey = ROOT,
+    not_after_ms: int = FOREVER_MS,
+) -> bytes:
+    return sign_sender_entry(
+        root, SenderEntry(SENDER, "Банк Приклад", modes, (EntryKey(key.public_key, 0, FOREVER_MS),), 0, not_after_ms, serial)
+    )
+
+
+PLATFORM_ENTRY = sign_sender_entry(
+    ROOT,
+    SenderEntry(
+        SenderId(b"P" * 16),
+        "Platform",
+        SenderMode.SERVER,
+        (EntryKey(PLATFORM_KEY.public_key, 0, FOREVER_MS),),
+        0,
+        FOREVER_MS,
+        1,
+        EntryRole.PLATFORM,
+    ),
+)
+
+
+class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServicer):
+    """All public services that a device talks to, in memory, with faults to order."""
+
+    def __init__(self) -> None:
+        self.phones: dict[bytes, Phone] = {}
+        self.calls: Counter[str] = Counter()
+        self.tokens: dict[str, bytes] = {}
+        self.token_lifetime_s = 900.0
+        self.entry: bytes = make_entry()
+        # Faults: names of methods that answer UNAVAILABLE before, or after, doing their work; so many times.
+        self.down: Counter[str] = Counter()
+        self.lose_answer: Counter[str] = Counter()
+        self.tells_time = True
+        self.time_ahead_s = 0.0
+        self.hang: set[str] = set()
+        self.page = 64
+        self.acknowledged: list[messages_pb2.Acknowledgement] = []
+        self.ack_frames: list[int] = []
+        self.refuse_acks = False
+        self.confirmations: list[registration_pb2.ConfirmRegistrationRequest] = []
+        self.stopping = False
+
+    def phone(self) -> Phone:
+        return next(iter(self.phones.values()))
+
+    def now(self) -> Timestamp:
+        stamp = Timestamp()
+        stamp.FromMilliseconds(time.time_ns() // 1_000_000 + int(self.time_ahead_s * 1000))
+        return stamp
+
+    def time(self) -> Timestamp | None:
+        return self.now() if self.tells_time else None
+
+    async def before(self, name: str, context: Context) -> None:
+        self.calls[name] += 1
+        if name in self.hang:
+            await asyncio.sleep(60)
+        if self.down[name]:
+            self.down[name] -= 1
+            await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+
+    async def after(self, name: str, context: Context) -> None:
+        if self.lose_answer[name]:
+            self.lose_answer[name] -= 1
+            await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+
+    async def who(self, context: Context) -> Phone:
+        metadata = dict(context.invocation_metadata())
+        device_id = self.tokens.get(metadata.get("authorization", "").removeprefix("Bearer "))
+        if device_id not in self.phones:
+            await fail(context, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+        return self.phones[cast(bytes, device_id)]
+
+    async def check_change(self, phone: Phone, name: str, change: bytes, proof: common_pb2.DeviceProof, context: Context) -> None:
+        expected = change_proof(phone.device_id, proof.counter, name, body_digest(change))
+        if not verify_proof(phone.identity_public_key, expected, proof.signature):
+            await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "BAD_PROOF")
+        if proof.counter <= phone.counter:
+            await fail(context, grpc.StatusCode.ABORTED, "ABORTED")
+        phone.counter = proof.counter
+
+    # Registration
+
+    async def StartRegistration(self, request: registration_pb2.StartRegistrationRequest, context: Context) -> Any:
+        await self.before("StartRegistration", context)
+        return registration_pb2.StartRegistrationResponse(registration_id=b"R" * 16, code_length=6, server_time=self.time())
+
+    async def ConfirmRegistration(self, request: registration_pb2.ConfirmRegistrationRequest, context: Context) -> Any:
+        await self.before("ConfirmRegistration", context)
+        self.confirmations.append(request)
+        if request.code != CODE:
+            await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "WRONG_CODE", attempts_left="2")
+        known = self.phones.get(request.device_id)
+        if known is not None and known.identity_public_key != request.identity_public_key:
+            await fail(context, grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
+        proof = registration_proof(RegistrationId(request.registration_id), request.identity_public_key, AppId(APP))
+        assert verify_proof(request.identity_public_key, proof, request.proof)
+        prekey = to_prekey(request.signed_prekey)
+        verify_prekey(
+            prekey,
+            device_id=DeviceId(request.device_id),
+            identity_public_key=request.identity_public_key,
+            now_ms=self.now().ToMilliseconds(),
+        )
+        if known is None:
+            self.phones[request.device_id] = Phone(DeviceId(request.device_id), request.identity_public_key, prekey, request.installation)
+        await self.after("ConfirmRegistration", context)
+        return registration_pb2.ConfirmRegistrationResponse(subscriber_id=b"U" * 16, server_time=self.time())
+
+    async def GetChallenge(self, request: registration_pb2.GetChallengeRequest, context: Context) -> Any:
+        await self.before("GetChallenge", context)
+        return registration_pb2.GetChallengeResponse(challenge=b"challenge" + request.device_id)
+
+    async def Authenticate(self, request: registration_pb2.AuthenticateRequest, context: Context) -> Any:
+        await self.before("Authenticate", context)
+        phone = self.phones.get(request.device_id)
+        if phone is None or not verify_proof(
+            phone.identity_public_key, challenge_proof(request.challenge, phone.device_id), request.signature
+        ):
+            await fail(context, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+        token = f"token-{self.calls['Authenticate']}"
+        self.tokens[token] = request.device_id
+        expires = Timestamp()
+        expires.FromMilliseconds(self.now().ToMilliseconds() + int(self.token_lifetime_s * 1000))
+        return registration_pb2.AuthenticateResponse(access_token=token, expires_at=expires, server_time=self.time())
+
+    async def UpdateInstallation(self, request: registration_pb2.UpdateInstallationRequest, context: Context) -> Any:
+        await self.before("UpdateInstallation", context)
+        phone = await self.who(context)
+        await self.check_change(phone, "/sealpush.v1.Registration/UpdateInstallation", request.change, request.proof, context)
+        phone.installation.MergeFrom(registration_pb2.Installation.FromString(request.change))
+        await self.after("UpdateInstallation", context)
+        return registration_pb2.UpdateInstallationResponse()
+
+    async def Unregister(self, request: registration_pb2.UnregisterRequest, context: Context) -> Any:
+        await self.before("Unregister", context)
+        phone = await self.who(context)
+        await self.check_change(phone, "/sealpush.v1.Registration/Unregister", b"", request.proof, context)
+        del self.phones[phone.device_id]
+        await self.after("Unregister", context)
+        return registration_pb2.UnregisterResponse()
+
+    async def ListPreferences(self, request: registration_pb2.ListPreferencesRequest, context: Context) -> Any:
+        phone = await self.who(context)
+        return registration_pb2.ListPreferencesResponse(preferences=phone.preferences.values())
+
+    async def SetPreference(self, request: registration_pb2.SetPreferenceRequest, context: Context) -> Any:
+        phone = await self.who(context)
+        await self.check_change(phone, "/sealpush.v1.Registration/SetPreference", request.change, request.proof, context)
+        preference = registration_pb2.Preference.FromString(request.change)
+        phone.preferences[preference.sender_id] = preference
+        stopped = [
+            common_pb2.StoppedDelivery(
+                message_id=each, device_id=phone.device_id, stop_point=common_pb2.STOP_POINT_BEFORE_PUSH, state=common_pb2.STATE_BLOCKED
+            )
+            for each in phone.waiting
+        ]
+        return registration_pb2.SetPreferenceResponse(stopped=stopped)
+
+    # Keys
+
+    async def UploadPrekeys(self, request: keys_pb2.UploadPrekeysRequest, context: Context) -> Any:
+        await self.before("UploadPrekeys", context)
+        phone = await self.who(context)
+        await self.check_change(phone, "/sealpush.v1.Keys/UploadPrekeys", request.change, request.proof, context)
+        for each in map(to_prekey, keys_pb2.PrekeyUpload.FromString(request.change).prekeys):
+            verify_prekey(
+                each,
+                device_id=phone.device_id,
+                identity_public_key=phone.identity_public_key,
+                now_ms=self.now().ToMilliseconds(),
+            )
+            if each.kind is PrekeyKind.SIGNED:
+                phone.signed_prekey = each
+            else:
+                phone.one_time[each.prekey_id] = each
+        await self.after("UploadPrekeys", context)
+        return keys_pb2.UploadPrekeysResponse(one_time_prekeys_left=len(phone.one_time))
+
+    async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> Any:
+        phone = await self.who(context)
+        return keys_pb2.GetPrekeyStateResponse(signed_prekey_id=phone.signed_prekey.prekey_id, one_time_prekeys_left=len(phone.one_time))
+
+    async def GetRecipientKeys(self, request: keys_pb2.GetRecipientKeysRequest, context: Context) -> Any:
+        raise NotImplementedError
+
+    # Accounts
+
+    async def SignIn(self, request: accounts_pb2.SignInRequest, context: Context) -> Any:
+        raise NotImplementedError
+
+    async def GetSenderProfile(self, request: accounts_pb2.GetSenderProfileRequest, context: Context) -> Any:
+        await self.before("GetSenderProfile", context)
+        if request.sender_id != SENDER:
+            await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+        return accounts_pb2.GetSenderProfileResponse(sender_entry=self.entry, platform_entry=PLATFORM_ENTRY)
+
+    # Messages
+
+    async def Fetch(self, request: messages_pb2.FetchRequest, context: Context) -> Any:
+        await self.before("Fetch", context)
+        phone = await self.who(context)
+        for delivery in phone.waiting.values():
+            if delivery.wake_up_id == request.wake_up_id:
+                return messages_pb2.FetchResponse(delivery=delivery, server_time=self.time())
+        await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+        return None
+
+    async def Drain(self, request: messages_pb2.DrainRequest, context: Context) -> Any:
+        await self.before("Drain", context)
+        phone = await self.who(context)
+        ids = sorted(each for each in phone.waiting if each > request.page_token)
+        page = ids[: self.page]
+        return messages_pb2.DrainResponse(
+            deliveries=[phone.waiting[each] for each in page],
+            next_page_token=page[-1] if len(ids) > self.page else b"",
+            server_time=self.time(),
+        )
+
+    def take(self, phone: Phone, ack: messages_pb2.Acknowledgement) -> messages_pb2.AckResult:
+        self.acknowledged.append(ack)
+        proof = acknowledgement_proof(
+            MessageId(ack.message_id), ContentId(ack.content_id), phone.device_id, AckOutcome(ack.outcome), ack.reason_code, ack.at_ms
+        )
+        if not verify_proof(phone.identity_public_key, proof, ack.signature):
+            verdict = messages_pb2.ACK_VERDICT_REFUSED
+        elif ack.outcome == messages_pb2.ACK_OUTCOME_READ:
+            verdict = messages_pb2.ACK_VERDICT_ACCEPTED
+        elif ack.message_id in phone.ended:
+            same = phone.ended[ack.message_id].outcome == ack.outcome
+            verdict = messages_pb2.ACK_VERDICT_ACCEPTED if same else messages_pb2.ACK_VERDICT_LATE
+        elif ack.message_id in phone.waiting:
+            del phone.waiting[ack.message_id]
+            phone.ended[ack.message_id] = ack
+            verdict = messages_pb2.ACK_VERDICT_ACCEPTED
+        else:
+            verdict = messages_pb2.ACK_VERDICT_UNKNOWN
+        return messages_pb2.AckResult(message_id=ack.message_id, verdict=verdict)
+
+    async def Acknowledge(self, request: messages_pb2.AcknowledgeRequest, context: Context) -> Any:
+        await self.before("Acknowledge", context)
+        phone = await self.who(context)
+        if self.refuse_acks and any(each.content_id == bytes(16) for each in request.acknowledgements):
+            await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        results = [self.take(phone, ack) for ack in request.acknowledgements]
+        await self.after("Acknowledge", context)
+        return messages_pb2.AcknowledgeResponse(results=results)
+
+    async def Stream(self, requests: AsyncIterator[messages_pb2.StreamRequest], context: Context) -> AsyncIterator[Any]:
+        await self.before("Stream", context)
+        phone = await self.who(context)
+        if phone.stream is not None:
+            phone.stream.put_nowait(None)
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        phone.stream = queue
+
+        async def read() -> None:
+            async for request in requests:
+                self.ack_frames.append(len(request.acknowledgements))
+                queue.put_nowait(messages_pb2.StreamResponse(ack_results=[self.take(phone, ack) for ack in request.acknowledgements]))
+            queue.put_nowait("end")
+
+        reader = asyncio.create_task(read())
+        try:
+            for start in range(0, max(1, len(phone.waiting)), 100):
+                deliveries = list(phone.waiting.values())[start : start + 100]
+                yield messages_pb2.StreamResponse(deliveries=deliveries, server_time=self.time())
+            yield messages_pb2.StreamResponse(backlog_done=True, server_time=self.time())
+            while True:
+                item = await queue.get()
+                if item is None:
+                    await fail(context, grpc.StatusCode.ABORTED, "TAKEN_OVER")
+                if item == "end":
+                    return
+                if item == "restart":
+                    await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+                if isinstance(item, messages_pb2.Delivery):
+                    item = messages_pb2.StreamResponse(deliveries=[item], server_time=self.time())
+                yield item
+        finally:
+            reader.cancel()
+            if phone.stream is queue:
+                phone.stream = None
+
+    # The sending side
+
+    def send(
+        self,
+        text: str = "hello",
+        *,
+        phone: Phone | None = None,
+        content_id: ContentId | None = None,
+        key: ContentSigningKey = SENDER_KEY,
+        flags: int = 0,
+        created_ms: int | None = None,
+        lifetime_ms: int = DAY_MS,
+        one_time: bool = False,
+        muted: bool = False,
+        sender_id: SenderId = SENDER,
+        plaintext: bytes | None = None,
+        **content: Any,
+    ) -> messages_pb2.Delivery:
+        """Seal a message to a phone and put it into its mailbox."""
+        phone = phone or self.phone()
+        created_ms = self.now().ToMilliseconds() if created_ms is None else created_ms
+        header = Header(
+            content_id or ContentId(uuid7()),
+            sender_id,
+            SenderKeyId(key.key_id),
+            RecipientRef(b"r" * 32),
+            created_ms,
+            created_ms + lifetime_ms,
+            flags,
+        )
+        prekey = phone.one_time.pop(min(phone.one_time)) if one_time else phone.signed_prekey
+        body = Content(version=1, content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL, body=text)
+        body.MergeFrom(Content(**content))
+        sealed = seal(body.SerializeToString() if plaintext is None else plaintext, header, [Recipient.of(phone.device_id, prekey)], key)
+        return self.put(sealed.encode(), phone, muted=muted)
+
+    def put(self, envelope: bytes, phone: Phone | None = None, *, muted: bool = False) -> messages_pb2.Delivery:
+        phone = phone or self.phone()
+        delivery = messages_pb2.Delivery(message_id=uuid7(), wake_up_id=uuid7(), envelope=envelope, muted=muted)
+        phone.waiting[delivery.message_id] = delivery
+        if phone.stream is not None:
+            phone.stream.put_nowait(delivery)
+        return delivery
+
+    def reasons(self) -> list[tuple[AckOutcome, Reason]]:
+        return [(AckOutcome(each.outcome), Reason(each.reason_code)) for each in self.acknowledged]
+
+    def outcomes(self) -> list[AckOutcome]:
+        return [AckOutcome(each.outcome) for each in self.acknowledged]
+
+
+@asynccontextmanager
+async def serving(service: Service, credentials: grpc.ServerCredentials | None = None) -> AsyncIterator[str]:
+    server = grpc.aio.server(options=[("grpc.max_concurrent_streams", 10_000)])
+    add_RegistrationServicer_to_server(service, server)
+    add_KeysServicer_to_server(service, server)
+    add_AccountsServicer_to_server(service, server)
+    add_MessagesServicer_to_server(service, server)
+    port = server.add_secure_port("127.0.0.1:0", credentials) if credentials else server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+@pytest.fixture
+async def service() -> Service:
+    return Service()
+
+
+@pytest.fixture
+async def channels(service: Service) -> AsyncIterator[Channels]:
+    async with serving(service) as address, Channels(Endpoints.single(address, insecure=True)) as made:
+        yield made
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+Make = Callable[..., Device]
+
+
+@pytest.fixture
+def make(channels: Channels, clock: FakeClock) -> Make:
+    def device(keystore: Keystore | None = None, **options: Any) -> Device:
+        given: dict[str, Any] = {"one_time_prekeys": 0, "clock": clock, "random": lambda: 0.5, **options}
+        return Device(
+            APP,
+            given.pop("channels", channels),
+            keystore or MemoryKeystore(),
+            root_public_key=ROOT.public_key,
+            platform=Platform.ANDROID,
+            **given,
+        )
+
+    return device
+
+
+async def register(device: Device) -> Device:
+    await device.start_registration(PHONE)
+    await device.confirm(CODE, Installation(push_token="token"))
+    return device
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def keystore(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    made: Keystore = MemoryKeystore() if request.param == "memory" else SqliteKeystore(tmp_path / "keys.db")
+    yield made
+    made.close()
+
+
+def texts(messages: list[Message]) -> list[str]:
+    return [each.content.body for each in messages]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+# --- registration ---
+
+
+async def test_a_device_registers_and_receives(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    assert service.phone().installation.push_token == "token"
+    assert service.phone().installation.platform == common_pb2.PLATFORM_ANDROID
+    sent = service.send("привіт", title="Рахунок")
+    (message,) = await device.drain()
+    assert (message.content.title, message.content.body) == ("Рахунок", "привіт")
+    assert (message.message_id, message.sender_id, message.sender_name) == (sent.message_id, SENDER, "Банк Приклад")
+    assert message.sealed_by is SealedBy.SENDER
+    assert message.is_new
+    assert not message.muted
+    assert service.outcomes() == [AckOutcome.DELIVERED]
+    assert keystore.pending_acknowledgements() == []
+    assert await device.drain() == []
+    assert "привіт" not in repr(message)
+
+
+async def test_a_lost_answer_to_a_registration_is_repeated_with_the_same_keys(service: Service, make: Make, keystore: Keystore) -> None:
+    service.lose_answer["ConfirmRegistration"] = 100
+    first = make(keystore, policy=RetryPolicy(attempts_max=2))
+    await first.start_registration(PHONE)
+    with pytest.raises(Unavailable):
+        await first.confirm(CODE)
+    assert await first.registration() is None
+    service.lose_answer.clear()
+    again = make(keystore)  # the process was restarted meanwhile
+    registration = await again.confirm(CODE)
+    assert {(each.device_id, each.identity_public_key, each.signed_prekey.public_key) for each in service.confirmations} == {
+        (registration.device_id, service.phone().identity_public_key, service.phone().signed_prekey.public_key)
+    }
+    assert len(service.confirmations) == 3
+    service.send()
+    assert texts(await again.drain()) == ["hello"]
+
+
+async def test_a_wrong_code_says_how_many_tries_are_left(make: Make) -> None:
+    device = make()
+    with pytest.raises(NotRegisteredHere):
+        await device.confirm(CODE)
+    await device.start_registration(PHONE)
+    with pytest.raises(WrongCode) as caught:
+        await device.confirm("000000")
+    assert caught.value.attempts_left == 2
+    assert (await device.confirm(CODE)).app_id == APP
+
+
+async def test_a_taken_device_id_is_replaced(service: Service, make: Make) -> None:
+    keystore = MemoryKeystore()
+    await register(make(keystore))
+    other = MemoryKeystore()
+    other.set_fact("device.id", service.phone().device_id)
+    registration = await (await register(make(other))).registration()
+    assert registration is not None
+    assert registration.device_id != service.phone().device_id
+    assert len(service.phones) == 2
+
+
+async def test_a_phone_whose_clock_is_wrong_registers_with_right_times(service: Service, make: Make, clock: FakeClock) -> None:
+    clock.wrong_by_ms = 48 * HOUR_MS
+    device = await register(make())  # the service verifies the prekey's times
+    service.send()
+    assert texts(await device.drain()) == ["hello"]
+
+
+async def test_an_unregistered_device_says_so(make: Make) -> None:
+    device = make()
+    for call in (device.drain(), device.on_wake(), device.preferences(), device.maintain(), device.run_stream()):
+        with pytest.raises(NotRegisteredHere):
+            await call
+
+
+async def test_unregistering_forgets_everything_also_after_a_lost_answer(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    service.lose_answer["Unregister"] = 1
+    await device.unregister()
+    assert service.phones == {}
+    assert keystore.identity() is None
+    with pytest.raises(NotRegisteredHere):
+        await device.drain()
+    await register(device)
+    service.send()
+    assert texts(await device.drain()) == ["hello"]
+
+
+# --- changes ---
+
+
+async def test_a_change_whose_answer_was_lost_is_made_again_with_a_new_counter(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.lose_answer["UpdateInstallation"] = 1
+    await device.update_installation(Installation(push_token="", push_allowed_by_os=False, subscriptions=["news"]))
+    installation = service.phone().installation
+    assert installation.push_token == ""
+    assert installation.HasField("push_allowed_by_os")
+    assert list(installation.subscriptions.names)[-1] == "news"
+    assert service.phone().counter == 2
+
+
+async def test_a_store_restored_from_a_backup_catches_up_with_its_counter(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.phone().counter = 50_000
+    await device.update_installation(Installation(app_version="2.0"))
+    assert service.phone().installation.app_version == "2.0"
+    assert service.phone().counter > 50_000
+
+
+async def test_preferences_keep_what_is_not_named(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.send()
+    (stopped,) = await device.set_preference(SENDER, block_advertising=True)
+    assert stopped.stop_point.name == "BEFORE_PUSH"
+    await device.set_preference(SENDER, mute=True)
+    assert await device.preferences() == [Preference(SENDER, block_all=False, block_advertising=True, mute=True)]
+
+
+# --- waking up ---
+
+
+async def test_a_wake_up_fetches_the_named_message_first_and_then_everything(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.page = 2
+    for number in range(5):
+        service.send(str(number))
+    named = service.send("named")
+    text = base64.urlsafe_b64encode(named.wake_up_id).decode().rstrip("=")
+    assert texts(await device.on_wake(text)) == ["named", "0", "1", "2", "3", "4"]
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 6
+    assert await device.on_wake(named.wake_up_id) == []
+    assert await device.on_wake("no id at all") == []
+
+
+async def test_a_wake_up_returns_in_time_and_loses_nothing(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore, clock=SystemClock()))
+    named = service.send("first")
+    service.send("second")
+    service.hang = {"Drain"}
+    started = time.monotonic()
+    assert texts(await device.on_wake(named.wake_up_id, deadline=1.0)) == ["first"]
+    assert time.monotonic() - started < 1.2
+    service.hang = set()
+    assert texts(await device.on_wake()) == ["second"]
+
+
+async def test_a_wake_up_without_a_service_returns_nothing_in_time(service: Service, make: Make) -> None:
+    device = await register(make(clock=SystemClock()))
+    service.send()
+    service.down["GetChallenge"] = 1000
+    started = time.monotonic()
+    assert await device.on_wake(deadline=0.5) == []
+    assert time.monotonic() - started < 0.7
+    assert (await device.diagnose()).last_error.startswith("Unavailable")
+
+
+async def test_what_was_stored_before_the_end_of_time_is_handed_over_next_time(service: Service, make: Make) -> None:
+    device = await register(make(clock=SystemClock()))
+    service.send()
+    service.hang = {"Acknowledge"}  # stored, and then the time is over: still handed over, and only once
+    assert texts(await device.on_wake(deadline=0.5)) == ["hello"]
+    service.hang = set()
+    assert await device.on_wake() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED]
+
+
+# --- crashes and duplicates ---
+
+
+async def test_a_crash_between_store_and_acknowledgement_is_acknowledged_later_once(
+    service: Service, make: Make, keystore: Keystore
+) -> None:
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    service.send()
+    service.down["Acknowledge"] = 1
+    with pytest.raises(Unavailable):
+        await device.drain()
+    assert service.acknowledged == []
+    again = make(keystore)
+    assert texts(await again.drain()) == ["hello"]
+    assert service.outcomes() == [AckOutcome.DELIVERED]
+    assert await again.drain() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED]
+
+
+async def test_a_lost_answer_to_an_acknowledgement_is_harmless(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.send()
+    service.lose_answer["Acknowledge"] = 1
+    assert texts(await device.drain()) == ["hello"]
+    assert len({each.SerializeToString() for each in service.acknowledged}) == 1
+
+
+async def test_a_duplicate_is_acknowledged_again_and_not_shown(service: Service, make: Make) -> None:
+    device = await register(make())
+    content_id = ContentId(b"C" * 16)
+    service.send("once", content_id=content_id)
+    assert texts(await device.drain()) == ["once"]
+    service.send("twice", content_id=content_id)
+    assert await device.drain() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+    assert texts(await device.inbox()) == ["once"]
+
+
+async def test_two_processes_of_one_phone_show_a_message_once(service: Service, make: Make, tmp_path: Path) -> None:
+    with SqliteKeystore(tmp_path / "keys.db") as one, SqliteKeystore(tmp_path / "keys.db") as other:
+        await register(make(one, one_time_prekeys=30))
+        app, extension = make(one, one_time_prekeys=30), make(other, one_time_prekeys=30)
+        await app.maintain()
+        for number in range(20):
+            service.send(str(number), one_time=True)
+        shown = await asyncio.gather(app.drain(), extension.on_wake())
+        assert sorted(texts([*shown[0], *shown[1]]), key=int) == [str(number) for number in range(20)]
+        assert set(service.outcomes()) == {AckOutcome.DELIVERED}
+
+
+async def test_a_replace_key_takes_the_predecessor_away(service: Service, make: Make) -> None:
+    device = await register(make())
+    first = service.send("1", replace_key="balance")
+    await device.drain()
+    service.send("2", replace_key="balance")
+    (second,) = await device.drain()
+    assert second.replaces == (first.message_id,)
+    assert texts(await device.inbox()) == ["2"]
+    service.send("3", replace_key="balance")
+    service.send("4", replace_key="balance")
+    assert texts(await device.drain()) == ["4"]  # only the last of one batch is shown
+    service.send("0", replace_key="balance", created_ms=service.now().ToMilliseconds() - HOUR_MS)
+    assert await device.drain() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 5
+
+
+# --- who may speak ---
+
+
+def break_signature(service: Service) -> None:
+    delivery = service.send()
+    delivery.envelope = delivery.envelope[:-1] + bytes((delivery.envelope[-1] ^ 1,))
+
+
+def wrong_key(service: Service) -> None:
+    service.send(key=ContentSigningKey.from_seed(b"\x09" * 32))
+
+
+def server_speaks_for_end_to_end_sender(service: Service) -> None:
+    service.entry = make_entry(SenderMode.END_TO_END)
+    service.send(key=PLATFORM_KEY, flags=FLAG_SERVER_SEALED)
+
+
+def sender_key_claims_to_be_the_server(service: Service) -> None:
+    service.send(flags=FLAG_SERVER_SEALED)
+
+
+def unknown_sender(service: Service) -> None:
+    service.send(sender_id=SenderId(b"X" * 16))
+
+
+def foreign_root(service: Service) -> None:
+    service.entry = make_entry(root=RootKey.from_seed(b"\x08" * 32))
+    service.send()
+
+
+def another_device(service: Service) -> None:
+    phone = service.phone()
+    service.send(phone=replace(phone, device_id=DeviceId(b"E" * 16), waiting=phone.waiting))
+
+
+def not_an_envelope(service: Service) -> None:
+    service.put(b"SPE1" + b"\0" * 300)
+
+
+def content_is_no_protobuf(service: Service) -> None:
+    service.send(plaintext=b"\xff\xff\xff")
+
+
+def cut_short(service: Service) -> None:
+    delivery = service.send()
+    delivery.envelope = delivery.envelope[:-1]
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        break_signature,
+        wrong_key,
+        server_speaks_for_end_to_end_sender,
+        sender_key_claims_to_be_the_server,
+        unknown_sender,
+        foreign_root,
+        another_device,
+        not_an_envelope,
+        content_is_no_protobuf,
+        cut_short,
+    ],
+)
+async def test_what_cannot_be_trusted_is_refused_and_reported(service: Service, make: Make, forge: Callable[[Service], None]) -> None:
+    device = await register(make())
+    forge(service)
+    assert await device.drain() == []
+    assert await device.inbox() == []
+    assert service.reasons() == [(AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)]
+    assert service.phone().waiting == {}
+
+
+async def test_the_server_may_seal_for_a_sender_that_allows_it_and_the_phone_shows_that(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.send(key=PLATFORM_KEY, flags=FLAG_SERVER_SEALED, muted=True)
+    (message,) = await device.drain()
+    assert message.sealed_by is SealedBy.SERVER
+    assert message.muted
+    (kept,) = await device.inbox()
+    assert (kept.sealed_by, kept.muted, kept.is_new) == (SealedBy.SERVER, True, False)
+
+
+async def test_a_new_key_of_the_sender_is_learned(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    service.send("old key")
+    assert texts(await device.drain()) == ["old key"]
+    new_key = ContentSigningKey.from_seed(b"\x07" * 32)
+    service.entry = make_entry(key=new_key, serial=2)
+    clock.ahead_s += 3600
+    service.time_ahead_s += 3600
+    service.send("new key", key=new_key)
+    assert texts(await device.drain()) == ["new key"]
+    # and a rollback to the old entry convinces nobody
+    service.entry = make_entry(serial=1)
+    clock.ahead_s += 3600
+    service.time_ahead_s += 3600
+    service.send("rolled back")
+    assert await device.drain() == []
+    assert len(service.phone().waiting) == 1
+
+
+async def test_an_entry_that_ran_out_is_fetched_anew(service: Service, make: Make, clock: FakeClock) -> None:
+    service.entry = make_entry(not_after_ms=service.now().ToMilliseconds() + HOUR_MS)
+    device = await register(make())
+    service.send("1")
+    assert texts(await device.drain()) == ["1"]
+    clock.ahead_s = service.time_ahead_s = 7200
+    service.send("2")
+    assert await device.drain() == []  # held: the service still gives the old one
+    assert service.outcomes() == [AckOutcome.DELIVERED]
+    service.entry = make_entry(serial=2)
+    assert texts(await device.drain()) == ["2"]
+
+
+async def test_without_the_accounts_service_messages_wait(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make(policy=RetryPolicy(attempts_max=2)))
+    for _ in range(10):
+        service.send()
+    service.down["GetSenderProfile"] = 2
+    assert await device.drain() == []
+    assert service.acknowledged == []
+    assert service.calls["GetSenderProfile"] == 2  # not once a message
+    clock.ahead_s += PROFILE_FAILED_PAUSE_S
+    assert len(await device.drain()) == 10
+
+
+async def test_content_of_a_higher_version_shows_title_and_body(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.send("body", version=9, title="title", deep_link="app://x")
+    (message,) = await device.drain()
+    assert message.content == Content(version=9, content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL, title="title", body="body")
+
+
+# --- time ---
+
+
+async def test_a_clock_that_is_wrong_by_an_hour_holds_and_is_healed_by_the_service(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    service.tells_time = False
+    clock.wrong_by_ms = -HOUR_MS  # somebody set the clock back: everything is from the future
+    service.send("new")
+    assert await device.drain() == []
+    assert service.acknowledged == []
+    assert len(service.phone().waiting) == 1
+    service.tells_time = True
+    assert texts(await device.drain()) == ["new"]
+    assert abs((await device.diagnose()).clock_offset_ms or 0) >= HOUR_MS - 1000
+    clock.wrong_by_ms = +HOUR_MS  # and forward: everything is expired
+    service.send("short", lifetime_ms=60_000)
+    assert texts(await device.drain()) == ["short"]
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+
+
+async def test_a_wrong_clock_is_healed_by_asking_when_the_answer_tells_no_time(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    service.send("a", lifetime_ms=60_000)
+    clock.wrong_by_ms = HOUR_MS
+    drain_time, service.time = service.time, lambda: None  # type: ignore[method-assign]
+    assert await device.drain() == []
+    assert service.acknowledged == []
+    service.time = drain_time  # type: ignore[method-assign]
+    assert texts(await device.drain()) == ["a"]
+
+
+async def test_an_expired_message_is_never_shown(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    service.send("late", created_ms=service.now().ToMilliseconds() - HOUR_MS, lifetime_ms=HOUR_MS - 60_000)
+    assert await device.drain() == []
+    assert service.reasons() == [(AckOutcome.UNDELIVERED, Reason.LIFETIME_OVER)]
+    service.send("in time", lifetime_ms=60_000)
+    assert texts(await device.drain()) == ["in time"]
+    assert texts(await device.inbox()) == ["in time"]
+    clock.ahead_s += 61
+    assert await device.inbox() == []
+
+
+async def test_a_message_stored_and_expired_before_it_was_handed_over_is_not_shown(service: Service, make: Make, clock: FakeClock) -> None:
+    keystore = MemoryKeystore()
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    service.send(lifetime_ms=60_000)
+    service.down["Acknowledge"] = 1
+    with pytest.raises(Unavailable):
+        await device.drain()
+    clock.ahead_s = service.time_ahead_s = 3600
+    assert await make(keystore).drain() == []
+
+
+# --- tokens ---
+
+
+async def test_a_token_is_renewed_before_it_ends_and_when_it_is_refused(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    await device.drain()
+    await device.drain()
+    assert service.calls["Authenticate"] == 1
+    clock.ahead_s += 850
+    await device.drain()
+    assert service.calls["Authenticate"] == 2
+    service.tokens.clear()
+    service.send()
+    assert texts(await device.drain()) == ["hello"]
+    assert service.calls["Authenticate"] == 3
+    service.phones.clear()
+    service.tokens.clear()
+    with pytest.raises(Unauthenticated):
+        await device.drain()
+
+
+# --- reading ---
+
+
+async def test_reading_is_acknowledged_beside_delivered(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    service.send()
+    (message,) = await device.drain()
+    assert await device.mark_read(message.message_id)
+    assert not await device.mark_read(message.message_id)
+    await device.drain()
+    assert service.outcomes() == [AckOutcome.DELIVERED, AckOutcome.READ]
+    (kept,) = await device.inbox()
+    assert kept.read_at is not None
+    assert await device.delete(message.message_id)
+    assert await device.inbox() == []
+
+
+async def test_an_acknowledgement_the_service_cannot_read_does_not_stop_the_others(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.refuse_acks = True
+    for number in range(5):
+        if number == 2:
+            service.put(b"rubbish")
+        service.send(str(number))
+    assert len(await device.drain()) == 5
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 5
+    assert (await device.diagnose()).acknowledgements_waiting == 0
+
+
+# --- the stream ---
+
+
+async def test_a_stream_brings_the_backlog_and_then_what_comes(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    for number in range(3):
+        service.send(str(number))
+    async with asyncio.timeout(5), device.stream() as messages:
+        got = [(await anext(messages)).content.body for _ in range(3)]
+        await messages.caught_up()
+        service.send("live")
+        got.append((await anext(messages)).content.body)
+        await until(lambda: not service.phone().waiting)
+    assert got == ["0", "1", "2", "live"]
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 4
+    assert service.calls["Acknowledge"] == 0
+    await until(lambda: service.phone().stream is None)
+
+
+async def test_acknowledgements_gather_while_one_is_on_its_way(service: Service, make: Make) -> None:
+    device = await register(make())
+    for number in range(1000):
+        service.send(str(number))
+    got: list[str] = []
+    device._on_message = lambda message: got.append(message.content.body)
+    task = asyncio.create_task(device.run_stream())
+    await until(lambda: not service.phone().waiting)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert got == [str(number) for number in range(1000)]
+    assert sum(service.ack_frames) == 1000
+    assert max(service.ack_frames) <= 256
+    assert len(service.ack_frames) < 500
+
+
+async def test_a_second_stream_ends_the_first_for_good(service: Service, make: Make) -> None:
+    keystore = MemoryKeystore()
+    first, second = await register(make(keystore)), make(keystore)
+    async with asyncio.timeout(5), first.stream() as messages:
+        await messages.caught_up()
+        async with second.stream() as others:
+            await others.caught_up()
+            with pytest.raises(StreamTakenOver):
+                await anext(messages)
+            with pytest.raises(StreamTakenOver):
+                await anext(messages)
+            service.send()
+            assert (await anext(others)).content.body == "hello"
+    assert service.calls["Stream"] == 2
+
+
+async def test_a_stream_may_retake(service: Service, make: Make, clock: FakeClock) -> None:
+    keystore = MemoryKeystore()
+    first, second = await register(make(keystore)), make(keystore)
+    async with asyncio.timeout(5), first.stream(retake=True) as messages:
+        await messages.caught_up()
+        async with second.stream() as others:
+            with pytest.raises(StreamTakenOver):
+                await anext(others)
+        service.send()
+        assert (await anext(messages)).content.body == "hello"
+    assert clock.pauses
+
+
+async def test_a_broken_stream_connects_again_and_shows_nothing_twice(service: Service, make: Make, clock: FakeClock) -> None:
+    shown: list[str] = []
+
+    async def on_message(message: Message) -> None:
+        shown.append(message.content.body)
+        raise RuntimeError("the app's own fault")
+
+    device = await register(make(on_message=on_message))
+    task = asyncio.create_task(device.run_stream())
+    await until(lambda: service.phone().stream is not None)
+    for number in range(5):
+        service.send(str(number))
+        await until(lambda: not service.phone().waiting)
+        cast(Any, service.phone().stream).put_nowait("restart")
+        service.down["Stream"] = 2
+        service.tokens.clear()
+        await until(lambda: service.phone().stream is None)
+        await until(lambda: service.phone().stream is not None)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert shown == ["0", "1", "2", "3", "4"]
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 5
+    assert all(0 < each < 30 for each in clock.pauses)
+
+
+async def test_a_stream_takes_what_it_held_once_it_can(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make(policy=RetryPolicy(attempts_max=2)))
+    service.down["GetSenderProfile"] = 10
+    service.send("waits")
+    async with asyncio.timeout(5), device.stream() as messages:
+        assert (await anext(messages)).content.body == "waits"
+        await until(lambda: not service.phone().waiting)
+    assert service.calls["GetSenderProfile"] == 11
+    assert service.calls["Stream"] == 1
+
+
+async def test_a_stream_sends_what_an_earlier_process_still_owes(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    service.send()
+    (message,) = await device.drain()
+    await device.mark_read(message.message_id)
+    async with asyncio.timeout(5), make(keystore).stream():
+        await until(lambda: len(service.acknowledged) == 2)
+        await until(lambda: keystore.pending_acknowledgements() == [])
+    assert service.outcomes() == [AckOutcome.DELIVERED, AckOutcome.READ]
+
+
+async def test_what_a_closed_stream_had_not_given_out_comes_by_draining(service: Service, make: Make) -> None:
+    device = await register(make())
+    for number in range(3):
+        service.send(str(number))
+    async with asyncio.timeout(5), device.stream() as messages:
+        await messages.caught_up()
+        await until(lambda: not service.phone().waiting)
+        assert (await anext(messages)).content.body == "0"
+    assert texts(await device.drain()) == ["1", "2"]
+    assert await device.drain() == []
+
+
+async def test_a_stream_of_an_ended_installation_ends(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.phones.clear()
+    with pytest.raises(Unauthenticated):
+        await device.run_stream()
+
+
+# --- upkeep ---
+
+
+async def test_prekeys_rotate_after_a_week_and_old_messages_still_open(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make(one_time_prekeys=50))
+    await device.drain()
+    first = service.phone().signed_prekey
+    assert len(service.phone().one_time) == 50
+    assert service.calls["UploadPrekeys"] == 1
+    sealed_to_old = service.send("old key", lifetime_ms=20 * DAY_MS)
+    del service.phone().waiting[sealed_to_old.message_id]
+    clock.ahead_s = service.time_ahead_s = 8 * 86_400
+    service.lose_answer["UploadPrekeys"] = 1
+    for _ in range(40):
+        service.send("uses up", one_time=True)
+    assert len(await device.drain()) == 40  # and maintains
+    second = service.phone().signed_prekey
+    assert second.prekey_id != first.prekey_id
+    assert len(service.phone().one_time) == 60
+    service.phone().waiting[sealed_to_old.message_id] = sealed_to_old
+    service.send("new key")
+    assert sorted(texts(await device.drain())) == ["new key", "old key"]
+    uploads = service.calls["UploadPrekeys"]
+    await device.maintain()
+    assert service.calls["UploadPrekeys"] == uploads
+    assert service.phone().signed_prekey == second
+
+
+async def test_a_rotation_whose_upload_failed_is_repeated_with_the_same_key(service: Service, make: Make, clock: FakeClock) -> None:
+    keystore = MemoryKeystore()
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    clock.ahead_s = service.time_ahead_s = 8 * 86_400
+    service.down["UploadPrekeys"] = 10
+    assert await device.drain() == []  # messages matter more
+    made = keystore.newest_signed_prekey()
+    service.down.clear()
+    await make(keystore).maintain()
+    assert made is not None
+    assert service.phone().signed_prekey.public_key == made.public_key
+
+
+async def test_a_diagnosis_says_what_works(service: Service, make: Make, clock: FakeClock) -> None:
+    before = await make().diagnose()
+    assert (before.registered, before.authenticated, before.device_id) == (False, False, None)
+    assert set(before.reach.values()) == {"ok"}
+    device = await register(make())
+    service.down["GetSenderProfile"] = 1
+    diagnosis = await device.diagnose()
+    assert diagnosis.reach["accounts"].startswith("UNAVAILABLE")
+    assert {diagnosis.reach[name] for name in ("registration", "keys", "messages")} == {"ok"}
+    assert diagnosis.registered
+    assert diagnosis.authenticated
+    assert diagnosis.acknowledgements_waiting == 0
+
+
+# --- many, and over TLS ---
+
+
+async def test_five_hundred_devices_share_a_process(service: Service, make: Make) -> None:
+    devices = [make(clock=SystemClock()) for _ in range(500)]
+    for start in range(0, 500, 100):
+        await asyncio.gather(*(register(device) for device in devices[start : start + 100]))
+    assert len(service.phones) == 500
+    got: list[str] = []
+    for device in devices:
+        device._on_message = lambda message: got.append(message.content.body)
+    tasks = [asyncio.create_task(device.run_stream()) for device in devices]
+    async with asyncio.timeout(20):
+        while any(phone.stream is None for phone in service.phones.values()):
+            await asyncio.sleep(0.02)
+        for phone in service.phones.values():
+            service.send(phone.device_id.hex(), phone=phone)
+        while any(phone.waiting for phone in service.phones.values()):
+            await asyncio.sleep(0.02)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert sorted(got) == sorted(each.hex() for each in service.phones)
+
+
+def make_tls() -> tuple[bytes, grpc.ServerCredentials]:
+    """A private authority's certificate, and a server that it vouches for."""
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    now = datetime.now(UTC)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca = (
+        x509.CertificateBuilder()
+        .subject_name(name("Test CA"))
+        .issuer_name(name("Test CA"))
+        .public_key(ca_key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    leaf = (
+        x509.CertificateBuilder()
+        .subject_name(name("server"))
+        .issuer_name(name("Test CA"))
+        .public_key(key.public_key())
+        .serial_number(2)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return ca.public_bytes(Encoding.PEM), grpc.ssl_server_credentials([(pem, leaf.public_bytes(Encoding.PEM))])
+
+
+async def test_over_tls_only_the_given_authority_is_trusted(service: Service) -> None:
+    ca_pem, credentials = make_tls()
+    other_ca_pem, _ = make_tls()
+
+    def device(ca: bytes, address: str) -> Device:
+        return Device(
+            APP,
+            Endpoints.single(address, ca_pem=ca),
+            MemoryKeystore(),
+            root_public_key=ROOT.public_key,
+            platform=Platform.IOS,
+            policy=RetryPolicy(attempts_max=1),
+        )
+
+    async with serving(service, credentials) as address:
+        async with device(other_ca_pem, address) as stranger:
+            with pytest.raises(Unavailable):
+                await stranger.start_registration(PHONE)
+        async with device(ca_pem, address) as trusted:
+            await register(trusted)
+            service.send()
+            assert texts(await trusted.on_wake()) == ["hello"]

@@ -1,0 +1,400 @@
+"""`sealpush up` and the commands beside it: real processes, real engines, killed for real."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sealpush.keystore import SqliteKeystore
+from sealpush.model import ContentClass
+from sealpush.sender import Accepted, Sender
+from sealpush.transport import Channels
+from sealpush.v1.content_pb2 import Content
+from sealpushd.platform.db import connect
+from sealpushd.up.endpoints import Endpoints
+from sealpushd.up.errors import UpError
+from sealpushd.up.ports import SERVICES, Ports
+from sealpushd.up.sdk import public_endpoints
+
+PHONE = "+380501234567"
+SWITCHED_OFF_PHONE = "+380501234569"
+ENGINES = ("postgres", "valkey")
+# For a machine that does something else as well; what is waited for takes a fraction.
+PATIENCE_S = 40.0
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "sealpushd", *map(str, arguments)]
+
+
+def run(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SEALPUSH_")}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=PATIENCE_S, env=inherited | environment, check=False)
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}"
+        time.sleep(0.02)
+
+
+class Up:
+    """One `sealpush up`, as a process."""
+
+    def __init__(self, data_dir: Path, base_port: int) -> None:
+        self.data_dir = data_dir
+        self.base_port = base_port
+        self._output = data_dir.with_name(f"{data_dir.name}.out")
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                command("up", "--data-dir", data_dir, "--base-port", str(base_port), "--no-show"),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        eventually(lambda: self._is_ready() or self.process.poll() is not None, "up is ready")
+        assert self.process.poll() is None, self._output.read_text()
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(UpError):
+            return self.endpoints.pid == self.process.pid
+        return False
+
+    @property
+    def endpoints(self) -> Endpoints:
+        return Endpoints.load(self.data_dir)
+
+    def children(self) -> dict[str, int]:
+        """Name to pid of every process that `up` started."""
+        found = {}
+        for pid in map(int, (Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")).read_text().split()):
+            with contextlib.suppress(OSError):
+                name = name_of(Path(f"/proc/{pid}/cmdline").read_bytes())
+                if name:
+                    found[name] = pid
+        return found
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+
+def name_of(cmdline: bytes) -> str:
+    arguments = cmdline.decode().split("\0")
+    if "serve" in arguments:
+        return arguments[arguments.index("serve") + 1]
+    if "simulate" in arguments:
+        return "simulators"
+    for engine in ENGINES:
+        if Path(arguments[0]).name.startswith(engine):
+            return engine
+    return ""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def processes_of(data_dir: Path) -> list[str]:
+    """Command lines of the processes that have to do with a data directory."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                environment, cmdline = (process / "environ").read_bytes(), (process / "cmdline").read_bytes()
+                if str(data_dir).encode() in environment + cmdline and is_alive(int(process.name)):
+                    found.append(cmdline.replace(b"\0", b" ").decode())
+    return found
+
+
+def free_base_port(first: int) -> int:
+    """Somewhere nobody listens; different callers look in different places, so that they do not meet."""
+    for base in range(first, first + 2_000, 250):
+        with contextlib.suppress(UpError):
+            Ports(base).check_free(patience_s=0)
+            return base
+    raise AssertionError("no free ports")
+
+
+def folder() -> Path:
+    """Where any user may pass, and short enough for sockets."""
+    parent = Path(tempfile.mkdtemp(prefix="up-"))
+    parent.chmod(0o755)
+    return parent
+
+
+@pytest.fixture(scope="session")
+def up() -> Iterator[Up]:
+    parent = folder()
+    running = Up(parent / "data", free_base_port(11_000))
+    yield running
+    assert running.end() == 0
+    shutil.rmtree(parent)
+
+
+@pytest.fixture
+def own_data_dir() -> Iterator[Path]:
+    parent = folder()
+    yield parent / "data"
+    shutil.rmtree(parent, ignore_errors=True)
+
+
+@contextlib.asynccontextmanager
+async def bank(up: Up) -> AsyncIterator[Sender]:
+    endpoints = up.endpoints
+    async with Channels(public_endpoints(endpoints)) as channels:
+        yield Sender(channels, endpoints.login, endpoints.password, sender_name="demo-bank")
+
+
+def inbox(up: Up, phone: str, prefix: str) -> Counter[str]:
+    """The bodies in a phone's own store that begin with the prefix, and how often each stands there."""
+    found: Counter[str] = Counter()
+    with SqliteKeystore(up.data_dir / "phones" / f"{phone}.sqlite") as keystore:
+        before = None
+        while page := keystore.inbox(before=before):
+            before = page[-1].local_id
+            bodies = (Content.FromString(each.content).body for each in page)
+            found.update(body for body in bodies if body.startswith(prefix))
+    return found
+
+
+def has_exactly(up: Up, phone: str, prefix: str, bodies: dict[str, int]) -> bool:
+    return inbox(up, phone, prefix) == bodies
+
+
+def last_json(text: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return document
+
+
+def test_the_show_ends_as_it_should_and_again_on_the_same_directory(own_data_dir: Path) -> None:
+    base_port = free_base_port(14_000)
+    for _ in range(2):
+        done = run("up", "--data-dir", own_data_dir, "--base-port", str(base_port), "--then-exit")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr == ""
+        summary = last_json(done.stdout)
+        assert {name: summary[name] for name in ("sent", "delivered", "blocked", "not_registered", "cancelled", "unexpected")} == {
+            "sent": 5,
+            "delivered": 2,
+            "blocked": 1,
+            "not_registered": 1,
+            "cancelled": 1,
+            "unexpected": 0,
+        }
+        assert 0 < summary["ready_seconds"] <= summary["seconds"]
+        assert not (own_data_dir / "run" / "endpoints.json").exists()
+    # What people read says what passed the push service, and the texts are not in it.
+    pushed = [line for line in done.stdout.splitlines() if "push service went only" in line]
+    assert len(pushed) == 2
+    assert not any(word in line for line in pushed for word in ("UAH", "4071", PHONE))
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["sealed by the server", "sealed by the sender"])
+def test_a_message_sent_from_a_second_terminal_arrives(up: Up, sealed: bool) -> None:
+    text = f"from a terminal, sealed={sealed}"
+    options = ["--sealed"] if sealed else []
+    sent = run("send", PHONE, text, "--wait", "30s", "--json", "--tag", "t1", *options, "--data-dir", up.data_dir)
+    assert sent.returncode == 0, sent.stderr
+    status = last_json(sent.stdout)
+    assert (status["state"], status["tag"], len(status["deliveries"])) == ("DELIVERED", "t1", 2)
+
+    again = run("status", status["message_id"], "--watch", "--data-dir", up.data_dir)
+    assert again.returncode == 0
+    assert f"{status['message_id']}  DELIVERED" in again.stdout
+    explained = run("explain", status["message_id"], "--data-dir", up.data_dir)
+    assert "was delivered: the phone opened it and signed that it did." in explained.stdout
+    for phone in ("phone-1", "phone-2"):
+        eventually(partial(has_exactly, up, phone, text, {text: 1}), f"{phone} has the message")
+
+
+def test_a_message_can_be_cancelled_and_explained(up: Up) -> None:
+    sent = run("send", SWITCHED_OFF_PHONE, "never read", "--json", "--data-dir", up.data_dir)
+    message_id = last_json(sent.stdout)["message_id"]
+    waiting = run("explain", message_id, "--data-dir", up.data_dir)
+    assert "The installation has no push token" in waiting.stdout or "switched pushes off" in waiting.stdout
+    assert "It is tried until" in waiting.stdout
+    cancelled = run("cancel", message_id, "--json", "--data-dir", up.data_dir)
+    assert cancelled.returncode == 0
+    assert last_json(cancelled.stdout)["state"] == "CANCELLED"
+    assert [each["stop_point"] for each in last_json(cancelled.stdout)["deliveries"]] == ["BEFORE_PUSH"]
+    assert "The sender cancelled it." in run("explain", message_id, "--data-dir", up.data_dir).stdout
+
+
+def test_the_same_request_id_sends_once(up: Up) -> None:
+    answers = [last_json(run("send", PHONE, "once", "--request-id", "r-1", "--json", "--data-dir", up.data_dir).stdout) for _ in range(2)]
+    assert answers[0] == answers[1]
+
+
+def test_mistakes_are_told_in_one_line(up: Up) -> None:
+    nobody = run("send", "+380501234560", "x", "--data-dir", up.data_dir)
+    assert nobody.returncode == 1
+    assert nobody.stdout.startswith("NOT_REGISTERED  Nobody registered this phone number")
+    for arguments, exit_code, words in (
+        (["send", "12", "x"], 1, "phone number"),
+        (["send", PHONE, "x", "--from", "nobody"], 2, "there are: demo-bank, demo-shop"),
+        (["status", "x"], 2, "is no message id"),
+        (["explain", "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"], 1, "no sender here has a message"),
+    ):
+        done = run(*arguments, "--data-dir", up.data_dir)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (exit_code, "", 1), done.stderr
+        assert words in done.stderr
+
+
+def test_doctor_finds_all_well_and_the_database_can_be_looked_after(up: Up) -> None:
+    doctor = run("doctor", "--data-dir", up.data_dir)
+    assert doctor.returncode == 0, doctor.stdout
+    assert doctor.stdout.endswith("all is well\n")
+    url = up.endpoints.postgres_url
+    assert run("db", "status", SEALPUSH_POSTGRES_ADMIN_URL=url).returncode == 0
+    assert "nothing to apply" in run("db", "migrate", SEALPUSH_POSTGRES_ADMIN_URL=url).stdout
+    maintained = run("db", "maintain", SEALPUSH_POSTGRES_URL=url)
+    assert (maintained.returncode, maintained.stdout) == (0, "partitions: 0 made, 0 dropped\n")
+
+
+def test_a_second_up_on_the_same_directory_is_refused_and_the_first_goes_on(up: Up) -> None:
+    second = run("up", "--data-dir", up.data_dir, "--base-port", str(free_base_port(17_000)), "--then-exit")
+    assert second.returncode == 1
+    assert f"in use by another Sealpush, process {up.process.pid}." in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert run("send", PHONE, "undisturbed", "--wait", "30s", "--data-dir", up.data_dir).returncode == 0
+
+
+def test_a_taken_port_is_named(up: Up, own_data_dir: Path) -> None:
+    done = run("up", "--data-dir", own_data_dir, "--base-port", str(up.base_port), "--then-exit")
+    assert done.returncode == 1
+    assert f"port {up.base_port + 1} (accounts, public) is taken" in done.stderr
+    assert "--base-port" in done.stderr
+
+
+@pytest.mark.parametrize("victim", [*SERVICES, "simulators", *ENGINES])
+async def test_killed_while_publishing_every_accepted_message_arrives_once(up: Up, victim: str) -> None:
+    accepted: list[Accepted] = []
+    first_accepted = asyncio.Event()
+
+    async def publish(sender: Sender, body: str) -> None:
+        content = Content(title="t", body=body, content_class=ContentClass.INFORMATIONAL.value)  # type: ignore[arg-type]
+        request_id = body.replace(" ", "-")
+        while True:
+            outcome = await sender.publish(PHONE, content, request_id=request_id)
+            if isinstance(outcome, Accepted):
+                accepted.append(outcome)
+                first_accepted.set()
+                return
+            # Refused for now or unanswered: the same request id again.
+            await asyncio.sleep(0.05)
+
+    before = up.children()[victim]
+    bodies = [f"{victim} {number}" for number in range(40)]
+
+    async def publish_in_turn(sender: Sender, turn: int) -> None:
+        for body in bodies[turn:40:4]:
+            await publish(sender, body)
+
+    async with asyncio.timeout(PATIENCE_S), bank(up) as sender:
+        publishing = asyncio.ensure_future(asyncio.gather(*(publish_in_turn(sender, turn) for turn in range(4))))
+        await first_accepted.wait()
+        os.kill(before, signal.SIGKILL)
+        await publishing
+        # And once more, when it is surely gone.
+        bodies.append(f"{victim} after")
+        await publish(sender, bodies[-1])
+        async for status in sender.watch([each.message_id for each in accepted]):
+            assert not status.state.terminal or status.state.name == "DELIVERED", status
+    expected = dict.fromkeys(bodies, 1)
+    for phone in ("phone-1", "phone-2"):
+        await asyncio.to_thread(eventually, partial(has_exactly, up, phone, f"{victim} ", expected), f"{phone} has all messages")
+    await asyncio.to_thread(eventually, lambda: up.children().get(victim, before) != before, f"{victim} is there again")
+    assert "shown twice" not in (up.data_dir / "log" / "up.log").read_text()
+
+
+def test_killed_itself_it_leaves_no_process_and_the_next_run_keeps_what_was_accepted(own_data_dir: Path) -> None:
+    base_port = free_base_port(20_000)
+    first = Up(own_data_dir, base_port)
+    sent = run("send", SWITCHED_OFF_PHONE, "kept", "--json", "--data-dir", own_data_dir)
+    children = first.children()
+    assert set(children) == {*SERVICES, "simulators", *ENGINES}
+    assert first.end(signal.SIGKILL) == -signal.SIGKILL
+    eventually(lambda: not any(map(is_alive, children.values())), "every child has ended")
+    assert run("doctor", "--data-dir", own_data_dir).returncode == 1
+
+    # As if the first run had been killed in the middle of its preparations.
+    (own_data_dir / "secrets" / "complete").unlink()
+    (own_data_dir / "secrets" / "platform.key").rename(own_data_dir / "platform.key")
+    (own_data_dir / "secrets" / ".vault.key.1").write_text("half a ke")
+    (own_data_dir / "platform.key").rename(own_data_dir / "secrets" / "platform.key")
+
+    second = Up(own_data_dir, base_port)
+    status = run("status", last_json(sent.stdout)["message_id"], "--json", "--data-dir", own_data_dir)
+    assert last_json(status.stdout)["state"] == "QUEUED"
+    assert run("send", PHONE, "as before", "--wait", "30s", "--data-dir", own_data_dir).returncode == 0
+    children = second.children()
+    assert second.end(signal.SIGINT) == 0
+    assert not any(map(is_alive, children.values()))
+    assert not processes_of(own_data_dir)
+    assert os.listdir(own_data_dir / "run") == []
+
+
+def test_stopped_while_it_starts_it_leaves_nothing(own_data_dir: Path) -> None:
+    arguments = command("up", "--data-dir", own_data_dir, "--base-port", str(free_base_port(26_000)))
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        # Half-way: some of the services were started and cannot answer yet.
+        eventually(lambda: (own_data_dir / "log" / "fetch.log").exists(), "the services are being started")
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.read().endswith("\nstopped\n")
+        assert process.wait(PATIENCE_S) == 0
+    assert not processes_of(own_data_dir)
+
+
+def test_a_service_refuses_a_database_that_was_not_migrated(up: Up) -> None:
+    async def create_database() -> None:
+        connection = await connect(up.endpoints.postgres_url)
+        try:
+            await connection.execute("CREATE DATABASE not_migrated")
+        finally:
+            await connection.close()
+
+    asyncio.run(create_database())
+    url = up.endpoints.postgres_url.replace("/sealpush?", "/not_migrated?")
+    keys = up.data_dir / "secrets" / "keys"
+    trust = {"SEALPUSH_SERVICE_KEY": str(keys / "accounts.key"), "SEALPUSH_TRUST": str(keys.parent / "trust.json")}
+    refused = run("serve", "accounts", SEALPUSH_POSTGRES_URL=url, **trust)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.splitlines()[-1].endswith("run `sealpush db migrate` first")
+    assert "Traceback" not in refused.stderr
+
+    unreachable = run("serve", "accounts", SEALPUSH_POSTGRES_URL="postgresql://x:y@/z?host=/nowhere", **trust)
+    assert unreachable.returncode == 1
+    assert "cannot connect to PostgreSQL" in unreachable.stderr.splitlines()[-1]
+
+
+def test_a_lost_secret_is_reported_and_not_replaced(own_data_dir: Path) -> None:
+    from sealpushd.engines.datadir import DataDir
+    from sealpushd.up import secrets
+
+    with DataDir.open(own_data_dir):
+        secrets.prepare(own_data_dir / "secrets", ["services", "apns-simulator"])
+    (own_data_dir / "secrets" / "vault.key").unlink()
+    done = run("up", "--data-dir", own_data_dir, "--base-port", str(free_base_port(23_000)), "--then-exit")
+    assert done.returncode == 1
+    assert "vault.key is missing. Restore it" in done.stderr
+    assert not (own_data_dir / "postgres").exists()

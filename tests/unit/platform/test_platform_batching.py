@@ -1,0 +1,185 @@
+"""NaturalBatcher: one flush at a time, bounded batches, nobody forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sealpushd.platform.batching import NaturalBatcher
+from sealpushd.platform.errors import Overloaded
+
+LIMIT_S = 5
+
+
+class Gate:
+    """A flush that waits to be let through, and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.open = asyncio.Event()
+        self.entered = asyncio.Event()
+        self.fail_on: set[int] = set()
+
+    async def flush(self, items: Sequence[int]) -> Sequence[int]:
+        self.batches.append(list(items))
+        self.entered.set()
+        await self.open.wait()
+        if self.fail_on.intersection(items):
+            raise ValueError("this batch fails")
+        return [item * 10 for item in items]
+
+
+async def test_a_lone_item_goes_at_once_and_what_comes_meanwhile_goes_together() -> None:
+    gate = Gate()
+    batcher = NaturalBatcher[int, int](gate.flush)
+    first = asyncio.create_task(batcher.submit(1))
+    await gate.entered.wait()
+    others = [asyncio.create_task(batcher.submit(n)) for n in (2, 3, 4)]
+    await asyncio.sleep(0)
+    gate.open.set()
+    assert [await first, *await asyncio.gather(*others)] == [10, 20, 30, 40]
+    assert gate.batches == [[1], [2, 3, 4]]
+
+
+@pytest.mark.parametrize("in_flight_max", [1, 2, 3])
+async def test_a_caller_that_submits_again_at_once_is_served(in_flight_max: int) -> None:
+    async def flush(items: Sequence[int]) -> Sequence[int]:
+        await asyncio.sleep(0)
+        return items
+
+    batcher = NaturalBatcher[int, int](flush, in_flight_max=in_flight_max, items_max=1)
+
+    async def caller() -> list[int]:
+        return [await batcher.submit(n) for n in range(20)]
+
+    async with asyncio.timeout(LIMIT_S):
+        assert await asyncio.gather(*(caller() for _ in range(in_flight_max))) == [list(range(20))] * in_flight_max
+
+
+async def test_a_failure_reaches_every_submission_of_its_batch_and_no_other() -> None:
+    gate = Gate()
+    gate.fail_on = {3}
+    batcher = NaturalBatcher[int, int](gate.flush, items_max=2)
+    tasks = [asyncio.create_task(batcher.submit(n)) for n in range(1, 7)]
+    gate.open.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert gate.batches == [[1, 2], [3, 4], [5, 6]]
+    assert [type(result) for result in results] == [int, int, ValueError, ValueError, int, int]
+
+
+async def test_a_wrong_number_of_results_is_an_error_and_not_a_mix_up() -> None:
+    async def flush(items: Sequence[int]) -> Sequence[int]:
+        return items[1:]
+
+    with pytest.raises(RuntimeError, match="1 results for 2 items"):
+        await NaturalBatcher[int, int](flush).submit_many([1, 2])
+
+
+async def test_a_cancelled_submission_that_waits_is_never_flushed_and_harms_nobody() -> None:
+    gate = Gate()
+    batcher = NaturalBatcher[int, int](gate.flush)
+    first = asyncio.create_task(batcher.submit(1))
+    await gate.entered.wait()
+    leaves, stays = asyncio.create_task(batcher.submit(2)), asyncio.create_task(batcher.submit(3))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    gate.open.set()
+    assert [await first, await stays] == [10, 30]
+    assert gate.batches == [[1], [3]]
+
+
+async def test_a_submission_cancelled_in_flight_does_not_cancel_the_others_of_its_batch() -> None:
+    gate = Gate()
+    batcher = NaturalBatcher[int, int](gate.flush)
+    leaves, stays = asyncio.create_task(batcher.submit(1)), asyncio.create_task(batcher.submit(2))
+    await gate.entered.wait()
+    leaves.cancel()
+    await asyncio.gather(leaves, return_exceptions=True)
+    gate.open.set()
+    assert await stays == 20
+    assert gate.batches == [[1, 2]]
+
+
+async def test_more_than_may_wait_is_refused_before_any_of_it_is_worked_on() -> None:
+    gate = Gate()
+    batcher = NaturalBatcher[int, int](gate.flush, items_max=2, queue_items_max=3)
+    first = asyncio.create_task(batcher.submit(0))
+    await gate.entered.wait()
+    waiting = asyncio.create_task(batcher.submit(1))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as refused:
+        await batcher.submit_many([2, 3, 4])
+    assert refused.value.retry_after is not None
+    gate.open.set()
+    await asyncio.gather(first, waiting)
+    assert gate.batches == [[0], [1]]
+    assert await batcher.submit_many([2, 3, 4]) == [20, 30, 40]
+
+
+async def test_closing_waits_for_what_is_in_flight() -> None:
+    gate = Gate()
+    batcher = NaturalBatcher[int, int](gate.flush)
+    task = asyncio.create_task(batcher.submit(1))
+    await gate.entered.wait()
+    closing = asyncio.create_task(batcher.aclose())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    gate.open.set()
+    await closing
+    assert await task == 10
+
+
+async def test_nothing_submitted_is_nothing_flushed() -> None:
+    gate = Gate()
+    assert await NaturalBatcher[int, int](gate.flush).submit_many([]) == []
+    assert gate.batches == []
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=8),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(20, 100),
+    st.booleans(),
+)
+def test_everybody_gets_their_own_results_in_order_within_the_bounds(
+    submissions: list[list[int]], items_max: int, in_flight_max: int, bytes_max: int, weighed: bool
+) -> None:
+    async def run() -> None:
+        batches: list[list[tuple[int, int, int]]] = []
+        in_flight = 0
+
+        async def flush(items: Sequence[tuple[int, int, int]]) -> Sequence[tuple[int, int, int]]:
+            nonlocal in_flight
+            in_flight += 1
+            assert in_flight <= in_flight_max
+            batches.append(list(items))
+            await asyncio.sleep(0)
+            in_flight -= 1
+            return items
+
+        batcher = NaturalBatcher[tuple[int, int, int], tuple[int, int, int]](
+            flush,
+            items_max=items_max,
+            in_flight_max=in_flight_max,
+            bytes_max=bytes_max,
+            weigh=(lambda item: item[2]) if weighed else None,
+        )
+        given_items = [[(n, m, weight) for m, weight in enumerate(weights)] for n, weights in enumerate(submissions)]
+        async with asyncio.timeout(LIMIT_S):
+            assert await asyncio.gather(*(batcher.submit_many(items) for items in given_items)) == given_items
+        flat = [item for batch in batches for item in batch]
+        assert flat == [item for items in given_items for item in items]
+        for batch in batches:
+            assert len(batch) <= items_max
+            if weighed and len(batch) > 1:
+                assert sum(item[2] for item in batch) <= bytes_max
+
+    asyncio.run(run())

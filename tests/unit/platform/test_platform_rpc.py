@@ -1,0 +1,312 @@
+"""What surrounds every call: who may come in, how long it may take, and what a caller reads when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from sealpush.ids import DeviceId, SenderId, SubscriberId
+from sealpush.v1 import messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
+from sealpushd.platform import rpc
+from sealpushd.platform.clients import BatchedCall, MeshChannel
+from sealpushd.platform.errors import DETAILS_KEY, Aborted, NotFound, Unavailable
+from sealpushd.platform.logging import request_ids
+from sealpushd.platform.rpc import DEADLINE_S_MAX, REQUEST_ID_KEY, GuardedServer, address_of
+from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceKey, TokenVerifier
+from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
+
+LIMIT_S = 5
+ACCOUNTS, REGISTRATION, PUBLISHING, FETCH = (
+    ServiceKey(name, Ed25519PrivateKey.generate()) for name in ("accounts", "registration", "publishing", "fetch")
+)
+VERIFIER = TokenVerifier({each.name: [each.public_key] for each in (ACCOUNTS, REGISTRATION, PUBLISHING, FETCH)})
+SENDER = SenderCaller(SenderId(b"s" * 16), b"o" * 16, ("app",), frozenset({"publish", "status"}), ())
+DEVICE = DeviceCaller(DeviceId(b"d" * 16), SubscriberId(b"u" * 16), "app", b"k" * 32)
+SECRET = "hunter2"
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+AS_SENDER, AS_DEVICE = bearer(ACCOUNTS.sender_token(SENDER)[0]), bearer(REGISTRATION.device_token(DEVICE)[0])
+
+
+class Publishing(publish_pb2_grpc.PublishingServicer):
+    """Does what the test says."""
+
+    def __init__(self) -> None:
+        self.act: Callable[[], Awaitable[None]] = self.nothing
+        self.callers: list[Caller] = []
+        self.ids: list[tuple[str, ...]] = []
+        self.remaining_s: float | None = None
+        self.cancelled = asyncio.Event()
+        self.entered = asyncio.Event()
+
+    async def nothing(self) -> None:
+        pass
+
+    async def hang(self) -> None:
+        self.entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+
+    async def Publish(self, request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:  # noqa: N802
+        self.callers.append(rpc.require_sender())
+        self.ids.append(request_ids.get())
+        task = asyncio.current_task()
+        assert task is not None
+        await self.act()
+        return publish_pb2.PublishResponse()
+
+    async def WatchStatus(  # noqa: N802
+        self, request: publish_pb2.WatchStatusRequest, context: Any
+    ) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
+        yield publish_pb2.WatchStatusResponse()
+        await self.act()
+
+    async def PublishStream(  # noqa: N802
+        self, request_iterator: AsyncIterator[publish_pb2.PublishStreamRequest], context: Any
+    ) -> AsyncIterator[publish_pb2.PublishStreamResponse]:
+        try:
+            async for request in request_iterator:
+                await self.act()
+                yield publish_pb2.PublishStreamResponse(frame=request.frame)
+        finally:
+            self.cancelled.set()
+
+
+class Mailbox(mailbox_pb2_grpc.MailboxServicer):
+    def __init__(self) -> None:
+        self.ids: list[tuple[str, ...]] = []
+        self.sizes: list[int] = []
+
+    async def LookupAccepted(  # noqa: N802
+        self, request: mailbox_pb2.LookupAcceptedRequest, context: Any
+    ) -> mailbox_pb2.LookupAcceptedResponse:
+        self.ids.append(request_ids.get())
+        self.sizes.append(len(request.keys))
+        return mailbox_pb2.LookupAcceptedResponse(results=[mailbox_pb2.AcceptedResult() for _ in request.keys])
+
+
+class World:
+    def __init__(self) -> None:
+        self.publishing, self.mailbox = Publishing(), Mailbox()
+        self.server = grpc.aio.server()
+        guarded = GuardedServer(self.server, VERIFIER)
+        publish_pb2_grpc.add_PublishingServicer_to_server(self.publishing, guarded)
+        mailbox_pb2_grpc.add_MailboxServicer_to_server(self.mailbox, guarded)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.channel = grpc.aio.insecure_channel(self.address)
+        self.stub: Any = publish_pb2_grpc.PublishingStub(self.channel)
+
+    async def publish(self, metadata: Any = AS_SENDER, timeout: float = LIMIT_S) -> Any:
+        return await self.stub.Publish(publish_pb2.PublishRequest(), metadata=metadata, timeout=timeout)
+
+    async def refused(self, metadata: Any = AS_SENDER, timeout: float = LIMIT_S) -> grpc.aio.AioRpcError:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await self.publish(metadata, timeout)
+        return caught.value
+
+
+@pytest_asyncio.fixture
+async def world() -> AsyncIterator[World]:
+    made = World()
+    await made.server.start()
+    yield made
+    await made.channel.close()
+    await made.server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code"),
+    [
+        ((), grpc.StatusCode.UNAUTHENTICATED),
+        ((("authorization", ""),), grpc.StatusCode.UNAUTHENTICATED),
+        ((("authorization", "Basic dTpw"),), grpc.StatusCode.UNAUTHENTICATED),
+        (bearer("nonsense"), grpc.StatusCode.UNAUTHENTICATED),
+        (AS_DEVICE, grpc.StatusCode.PERMISSION_DENIED),
+        (bearer(PUBLISHING.mesh_token()), grpc.StatusCode.PERMISSION_DENIED),
+    ],
+)
+async def test_without_the_right_token_a_call_does_not_reach_its_handler(world: World, metadata: Any, code: grpc.StatusCode) -> None:
+    error = await world.refused(metadata)
+    assert error.code() is code
+    assert world.publishing.callers == []
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        async for _ in world.stub.WatchStatus(publish_pb2.WatchStatusRequest(), metadata=metadata, timeout=LIMIT_S):
+            pass
+    assert streamed.value.code() is code
+
+
+async def test_the_handler_knows_the_caller(world: World) -> None:
+    await world.publish()
+    await world.publish((("authorization", AS_SENDER[0][1].replace("Bearer", "bearer")),))
+    assert world.publishing.callers == [SENDER, SENDER]
+
+
+async def test_a_method_without_a_rule_cannot_be_served() -> None:
+    class Handler:
+        request_streaming = response_streaming = False
+
+    with pytest.raises(RuntimeError, match="no rule"):
+        GuardedServer(grpc.aio.server(), VERIFIER).add_registered_method_handlers("sealpush.v1.New", {"Call": Handler()})
+
+
+async def test_a_known_error_reaches_the_caller_with_its_details(world: World) -> None:
+    async def fail() -> None:
+        raise NotFound("there is none", field="message_id")
+
+    world.publishing.act = fail
+    error = await world.refused()
+    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, "there is none")
+    assert DETAILS_KEY in dict(error.trailing_metadata() or ())
+
+
+async def test_an_unknown_error_hides_its_text(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    async def fail() -> None:
+        raise KeyError(SECRET)
+
+    world.publishing.act = fail
+    error = await world.refused()
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert SECRET not in f"{error.details()}{error.debug_error_string()}{error.trailing_metadata()}"
+    with pytest.raises(grpc.aio.AioRpcError) as streamed:
+        async for _ in world.stub.WatchStatus(publish_pb2.WatchStatusRequest(), metadata=AS_SENDER, timeout=LIMIT_S):
+            pass
+    assert streamed.value.code() is grpc.StatusCode.INTERNAL
+    assert SECRET not in str(streamed.value.details())
+    capsys.readouterr()
+
+
+async def test_bytes_that_are_no_request_are_the_callers_fault(world: World) -> None:
+    # Field 1 is a string, and 0xff is no UTF-8; then a tag that ends too early.
+    for raw in (b"\x0a\x01\xff", b"\x0a\x05a"):
+        call = world.channel.unary_unary("/sealpush.v1.Publishing/Publish")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(raw, metadata=AS_SENDER, timeout=LIMIT_S)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    stream = world.channel.stream_stream("/sealpush.v1.Publishing/PublishStream")(metadata=AS_SENDER, timeout=LIMIT_S)
+    await stream.write(b"\x12\x02\x0a\x05")
+    await stream.done_writing()
+    assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_call_ends_with_its_callers_deadline(world: World) -> None:
+    world.publishing.act = world.publishing.hang
+    error = await world.refused(timeout=0.2)
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    async with asyncio.timeout(LIMIT_S):
+        await world.publishing.cancelled.wait()
+
+
+async def test_no_call_gets_more_time_than_the_cap(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DEADLINE_S_MAX == 10
+    monkeypatch.setattr(rpc, "DEADLINE_S_MAX", 0.1)
+    world.publishing.act = world.publishing.hang
+    error = await world.refused(timeout=LIMIT_S)
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "same request id" in str(error.details())
+
+
+async def test_a_caller_that_goes_away_stops_its_handler(world: World) -> None:
+    world.publishing.act = world.publishing.hang
+    call = world.stub.Publish(publish_pb2.PublishRequest(), metadata=AS_SENDER, timeout=LIMIT_S)
+    await world.publishing.entered.wait()
+    call.cancel()
+    async with asyncio.timeout(LIMIT_S):
+        await world.publishing.cancelled.wait()
+
+
+async def test_a_stream_whose_caller_goes_away_is_closed_at_once(world: World) -> None:
+    call = world.stub.PublishStream(metadata=AS_SENDER)
+    await call.write(publish_pb2.PublishStreamRequest(frame=7))
+    assert (await call.read()).frame == 7
+    call.cancel()
+    async with asyncio.timeout(LIMIT_S):
+        await world.publishing.cancelled.wait()
+
+
+async def test_an_error_ends_a_stream_after_what_was_sent(world: World) -> None:
+    async def fail() -> None:
+        raise Aborted("another took over")
+
+    world.publishing.act = fail
+    call = world.stub.WatchStatus(publish_pb2.WatchStatusRequest(), metadata=AS_SENDER, timeout=LIMIT_S)
+    assert await call.read() == publish_pb2.WatchStatusResponse()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.ABORTED, "another took over")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("a-request", ("a-request",)), ("a,b", ("a", "b")), ("", None), ("has space", None), ("x" * 601, None)]
+)
+async def test_a_request_id_is_kept_and_a_strange_one_is_replaced(world: World, given: str, kept: tuple[str, ...] | None) -> None:
+    await world.publish((*AS_SENDER, (REQUEST_ID_KEY, given)))
+    (ids,) = world.publishing.ids
+    if kept is None:
+        assert len(ids) == 1
+        assert ids[0] != given
+    else:
+        assert ids == kept
+
+
+async def test_request_ids_pass_on_to_the_next_service_also_through_a_batch(world: World) -> None:
+    channel = MeshChannel("fetch", world.address, PUBLISHING)
+    mailbox = mailbox_pb2_grpc.MailboxStub(channel.channel)
+    batched = BatchedCall[mailbox_pb2.AcceptedKey, mailbox_pb2.AcceptedResult](
+        channel,
+        mailbox.LookupAccepted,
+        lambda items: mailbox_pb2.LookupAcceptedRequest(keys=items),
+        lambda answer: answer.results,
+        in_flight_max=1,
+    )
+
+    async def call(name: str) -> None:
+        request_ids.set((name,))
+        await batched.submit(mailbox_pb2.AcceptedKey())
+
+    await asyncio.gather(*(asyncio.create_task(call(f"r{n}")) for n in range(4)))
+    assert sum(world.mailbox.sizes) == 4
+    assert [one for ids in world.mailbox.ids for one in ids] == ["r0", "r1", "r2", "r3"]
+    await batched.aclose()
+    await channel.aclose()
+
+
+async def test_a_service_that_may_not_make_a_call_reads_unavailable_and_the_outside_caller_no_more(world: World) -> None:
+    channel = MeshChannel("fetch", world.address, FETCH)
+    mailbox = mailbox_pb2_grpc.MailboxStub(channel.channel)
+    with pytest.raises(Unavailable, match="fetch"):
+        await channel.call(mailbox.LookupAccepted, mailbox_pb2.LookupAcceptedRequest())
+    await channel.aclose()
+
+
+async def test_a_peer_that_is_down_is_unavailable_at_once() -> None:
+    channel = MeshChannel("fetch", "127.0.0.1:9", PUBLISHING)
+    with pytest.raises(Unavailable):
+        await channel.call(messages_pb2_grpc.MessagesStub(channel.channel).Fetch, messages_pb2.FetchRequest())
+    await channel.aclose()
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:192.0.2.1:5000", "192.0.2.1"),
+        ("ipv6:%5B2001:db8::1%5D:5000", "2001:db8::1"),
+        ("ipv6:[::1]:5000", "::1"),
+        ("unix:/run/sealpush.sock", ""),
+        ("unix:", ""),
+        ("", ""),
+    ],
+)
+def test_the_callers_address_is_taken_out_of_grpcs_peer(peer: str, address: str) -> None:
+    assert address_of(peer) == address
