@@ -1205,6 +1205,8 @@ class _Connection:
         self._sent: dict[MessageId, deque[PendingAcknowledgement]] = {}
         # What the store says is owed and what was sent are read and changed together, or an answer between sends it twice.
         self._ledger = asyncio.Lock()
+        # Nothing is written before the service has spoken: a refusal that meets a write loses its status (in gRPC).
+        self._open = asyncio.Event()
         self.progressed = False
 
     async def run(self, bearer: str) -> None:
@@ -1233,6 +1235,7 @@ class _Connection:
         device = self._device
         async for frame in call:
             self.progressed = True
+            self._open.set()
             if frame.HasField("server_time"):
                 await device._set_time(frame.server_time)
             await self._confirm(frame.ack_results)
@@ -1275,6 +1278,7 @@ class _Connection:
     async def _write(self, call: "_StreamCall") -> None:
         """Send what is owed; what comes meanwhile gathers in the store and goes together with the next write."""
         device = self._device
+        await self._open.wait()
         while True:
             await self._owing.wait()
             self._owing.clear()

@@ -654,6 +654,8 @@ class _StreamSession:
                         raise failure from error
                 elif not failure.retryable:
                     raise failure from error
+                elif failure.code == "INTERNAL":
+                    self._token.drop(bearer)  # the real status was lost in gRPC: it may have been about the token
             except CallFailed as error:
                 if not error.retryable:
                     raise

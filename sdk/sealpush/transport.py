@@ -38,6 +38,8 @@ TOKEN_MARGIN_S: Final = 60.0  # a token is renewed this long before its end, so 
 
 _DOMAIN: Final = "sealpush"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
+# What gRPC makes of a write on a stream that the other side has just ended: the real status is lost.
+_LOST_STATUS: Final = "Internal error from Core"
 _OPTIONS: Final = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -208,6 +210,8 @@ def call_failed(error: grpc.aio.AioRpcError) -> CallFailed:
     ours = info.domain == _DOMAIN
     metadata = dict(info.metadata) if ours else {}
     kind = _KINDS.get(error.code(), errors.ServerFault)
+    if error.code() is grpc.StatusCode.INTERNAL and error.details() == _LOST_STATUS:
+        kind = errors.Unavailable
     if kind is errors.InvalidRequest and "attempts_left" in metadata:
         kind = WrongCode
     code = error.code().name

@@ -398,6 +398,8 @@ def parse_key(proto: mailbox_pb2.AcceptedKey) -> AcceptedKey:
 def parse_message(proto: mailbox_pb2.NewMessage) -> NewMessage:
     if not proto.deliveries:
         raise InvalidRequest("a message has at least one delivery", field="deliveries")
+    if len({each.device_id for each in proto.deliveries}) != len(proto.deliveries):
+        raise InvalidRequest("a message has two deliveries for one device", field="deliveries")
     message_id = MessageId(need_id(proto.message_id, "message_id"))
     return NewMessage(
         key=parse_key(proto.key),

@@ -226,6 +226,8 @@ class _Pushed:
         self.phone = phone
         self._apns = apns
         self._token = ""
+        # Whether the registration service has this token.
+        self._registered = True
 
     async def new_token(self) -> str:
         made = await self._apns.CreateDevice(simulator.CreateDeviceRequest(topic=APNS_TOPIC), wait_for_ready=True, timeout=20)
@@ -237,18 +239,20 @@ class _Pushed:
         pause = _RETRY_FIRST_S
         while True:
             try:
-                await self._connected()
+                if not self._registered:
+                    await self.new_token()
+                    installation = Installation(push_token=self._token, push_environment=PushEnvironment.SANDBOX, push_topic=APNS_TOPIC)
+                    await self.phone.device.update_installation(installation)
+                    self._registered = True
+                    pause = _RETRY_FIRST_S
+                self._registered = await self._connected()
             except (grpc.aio.AioRpcError, SealpushError) as e:
                 log.warning("the push service went away; the phone connects again", phone=self.phone.name, error=repr(e)[:200])
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RETRY_MAX_S)
-            with contextlib.suppress(grpc.aio.AioRpcError, SealpushError):
-                await self.phone.device.update_installation(
-                    Installation(push_token=await self.new_token(), push_environment=PushEnvironment.SANDBOX, push_topic=APNS_TOPIC)
-                )
-                pause = _RETRY_FIRST_S
 
-    async def _connected(self) -> None:
+    async def _connected(self) -> bool:
+        """Receive pushes until the connection ends; whether the token is still good. Raises AioRpcError."""
         call = self._apns.Connect()
         wakes: set[asyncio.Task[None]] = set()
         try:
@@ -256,7 +260,7 @@ class _Pushed:
             async for response in call:
                 if response.WhichOneof("frame") == "presence":
                     if response.presence.unknown_device_tokens:
-                        return
+                        return False
                     self.phone.online.set()
                     # What was pushed while nobody listened is not pushed again: an app looks when it starts.
                     work = asyncio.create_task(self._catch_up())
@@ -267,6 +271,7 @@ class _Pushed:
                     work = asyncio.create_task(self._wake(notification.payload))
                     wakes.add(work)
                     work.add_done_callback(wakes.discard)
+            return True
         finally:
             call.cancel()
             for work in wakes:
@@ -274,8 +279,12 @@ class _Pushed:
             await asyncio.gather(*wakes, return_exceptions=True)
 
     async def _wake(self, payload: bytes) -> None:
-        messages = await self.phone.device.on_wake(json.loads(payload).get("id"))
-        await self.phone.show(messages, "push")
+        messages: Sequence[Message] = ()
+        try:
+            messages = await self.phone.device.on_wake(json.loads(payload).get("id"))
+            await self.phone.show(messages, "push")
+        except SealpushError as e:
+            log.warning("woken in vain; tries again", phone=self.phone.name, error=repr(e)[:200])
         if not messages:
             await self._catch_up()
 

@@ -14,8 +14,8 @@ from sealpush.ids import DeviceId, SenderId, SubscriberId
 from sealpushd.platform.access import (
     ACCESS,
     SCOPES,
-    Anyone,
     AnyDevice,
+    Anyone,
     Rule,
     SenderWith,
     Services,

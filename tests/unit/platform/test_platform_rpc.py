@@ -99,9 +99,10 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
 
 class World:
     def __init__(self) -> None:
-        self.publishing, self.mailbox = Publishing(), Mailbox()
+        # They answer only what is asked here.
+        self.publishing, self.mailbox = Publishing(), Mailbox()  # type: ignore[abstract]
         self.server = grpc.aio.server()
-        guarded = GuardedServer(self.server, VERIFIER)
+        guarded: Any = GuardedServer(self.server, VERIFIER)
         publish_pb2_grpc.add_PublishingServicer_to_server(self.publishing, guarded)
         mailbox_pb2_grpc.add_MailboxServicer_to_server(self.mailbox, guarded)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
@@ -190,11 +191,11 @@ async def test_an_unknown_error_hides_its_text(world: World, capsys: pytest.Capt
 async def test_bytes_that_are_no_request_are_the_callers_fault(world: World) -> None:
     # Field 1 is a string, and 0xff is no UTF-8; then a tag that ends too early.
     for raw in (b"\x0a\x01\xff", b"\x0a\x05a"):
-        call = world.channel.unary_unary("/sealpush.v1.Publishing/Publish")
+        call: Any = world.channel.unary_unary("/sealpush.v1.Publishing/Publish")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(raw, metadata=AS_SENDER, timeout=LIMIT_S)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    stream = world.channel.stream_stream("/sealpush.v1.Publishing/PublishStream")(metadata=AS_SENDER, timeout=LIMIT_S)
+    stream: Any = world.channel.stream_stream("/sealpush.v1.Publishing/PublishStream")(metadata=AS_SENDER, timeout=LIMIT_S)
     await stream.write(b"\x12\x02\x0a\x05")
     await stream.done_writing()
     assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT

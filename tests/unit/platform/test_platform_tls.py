@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -44,6 +45,12 @@ def test_a_certificate_of_a_lost_authority_is_made_anew(tmp_path: Path) -> None:
     certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(anew.certificate_path.read_bytes()))
 
 
+async def check(channel: grpc.aio.Channel) -> health_pb2.HealthCheckResponse:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    answer: health_pb2.HealthCheckResponse = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    return answer
+
+
 async def test_a_client_that_trusts_the_authority_reaches_a_listener_and_another_does_not(tmp_path: Path) -> None:
     authority, stranger = LocalAuthority(tmp_path / "a"), LocalAuthority(tmp_path / "b")
     server = grpc.aio.server()
@@ -55,12 +62,12 @@ async def test_a_client_that_trusts_the_authority_reaches_a_listener_and_another
         for name in ("127.0.0.1", "localhost"):
             trusting = grpc.ssl_channel_credentials(authority.certificate_path.read_bytes())
             async with grpc.aio.secure_channel(f"{name}:{port}", trusting) as channel:
-                answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+                answer = await check(channel)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
         distrusting = grpc.ssl_channel_credentials(stranger.certificate_path.read_bytes())
         async with grpc.aio.secure_channel(f"127.0.0.1:{port}", distrusting) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+                await check(channel)
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     finally:
         await server.stop(None)

@@ -102,7 +102,7 @@ def test_a_token_without_signature_is_refused() -> None:
     body = part({"iss": "fetch", "aud": "mesh", "sub": "fetch", "iat": now, "exp": now + 60})
     for algorithm in ("none", "None", "NONE"):
         refused(f"{part({'alg': algorithm, 'typ': 'JWT'})}.{body}.")
-    refused(jwt.encode({"iss": "fetch", "aud": "mesh", "sub": "fetch", "iat": now, "exp": now + 60}, None, algorithm="none"))
+    refused(jwt.encode({"iss": "fetch", "aud": "mesh", "sub": "fetch", "iat": now, "exp": now + 60}, "", algorithm="none"))
 
 
 def test_the_public_key_is_no_shared_secret() -> None:

@@ -30,7 +30,7 @@ NOBODY = NotRegistered(R, Reason.CONSUMER_PHONE_NOT_FOUND)
 UNANSWERED = Unanswered(R, "UNAVAILABLE", "no answer")
 REFUSED = Refused(R, "INVALID_ARGUMENT", "INVALID_REQUEST", "wrong")
 
-moments = st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC))
+moments = st.timedeltas(timedelta(0), timedelta(days=365)).map(NOW.__add__)
 lengths = st.timedeltas(timedelta(0), timedelta(days=2))
 policies = st.builds(
     FailoverPolicy,
