@@ -405,9 +405,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
 
         reader = asyncio.create_task(read())
         try:
-            for start in range(0, max(1, len(phone.waiting)), 100):
-                deliveries = list(phone.waiting.values())[start : start + 100]
-                yield messages_pb2.StreamResponse(deliveries=deliveries, server_time=self.time())
+            backlog = list(phone.waiting.values())
+            for start in range(0, len(backlog), 100):
+                yield messages_pb2.StreamResponse(deliveries=backlog[start : start + 100], server_time=self.time())
             yield messages_pb2.StreamResponse(backlog_done=True, server_time=self.time())
             while True:
                 item = await queue.get()

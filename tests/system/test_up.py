@@ -180,6 +180,10 @@ def has_exactly(up: Up, phone: str, prefix: str, bodies: dict[str, int]) -> bool
     return inbox(up, phone, prefix) == bodies
 
 
+def there_is(folder: Path, pattern: str) -> bool:
+    return any(folder.glob(pattern))
+
+
 def last_json(text: str) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(text.splitlines()[-1])
     return document
@@ -336,12 +340,6 @@ def test_killed_itself_it_leaves_no_process_and_the_next_run_keeps_what_was_acce
     eventually(lambda: not any(map(is_alive, children.values())), "every child has ended")
     assert run("doctor", "--data-dir", own_data_dir).returncode == 1
 
-    # As if the first run had been killed in the middle of its preparations.
-    (own_data_dir / "secrets" / "complete").unlink()
-    (own_data_dir / "secrets" / "platform.key").rename(own_data_dir / "platform.key")
-    (own_data_dir / "secrets" / ".vault.key.1").write_text("half a ke")
-    (own_data_dir / "platform.key").rename(own_data_dir / "secrets" / "platform.key")
-
     second = Up(own_data_dir, base_port)
     status = run("status", last_json(sent.stdout)["message_id"], "--json", "--data-dir", own_data_dir)
     assert last_json(status.stdout)["state"] == "QUEUED"
@@ -351,6 +349,19 @@ def test_killed_itself_it_leaves_no_process_and_the_next_run_keeps_what_was_acce
     assert not any(map(is_alive, children.values()))
     assert not processes_of(own_data_dir)
     assert os.listdir(own_data_dir / "run") == []
+
+
+def test_killed_at_any_moment_of_its_first_run_the_next_one_works(own_data_dir: Path) -> None:
+    base_port = str(free_base_port(28_000))
+    # In the middle of the secrets, of initdb, of the migrations or a little later, of the services' start, of the demo's registrations.
+    for sign in ("secrets/keys/keys.key", "postgres-new-*/pgdata/PG_VERSION", "postgres", "log/fetch.log", "phones/phone-1.sqlite"):
+        arguments = command("up", "--data-dir", own_data_dir, "--base-port", base_port, "--quiet")
+        with subprocess.Popen(arguments) as process:
+            eventually(partial(there_is, own_data_dir, sign), sign)
+            process.kill()
+        eventually(lambda: not processes_of(own_data_dir), "every process has ended")
+    done = run("up", "--data-dir", own_data_dir, "--base-port", base_port, "--then-exit")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_stopped_while_it_starts_it_leaves_nothing(own_data_dir: Path) -> None:

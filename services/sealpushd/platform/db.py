@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 import structlog
-from asyncpg.exceptions._base import DataError as ClientDataError
 from prometheus_client import Histogram
 
 from sealpushd.platform.errors import StoreUnavailable
@@ -123,9 +122,9 @@ class Database:
             if connection is not None and connection.is_in_transaction():
                 connection.terminate()
             raise
-        except ClientDataError:
-            # A bug of the caller's, not of the connection. The original names the value, which may be a secret.
-            raise ValueError("a value given to a statement does not fit its type") from None
+        except asyncpg.DataError as e:
+            # A bug of whoever checked the value. The original shows it, and it may be a secret.
+            raise ValueError(f"a value given to a statement does not fit ({type(e).__name__})") from None
         except _LOST as e:
             if connection is not None:
                 connection.terminate()
