@@ -272,6 +272,11 @@ class Device:
         self._held: dict[MessageId, messages_pb2.Delivery] = {}
         self._taking = asyncio.Lock()
         self._changing = asyncio.Lock()
+        self._acknowledging = asyncio.Lock()
+        # Wake-ups that came, and up to which of them a drain that began later has gone through.
+        self._draining = asyncio.Lock()
+        self._wake_ups = 0
+        self._wake_ups_drained = 0
         self._last_error = ""
 
     async def __aenter__(self) -> Self:
@@ -419,11 +424,12 @@ class Device:
     # --- messages ---
 
     async def on_wake(self, wake_up_id: bytes | str | None = None, deadline: float = WAKE_UP_DEADLINE_S) -> list[Message]:
-        """What a push woke the app for: the named message first, then everything else that waits. New messages only.
+        """What a push woke the app for, and everything else that waits. New messages only.
 
-        `wake_up_id` is as pushed: 16 bytes, their base64url text, or None. Returns within `deadline` seconds with what it
-        has by then; the rest comes with the next call. An unreachable service is no error here (`diagnose()` tells); a
-        device that is not registered is.
+        `wake_up_id` is as pushed: 16 bytes, their base64url text, or None; what it names does not wait behind a long
+        backlog. Wake-ups that come while one is worked on share the drain after it: a message is returned by one of them.
+        Returns within `deadline` seconds with what it has by then; the rest comes with the next call. An unreachable
+        service is no error here (`diagnose()` tells); a device that is not registered is.
         """
         whole = Deadline.after(self._clock, deadline)
         fetching = Deadline(self._clock, whole.at - min(HAND_OVER_S, deadline / 5))
@@ -431,10 +437,7 @@ class Device:
         try:
             async with asyncio.timeout(fetching.remaining_s()):
                 await self._registered()
-                named = _wake_up_id(wake_up_id)
-                if named is not None:
-                    await self._fetch(named, taken, fetching)
-                await self._drain(taken, fetching)
+                await self._drain_for_wake_up(_wake_up_id(wake_up_id), taken, fetching)
                 await self._maintain_if_due(fetching, MAINTENANCE_ON_WAKE_S)
         except (TimeoutError, errors.Unavailable, errors.Overloaded, errors.DeadlineExceeded, errors.ServerFault, KeystoreBusy) as error:
             self._unshown = True
@@ -806,8 +809,22 @@ class Device:
         await self._take_all([answer.delivery], taken, deadline)
         await self._acknowledge(deadline)  # before more is fetched: the sender is waiting for this one
 
-    async def _drain(self, taken: dict[MessageId, _New], deadline: Deadline) -> None:
-        """Take page after page, acknowledging each. What is held stays at the service and does not stand in the way."""
+    async def _drain_for_wake_up(self, named: bytes | None, taken: dict[MessageId, _New], deadline: Deadline) -> None:
+        """Drain, unless a drain that began after this wake-up came has been through meanwhile."""
+        self._wake_ups += 1
+        mine = self._wake_ups
+        async with self._draining:
+            if self._wake_ups_drained >= mine:
+                return
+            covered = self._wake_ups
+            await self._drain(taken, deadline, named)
+            self._wake_ups_drained = covered
+
+    async def _drain(self, taken: dict[MessageId, _New], deadline: Deadline, named: bytes | None = None) -> None:
+        """Take page after page, acknowledging each. What is held stays at the service and does not stand in the way.
+
+        What `named` names is fetched after the first page if it was not on it and there are more.
+        """
         await self._recover_unshown(taken)
         request = messages_pb2.DrainRequest(page_size=PAGE_SIZE)
         while True:
@@ -819,6 +836,10 @@ class Device:
             await self._acknowledge(deadline)
             if not answer.next_page_token:
                 break
+            if named is not None:
+                if all(delivery.wake_up_id != named for delivery in answer.deliveries):
+                    await self._fetch(named, taken, deadline)
+                named = None
             request.page_token = answer.next_page_token
 
     async def _recover_unshown(self, taken: dict[MessageId, _New]) -> None:
@@ -1089,15 +1110,16 @@ class Device:
         )
 
     async def _acknowledge(self, deadline: Deadline) -> None:
-        """Send what is owed until nothing is, or nothing moves."""
-        while True:
-            owed = await self._store(self._keystore.pending_acknowledgements, ACKS_BATCH_MAX)
-            if not owed:
-                return
-            answered = await self._acknowledge_batch(owed, deadline)
-            if not answered:
-                return
-            await self._store(self._keystore.confirm_acknowledgements, answered)
+        """Send what is owed until nothing is, or nothing moves. One call at a time: what is on its way is not sent again."""
+        async with self._acknowledging:
+            while True:
+                owed = await self._store(self._keystore.pending_acknowledgements, ACKS_BATCH_MAX)
+                if not owed:
+                    return
+                answered = await self._acknowledge_batch(owed, deadline)
+                if not answered:
+                    return
+                await self._store(self._keystore.confirm_acknowledgements, answered)
 
     async def _acknowledge_batch(self, owed: Sequence[PendingAcknowledgement], deadline: Deadline) -> list[PendingAcknowledgement]:
         request = messages_pb2.AcknowledgeRequest(acknowledgements=map(self._signed, owed))

@@ -670,14 +670,14 @@ async def test_preferences_keep_what_is_not_named(service: Service, make: Make) 
 # --- waking up ---
 
 
-async def test_a_wake_up_fetches_the_named_message_first_and_then_everything(service: Service, make: Make) -> None:
+async def test_what_a_wake_up_names_does_not_wait_behind_a_long_backlog(service: Service, make: Make) -> None:
     device = await register(make())
     service.page = 2
     for number in range(5):
         service.send(str(number))
     named = service.send("named")
     text = base64.urlsafe_b64encode(named.wake_up_id).decode().rstrip("=")
-    assert texts(await device.on_wake(text)) == ["named", "0", "1", "2", "3", "4"]
+    assert texts(await device.on_wake(text)) == ["0", "1", "named", "2", "3", "4"]
     assert service.outcomes() == [AckOutcome.DELIVERED] * 6
     assert await device.on_wake(named.wake_up_id) == []
     assert await device.on_wake("no id at all") == []
@@ -689,10 +689,24 @@ async def test_a_wake_up_returns_in_time_and_loses_nothing(service: Service, mak
     service.send("second")
     service.hang = {"Drain"}
     started = time.monotonic()
-    assert texts(await device.on_wake(named.wake_up_id, deadline=1.0)) == ["first"]
+    assert texts(await device.on_wake(named.wake_up_id, deadline=1.0)) == []
     assert time.monotonic() - started < 1.2
+    service.hang = {"Acknowledge"}
+    assert texts(await device.on_wake(deadline=1.0)) == ["first", "second"]
+    assert time.monotonic() - started < 2.4
     service.hang = set()
-    assert texts(await device.on_wake()) == ["second"]
+    assert texts(await device.on_wake()) == []
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+
+
+async def test_wake_ups_that_come_together_share_a_drain(service: Service, make: Make) -> None:
+    device = await register(make())
+    sent = [service.send(str(number)) for number in range(8)]
+    before = service.calls["Drain"]
+    taken = await asyncio.gather(*(device.on_wake(each.wake_up_id) for each in sent))
+    assert sorted(text for messages in taken for text in texts(messages)) == [str(number) for number in range(8)]
+    assert service.calls["Drain"] - before <= 2
+    assert len(service.acknowledged) == 8, "what is on its way is not sent again"
 
 
 async def test_a_wake_up_without_a_service_returns_nothing_in_time(service: Service, make: Make) -> None:

@@ -1,26 +1,17 @@
--- Deliveries reach a terminal state; whoever removes the row from the hot table wins.
+-- Deliveries, which this transaction has locked, reach a terminal state; whoever removes the row from the hot table wins.
 -- In: $1 message ids, $2 device ids, $3 states, $4 reasons; for acknowledgements, else null: $5 content ids, $6 outcomes, $7 device times
 --   (ms), $8 signatures. An acknowledgement closes only what has not expired, and only with the right content id.
 -- Out: a row for each delivery that was closed now, with what went before.
 WITH given AS (
     SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::int2[], $4::int2[], $5::uuid[], $6::int2[], $7::int8[], $8::bytea[])
         AS t (message_id, device_id, state, reason, content_id, outcome, at_ms, signature)
-), locked AS MATERIALIZED (
-    -- In one order for every statement that locks these rows, else two batches deadlock.
-    SELECT o.device_id, o.message_id
-    FROM given g JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
-    WHERE g.outcome IS NULL OR o.expires_at > now()
-    ORDER BY o.device_id, o.message_id
-    FOR UPDATE OF o
 ), fitting AS MATERIALIZED (
-    -- Locked as well, for the state of now: what was taken or pushed while this statement waited is not in its snapshot.
     SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, d.state AS state_before
-    FROM locked l
-    JOIN given g ON g.device_id = l.device_id AND g.message_id = l.message_id
-    JOIN messages m ON m.message_id = l.message_id
-    JOIN deliveries d ON d.message_id = l.message_id AND d.device_id = l.device_id
-    WHERE g.outcome IS NULL OR m.content_id = g.content_id
-    FOR UPDATE OF d
+    FROM given g
+    JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
+    JOIN messages m ON m.message_id = g.message_id
+    JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
+    WHERE g.outcome IS NULL OR (o.expires_at > now() AND m.content_id = g.content_id)
 ), removed AS (
     DELETE FROM open_deliveries o USING fitting f
     WHERE o.device_id = f.device_id AND o.message_id = f.message_id

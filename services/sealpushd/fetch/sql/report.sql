@@ -1,15 +1,13 @@
--- What became of wake-ups. A report with another session or fence than the lease's changes nothing.
+-- What became of wake-ups, whose deliveries this transaction has locked. A report with another session or fence than the lease's changes nothing.
 -- In: $1 session; an element a report: $2 message, $3 device, $4 fence, $5 outcome (1 pushed, 2 retry, 3 token gone, 4 quarantined,
 --   5 released), $6 retry at, $7 reason, $8 detail. $9: grace after a dead token.
 WITH given AS (
     SELECT * FROM unnest($2::uuid[], $3::uuid[], $4::int8[], $5::int2[], $6::timestamptz[], $7::int2[], $8::text[])
         AS t (message_id, device_id, fence, outcome, retry_at, reason, detail)
-), locked AS MATERIALIZED (
+), held AS MATERIALIZED (
     SELECT g.*
     FROM given g JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
     WHERE o.session_id = $1 AND o.fence = g.fence
-    ORDER BY o.device_id, o.message_id
-    FOR UPDATE OF o
 ), released AS (
     UPDATE open_deliveries o SET
         session_id = NULL,
@@ -18,7 +16,7 @@ WITH given AS (
         quarantined = o.quarantined OR l.outcome = 4,
         closes_at = CASE WHEN l.outcome = 3 THEN least(o.closes_at, now() + $9::interval) ELSE o.closes_at END,
         close_reason = CASE WHEN l.outcome = 3 AND now() + $9::interval < o.closes_at THEN 105 ELSE o.close_reason END
-    FROM locked l WHERE o.device_id = l.device_id AND o.message_id = l.message_id
+    FROM held l WHERE o.device_id = l.device_id AND o.message_id = l.message_id
     RETURNING o.device_id, o.message_id
 ), pushed AS (
     UPDATE deliveries d SET
@@ -28,7 +26,7 @@ WITH given AS (
         attempts = d.attempts + CASE WHEN l.outcome = 5 THEN 0 ELSE 1 END,
         push_reason = CASE l.outcome WHEN 1 THEN 0 WHEN 3 THEN 105 WHEN 4 THEN coalesce(nullif(l.reason, 0), 110) ELSE l.reason END,
         detail = nullif(l.detail, '')
-    FROM locked l WHERE d.message_id = l.message_id AND d.device_id = l.device_id
+    FROM held l WHERE d.message_id = l.message_id AND d.device_id = l.device_id
     RETURNING d.message_id, d.device_id, d.state = 2 AND d.changed_at = now() AS changed
 )
 INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)

@@ -1,0 +1,74 @@
+"""Messages as publishing would store them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, uuid7
+from sealpush.v1 import common_pb2
+from sealpushd.fetch.rules import AcceptedKey, NewDelivery, NewMessage
+from sealpushd.platform.clock import to_ms
+from sealpushd.v1 import mailbox_pb2
+
+IOS = int(common_pb2.PLATFORM_IOS)
+
+
+def an_id() -> bytes:
+    return os.urandom(16)
+
+
+def delivery(device_id: bytes, *, stanza: bytes = b"stanza", push_reason: int = 0) -> NewDelivery:
+    return NewDelivery(DeviceId(device_id), stanza, IOS, push_reason)
+
+
+def message(*deliveries: NewDelivery, lifetime: timedelta = timedelta(hours=1), **changes: Any) -> NewMessage:
+    now = datetime.now(UTC)
+    message_id = MessageId(uuid7())
+    made = NewMessage(
+        key=AcceptedKey(SenderId(an_id()), f"r-{message_id.hex()}", b"m" * 32),
+        message_id=message_id,
+        subscriber_id=SubscriberId(an_id()),
+        app_id=AppId(f"app-{an_id().hex()}"),
+        content_class=1,
+        priority=2,
+        created_at=now,
+        expires_at=now + lifetime,
+        replace_hash=b"",
+        order_id=OrderId(message_id),
+        leg_no=0,
+        channel=1,
+        group_id=None,
+        traffic_type=4,
+        tag="",
+        originator_requested="",
+        originator_effective="",
+        muted=False,
+        blocked=0,
+        deliveries=deliveries or (delivery(an_id()),),
+        content_id=ContentId(an_id()),
+        head=b"head",
+        tail=b"tail",
+    )
+    return replace(made, **changes)
+
+
+def proto(made: NewMessage) -> mailbox_pb2.NewMessage:
+    return mailbox_pb2.NewMessage(
+        key=mailbox_pb2.AcceptedKey(sender_id=made.key.sender_id, request_id=made.key.request_id, request_mac=made.key.request_mac),
+        message_id=made.message_id,
+        subscriber_id=made.subscriber_id,
+        app_id=made.app_id,
+        content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL,
+        created_at_ms=to_ms(made.created_at),
+        expires_at_ms=to_ms(made.expires_at),
+        deliveries=[
+            mailbox_pb2.NewDelivery(device_id=each.device_id, stanza=each.stanza, platform=common_pb2.PLATFORM_IOS)
+            for each in made.deliveries
+        ],
+        content_id=made.content_id,
+        head=made.head,
+        tail=made.tail,
+    )

@@ -1,0 +1,230 @@
+"""Decisions of the mailbox, against an oracle written from the delivery semantics."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sealpush.ids import DeviceId, MessageId
+from sealpush.v1 import common_pb2, messages_pb2
+from sealpushd.fetch import rules
+from sealpushd.fetch.rules import AckAnswer, AckOutcome, NewDelivery, Position, Reason, State, StopPoint, Verdict
+from sealpushd.fetch.service import parse_report
+from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, WAITING_MAX, LiveStream
+from sealpushd.platform.errors import Aborted, InvalidRequest
+from sealpushd.v1 import mailbox_pb2
+
+TERMINAL = {State.DELIVERED, State.UNDELIVERED, State.BLOCKED, State.EXPIRED, State.CANCELLED, State.REPLACED}
+DELIVERIES = st.lists(st.tuples(st.sampled_from(State), st.sampled_from([0, 2, 28, 105, 109])), min_size=1, max_size=8)
+
+
+def oracle(states: set[State]) -> State:
+    """Any DELIVERED wins; else, when all are terminal, BLOCKED > UNDELIVERED > EXPIRED > REPLACED > CANCELLED; else the most advanced."""
+    if State.DELIVERED in states:
+        return State.DELIVERED
+    if states <= TERMINAL:
+        ranks = {State.BLOCKED: 0, State.UNDELIVERED: 1, State.EXPIRED: 2, State.REPLACED: 3, State.CANCELLED: 4}
+        return min(states, key=lambda state: ranks[state])
+    return max(states - TERMINAL)
+
+
+@given(DELIVERIES)
+def test_the_state_of_a_message_is_that_of_the_oracle(deliveries: list[tuple[State, int]]) -> None:
+    state, reason = rules.message_state(deliveries)
+    assert state is oracle({each for each, _ in deliveries})
+    if state is State.DELIVERED:
+        assert reason == 0
+    else:
+        assert (state, reason) in deliveries
+
+
+@given(DELIVERIES, st.randoms())
+def test_the_order_of_the_deliveries_does_not_change_the_state(deliveries: list[tuple[State, int]], random: object) -> None:
+    shuffled = list(deliveries)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]  # hypothesis' random has no public type
+    assert rules.message_state(shuffled)[0] is rules.message_state(deliveries)[0]
+
+
+def test_a_message_without_deliveries_has_no_state() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        rules.message_state([])
+
+
+def test_terminal_states_are_those_of_the_semantics_and_lead_nowhere() -> None:
+    assert {state for state in State if state.terminal} == TERMINAL
+    assert set(rules.LEGAL) == set(State) - TERMINAL
+
+
+def test_the_legal_changes_are_those_of_the_semantics() -> None:
+    any_open = {State.EXPIRED, State.CANCELLED, State.REPLACED}
+    assert rules.LEGAL[State.QUEUED] == any_open | {State.PUSHED, State.FETCHED, State.UNDELIVERED, State.BLOCKED}
+    # A block also ends what was pushed, with the answer that a push may have left.
+    assert rules.LEGAL[State.PUSHED] == any_open | {State.QUEUED, State.FETCHED, State.UNDELIVERED, State.BLOCKED}
+    assert rules.LEGAL[State.FETCHED] == any_open | {State.DELIVERED, State.UNDELIVERED, State.BLOCKED}
+
+
+def test_numbers_are_those_of_the_protos() -> None:
+    for state in State:
+        assert common_pb2.State.Name(common_pb2.State.ValueType(state)) == f"STATE_{state.name}"
+    for reason in Reason:
+        if reason:
+            assert common_pb2.ReasonCode.Name(common_pb2.ReasonCode.ValueType(reason)) == f"REASON_CODE_{reason.name}"
+    for point in StopPoint:
+        assert common_pb2.StopPoint.Name(common_pb2.StopPoint.ValueType(point)) == f"STOP_POINT_{point.name}"
+    for verdict in Verdict:
+        assert messages_pb2.AckVerdict.Name(messages_pb2.AckVerdict.ValueType(verdict)) == f"ACK_VERDICT_{verdict.name}"
+    for outcome in AckOutcome:
+        assert messages_pb2.AckOutcome.Name(messages_pb2.AckOutcome.ValueType(outcome)) == f"ACK_OUTCOME_{outcome.name}"
+
+
+@given(st.sampled_from([State.QUEUED, State.PUSHED, State.FETCHED]), st.integers(0, 5))
+def test_before_push_is_answered_only_where_nothing_was_handed_out_and_nothing_fetched(state: State, fence: int) -> None:
+    before = fence == 0 and state is State.QUEUED
+    assert rules.stop_point(state, fence) is (StopPoint.BEFORE_PUSH if before else StopPoint.PUSH_MAY_HAVE_LEFT)
+
+
+@given(st.sampled_from([0, 100, 101]), st.binary(max_size=2), st.sampled_from([0, 111, 109]), st.booleans())
+def test_a_delivery_starts_where_the_semantics_say(blocked: int, stanza: bytes, push_reason: int, live: bool) -> None:
+    new = NewDelivery(DeviceId(bytes(16)), stanza, 1, push_reason)
+    state, reason = rules.initial_state(blocked, new)
+    if blocked:
+        assert (state, reason) == (State.BLOCKED, blocked)
+    elif not stanza:
+        assert (state, reason) == (State.UNDELIVERED, push_reason or Reason.NO_PREKEY)
+    else:
+        assert (state, reason) == (State.QUEUED, 0)
+    push = rules.push_in(state, new, on_live_stream=live)
+    assert (push is None) == (state is not State.QUEUED or push_reason != 0)
+    assert push in (None, 2.0 if live else 0.0)
+
+
+def test_reading_asks_for_no_state() -> None:
+    assert [rules.ack_state(outcome) for outcome in list(AckOutcome)[:3]] == [State.DELIVERED, State.UNDELIVERED, State.BLOCKED]
+    with pytest.raises(ValueError, match="no state"):
+        rules.ack_state(AckOutcome.READ)
+
+
+def test_bounds_are_those_of_the_semantics() -> None:
+    assert timedelta(seconds=2) == rules.LIVE_STREAM_HEAD_START
+    assert timedelta(minutes=5) == rules.CREATED_SKEW_MAX
+    assert timedelta(days=28) == rules.LIFETIME_MAX
+    assert UNACKNOWLEDGED_MAX == 256
+
+
+@given(st.binary(max_size=20))
+def test_a_position_reads_back_as_it_was_written_and_anything_else_is_refused(data: bytes) -> None:
+    try:
+        position = Position.decode(data)
+    except ValueError:
+        assert len(data) != 16 or data[8] >= 0x80
+        return
+    assert position.encode() == (data or bytes(16))
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
+def test_positions_sort_as_their_bytes_do(xid: int, seq: int, other_xid: int, other_seq: int) -> None:
+    one, other = Position(xid, seq), Position(other_xid, other_seq)
+    assert (one < other) == (one.encode() < other.encode())
+
+
+@pytest.mark.parametrize("outcome", [0, 6, -1])
+def test_a_report_with_an_outcome_nobody_knows_is_refused(outcome: int) -> None:
+    report = mailbox_pb2.WakeUpReport(message_id=bytes(16), device_id=bytes(16), outcome=mailbox_pb2.WakeUpOutcome.ValueType(outcome))
+    with pytest.raises(InvalidRequest) as caught:
+        parse_report(report)
+    assert caught.value.field == "outcome"
+
+
+def test_a_report_with_a_time_or_reason_that_is_none_is_refused() -> None:
+    report = mailbox_pb2.WakeUpReport(message_id=bytes(16), device_id=bytes(16), outcome=mailbox_pb2.WAKE_UP_OUTCOME_RETRY)
+    report.retry_at.seconds = 2**60
+    with pytest.raises(InvalidRequest, match="retry_at"):
+        parse_report(report)
+    report.ClearField("retry_at")
+    report.reason_code = common_pb2.ReasonCode.ValueType(70_000)
+    with pytest.raises(InvalidRequest, match="reason_code"):
+        parse_report(report)
+
+
+# What a live stream holds
+
+
+def ids(count: int, start: int = 0) -> list[MessageId]:
+    return [MessageId(n.to_bytes(16, "big")) for n in range(start, start + count)]
+
+
+def answer(message_id: MessageId, verdict: Verdict, state: State | None) -> AckAnswer:
+    return AckAnswer(message_id, verdict, state)
+
+
+async def test_a_stream_gives_no_more_than_there_is_room_for_and_nothing_twice() -> None:
+    stream = LiveStream(DeviceId(bytes(16)))
+    stream.offer(ids(300))
+    stream.offer(ids(300))
+    _, first = await stream.next()
+    assert first == ids(256)
+    stream.offer(ids(256))
+    stream.answered([answer(first[0], Verdict.ACCEPTED, State.DELIVERED)])
+    answers, more = await stream.next()
+    assert (len(answers), more) == (1, ids(1, 256))
+    assert stream.room == 0
+
+
+@pytest.mark.parametrize(
+    ("verdict", "state", "room"),
+    [
+        (Verdict.ACCEPTED, State.DELIVERED, 1),
+        (Verdict.LATE, State.EXPIRED, 1),
+        (Verdict.LATE, State.FETCHED, 0),
+        (Verdict.UNKNOWN, None, 0),
+        (Verdict.REFUSED, None, 0),
+    ],
+)
+async def test_only_an_acknowledgement_of_what_has_ended_makes_room(verdict: Verdict, state: State | None, room: int) -> None:
+    stream = LiveStream(DeviceId(bytes(16)))
+    stream.sent(ids(256))
+    stream.answered([answer(ids(1)[0], verdict, state)])
+    assert stream.room == room
+
+
+async def test_what_the_backlog_brought_is_not_given_again_and_what_was_gone_makes_room() -> None:
+    stream = LiveStream(DeviceId(bytes(16)))
+    stream.offer(ids(3))
+    stream.sent(ids(2))
+    _, given_ids = await stream.next()
+    assert given_ids == ids(1, 2)
+    stream.gone(given_ids)
+    assert stream.room == 254
+    stream.offer(given_ids)
+    assert (await stream.next())[1] == given_ids
+
+
+async def test_a_stream_that_ended_gives_its_last_answers_first() -> None:
+    stream = LiveStream(DeviceId(bytes(16)))
+    stream.sent(ids(256))
+    stream.answered([answer(ids(1)[0], Verdict.REFUSED, None)])
+    stream.end(Aborted("another took over"))
+    assert len(await stream.room_again()) == 1
+    with pytest.raises(Aborted):
+        await stream.room_again()
+    stream.answered([answer(ids(1)[0], Verdict.ACCEPTED, State.DELIVERED)])
+    stream.offer(ids(1, 999))
+    answers, given_ids = await stream.next()
+    assert (len(answers), given_ids) == (1, [])
+    with pytest.raises(Aborted):
+        await stream.next()
+
+
+async def test_a_stream_waits_until_there_is_something_and_keeps_a_bounded_queue() -> None:
+    stream = LiveStream(DeviceId(bytes(16)))
+    waiting = asyncio.create_task(stream.next())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    stream.offer(ids(1))
+    assert (await waiting)[1] == ids(1)
+    stream.offer(ids(5_000, 1))
+    assert len(stream._waiting) == WAITING_MAX
