@@ -430,21 +430,26 @@ async def test_a_cancel_after_a_hand_out_says_that_a_push_may_have_left(store: M
 async def test_a_cancel_that_waited_for_a_fetch_sees_it(store: MailboxStore, sql: Connection, urls: dict[str, str]) -> None:
     made = message()
     await put(store, made)
-    device = await connect(urls["admin"], search_path="fetch")
+    other = await connect(urls["admin"], search_path="fetch")
+
+    async def waiters(count: int) -> None:
+        while await sql.fetchval("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted") < count:
+            pass
+
     try:
-        transaction = device.transaction()
-        await transaction.start()
-        await device.fetch(
-            store._sql["take"], [0], [made.deliveries[0].device_id], [None], [made.message_id], [rules.BEFORE_ALL], [1], True
-        )
-        cancelling = asyncio.create_task(store.cancel(made.key.sender_id, [made.message_id]))
         async with asyncio.timeout(LIMIT_S):
-            while not await sql.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-                pass
-            await transaction.commit()
-            (ended,) = (await cancelling)[made.message_id]
+            # Both begin before either can go on; who came first goes first.
+            async with other.transaction():
+                await other.execute("SELECT FROM open_deliveries WHERE message_id = $1 FOR UPDATE", made.message_id)
+                taking = asyncio.create_task(take(store, made))
+                await waiters(1)
+                cancelling = asyncio.create_task(store.cancel(made.key.sender_id, [made.message_id]))
+                await waiters(2)
+            taken, cancelled = await asyncio.gather(taking, cancelling)
     finally:
-        await device.close()
+        await other.close()
+    assert len(taken) == 1
+    (ended,) = cancelled[made.message_id]
     assert (ended.state, ended.stop_point) == (State.CANCELLED, StopPoint.PUSH_MAY_HAVE_LEFT)
     assert [each[2] for each in await journal(sql, made)] == [State.QUEUED, State.FETCHED, State.CANCELLED]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,12 +49,8 @@ class Acceptance:
     ) -> list[publish_pb2.PublishResult | ServiceError]:
         """An outcome for each request, in their order. Raises ServiceError only where no request could be decided."""
         candidates = [_Candidate(request) for request in requests]
-        # Looked up before anything else is judged: what was accepted once gets the first answer again, also when its time or the
-        # sender's entry has passed meanwhile.
         self._identify(caller, candidates)
-        await self._look_up(_open(candidates))
-        await self._parse(caller, _open(candidates))
-        await self._resolve(caller, _open(candidates))
+        await self._look_up_and_resolve(caller, _open(candidates))
         await self._check_sealed(_open(candidates))
         await self._seal(caller, _open(candidates))
         await self._store(caller, _open(candidates))
@@ -70,9 +67,28 @@ class Acceptance:
             mac = self._vault.lookup(candidate.request.SerializeToString(deterministic=True), "request")
             candidate.key = mailbox_pb2.AcceptedKey(sender_id=caller.sender_id, request_id=candidate.request.request_id, request_mac=mac)
 
-    async def _parse(self, caller: SenderCaller, candidates: Sequence[_Candidate]) -> None:
+    async def _look_up_and_resolve(self, caller: SenderCaller, candidates: Sequence[_Candidate]) -> None:
+        """What was accepted once gets the first answer again, whatever has passed meanwhile: the time of an envelope, the sender's
+        entry, the recipient's registration. So the look-up has the last word; the recipient is asked for at the same time."""
         if not candidates:
             return
+        looking_up = asyncio.ensure_future(self._peers.lookup_accepted.submit_many([_key(candidate) for candidate in candidates]))
+        failure: ServiceError | None = None
+        try:
+            await self._parse(caller, candidates)
+            await self._resolve(caller, _open(candidates))
+        except ServiceError as e:
+            failure = e
+        except BaseException:
+            looking_up.cancel()
+            raise
+        for candidate, accepted in zip(candidates, await looking_up, strict=True):
+            if accepted.message_id:
+                candidate.outcome = _repeated(candidate, accepted)
+        if failure is not None and _open(candidates):
+            raise failure
+
+    async def _parse(self, caller: SenderCaller, candidates: Sequence[_Candidate]) -> None:
         now = self._clock.now()
         try:
             entry = await self._peers.sender_entry(caller.sender_id)
@@ -87,12 +103,6 @@ class Acceptance:
                 rules.check_sender_entry(candidate.publication, entry, now)
             except ServiceError as e:
                 candidate.outcome = e
-
-    async def _look_up(self, candidates: Sequence[_Candidate]) -> None:
-        found = await self._peers.lookup_accepted.submit_many([_key(candidate) for candidate in candidates])
-        for candidate, accepted in zip(candidates, found, strict=True):
-            if accepted.message_id:
-                candidate.outcome = _repeated(candidate, accepted)
 
     async def _resolve(self, caller: SenderCaller, candidates: Sequence[_Candidate]) -> None:
         queries = [

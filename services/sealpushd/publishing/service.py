@@ -64,8 +64,9 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
                     async for frame in request_iterator:
                         await room.acquire()
                         group.create_task(work(frame))
-            except Exception as e:
-                done.put_nowait(e)
+            except ExceptionGroup as e:
+                # Only what reading raised: the workers report their own.
+                done.put_nowait(e.exceptions[0])
             else:
                 done.put_nowait(None)
 
