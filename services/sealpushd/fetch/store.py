@@ -179,7 +179,8 @@ class MailboxStore:
                 asked = await connection.fetch(self._sql["lock_asked"], *columns)
                 if not asked:
                     return []
-                rows: Sequence[asyncpg.Record] = await connection.fetch(self._sql["take"], *_columns((tuple(row) for row in asked), 3), contents)
+                found = _columns((tuple(row) for row in asked), 3)
+                rows: Sequence[asyncpg.Record] = await connection.fetch(self._sql["take"], *found, contents)
                 return rows
 
         rows = await self._retrying(work)
