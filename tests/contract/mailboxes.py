@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from redis.asyncio import Redis
+
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, uuid7
 from sealpush.v1 import common_pb2
 from sealpushd.fetch.rules import AcceptedKey, NewDelivery, NewMessage
 from sealpushd.platform.clock import to_ms
+from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
 from sealpushd.v1 import mailbox_pb2
 
 IOS = int(common_pb2.PLATFORM_IOS)
@@ -72,3 +76,10 @@ def proto(made: NewMessage) -> mailbox_pb2.NewMessage:
         head=made.head,
         tail=made.tail,
     )
+
+
+async def listening(valkey_url: str, mailboxes: int) -> None:
+    """Wait until exactly so many mailboxes hear each other through Valkey."""
+    async with Redis.from_url(valkey_url) as client, asyncio.timeout(10):
+        while {count for _, count in await client.pubsub_numsub(CHANNEL_QUEUE, CHANNEL_STREAMS)} != {mailboxes}:
+            pass

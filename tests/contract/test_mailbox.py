@@ -43,7 +43,7 @@ from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceE
 from sealpushd.platform.settings import load
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import Connect, FakeClock, Migrated, Serve, Served, refusal
-from tests.contract.mailboxes import IOS, an_id, delivery, message, proto
+from tests.contract.mailboxes import IOS, an_id, delivery, listening, message, proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -1067,7 +1067,9 @@ async def world(
 ) -> World:
     settings = load(postgres_url=SecretStr(urls["fetch"]), valkey_url=SecretStr(valkey_url))
     served = await serve("fetch", build, settings, clock)
+    await listening(valkey_url, 0)
     tasks = [asyncio.create_task(task()) for task in served.app.tasks]
+    await listening(valkey_url, 1)
 
     async def end() -> None:
         assert served.app.drain is not None

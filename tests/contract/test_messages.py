@@ -12,7 +12,6 @@ import grpc
 import pytest
 import pytest_asyncio
 from pydantic import SecretStr
-from redis.asyncio import Redis
 
 from sealpush.ids import DeviceId, SubscriberId, uuid7
 from sealpush.keys import IdentityKey
@@ -28,10 +27,10 @@ from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.server import Runtime, ServiceApp
 from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import DeviceCaller
-from sealpushd.platform.valkey import CHANNEL_STREAMS, Valkey
+from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
-from tests.contract.mailboxes import an_id, delivery, message, proto
+from tests.contract.mailboxes import an_id, delivery, listening, message, proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -186,11 +185,17 @@ class Start:
     def __init__(self, urls: dict[str, str], valkey_url: str, serve: Serve, connect: Connect, mesh: Mesh, clock: FakeClock) -> None:
         self._settings = load(postgres_url=SecretStr(urls["fetch"]), valkey_url=SecretStr(valkey_url))
         self._serve, self._connect, self._mesh, self._clock = serve, connect, mesh, clock
+        self._valkey_url = valkey_url
+        self._listening = 0
         self.tasks: list[asyncio.Task[None]] = []
 
     async def __call__(self, wire: Callable[[Runtime], Awaitable[ServiceApp]] = build) -> World:
         served = await self._serve("fetch", wire, self._settings, self._clock)
+        await listening(self._valkey_url, self._listening)
         self.tasks += [asyncio.create_task(task()) for task in served.app.tasks]
+        if wire is build:
+            self._listening += 1
+            await listening(self._valkey_url, self._listening)
         channel = self._connect("fetch", served.mesh_address, "publishing")
         stub: Any = mailbox_pb2_grpc.MailboxStub(channel.channel)
 
@@ -509,12 +514,9 @@ async def test_a_server_that_goes_away_ends_streams_with_unavailable_and_nothing
     again.call.cancel()
 
 
-async def test_a_message_stored_by_another_process_comes_at_once_and_a_stream_there_ends_this_one(start: Start, valkey_url: str) -> None:
+async def test_a_message_stored_by_another_process_comes_at_once_and_a_stream_there_ends_this_one(start: Start) -> None:
     here, there = await start(), await start()
     phone = here.phone()
-    async with Redis.from_url(valkey_url) as client, asyncio.timeout(LIMIT_S):
-        while dict(await client.pubsub_numsub(CHANNEL_STREAMS))[CHANNEL_STREAMS.encode()] < 2:
-            pass
     first = await here.open(phone)
     await first.backlog()
     made = phone.message()

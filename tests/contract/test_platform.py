@@ -173,7 +173,7 @@ async def test_a_connection_lost_during_a_statement_is_unavailable(db: Database,
     assert len(await db.fetch("t", "SELECT 1")) == 1
 
 
-async def test_a_cancelled_statement_leaves_the_connection_usable(db: Database, admin: Callable[..., Awaitable[object]]) -> None:
+async def test_a_cancelled_statement_ends_and_the_next_ones_are_served(db: Database, admin: Callable[..., Awaitable[object]]) -> None:
     task = asyncio.create_task(db.fetch("t", "SELECT pg_sleep(61)"))
     async with asyncio.timeout(LIMIT_S):
         while not await admin("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(61)%'"):
@@ -206,6 +206,33 @@ async def test_a_transaction_cancelled_half_way_is_rolled_back(db: Database) -> 
             await task
         for _ in range(3):
             assert not await db.fetch("t", "SELECT 1 FROM vault_keys WHERE name = 'half'")
+
+
+async def test_whenever_a_transaction_is_cancelled_what_is_written_next_is_committed(
+    urls: dict[str, str], admin: Callable[..., Awaitable[object]]
+) -> None:
+    one = Database(urls["fetch"], "fetch", 1)
+    await one.open()
+
+    async def work() -> None:
+        async with one.transaction() as connection:
+            await connection.execute("INSERT INTO vault_keys VALUES ('cancelled', '')")
+
+    try:
+        for turn in range(60):
+            cancelled = asyncio.create_task(work())
+            for _ in range(turn % 20):
+                await asyncio.sleep(0)
+            cancelled.cancel()
+            await asyncio.gather(cancelled, return_exceptions=True)
+            async with one.transaction() as connection:
+                await connection.execute("INSERT INTO vault_keys VALUES ($1, '')", f"turn {turn}")
+            await one.execute("t", "INSERT INTO vault_keys VALUES ($1, '')", f"after {turn}")
+            for name in (f"turn {turn}", f"after {turn}"):
+                assert await admin('SELECT count(*) FROM "fetch".vault_keys WHERE name = $1', name) == 1
+            await one.execute("t", "DELETE FROM vault_keys WHERE name = 'cancelled'")
+    finally:
+        await one.aclose()
 
 
 async def test_a_value_that_does_not_fit_is_a_bug_that_shows_no_value_and_costs_no_connection(db: Database) -> None:

@@ -50,6 +50,7 @@ from sealpushd.v1 import (
     sealing_pb2_grpc,
 )
 from tests.contract.harness import FakeClock, Mesh, Migrated, Peer, Serve, Served, refusal
+from tests.contract.mailboxes import listening
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -288,7 +289,9 @@ async def world(
         **{f"{name}_mesh": peer.address for name, peer in stubs.items()},
     )
     served = await serve("publishing", build, settings, clock)
+    await listening(valkey_url, 0)
     tasks = [asyncio.create_task(task()) for task in (*mailbox.app.tasks, *served.app.tasks)]
+    await listening(valkey_url, 1)
     made = World(served, mailbox, mesh, clock, MailboxStore(store_db), sql, administration, directory, sealing, stubs)
     made.certify()
     yield made

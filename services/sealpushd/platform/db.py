@@ -74,6 +74,8 @@ async def connect(url: str, *, search_path: str | None = None) -> Connection:
     settings = {
         "application_name": f"sealpush-{search_path or 'admin'}",
         "statement_timeout": f"{int(STATEMENT_TIMEOUT_S * 1000)}",
+        # A statement whose client went away ends and lets its locks go, instead of running until the time-out.
+        "client_connection_check_interval": "1000",
     }
     if search_path is not None:
         settings |= _LOOK_UPS | {"search_path": search_path}
@@ -128,8 +130,9 @@ class Database:
                 connection = await connect(self._url, search_path=self._search_path)
             yield connection
         except asyncio.CancelledError:
-            # A statement may still be running on it: do not hand it to anybody else.
-            if connection is not None and connection.is_in_transaction():
+            # Never handed to anybody else: a statement may still be running on it, or a BEGIN that was cancelled may have come through,
+            # and whatever was written after it would be answered for and never committed. Asking asyncpg is no help: it does not know yet.
+            if connection is not None:
                 connection.terminate()
             raise
         except asyncpg.DataError as e:

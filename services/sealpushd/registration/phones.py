@@ -80,7 +80,9 @@ def _parsed(text: str) -> PhoneNumber | None:
         return None
     if not phonenumbers.is_possible_number(number) or number.extension:
         return None
-    return PhoneNumber(phonenumbers.format_number(number, PhoneNumberFormat.E164))
+    e164 = phonenumbers.format_number(number, PhoneNumberFormat.E164)
+    # Zeros where a trunk prefix is taken off give a number that reads as yet another one: such a text names nobody for certain.
+    return PhoneNumber(e164) if phonenumbers.parse(e164) == number else None
 
 
 def parse_phone(text: str) -> PhoneNumber | None:
