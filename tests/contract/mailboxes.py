@@ -8,12 +8,14 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, uuid7
 from sealpush.v1 import common_pb2
 from sealpushd.fetch.rules import AcceptedKey, NewDelivery, NewMessage
 from sealpushd.platform.clock import to_ms
+from sealpushd.platform.server import ServiceApp
 from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
 from sealpushd.v1 import mailbox_pb2
 
@@ -83,3 +85,16 @@ async def listening(valkey_url: str, mailboxes: int) -> None:
     async with Redis.from_url(valkey_url) as client, asyncio.timeout(10):
         while {count for _, count in await client.pubsub_numsub(CHANNEL_QUEUE, CHANNEL_STREAMS)} != {mailboxes}:
             pass
+
+
+async def end(tasks: list[asyncio.Task[None]], *apps: ServiceApp) -> None:
+    """End what services do beside and what their calls still do, before what they use is closed."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for app in apps:
+        if app.drain is not None:
+            await app.drain()
+    async with asyncio.timeout(10):
+        while sum(sample.value for metric in REGISTRY.collect() if metric.name == "sealpush_rpc_in_flight" for sample in metric.samples):
+            await asyncio.sleep(0.01)

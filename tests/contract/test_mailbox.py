@@ -43,7 +43,7 @@ from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceE
 from sealpushd.platform.settings import load
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import Connect, FakeClock, Migrated, Serve, Served, refusal
-from tests.contract.mailboxes import IOS, an_id, delivery, listening, message, proto
+from tests.contract.mailboxes import IOS, an_id, delivery, end, listening, message, proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -1071,14 +1071,7 @@ async def world(
     tasks = [asyncio.create_task(task()) for task in served.app.tasks]
     await listening(valkey_url, 1)
 
-    async def end() -> None:
-        assert served.app.drain is not None
-        await served.app.drain()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    closing.append(end)
+    closing.append(lambda: end(tasks, served.app))
     channels = [mesh_channel("fetch", served.mesh_address, name) for name in ("publishing", "dispatch", "registration")]
     return World(served, *channels)
 

@@ -30,7 +30,7 @@ from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
-from tests.contract.mailboxes import an_id, delivery, listening, message, proto
+from tests.contract.mailboxes import an_id, delivery, end, listening, message, proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -188,9 +188,11 @@ class Start:
         self._valkey_url = valkey_url
         self._listening = 0
         self.tasks: list[asyncio.Task[None]] = []
+        self.apps: list[ServiceApp] = []
 
     async def __call__(self, wire: Callable[[Runtime], Awaitable[ServiceApp]] = build) -> World:
         served = await self._serve("fetch", wire, self._settings, self._clock)
+        self.apps.append(served.app)
         await listening(self._valkey_url, self._listening)
         self.tasks += [asyncio.create_task(task()) for task in served.app.tasks]
         if wire is build:
@@ -217,9 +219,7 @@ async def start(
 ) -> AsyncIterator[Start]:
     made = Start(urls, valkey_url, serve, mesh_channel, mesh, clock)
     yield made
-    for task in made.tasks:
-        task.cancel()
-    await asyncio.gather(*made.tasks, return_exceptions=True)
+    await end(made.tasks, *made.apps)
 
 
 @pytest_asyncio.fixture(loop_scope="session")

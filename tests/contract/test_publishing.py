@@ -50,7 +50,7 @@ from sealpushd.v1 import (
     sealing_pb2_grpc,
 )
 from tests.contract.harness import FakeClock, Mesh, Migrated, Peer, Serve, Served, refusal
-from tests.contract.mailboxes import listening
+from tests.contract.mailboxes import end, listening
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -295,9 +295,7 @@ async def world(
     made = World(served, mailbox, mesh, clock, MailboxStore(store_db), sql, administration, directory, sealing, stubs)
     made.certify()
     yield made
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end(tasks, served.app, mailbox.app)
 
 
 # Accepting

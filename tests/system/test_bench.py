@@ -1,0 +1,25 @@
+"""The benchmarks run: every figure comes out, with its floor. What they say is not judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+
+def test_every_benchmark_gives_its_figure_and_floor() -> None:
+    done = subprocess.run([sys.executable, "-m", "bench", "--short"], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [figure["figure"] for figure in figures] == [
+        "unary publish",
+        "batched publish",
+        "publish to opened, live stream",
+        "publish to opened, push",
+        "whole path, push",
+        "whole path, live stream",
+    ]
+    for figure in figures:
+        assert figure["value"] > 0
+        assert figure["floor_value"] > 0
+        assert figure["ratio"] > 0
