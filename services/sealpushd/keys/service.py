@@ -33,6 +33,9 @@ UPLOAD_METHOD: Final = "/sealpush.v1.Keys/UploadPrekeys"
 CHANGE_BYTES_MAX: Final = 256 * 1024
 RECIPIENT_QUERIES_MAX: Final = 100
 REQUEST_ID_CHARS_MAX: Final = 64
+APP_ID_CHARS_MAX: Final = 64
+# An identifier of 128 characters and what surrounds it: recipients of all senders travel to registration in one frame.
+RECIPIENT_BYTES_MAX: Final = 1024
 # Counters are kept in 63 bits.
 COUNTER_MAX: Final = (1 << 63) - 1
 # Devices of all items of a batch: 2.2 MB of stanzas, under a second's work.
@@ -214,8 +217,12 @@ def _refuse_query(query: keys_pb2.RecipientKeysQuery, sender: SenderCaller) -> s
         return f"request_id must have 1 to {REQUEST_ID_CHARS_MAX} characters: that of the publish the keys are for"
     if query.recipient.WhichOneof("kind") is None:
         return "recipient names nobody; give a phone, an rnokpp or an external_user_id"
+    if query.recipient.ByteSize() > RECIPIENT_BYTES_MAX:
+        return f"recipient is longer than {RECIPIENT_BYTES_MAX} bytes"
     if not sender.app_ids:
         return "this sender has no app; ask the platform's operator for one"
+    if len(query.app_id) > APP_ID_CHARS_MAX:
+        return f"app_id is longer than {APP_ID_CHARS_MAX} characters"
     if query.app_id and query.app_id not in sender.app_ids:
         return f"this sender may not use the app {query.app_id!r}; it may use {', '.join(sender.app_ids)}"
     return ""

@@ -61,6 +61,7 @@ class Peers:
             sealing.CheckStanzas,
             lambda items: sealing_pb2.CheckStanzasRequest(checks=items),
             lambda answer: answer.verdicts,
+            weigh=lambda item: 128 + 32 * len(item.stanzas) + 18 * len(item.device_ids),
         )
         self.store: BatchedCall[mailbox_pb2.NewMessage, mailbox_pb2.StoreResult] = BatchedCall(
             fetch,

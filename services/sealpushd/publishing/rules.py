@@ -29,6 +29,11 @@ CREATED_SKEW_MAX: Final = timedelta(minutes=5)
 # An envelope's own lifetime and the one in the request may differ by rounding, not by more.
 LIFETIME_DIFFERENCE_MAX: Final = timedelta(seconds=1)
 SUBSCRIPTIONS_MAX: Final = 16
+# There are fewer platforms than this; each named costs a look-up, and all go to registration with the batch of others.
+PLATFORMS_MAX: Final = 16
+# An identifier of 128 characters and what surrounds it. A longer one is nobody's, and together with others it would burst the frame
+# that all senders' recipients share.
+RECIPIENT_BYTES_MAX: Final = 1024
 # A content of 64 KiB and the stanzas of some 450 devices; keeps a message far below the bound on a batch.
 SEALED_BYTES_MAX: Final = 128 * 1024
 CUSTOM_PAYLOAD_BYTES_MAX: Final = 16 * 1024
@@ -38,6 +43,7 @@ WAIT_MAX: Final = timedelta(seconds=8)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 # PostgreSQL takes no NUL in a text, and one such message would fail the whole batch it travels in; the others only spoil logs.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {common_pb2.PLATFORM_UNSPECIFIED}
 
 # Longest texts inside a content, in characters; the proto says them too.
 _CONTENT_LIMITS: Final = {
@@ -85,6 +91,15 @@ def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_
     """
     if request.recipient.WhichOneof("kind") is None:
         raise InvalidRequest("recipient is missing: give a phone number", field="recipient")
+    if request.recipient.ByteSize() > RECIPIENT_BYTES_MAX:
+        raise InvalidRequest(f"recipient is longer than {RECIPIENT_BYTES_MAX} bytes", field="recipient")
+    # Before anything repeats such a text in a message of its own.
+    for field, most in _REQUEST_LIMITS.items():
+        text = getattr(request, field)
+        if len(text) > most:
+            raise InvalidRequest(f"{field} is longer than {most} characters", field=field)
+        if _CONTROL.search(text):
+            raise InvalidRequest(f"{field} holds a control character", field=field)
     app_id = _app(request.app_id, app_ids)
     if request.content_class not in (common_pb2.CONTENT_CLASS_INFORMATIONAL, common_pb2.CONTENT_CLASS_ADVERTISING):
         raise InvalidRequest("content_class must be INFORMATIONAL or ADVERTISING", field="content_class")
@@ -93,15 +108,11 @@ def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_
     _known(request, "traffic_type", common_pb2.TrafficType)
     if request.channel not in (common_pb2.CHANNEL_UNSPECIFIED, common_pb2.CHANNEL_PUSH):
         raise InvalidRequest("this installation carries messages by push only", field="channel")
+    if len(request.platforms) > PLATFORMS_MAX:
+        raise InvalidRequest(f"at most {PLATFORMS_MAX} platforms", field="platforms")
     for platform in request.platforms:
-        if platform == common_pb2.PLATFORM_UNSPECIFIED or platform not in common_pb2.Platform.values():
+        if platform not in _PLATFORMS:
             raise InvalidRequest(f"platform {platform} is unknown", field="platforms")
-    for field, most in _REQUEST_LIMITS.items():
-        text = getattr(request, field)
-        if len(text) > most:
-            raise InvalidRequest(f"{field} is longer than {most} characters", field=field)
-        if _CONTROL.search(text):
-            raise InvalidRequest(f"{field} holds a control character", field=field)
     for field in ("order_id", "group_id"):
         if len(getattr(request, field)) not in (0, ID_BYTES):
             raise InvalidRequest(f"{field} must be empty or 16 bytes", field=field)

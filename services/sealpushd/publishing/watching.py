@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
@@ -21,6 +22,8 @@ from sealpushd.v1 import mailbox_pb2
 log = structlog.get_logger()
 
 RECONNECT_MAX_S: Final = 2.0
+# The tail stays connected for this long after the last follower: the next one is likely to come soon.
+TAIL_KEPT_S: Final = 10.0
 # A watcher looks by itself this often, in case the tail is away.
 LOOK_PERIOD_S: Final = 2.0
 
@@ -53,6 +56,8 @@ class StatusWatch:
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self._followers: dict[MessageId, set[Follower]] = {}
+        self._followed = asyncio.Event()
+        self._followed_at = 0.0
         self._draining = False
 
     async def drain(self) -> None:
@@ -103,9 +108,11 @@ class StatusWatch:
         follower = Follower(message_ids)
         for message_id in message_ids:
             self._followers.setdefault(message_id, set()).add(follower)
+        self._followed.set()
         try:
             yield follower
         finally:
+            self._followed_at = time.monotonic()
             for message_id in message_ids:
                 followers = self._followers.get(message_id, set())
                 followers.discard(follower)
@@ -113,9 +120,13 @@ class StatusWatch:
                     self._followers.pop(message_id, None)
 
     async def tail(self) -> None:
-        """Read the journal's present end and wake who waits, for ever; connects again when the mailbox was away."""
+        """Read the journal's present end and wake who waits, for ever; connects again when the mailbox was away.
+
+        Not while nobody follows anything: every change of every message would pass here for nothing.
+        """
         pause = 0.1
         while True:
+            await self._followed.wait()
             try:
                 call = self._peers.mailbox.ReadEvents(
                     mailbox_pb2.ReadEventsRequest(consumer="publishing", from_now=True),
@@ -130,6 +141,10 @@ class StatusWatch:
                         message_id = MessageId(event.message_id)
                         for follower in self._followers.get(message_id, ()):
                             follower.notice(message_id)
+                    if not self._followers and time.monotonic() - self._followed_at > TAIL_KEPT_S:
+                        self._followed.clear()
+                        call.cancel()
+                        break
             except grpc.aio.AioRpcError as e:
                 log.info("the journal's tail ended and is taken up again", error=e.details())
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - jitter
