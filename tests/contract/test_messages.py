@@ -19,8 +19,9 @@ from sealpush.proofs import AckOutcome, acknowledgement_proof, read_proof, sign_
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc
 from sealpushd.fetch.app import build
 from sealpushd.fetch.leases import Leases
+from sealpushd.fetch.mailbox import Mailbox
 from sealpushd.fetch.rules import NewMessage
-from sealpushd.fetch.service import PAGE_BYTES_MAX, Mailbox, MailboxServicer, MessagesServicer
+from sealpushd.fetch.service import PAGE_BYTES_MAX, MailboxServicer, MessagesServicer
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, StreamHub
 from sealpushd.platform.db import Connection, Database, connect

@@ -92,9 +92,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, datetime]] = {}
         self._profile_batcher = NaturalBatcher(store.profiles)
 
-    async def SignIn(  # noqa: N802 - gRPC's name
-        self, request: accounts_pb2.SignInRequest, context: rpc.Context
-    ) -> accounts_pb2.SignInResponse:
+    async def SignIn(self, request: accounts_pb2.SignInRequest, context: rpc.Context) -> accounts_pb2.SignInResponse:
         address = rpc.caller_address()
         account = await self._authenticated(request.login, request.password, address)
         sender = rules.choose_sender(account, request.sender_name)
@@ -120,7 +118,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
             raise PermissionDenied(f"the address {address} is not one of the organisation's networks")
         return account
 
-    async def GetSenderProfile(  # noqa: N802
+    async def GetSenderProfile(
         self, request: accounts_pb2.GetSenderProfileRequest, context: rpc.Context
     ) -> accounts_pb2.GetSenderProfileResponse:
         sender_id = _sender_id(request.sender_id)
@@ -153,7 +151,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         self._store = store
         self._clock = clock
 
-    async def PutOrganisation(  # noqa: N802
+    async def PutOrganisation(
         self, request: administration_pb2.PutOrganisationRequest, context: rpc.Context
     ) -> administration_pb2.PutOrganisationResponse:
         actor = rpc.require_service().name
@@ -166,9 +164,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         organisation_id = await self._store.put_organisation(new, actor=actor, now=self._clock.now())
         return administration_pb2.PutOrganisationResponse(organisation_id=organisation_id)
 
-    async def PutSender(  # noqa: N802
-        self, request: administration_pb2.PutSenderRequest, context: rpc.Context
-    ) -> administration_pb2.PutSenderResponse:
+    async def PutSender(self, request: administration_pb2.PutSenderRequest, context: rpc.Context) -> administration_pb2.PutSenderResponse:
         actor = rpc.require_service().name
         now = self._clock.now()
         sender_id = _sender_id(request.sender_id)
@@ -197,9 +193,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         await self._store.put_sender(new, actor=actor, now=now)
         return administration_pb2.PutSenderResponse()
 
-    async def PutApp(  # noqa: N802
-        self, request: administration_pb2.PutAppRequest, context: rpc.Context
-    ) -> administration_pb2.PutAppResponse:
+    async def PutApp(self, request: administration_pb2.PutAppRequest, context: rpc.Context) -> administration_pb2.PutAppResponse:
         actor = rpc.require_service().name
         if len(request.root_public_key) != rules.ROOT_KEY_BYTES:
             raise InvalidRequest("root_public_key must be 32 bytes", field="root_public_key")
@@ -212,7 +206,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         await self._store.put_app(app, actor=actor, now=self._clock.now())
         return administration_pb2.PutAppResponse()
 
-    async def PutPlatformEntry(  # noqa: N802
+    async def PutPlatformEntry(
         self, request: administration_pb2.PutPlatformEntryRequest, context: rpc.Context
     ) -> administration_pb2.PutPlatformEntryResponse:
         actor = rpc.require_service().name
@@ -223,7 +217,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         await self._store.put_platform_entry(request.platform_entry, entry, request.root_public_key, actor=actor, now=now)
         return administration_pb2.PutPlatformEntryResponse()
 
-    async def GetSenders(  # noqa: N802
+    async def GetSenders(
         self, request: administration_pb2.GetSendersRequest, context: rpc.Context
     ) -> administration_pb2.GetSendersResponse:
         _check_batch(len(request.sender_ids), "sender_ids")
@@ -241,9 +235,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
             ]
         )
 
-    async def GetApps(  # noqa: N802
-        self, request: administration_pb2.GetAppsRequest, context: rpc.Context
-    ) -> administration_pb2.GetAppsResponse:
+    async def GetApps(self, request: administration_pb2.GetAppsRequest, context: rpc.Context) -> administration_pb2.GetAppsResponse:
         _check_batch(len(request.app_ids), "app_ids")
         apps = await self._store.apps([app_id for app_id in request.app_ids if rules.is_app_id(app_id)])
         return administration_pb2.GetAppsResponse(

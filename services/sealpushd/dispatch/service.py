@@ -49,19 +49,17 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
         self._store = store
         self._clock = clock
 
-    async def ListLanes(self, request: lanes_pb2.ListLanesRequest, context: Any) -> lanes_pb2.ListLanesResponse:  # noqa: N802 - gRPC's name
+    async def ListLanes(self, request: lanes_pb2.ListLanesRequest, context: Any) -> lanes_pb2.ListLanesResponse:
         return lanes_pb2.ListLanesResponse(lanes=[to_lane(lane) for lane in self._lanes])
 
-    async def PauseLane(self, request: lanes_pb2.PauseLaneRequest, context: Any) -> lanes_pb2.PauseLaneResponse:  # noqa: N802 - gRPC's name
+    async def PauseLane(self, request: lanes_pb2.PauseLaneRequest, context: Any) -> lanes_pb2.PauseLaneResponse:
         lane, now = self._need(request.app_id, request.platform), self._clock.now()
         detail = f"paused by {rpc.require_service().name} at {now:%Y-%m-%d %H:%M:%S} UTC"
         await self._store.pause(lane.app_id, lane.platform, detail, now)
         await self.refresh()
         return lanes_pb2.PauseLaneResponse()
 
-    async def ResumeLane(  # noqa: N802 - gRPC's name
-        self, request: lanes_pb2.ResumeLaneRequest, context: Any
-    ) -> lanes_pb2.ResumeLaneResponse:
+    async def ResumeLane(self, request: lanes_pb2.ResumeLaneRequest, context: Any) -> lanes_pb2.ResumeLaneResponse:
         lane, now = self._need(request.app_id, request.platform), self._clock.now()
         detail = f"resumed by {rpc.require_service().name} at {now:%Y-%m-%d %H:%M:%S} UTC"
         await self._store.resume(lane.app_id, lane.platform, detail, now)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sealpush.v1 import messages_pb2_grpc
 from sealpushd.fetch.leases import Leases
-from sealpushd.fetch.service import Mailbox, MailboxServicer, MessagesServicer
+from sealpushd.fetch.mailbox import Mailbox
+from sealpushd.fetch.service import MailboxServicer, MessagesServicer
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import StreamHub
 from sealpushd.platform.server import Runtime, ServiceApp

@@ -16,7 +16,7 @@ import structlog
 from sealpush.ids import DeviceId, MessageId, uuid7
 from sealpushd.fetch.rules import AckAnswer
 from sealpushd.fetch.store import MailboxStore
-from sealpushd.platform.errors import Aborted, ServiceError, Unavailable
+from sealpushd.platform.errors import Aborted, Overloaded, ServiceError, Unavailable
 from sealpushd.platform.metrics import STREAMS_OPEN
 from sealpushd.platform.valkey import CHANNEL_DEVICES, CHANNEL_STREAMS, PRESENCE_TTL_S, Valkey
 
@@ -26,6 +26,8 @@ log = structlog.get_logger()
 UNACKNOWLEDGED_MAX: Final = 256
 # Ids that wait behind a full stream; more than that the sweep finds again later.
 WAITING_MAX: Final = 1_024
+# Answers to acknowledgements that a device does not read: sixteen frames of them. One that goes on writing without reading is cut off.
+ANSWERS_MAX: Final = 16 * UNACKNOWLEDGED_MAX
 # How often the sweep looks for what a notice was lost of. The long stop when Valkey is away.
 SWEEP_PERIOD_S: Final = 5.0
 SWEEP_DEVICES_MAX: Final = 512
@@ -63,7 +65,12 @@ class LiveStream:
         self._held.difference_update(message_ids)
 
     def answered(self, answers: Sequence[AckAnswer]) -> None:
-        """Acknowledgements were judged: the device is told, and where a delivery has ended there is room again."""
+        """Acknowledgements were judged: the device is told, and where a delivery has ended there is room again.
+
+        Raises Overloaded when the device does not take its answers.
+        """
+        if len(self._answers) + len(answers) > ANSWERS_MAX:
+            raise Overloaded("the answers to acknowledgements are not read; read the stream while writing to it")
         self._held.difference_update(answer.message_id for answer in answers if answer.state is not None and answer.state.terminal)
         self._answers.extend(answers)
         self._changed.set()

@@ -1,7 +1,5 @@
 """gRPC of keys: who, parse, decide, answer. Protobuf stops here."""
 
-# ruff: noqa: N802 - methods are named by gRPC
-
 from __future__ import annotations
 
 import asyncio

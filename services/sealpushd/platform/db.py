@@ -26,6 +26,10 @@ log = structlog.get_logger()
 CONNECT_TIMEOUT_S: Final = 5.0
 # Longer than any call's deadline: the server side ends first, and with an error that names the statement.
 STATEMENT_TIMEOUT_S: Final = 12.0
+# When the server's own time-out does not arrive either, the network is gone: TCP alone would find out after a quarter of an hour.
+SILENCE_TIMEOUT_S: Final = 15.0
+# What a process that froze or lost its machine in the middle of a transaction has locked is let go after this.
+IDLE_IN_TRANSACTION_S: Final = 20.0
 
 _LOST = (
     asyncpg.PostgresConnectionError,
@@ -77,10 +81,15 @@ async def connect(url: str, *, search_path: str | None = None) -> Connection:
         # A statement whose client went away ends and lets its locks go, instead of running until the time-out.
         "client_connection_check_interval": "1000",
     }
+    silence_s: float | None = None
     if search_path is not None:
-        settings |= _LOOK_UPS | {"search_path": search_path}
+        settings |= _LOOK_UPS | {
+            "search_path": search_path,
+            "idle_in_transaction_session_timeout": f"{int(IDLE_IN_TRANSACTION_S * 1000)}",
+        }
+        silence_s = SILENCE_TIMEOUT_S
     try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, server_settings=settings)
+        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, command_timeout=silence_s, server_settings=settings)
     except (*_LOST, TimeoutError, asyncpg.PostgresError) as e:
         raise StoreUnavailable(f"cannot connect to PostgreSQL: {e or type(e).__name__}; is it running, are role and password right?") from e
     await connection.set_type_codec("uuid", schema="pg_catalog", encoder=_as_is, decoder=bytes, format="binary")

@@ -33,18 +33,36 @@ log = structlog.get_logger()
 
 # HTTP/2 streams one client connection may hold open at once.
 STREAMS_PER_CONNECTION_MAX: Final = 10_000
+# A request from outside: a batch of 2 MiB and room for what surrounds it. A stranger's is gathered in memory before anybody looks at its
+# token, so the bound is no larger than the largest that is answered.
+PUBLIC_REQUEST_BYTES_MAX: Final = 3 * 1024 * 1024
+KEEPALIVE_TIMEOUT_MS: Final = 5_000
+# A dispatcher whose machine or network is gone sends no goodbye: its leases are held until this finds out.
+MESH_KEEPALIVE_MS: Final = 10_000
+# A phone that left its network holds a live stream until this finds out. Seldom, because each ping wakes its radio.
+PUBLIC_KEEPALIVE_MS: Final = 300_000
 TASK_RESTART_PAUSE_S: Final = 1.0
 
-SERVER_OPTIONS: Final = [
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
-    # Two servers on one port would share its connections at random: refuse instead.
-    ("grpc.so_reuseport", 0),
-    # Phones ping through networks that drop idle connections after a minute.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-]
+
+def server_options(*, receive_bytes_max: int, keepalive_ms: int) -> list[tuple[str, int]]:
+    """What every listener has in common, and the two in which they differ."""
+    return [
+        ("grpc.max_receive_message_length", receive_bytes_max),
+        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+        # Two servers on one port would share its connections at random: refuse instead.
+        ("grpc.so_reuseport", 0),
+        # Phones ping through networks that drop idle connections after a minute.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # gRPC's own default is two hours.
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ]
+
+
+MESH_OPTIONS: Final = server_options(receive_bytes_max=MESSAGE_BYTES_MAX, keepalive_ms=MESH_KEEPALIVE_MS)
+PUBLIC_OPTIONS: Final = server_options(receive_bytes_max=PUBLIC_REQUEST_BYTES_MAX, keepalive_ms=PUBLIC_KEEPALIVE_MS)
 
 AddServicer = tuple[Callable[[Any, Any], None], Any]
 
@@ -172,12 +190,12 @@ async def _serve(
             credentials = tls.server_credentials(settings.tls_certificate, settings.tls_private_key)
         except ValueError as e:
             raise SettingsError(str(e)) from e
-        public, services = _server(app.public, verifier, health)
+        public, services = _server(app.public, verifier, health, PUBLIC_OPTIONS)
         if settings.reflection:
             reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], public)
         ports["public"] = _listen(public, f"{settings.host}:{settings.port(service, 'public')}", credentials, "SEALPUSH_PUBLIC_PORT")
         servers.append(public)
-    mesh, _ = _server(app.mesh, verifier, health)
+    mesh, _ = _server(app.mesh, verifier, health, MESH_OPTIONS)
     ports["mesh"] = _listen(mesh, f"{settings.host}:{settings.port(service, 'mesh')}", None, "SEALPUSH_MESH_PORT")
     servers.append(mesh)
     try:
@@ -209,10 +227,10 @@ async def _serve(
 
 
 def _server(
-    servicers: Sequence[AddServicer], verifier: TokenVerifier, health: health_aio.HealthServicer
+    servicers: Sequence[AddServicer], verifier: TokenVerifier, health: health_aio.HealthServicer, options: Sequence[tuple[str, int]]
 ) -> tuple[grpc.aio.Server, list[str]]:
     """A server with its servicers guarded, and the names of their gRPC services."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=options)
     guarded = GuardedServer(server, verifier)
     for add, servicer in servicers:
         add(servicer, guarded)

@@ -31,19 +31,17 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
         self._watch = watch
         self._peers = peers
 
-    async def Publish(self, request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:  # noqa: N802 - gRPC's name
+    async def Publish(self, request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:
         (outcome,) = await self._acceptance.accept(rpc.require_sender(), [request])
         if isinstance(outcome, ServiceError):
             raise outcome
         return publish_pb2.PublishResponse(result=outcome)
 
-    async def PublishBatch(  # noqa: N802 - gRPC's name
-        self, request: publish_pb2.PublishBatchRequest, context: Any
-    ) -> publish_pb2.PublishBatchResponse:
+    async def PublishBatch(self, request: publish_pb2.PublishBatchRequest, context: Any) -> publish_pb2.PublishBatchResponse:
         results = await self._accept_all(rpc.require_sender(), request.requests, request.ByteSize())
         return publish_pb2.PublishBatchResponse(results=results)
 
-    async def PublishStream(  # noqa: N802 - gRPC's name
+    async def PublishStream(
         self, request_iterator: AsyncIterator[publish_pb2.PublishStreamRequest], context: Any
     ) -> AsyncIterator[publish_pb2.PublishStreamResponse]:
         caller = rpc.require_sender()
@@ -93,7 +91,7 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
-    async def GetStatus(self, request: publish_pb2.GetStatusRequest, context: Any) -> publish_pb2.GetStatusResponse:  # noqa: N802
+    async def GetStatus(self, request: publish_pb2.GetStatusRequest, context: Any) -> publish_pb2.GetStatusResponse:
         caller = rpc.require_sender()
         message_id = _message_id(request.message_id, "message_id")
         how, wait = rules.parse_wait(request)
@@ -118,21 +116,17 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
             raise NotFound("this sender has no such message, or it is older than statuses are kept")
         return last
 
-    async def GetStatuses(  # noqa: N802 - gRPC's name
-        self, request: publish_pb2.GetStatusesRequest, context: Any
-    ) -> publish_pb2.GetStatusesResponse:
+    async def GetStatuses(self, request: publish_pb2.GetStatusesRequest, context: Any) -> publish_pb2.GetStatusesResponse:
         caller = rpc.require_sender()
         statuses = await self._watch.statuses(caller.sender_id, _message_ids(request.message_ids))
         return publish_pb2.GetStatusesResponse(statuses=statuses)
 
-    async def WatchStatus(  # noqa: N802 - gRPC's name
-        self, request: publish_pb2.WatchStatusRequest, context: Any
-    ) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
+    async def WatchStatus(self, request: publish_pb2.WatchStatusRequest, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
         caller = rpc.require_sender()
         async for statuses in self._watch.watch(caller.sender_id, _message_ids(request.message_ids)):
             yield publish_pb2.WatchStatusResponse(statuses=statuses)
 
-    async def Cancel(self, request: publish_pb2.CancelRequest, context: Any) -> publish_pb2.CancelResponse:  # noqa: N802 - gRPC's name
+    async def Cancel(self, request: publish_pb2.CancelRequest, context: Any) -> publish_pb2.CancelResponse:
         caller = rpc.require_sender()
         message_id = _message_id(request.message_id, "message_id")
         answer = await self._peers.mailbox_channel.call(

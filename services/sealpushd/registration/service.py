@@ -74,7 +74,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
 
     # --- registering ---
 
-    async def StartRegistration(  # noqa: N802 - gRPC's name
+    async def StartRegistration(
         self, request: registration_pb2.StartRegistrationRequest, context: rpc.Context
     ) -> registration_pb2.StartRegistrationResponse:
         phone = parse_phone(request.phone)
@@ -126,7 +126,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         )
         return started, code
 
-    async def ConfirmRegistration(  # noqa: N802
+    async def ConfirmRegistration(
         self, request: registration_pb2.ConfirmRegistrationRequest, context: rpc.Context
     ) -> registration_pb2.ConfirmRegistrationResponse:
         now = self._clock.now()
@@ -182,7 +182,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
 
     # --- authenticating ---
 
-    async def GetChallenge(  # noqa: N802
+    async def GetChallenge(
         self, request: registration_pb2.GetChallengeRequest, context: rpc.Context
     ) -> registration_pb2.GetChallengeResponse:
         device_id = parsing.device_id(request.device_id)
@@ -190,7 +190,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         challenge = rules.make_challenge(device_id, random, self._store.challenge_mac, now=self._clock.now())
         return registration_pb2.GetChallengeResponse(challenge=challenge)
 
-    async def Authenticate(  # noqa: N802
+    async def Authenticate(
         self, request: registration_pb2.AuthenticateRequest, context: rpc.Context
     ) -> registration_pb2.AuthenticateResponse:
         device_id = parsing.device_id(request.device_id)
@@ -218,7 +218,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
 
     # --- changing ---
 
-    async def UpdateInstallation(  # noqa: N802
+    async def UpdateInstallation(
         self, request: registration_pb2.UpdateInstallationRequest, context: rpc.Context
     ) -> registration_pb2.UpdateInstallationResponse:
         caller = rpc.require_device()
@@ -227,15 +227,13 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         await self._store.change_installation(caller.device_id, counter, change, self._clock.now())
         return registration_pb2.UpdateInstallationResponse()
 
-    async def Unregister(  # noqa: N802
-        self, request: registration_pb2.UnregisterRequest, context: rpc.Context
-    ) -> registration_pb2.UnregisterResponse:
+    async def Unregister(self, request: registration_pb2.UnregisterRequest, context: rpc.Context) -> registration_pb2.UnregisterResponse:
         caller = rpc.require_device()
         counter = parsing.checked_counter(caller, request.proof, _METHOD + "Unregister", b"")
         await self._outbox.tell(await self._store.end_installation(caller.device_id, counter, self._clock.now()))
         return registration_pb2.UnregisterResponse()
 
-    async def ListPreferences(  # noqa: N802
+    async def ListPreferences(
         self, request: registration_pb2.ListPreferencesRequest, context: rpc.Context
     ) -> registration_pb2.ListPreferencesResponse:
         caller = rpc.require_device()
@@ -255,7 +253,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             next_page_token=page[-1].sender_id if len(found) > size else b"",
         )
 
-    async def SetPreference(  # noqa: N802
+    async def SetPreference(
         self, request: registration_pb2.SetPreferenceRequest, context: rpc.Context
     ) -> registration_pb2.SetPreferenceResponse:
         caller = rpc.require_device()
@@ -286,9 +284,7 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
         # Two in flight: one is parsed and answered here while PostgreSQL works on the other.
         self._resolving: NaturalBatcher[Query, Resolved | Reason] = NaturalBatcher(store.resolve, in_flight_max=2)
 
-    async def Resolve(  # noqa: N802
-        self, request: directory_pb2.ResolveRequest, context: rpc.Context
-    ) -> directory_pb2.ResolveResponse:
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: rpc.Context) -> directory_pb2.ResolveResponse:
         parsing.check_batch(len(request.queries), "queries")
         parsed = [parsing.query(query, self._store) for query in request.queries]
         answers = iter(await self._resolving.submit_many([query for query in parsed if not isinstance(query, str)]))
@@ -297,7 +293,7 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
             _add_result(response.results.add(), query if isinstance(query, str) else next(answers))
         return response
 
-    async def GetPushTargets(  # noqa: N802
+    async def GetPushTargets(
         self, request: directory_pb2.GetPushTargetsRequest, context: rpc.Context
     ) -> directory_pb2.GetPushTargetsResponse:
         parsing.check_batch(len(request.device_ids), "device_ids")
@@ -315,7 +311,7 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
                 entry.registered_at.CopyFrom(parsing.timestamp(target.registered_at))
         return response
 
-    async def ReportDeadTokens(  # noqa: N802
+    async def ReportDeadTokens(
         self, request: directory_pb2.ReportDeadTokensRequest, context: rpc.Context
     ) -> directory_pb2.ReportDeadTokensResponse:
         parsing.check_batch(len(request.dead_tokens), "dead_tokens")

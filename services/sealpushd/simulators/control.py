@@ -46,9 +46,7 @@ class ApnsControlService(SimulatedApnsServicer):
     def __init__(self, apns: ApnsSimulator) -> None:
         self._apns = apns
 
-    async def CreateDevice(  # noqa: N802 - the proto's name
-        self, request: pb.CreateDeviceRequest, context: _Context
-    ) -> pb.CreateDeviceResponse:
+    async def CreateDevice(self, request: pb.CreateDeviceRequest, context: _Context) -> pb.CreateDeviceResponse:
         try:
             return pb.CreateDeviceResponse(device_token=self._apns.create_device(request.topic))
         except ValueError as e:
@@ -56,9 +54,7 @@ class ApnsControlService(SimulatedApnsServicer):
         except OverflowError as e:
             await _refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(e))
 
-    async def Connect(  # noqa: N802
-        self, request_iterator: AsyncIterator[pb.ConnectRequest], context: _Context
-    ) -> AsyncIterator[pb.ConnectResponse]:
+    async def Connect(self, request_iterator: AsyncIterator[pb.ConnectRequest], context: _Context) -> AsyncIterator[pb.ConnectResponse]:
         line = self._apns.connect()
         presences: asyncio.Queue[pb.SimulatedPresence] = asyncio.Queue(PRESENCE_WAITING_MAX)
         reader = asyncio.create_task(_read_presence(request_iterator, line, presences))
@@ -88,16 +84,12 @@ class ApnsControlService(SimulatedApnsServicer):
                 task.cancel()
             await asyncio.gather(reader, next_presence, next_batch, return_exceptions=True)
 
-    async def UninstallApp(  # noqa: N802
-        self, request: pb.UninstallAppRequest, context: _Context
-    ) -> pb.UninstallAppResponse:
+    async def UninstallApp(self, request: pb.UninstallAppRequest, context: _Context) -> pb.UninstallAppResponse:
         if not self._apns.uninstall(request.device_token):
             await _refuse(context, grpc.StatusCode.NOT_FOUND, "no app has this device token")
         return pb.UninstallAppResponse()
 
-    async def RegisterProviderKey(  # noqa: N802
-        self, request: pb.RegisterProviderKeyRequest, context: _Context
-    ) -> pb.RegisterProviderKeyResponse:
+    async def RegisterProviderKey(self, request: pb.RegisterProviderKeyRequest, context: _Context) -> pb.RegisterProviderKeyResponse:
         try:
             public_key_pem = request.public_key_pem.encode()
             self._apns.register_provider_key(request.team_id, request.key_id, public_key_pem, request.topics)
@@ -106,9 +98,7 @@ class ApnsControlService(SimulatedApnsServicer):
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, problem)
         return pb.RegisterProviderKeyResponse()
 
-    async def SetFault(  # noqa: N802
-        self, request: pb.SetFaultRequest, context: _Context
-    ) -> pb.SetFaultResponse:
+    async def SetFault(self, request: pb.SetFaultRequest, context: _Context) -> pb.SetFaultResponse:
         try:
             self._apns.set_fault(
                 _parse_fault(request.fault),
@@ -120,15 +110,11 @@ class ApnsControlService(SimulatedApnsServicer):
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(e))
         return pb.SetFaultResponse()
 
-    async def ClearFaults(  # noqa: N802
-        self, request: pb.ClearFaultsRequest, context: _Context
-    ) -> pb.ClearFaultsResponse:
+    async def ClearFaults(self, request: pb.ClearFaultsRequest, context: _Context) -> pb.ClearFaultsResponse:
         self._apns.clear_faults()
         return pb.ClearFaultsResponse()
 
-    async def ListReceived(  # noqa: N802
-        self, request: pb.ListReceivedRequest, context: _Context
-    ) -> pb.ListReceivedResponse:
+    async def ListReceived(self, request: pb.ListReceivedRequest, context: _Context) -> pb.ListReceivedResponse:
         if request.page_size > PAGE_SIZE_MAX or not (request.page_token or "0").isdecimal():
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, f"page_size is at most {PAGE_SIZE_MAX}")
         size = request.page_size or PAGE_SIZE_DEFAULT
@@ -141,9 +127,7 @@ class ApnsControlService(SimulatedApnsServicer):
             next_page_token=str(page[-1].sequence) if more else "",
         )
 
-    async def Counters(  # noqa: N802
-        self, request: pb.CountersRequest, context: _Context
-    ) -> pb.CountersResponse:
+    async def Counters(self, request: pb.CountersRequest, context: _Context) -> pb.CountersResponse:
         counters = self._apns.counters
         return pb.CountersResponse(
             connections=counters.connections,
@@ -163,26 +147,20 @@ class SmsControlService(SimulatedSmsServicer):
     def __init__(self, sms: SmsSimulator) -> None:
         self._sms = sms
 
-    async def Deliver(  # noqa: N802
-        self, request: pb.DeliverRequest, context: _Context
-    ) -> pb.DeliverResponse:
+    async def Deliver(self, request: pb.DeliverRequest, context: _Context) -> pb.DeliverResponse:
         try:
             sms = self._sms.deliver(request.phone, request.text, request.sender_name)
         except ValueError as e:
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(e))
         return pb.DeliverResponse(sms_id=sms.sms_id)
 
-    async def Inbox(  # noqa: N802
-        self, request: pb.InboxRequest, context: _Context
-    ) -> pb.InboxResponse:
+    async def Inbox(self, request: pb.InboxRequest, context: _Context) -> pb.InboxResponse:
         try:
             return pb.InboxResponse(messages=[_to_sms(sms) for sms in self._sms.inbox(request.phone)])
         except ValueError as e:
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(e))
 
-    async def WatchInbox(  # noqa: N802
-        self, request: pb.WatchInboxRequest, context: _Context
-    ) -> AsyncIterator[pb.WatchInboxResponse]:
+    async def WatchInbox(self, request: pb.WatchInboxRequest, context: _Context) -> AsyncIterator[pb.WatchInboxResponse]:
         try:
             async for sms in self._sms.watch(request.phone):
                 yield pb.WatchInboxResponse(message=_to_sms(sms))

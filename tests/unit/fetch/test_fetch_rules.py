@@ -13,8 +13,8 @@ from sealpush.ids import DeviceId, MessageId
 from sealpush.v1 import common_pb2, messages_pb2
 from sealpushd.fetch import rules
 from sealpushd.fetch.rules import AckAnswer, AckOutcome, NewDelivery, Position, Reason, State, StopPoint, Verdict
-from sealpushd.fetch.service import parse_report
 from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, WAITING_MAX, LiveStream
+from sealpushd.fetch.wire import parse_report
 from sealpushd.platform.errors import Aborted, InvalidRequest
 from sealpushd.v1 import mailbox_pb2
 

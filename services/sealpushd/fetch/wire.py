@@ -1,0 +1,260 @@
+"""Protobuf of the mailbox to its own types and back. Malformed input is refused here, by the name of its field."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from sealpush import proofs
+from sealpush.envelope import assemble
+from sealpush.ids import ID_BYTES, AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId
+from sealpush.v1 import common_pb2, messages_pb2, publish_pb2
+from sealpushd.fetch import rules
+from sealpushd.fetch.rules import (
+    Accepted,
+    AcceptedKey,
+    Ack,
+    AckAnswer,
+    AckOutcome,
+    Ended,
+    Event,
+    MessageRecord,
+    NewDelivery,
+    NewMessage,
+    Report,
+    State,
+    Taken,
+    WakeUp,
+)
+from sealpushd.platform.clock import from_ms
+from sealpushd.platform.errors import InvalidRequest
+from sealpushd.v1 import mailbox_pb2
+
+# A device's time as the database holds it.
+AT_MS_MAX: Final = 2**63 - 1
+
+_REASON_CODES: Final = frozenset(common_pb2.ReasonCode.values())
+_OUTCOMES: Final = frozenset(mailbox_pb2.WakeUpOutcome.values()) - {mailbox_pb2.WAKE_UP_OUTCOME_UNSPECIFIED}
+
+
+def timestamp(moment: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(moment)
+    return stamp
+
+
+def optional_timestamp(moment: datetime | None) -> Timestamp | None:
+    return None if moment is None else timestamp(moment)
+
+
+def need_id(value: bytes, field: str) -> bytes:
+    """A 16-byte id; raises InvalidRequest that names the field."""
+    if len(value) != ID_BYTES:
+        raise InvalidRequest(f"{field} must be 16 bytes, not {len(value)}", field=field)
+    return value
+
+
+def parse_ack(proto: messages_pb2.Acknowledgement, device_id: DeviceId, identity_public_key: bytes) -> Ack | None:
+    """An acknowledgement whose fields and signature are right, else None."""
+    if len(proto.message_id) != ID_BYTES or len(proto.content_id) != ID_BYTES:
+        return None
+    if proto.reason_code not in _REASON_CODES or proto.at_ms > AT_MS_MAX:
+        return None
+    try:
+        outcome = AckOutcome(proto.outcome)
+    except ValueError:
+        return None
+    message_id, content_id = MessageId(proto.message_id), ContentId(proto.content_id)
+    try:
+        if outcome is AckOutcome.READ:
+            proof = proofs.read_proof(message_id, content_id, device_id, proto.at_ms)
+        else:
+            proof = proofs.acknowledgement_proof(
+                message_id, content_id, device_id, proofs.AckOutcome(outcome), proto.reason_code, proto.at_ms
+            )
+    except ValueError:
+        return None
+    if not proofs.verify_proof(identity_public_key, proof, proto.signature):
+        return None
+    return Ack(message_id, device_id, content_id, outcome, proto.reason_code, proto.at_ms, proto.signature)
+
+
+def to_delivery(taken: Taken) -> messages_pb2.Delivery:
+    return messages_pb2.Delivery(
+        message_id=taken.message_id,
+        wake_up_id=taken.wake_up_id,
+        envelope=assemble(taken.head, taken.stanza, taken.tail),
+        priority=common_pb2.Priority.ValueType(taken.priority),
+        content_class=common_pb2.ContentClass.ValueType(taken.content_class),
+        muted=taken.muted,
+        created_at=timestamp(taken.created_at),
+        expires_at=timestamp(taken.expires_at),
+    )
+
+
+def to_ack_result(answer: AckAnswer) -> messages_pb2.AckResult:
+    return messages_pb2.AckResult(
+        message_id=answer.message_id,
+        verdict=messages_pb2.AckVerdict.ValueType(answer.verdict),
+        state=common_pb2.State.ValueType(answer.state or 0),
+    )
+
+
+def parse_key(proto: mailbox_pb2.AcceptedKey) -> AcceptedKey:
+    return AcceptedKey(SenderId(need_id(proto.sender_id, "sender_id")), proto.request_id, proto.request_mac)
+
+
+def parse_message(proto: mailbox_pb2.NewMessage) -> NewMessage:
+    if not proto.deliveries:
+        raise InvalidRequest("a message has at least one delivery", field="deliveries")
+    if len({each.device_id for each in proto.deliveries}) != len(proto.deliveries):
+        raise InvalidRequest("a message has two deliveries for one device", field="deliveries")
+    message_id = MessageId(need_id(proto.message_id, "message_id"))
+    return NewMessage(
+        key=parse_key(proto.key),
+        message_id=message_id,
+        subscriber_id=SubscriberId(need_id(proto.subscriber_id, "subscriber_id")),
+        app_id=AppId(proto.app_id),
+        content_class=proto.content_class,
+        priority=proto.priority or common_pb2.PRIORITY_NORMAL,
+        created_at=from_ms(proto.created_at_ms),
+        expires_at=from_ms(proto.expires_at_ms),
+        replace_hash=proto.replace_hash,
+        order_id=OrderId(proto.order_id or message_id),
+        leg_no=proto.leg_no,
+        channel=proto.channel or common_pb2.CHANNEL_PUSH,
+        group_id=proto.group_id or None,
+        traffic_type=proto.traffic_type,
+        tag=proto.tag,
+        originator_requested=proto.originator_requested,
+        originator_effective=proto.originator_effective,
+        muted=proto.muted,
+        blocked=proto.blocked,
+        deliveries=tuple(
+            NewDelivery(DeviceId(need_id(each.device_id, "device_id")), each.stanza, each.platform, each.push_reason)
+            for each in proto.deliveries
+        ),
+        content_id=ContentId(need_id(proto.content_id, "content_id")),
+        head=proto.head,
+        tail=proto.tail,
+    )
+
+
+def to_accepted(accepted: Accepted | None, key: AcceptedKey) -> mailbox_pb2.AcceptedResult:
+    if accepted is None:
+        return mailbox_pb2.AcceptedResult()
+    return mailbox_pb2.AcceptedResult(
+        message_id=accepted.message_id,
+        other_request=not hmac.compare_digest(accepted.request_mac, key.request_mac),
+        expires_at=timestamp(accepted.expires_at),
+        devices=accepted.devices,
+    )
+
+
+def to_stopped(ended: Sequence[Ended]) -> list[common_pb2.StoppedDelivery]:
+    return [
+        common_pb2.StoppedDelivery(
+            message_id=each.message_id,
+            device_id=each.device_id,
+            stop_point=common_pb2.StopPoint.ValueType(each.stop_point),
+            state=common_pb2.State.ValueType(each.state),
+        )
+        for each in ended
+    ]
+
+
+def to_status(record: MessageRecord) -> publish_pb2.MessageStatus:
+    state, reason = rules.message_state((each.state, each.reason) for each in record.deliveries)
+    # When the message entered its state: with the first delivery that is in it; a state of all, with the last.
+    moments = [each.changed_at for each in record.deliveries if each.state is state]
+    at = min(moments) if state is State.DELIVERED else max(each.changed_at for each in record.deliveries)
+    return publish_pb2.MessageStatus(
+        message_id=record.message_id,
+        state=common_pb2.State.ValueType(state),
+        reason_code=common_pb2.ReasonCode.ValueType(reason),
+        created_at=timestamp(record.accepted_at),
+        expires_at=timestamp(record.expires_at),
+        at=timestamp(at),
+        attempts=[
+            publish_pb2.Attempt(
+                channel=common_pb2.Channel.ValueType(record.channel),
+                leg_no=record.leg_no,
+                state=common_pb2.State.ValueType(state),
+                reason_code=common_pb2.ReasonCode.ValueType(reason),
+                at=timestamp(at),
+            )
+        ],
+        deliveries=[
+            publish_pb2.DeliveryStatus(
+                device_id=each.device_id,
+                state=common_pb2.State.ValueType(each.state),
+                reason_code=common_pb2.ReasonCode.ValueType(each.reason),
+                pushed_at=optional_timestamp(each.pushed_at),
+                fetched_at=optional_timestamp(each.fetched_at),
+                at=timestamp(each.changed_at),
+                read_at=optional_timestamp(each.read_at),
+                late_ack_at=optional_timestamp(each.late_ack_at),
+                push_reason=common_pb2.ReasonCode.ValueType(each.push_reason),
+            )
+            for each in record.deliveries
+        ],
+        order_id=record.order_id,
+        group_id=record.group_id or b"",
+        tag=record.tag,
+    )
+
+
+def parse_report(proto: mailbox_pb2.WakeUpReport) -> Report:
+    if proto.outcome not in _OUTCOMES:
+        raise InvalidRequest(f"outcome {proto.outcome} is unknown to this version", field="outcome")
+    if proto.reason_code not in _REASON_CODES:
+        raise InvalidRequest(f"reason_code {proto.reason_code} is unknown to this version", field="reason_code")
+    try:
+        retry_at = proto.retry_at.ToDatetime(UTC) if proto.HasField("retry_at") else None
+    except (ValueError, OverflowError) as e:
+        raise InvalidRequest("retry_at is no valid time", field="retry_at") from e
+    return Report(
+        MessageId(need_id(proto.message_id, "message_id")),
+        DeviceId(need_id(proto.device_id, "device_id")),
+        proto.fence,
+        proto.outcome,
+        retry_at,
+        proto.reason_code,
+        # The provider's own words: PostgreSQL holds every character but this one.
+        proto.detail.replace("\0", ""),
+    )
+
+
+def to_wake_up(each: WakeUp) -> mailbox_pb2.WakeUp:
+    return mailbox_pb2.WakeUp(
+        message_id=each.message_id,
+        device_id=each.device_id,
+        wake_up_id=each.wake_up_id,
+        fence=each.fence,
+        app_id=each.app_id,
+        platform=common_pb2.Platform.ValueType(each.platform),
+        priority=common_pb2.Priority.ValueType(each.priority),
+        muted=each.muted,
+        expires_at=timestamp(each.expires_at),
+        attempts=each.attempts,
+    )
+
+
+def to_event(each: Event) -> mailbox_pb2.StatusEvent:
+    return mailbox_pb2.StatusEvent(
+        message_id=each.message_id,
+        device_id=each.device_id,
+        sender_id=each.sender_id,
+        order_id=each.order_id,
+        leg_no=each.leg_no,
+        group_id=each.group_id or b"",
+        channel=common_pb2.Channel.ValueType(each.channel),
+        state=common_pb2.State.ValueType(each.state),
+        reason_code=common_pb2.ReasonCode.ValueType(each.reason),
+        kind=mailbox_pb2.EventKind.ValueType(each.kind),
+        at=timestamp(each.at),
+    )
