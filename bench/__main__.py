@@ -17,14 +17,17 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from bench import batch, latency, path, publish
+from bench.batch import measure as batch
+from bench.latency import measure as latency
+from bench.path import measure as path
+from bench.publish import measure as publish
 from bench.suite import Suite
 
 FIGURES: dict[str, Callable[[Suite, bool], Awaitable[list[dict[str, Any]]]]] = {
-    "publish": publish.measure,
-    "batch": batch.measure,
-    "latency": latency.measure,
-    "path": path.measure,
+    "publish": publish,
+    "batch": batch,
+    "latency": latency,
+    "path": path,
 }
 
 

@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Content(_message.Message):
-    """The plaintext inside an envelope. Serialised ≤ 65,532 bytes."""
+    """The plaintext inside an envelope. Serialised ≤ 65,535 bytes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -80,7 +80,6 @@ LEGAL: Final[dict[State, frozenset[State]]] = {
 
 # Where all deliveries have ended without one that arrived, the first of these that occurs is the message's.
 _TERMINAL_ORDER: Final = (State.BLOCKED, State.UNDELIVERED, State.EXPIRED, State.REPLACED, State.CANCELLED)
-_OPEN_ORDER: Final = (State.FETCHED, State.PUSHED, State.QUEUED)
 
 # A device on a live stream gets this long to acknowledge before its push leaves after all.
 LIVE_STREAM_HEAD_START: Final = timedelta(seconds=2)
@@ -89,13 +88,15 @@ DEAD_TOKEN_GRACE: Final = timedelta(seconds=60)
 # A sealed creation time may differ from the server's clock by this much.
 CREATED_SKEW_MAX: Final = timedelta(minutes=5)
 LIFETIME_MAX: Final = timedelta(days=28)
+# What one question may take at the most, less than a gRPC message with room for one more envelope and the rest.
+TAKE_BYTES_MAX: Final = 2 * 1024 * 1024
 # Sorts before every id.
 BEFORE_ALL: Final = MessageId(bytes(16))
 
 
-def message_state(deliveries: Iterable[tuple[State, int]]) -> tuple[State, int]:
-    """State and reason of a message from those of its deliveries: any DELIVERED wins; then, once all have ended, by importance;
-    else the one that is farthest."""
+def message_state(deliveries: Iterable[tuple[State, int]], reached: State = State.QUEUED) -> tuple[State, int]:
+    """State and reason of a message from those of its deliveries: any DELIVERED wins; then, once all have ended, by importance; else the
+    farthest that any delivery has `reached`, also one that ended since: a status never goes backwards."""
     by_state: dict[State, int] = {}
     for state, reason in deliveries:
         by_state.setdefault(state, reason)
@@ -103,18 +104,12 @@ def message_state(deliveries: Iterable[tuple[State, int]]) -> tuple[State, int]:
         raise ValueError("a message has at least one delivery")
     if State.DELIVERED in by_state:
         return State.DELIVERED, 0
-    order = _TERMINAL_ORDER if all(state.terminal for state in by_state) else _OPEN_ORDER
-    for state in order:
-        if state in by_state:
-            return state, by_state[state]
-    raise AssertionError("every state stands in an order")
-
-
-def stop_point(state_before: State, fence: int) -> StopPoint:
-    """Whether a push, or the content itself, can have left before the stop. The fence counts hand-outs to dispatchers."""
-    if fence == 0 and state_before is State.QUEUED:
-        return StopPoint.BEFORE_PUSH
-    return StopPoint.PUSH_MAY_HAVE_LEFT
+    farthest = max((state for state in by_state if not state.terminal), default=None)
+    if farthest is not None:
+        state = max(farthest, reached)
+        return state, by_state.get(state, 0)
+    state = next(state for state in _TERMINAL_ORDER if state in by_state)
+    return state, by_state[state]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +183,15 @@ class Taken:
     head: bytes
     stanza: bytes
     tail: bytes
+
+    @property
+    def envelope_bytes(self) -> int:
+        return len(self.head) + len(self.stanza) + len(self.tail)
+
+
+def is_full(taken: Sequence[Taken], most: int) -> bool:
+    """Whether more may wait behind what was taken, of which `most` were asked for."""
+    return len(taken) >= most or sum(each.envelope_bytes for each in taken) >= TAKE_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +313,14 @@ class DeliveryRecord:
     fetched_at: datetime | None
     read_at: datetime | None
     late_ack_at: datetime | None
+    stop_point: StopPoint | None
+
+    @property
+    def reached(self) -> State:
+        """How far it came on its way to the device, whatever became of it then."""
+        if self.fetched_at is not None:
+            return State.FETCHED
+        return State.QUEUED if self.pushed_at is None else State.PUSHED
 
 
 @dataclass(frozen=True, slots=True)

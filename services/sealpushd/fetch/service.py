@@ -39,8 +39,6 @@ from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 
 PAGE_DEFAULT: Final = 64
 PAGE_MAX: Final = 256
-# A page of deliveries; below the bound on a gRPC message with room for the rest.
-PAGE_BYTES_MAX: Final = 2 * 1024 * 1024
 EVENTS_PAGE_DEFAULT: Final = 500
 EVENTS_PAGE_MAX: Final = 1_000
 
@@ -71,16 +69,11 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         after = MessageId(need_id(request.page_token, "page_token")) if request.page_token else rules.BEFORE_ALL
         most = request.page_size or PAGE_DEFAULT
         taken = await self._mailbox.take(TakeQuery(caller.device_id, after_id=after, most=most))
-        page: list[messages_pb2.Delivery] = []
-        size = 0
-        for each in taken:
-            size += len(each.tail) + 512
-            if page and size > PAGE_BYTES_MAX:
-                break
-            page.append(to_delivery(each))
-        more = len(page) < len(taken) or len(taken) == most
+        more = rules.is_full(taken, most)
         return messages_pb2.DrainResponse(
-            deliveries=page, next_page_token=page[-1].message_id if page and more else b"", server_time=_now()
+            deliveries=[to_delivery(each) for each in taken],
+            next_page_token=taken[-1].message_id if taken and more else b"",
+            server_time=_now(),
         )
 
     async def Acknowledge(self, request: messages_pb2.AcknowledgeRequest, context: Any) -> messages_pb2.AcknowledgeResponse:
@@ -145,7 +138,7 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
             stream.sent(each.message_id for each in taken)
             for frame in _frames(taken):
                 yield _delivery_frame(frame)
-            if len(taken) < most:
+            if not rules.is_full(taken, most):
                 return
             after = taken[-1].message_id
 
@@ -173,12 +166,12 @@ def _delivery_frame(taken: Sequence[Taken]) -> messages_pb2.StreamResponse:
 
 
 def _frames(taken: Sequence[Taken]) -> list[list[Taken]]:
-    """Deliveries in frames of at most `PAGE_BYTES_MAX`."""
+    """Deliveries in frames of at most `TAKE_BYTES_MAX`."""
     frames: list[list[Taken]] = []
-    size = PAGE_BYTES_MAX
+    size = rules.TAKE_BYTES_MAX
     for each in taken:
-        weight = len(each.tail) + 512
-        if size + weight > PAGE_BYTES_MAX:
+        weight = each.envelope_bytes
+        if size + weight > rules.TAKE_BYTES_MAX:
             frames.append([])
             size = 0
         frames[-1].append(each)

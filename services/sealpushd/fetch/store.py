@@ -176,7 +176,7 @@ class MailboxStore:
 
         async def work() -> Sequence[asyncpg.Record]:
             async with self._db.transaction() as connection:
-                asked = await connection.fetch(self._sql["lock_asked"], *columns)
+                asked = await connection.fetch(self._sql["lock_asked"], *columns, rules.TAKE_BYTES_MAX)
                 if not asked:
                     return []
                 found = _columns((tuple(row) for row in asked), 3)
@@ -306,15 +306,12 @@ class MailboxStore:
             for delivery in record.deliveries
             if not delivery.state.terminal
         ]
-        ended = {(each.message_id, each.device_id): each for each in await self.close(endings)}
-        answers: dict[MessageId, list[Ended]] = {}
-        # What ended meanwhile in another way, or had ended before, is told as it stands now.
-        for record in await self.statuses(sender_id, message_ids):
-            answers[record.message_id] = [
-                ended.get((record.message_id, each.device_id), Ended(record.message_id, each.device_id, each.state, StopPoint.TOO_LATE))
-                for each in record.deliveries
-            ]
-        return answers
+        await self.close(endings)
+        # What ended meanwhile in another way, or had ended before, is told as it stands now; what an earlier call cancelled, as then.
+        return {
+            record.message_id: [_as_cancelled(record.message_id, each) for each in record.deliveries]
+            for record in await self.statuses(sender_id, message_ids)
+        }
 
     async def block(self, subscriber_id: bytes, sender_id: SenderId, *, advertising_only: bool) -> list[Ended]:
         """End what is queued of a sender that the recipient blocks now."""
@@ -371,6 +368,7 @@ class MailboxStore:
                     row["fetched_at"],
                     row["read_at"],
                     row["late_ack_at"],
+                    None if row["stop_point"] is None else StopPoint(row["stop_point"]),
                 )
             )
         return [
@@ -463,5 +461,9 @@ def _close_columns(endings: Sequence[Ending]) -> list[list[Any]]:
 
 
 def _ended(row: asyncpg.Record) -> Ended:
-    point = rules.stop_point(State(row["state_before"]), row["fence"])
-    return Ended(MessageId(row["message_id"]), DeviceId(row["device_id"]), State(row["state"]), point)
+    return Ended(MessageId(row["message_id"]), DeviceId(row["device_id"]), State(row["state"]), StopPoint(row["stop_point"]))
+
+
+def _as_cancelled(message_id: MessageId, delivery: DeliveryRecord) -> Ended:
+    cancelled = delivery.state is State.CANCELLED and delivery.stop_point is not None
+    return Ended(message_id, delivery.device_id, delivery.state, (delivery.stop_point if cancelled else None) or StopPoint.TOO_LATE)

@@ -168,7 +168,8 @@ def to_stopped(ended: Sequence[Ended]) -> list[common_pb2.StoppedDelivery]:
 
 
 def to_status(record: MessageRecord) -> publish_pb2.MessageStatus:
-    state, reason = rules.message_state((each.state, each.reason) for each in record.deliveries)
+    reached = max((each.reached for each in record.deliveries), default=State.QUEUED)
+    state, reason = rules.message_state(((each.state, each.reason) for each in record.deliveries), reached)
     # When the message entered its state: with the first delivery that is in it; a state of all, with the last.
     moments = [each.changed_at for each in record.deliveries if each.state is state]
     at = min(moments) if state is State.DELIVERED else max(each.changed_at for each in record.deliveries)

@@ -136,7 +136,12 @@ class Database:
                 if connection is not None:
                     DB_RECONNECTS.inc()
                 connection = None
-                connection = await connect(self._url, search_path=self._search_path)
+                try:
+                    connection = await connect(self._url, search_path=self._search_path)
+                except StoreUnavailable as e:
+                    # PostgreSQL's words name roles and addresses: for the log, not for callers.
+                    log.warning("no connection to PostgreSQL", error=e.message)
+                    raise StoreUnavailable("the database does not answer; try again with the same request id") from e
             yield connection
         except asyncio.CancelledError:
             # Never handed to anybody else: a statement may still be running on it, or a BEGIN that was cancelled may have come through,

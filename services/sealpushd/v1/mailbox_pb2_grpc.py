@@ -103,7 +103,7 @@ class MailboxServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadEvents(self, request, context):
-        """The journal of state changes from a position on, in commit order, then every change as it comes. Any service.
+        """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,7 +124,7 @@ class MailboxServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Block(self, request, context):
-        """Ends the queued deliveries of a sender that a recipient blocks now. Registration.
+        """Ends the open deliveries of a sender that a recipient blocks now. Registration.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

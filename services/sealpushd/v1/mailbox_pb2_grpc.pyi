@@ -40,13 +40,13 @@ class MailboxStub:
     WakeUpSession: _grpc.StreamStreamMultiCallable[_mailbox_pb2.WakeUpSessionRequest, _mailbox_pb2.WakeUpSessionResponse]
     """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch."""
     ReadEvents: _grpc.UnaryStreamMultiCallable[_mailbox_pb2.ReadEventsRequest, _mailbox_pb2.ReadEventsResponse]
-    """The journal of state changes from a position on, in commit order, then every change as it comes. Any service."""
+    """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
     GetStatuses: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetStatusesRequest, _mailbox_pb2.MailboxGetStatusesResponse]
     """States of messages of one sender each; unknown ones are left out. Publishing."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxCancelRequest, _mailbox_pb2.MailboxCancelResponse]
     """Cancels messages. A result each, in their order. Publishing."""
     Block: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.BlockRequest, _mailbox_pb2.BlockResponse]
-    """Ends the queued deliveries of a sender that a recipient blocks now. Registration."""
+    """Ends the open deliveries of a sender that a recipient blocks now. Registration."""
     CloseDevices: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.CloseDevicesRequest, _mailbox_pb2.CloseDevicesResponse]
     """Ends the open deliveries of installations that are gone. Registration."""
 
@@ -62,13 +62,13 @@ class MailboxAsyncStub(MailboxStub):
     WakeUpSession: _aio.StreamStreamMultiCallable[_mailbox_pb2.WakeUpSessionRequest, _mailbox_pb2.WakeUpSessionResponse]  # type: ignore[assignment]
     """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch."""
     ReadEvents: _aio.UnaryStreamMultiCallable[_mailbox_pb2.ReadEventsRequest, _mailbox_pb2.ReadEventsResponse]  # type: ignore[assignment]
-    """The journal of state changes from a position on, in commit order, then every change as it comes. Any service."""
+    """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
     GetStatuses: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetStatusesRequest, _mailbox_pb2.MailboxGetStatusesResponse]  # type: ignore[assignment]
     """States of messages of one sender each; unknown ones are left out. Publishing."""
     Cancel: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxCancelRequest, _mailbox_pb2.MailboxCancelResponse]  # type: ignore[assignment]
     """Cancels messages. A result each, in their order. Publishing."""
     Block: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.BlockRequest, _mailbox_pb2.BlockResponse]  # type: ignore[assignment]
-    """Ends the queued deliveries of a sender that a recipient blocks now. Registration."""
+    """Ends the open deliveries of a sender that a recipient blocks now. Registration."""
     CloseDevices: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.CloseDevicesRequest, _mailbox_pb2.CloseDevicesResponse]  # type: ignore[assignment]
     """Ends the open deliveries of installations that are gone. Registration."""
 
@@ -105,7 +105,7 @@ class MailboxServicer(metaclass=_abc_1.ABCMeta):
         request: _mailbox_pb2.ReadEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_mailbox_pb2.ReadEventsResponse], _abc.AsyncIterator[_mailbox_pb2.ReadEventsResponse]]:
-        """The journal of state changes from a position on, in commit order, then every change as it comes. Any service."""
+        """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
 
     @_abc_1.abstractmethod
     def GetStatuses(
@@ -129,7 +129,7 @@ class MailboxServicer(metaclass=_abc_1.ABCMeta):
         request: _mailbox_pb2.BlockRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_mailbox_pb2.BlockResponse, _abc.Awaitable[_mailbox_pb2.BlockResponse]]:
-        """Ends the queued deliveries of a sender that a recipient blocks now. Registration."""
+        """Ends the open deliveries of a sender that a recipient blocks now. Registration."""
 
     @_abc_1.abstractmethod
     def CloseDevices(

@@ -81,10 +81,26 @@ def test_numbers_are_those_of_the_protos() -> None:
         assert messages_pb2.AckOutcome.Name(messages_pb2.AckOutcome.ValueType(outcome)) == f"ACK_OUTCOME_{outcome.name}"
 
 
-@given(st.sampled_from([State.QUEUED, State.PUSHED, State.FETCHED]), st.integers(0, 5))
-def test_before_push_is_answered_only_where_nothing_was_handed_out_and_nothing_fetched(state: State, fence: int) -> None:
-    before = fence == 0 and state is State.QUEUED
-    assert rules.stop_point(state, fence) is (StopPoint.BEFORE_PUSH if before else StopPoint.PUSH_MAY_HAVE_LEFT)
+OPEN = st.sampled_from([State.QUEUED, State.PUSHED, State.FETCHED])
+
+
+@given(DELIVERIES, OPEN)
+def test_what_a_delivery_reached_before_it_ended_still_counts_while_others_are_open(
+    deliveries: list[tuple[State, int]], reached: State
+) -> None:
+    states = {state for state, _ in deliveries}
+    state, _ = rules.message_state(deliveries, reached)
+    if State.DELIVERED in states or states <= TERMINAL:
+        assert state is oracle(states)
+    else:
+        assert state is max(oracle(states), reached)
+
+
+@given(OPEN, OPEN, st.sampled_from(sorted(TERMINAL - {State.DELIVERED})))
+def test_a_message_does_not_go_back_when_its_farthest_delivery_ends(farthest: State, other: State, end: State) -> None:
+    before, _ = rules.message_state([(farthest, 0), (other, 0)])
+    after, _ = rules.message_state([(end, 1), (other, 0)], max(farthest, other))
+    assert after >= before
 
 
 @given(st.sampled_from([0, 100, 101]), st.binary(max_size=2), st.sampled_from([0, 111, 109]), st.booleans())

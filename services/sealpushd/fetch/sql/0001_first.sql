@@ -90,6 +90,8 @@ CREATE TABLE deliveries (
     ack_reason    smallint,
     ack_at_ms     bigint,
     ack_signature bytea,
+    -- What a cancellation or a block answered: 1 before the push, 2 a push may have left.
+    stop_point    smallint,
     -- The push service's last word, for operators.
     detail        text,
     PRIMARY KEY (message_id, device_id)
@@ -108,6 +110,8 @@ CREATE TABLE open_deliveries (
     platform        smallint NOT NULL,
     priority        smallint NOT NULL,
     muted           boolean NOT NULL,
+    -- Bytes of the envelope this device gets, so that pages are bounded before they are read.
+    bytes           int NOT NULL,
     replace_hash    bytea,
     expires_at      timestamptz NOT NULL,
     -- When it ends if nothing happens before: at expiry, or a short grace after its token died.

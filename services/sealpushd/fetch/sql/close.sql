@@ -1,12 +1,14 @@
 -- Deliveries, which this transaction has locked, reach a terminal state; whoever removes the row from the hot table wins.
 -- In: $1 message ids, $2 device ids, $3 states, $4 reasons; for acknowledgements, else null: $5 content ids, $6 outcomes, $7 device times
 --   (ms), $8 signatures. An acknowledgement closes only what has not expired, and only with the right content id.
--- Out: a row for each delivery that was closed now, with what went before.
+-- Out: a row for each delivery that was closed now, and whether a push may have left before.
 WITH given AS (
     SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::int2[], $4::int2[], $5::uuid[], $6::int2[], $7::int8[], $8::bytea[])
         AS t (message_id, device_id, state, reason, content_id, outcome, at_ms, signature)
 ), fitting AS MATERIALIZED (
-    SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, d.state AS state_before
+    SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, d.state AS state_before,
+           -- No push can have left what was never handed to a dispatcher, and no device has what is QUEUED.
+           CASE WHEN o.fence = 0 AND d.state = 1 THEN 1 ELSE 2 END AS stop_point
     FROM given g
     JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
     JOIN messages m ON m.message_id = g.message_id
@@ -15,13 +17,13 @@ WITH given AS (
 ), removed AS (
     DELETE FROM open_deliveries o USING fitting f
     WHERE o.device_id = f.device_id AND o.message_id = f.message_id
-    RETURNING o.device_id, o.message_id, o.fence, o.sender_id, o.subscriber_id
+    RETURNING o.device_id, o.message_id
 ), changed AS (
     UPDATE deliveries d
     SET state = f.state, reason = f.reason, changed_at = now(),
         fetched_at = CASE WHEN f.outcome IS NULL THEN d.fetched_at ELSE coalesce(d.fetched_at, now()) END,
         ack_outcome = f.outcome, ack_reason = CASE WHEN f.outcome IS NULL THEN NULL ELSE f.reason END,
-        ack_at_ms = f.at_ms, ack_signature = f.signature
+        ack_at_ms = f.at_ms, ack_signature = f.signature, stop_point = CASE WHEN f.outcome IS NULL THEN f.stop_point END
     FROM fitting f
     WHERE d.message_id = f.message_id AND d.device_id = f.device_id
     RETURNING d.message_id, d.device_id
@@ -47,5 +49,5 @@ WITH given AS (
         )
     ) done WHERE c.message_id = done.message_id
 )
-SELECT f.message_id, f.device_id, f.state, f.reason, r.fence, f.state_before
+SELECT f.message_id, f.device_id, f.state, f.stop_point
 FROM fitting f JOIN removed r USING (message_id, device_id)

@@ -38,9 +38,9 @@ WITH given AS (
     FROM given_deliveries d JOIN keys USING (message_id)
 ), open AS (
     INSERT INTO open_deliveries (device_id, message_id, wake_up_id, sender_id, subscriber_id, content_class, app_id, platform, priority,
-                                 muted, replace_hash, expires_at, closes_at, next_attempt_at)
+                                 muted, bytes, replace_hash, expires_at, closes_at, next_attempt_at)
     SELECT d.device_id, d.message_id, d.wake_up_id, g.sender_id, g.subscriber_id, g.content_class, g.app_id, d.platform, g.priority,
-           g.muted, nullif(g.replace_hash, ''), g.expires_at, g.expires_at, now() + d.push_in_s * interval '1 second'
+           g.muted, length(g.head) + length(d.stanza) + length(g.tail), nullif(g.replace_hash, ''), g.expires_at, g.expires_at, now() + d.push_in_s * interval '1 second'
     FROM given_deliveries d JOIN keys USING (message_id) JOIN given g USING (message_id)
     WHERE d.state < 4
 ), journal AS (
