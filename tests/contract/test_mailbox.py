@@ -17,24 +17,12 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, SenderId, SubscriberId, WakeUpId, uuid7
+from sealpush.model import Reason, State, StopPoint
+from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2
 from sealpushd.fetch import rules
 from sealpushd.fetch.app import build
-from sealpushd.fetch.rules import (
-    Ack,
-    AckOutcome,
-    Event,
-    NewMessage,
-    Position,
-    Reason,
-    Report,
-    State,
-    StopPoint,
-    Taken,
-    TakeQuery,
-    Verdict,
-    WakeUp,
-)
+from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, Report, Taken, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms

@@ -9,7 +9,9 @@ import pytest
 import pytest_asyncio
 
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, WakeUpId, uuid7
-from sealpushd.fetch.rules import Ack, AckOutcome, Report, State, TakeQuery, Verdict
+from sealpush.model import State
+from sealpush.proofs import AckOutcome
+from sealpushd.fetch.rules import Ack, Report, TakeQuery, Verdict
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.db import Connection, Database, connect
 from tests.contract.harness import Migrated

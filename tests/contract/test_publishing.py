@@ -31,9 +31,10 @@ from sealpush.keys import (
     SenderMode,
     generate_prekey,
 )
+from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2, publish_pb2_grpc
 from sealpushd.fetch.app import build as build_fetch
-from sealpushd.fetch.rules import Ack, AckOutcome, TakeQuery
+from sealpushd.fetch.rules import Ack, TakeQuery
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection, Database, connect

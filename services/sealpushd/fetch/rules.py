@@ -9,55 +9,8 @@ from enum import IntEnum
 from typing import Final
 
 from sealpush.ids import ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId
-
-
-class State(IntEnum):
-    """States of a delivery; the numbers are those of `sealpush.v1.State` and of the database."""
-
-    QUEUED = 1
-    PUSHED = 2
-    FETCHED = 3
-    DELIVERED = 4
-    UNDELIVERED = 5
-    BLOCKED = 6
-    EXPIRED = 7
-    CANCELLED = 8
-    REPLACED = 9
-
-    @property
-    def terminal(self) -> bool:
-        return self >= State.DELIVERED
-
-
-class Reason(IntEnum):
-    """The reason codes the mailbox itself gives; the numbers are those of `sealpush.v1.ReasonCode`."""
-
-    NONE = 0
-    PROVIDER_ERROR = 28
-    SENDER_BLOCKED = 100
-    ADVERTISING_BLOCKED = 101
-    LIFETIME_OVER = 102
-    CANCELLED_BY_SENDER = 103
-    REPLACED_BY_NEWER = 104
-    TOKEN_GONE = 105
-    UNREGISTERED = 106
-    NUMBER_REBOUND = 107
-    DEVICE_CANNOT_OPEN = 108
-    NO_PREKEY = 109
-    PUSH_QUARANTINED = 110
-
-
-class StopPoint(IntEnum):
-    BEFORE_PUSH = 1
-    PUSH_MAY_HAVE_LEFT = 2
-    TOO_LATE = 3
-
-
-class AckOutcome(IntEnum):
-    DELIVERED = 1
-    UNDELIVERED = 2
-    BLOCKED = 3
-    READ = 4
+from sealpush.model import Reason, State, StopPoint
+from sealpush.proofs import AckOutcome
 
 
 class Verdict(IntEnum):

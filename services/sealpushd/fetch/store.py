@@ -10,13 +10,14 @@ from typing import Any, Final, TypeVar
 import asyncpg
 
 from sealpush.ids import DeviceId, MessageId, OrderId, SenderId, WakeUpId
+from sealpush.model import Reason, State, StopPoint
+from sealpush.proofs import AckOutcome
 from sealpushd.fetch import rules
 from sealpushd.fetch.rules import (
     Accepted,
     AcceptedKey,
     Ack,
     AckAnswer,
-    AckOutcome,
     DeliveryRecord,
     Ended,
     Ending,
@@ -24,10 +25,7 @@ from sealpushd.fetch.rules import (
     MessageRecord,
     NewMessage,
     Position,
-    Reason,
     Report,
-    State,
-    StopPoint,
     Taken,
     TakeQuery,
     Verdict,

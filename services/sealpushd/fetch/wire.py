@@ -12,6 +12,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sealpush import proofs
 from sealpush.envelope import assemble
 from sealpush.ids import ID_BYTES, AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId
+from sealpush.model import State
+from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2, messages_pb2, publish_pb2
 from sealpushd.fetch import rules
 from sealpushd.fetch.rules import (
@@ -19,14 +21,12 @@ from sealpushd.fetch.rules import (
     AcceptedKey,
     Ack,
     AckAnswer,
-    AckOutcome,
     Ended,
     Event,
     MessageRecord,
     NewDelivery,
     NewMessage,
     Report,
-    State,
     Taken,
     WakeUp,
 )

@@ -27,6 +27,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
+from sealpush.model import Reason
 from sealpushd.platform.errors import AlreadyExists, InvalidRequest
 
 RECYCLED_AFTER: Final = timedelta(days=90)
@@ -73,24 +74,6 @@ class InstallState(enum.IntEnum):
     UNREGISTERED = 2
     # Its number got a new owner.
     UNBOUND = 3
-
-
-class Reason(enum.IntEnum):
-    """The codes of sealpush.v1.ReasonCode that this service gives."""
-
-    NONE = 0
-    CONSUMER_ID_NOT_FOUND = 19
-    CONSUMER_PHONE_NOT_FOUND = 20
-    NO_PRIMARY_DEVICES = 21
-    NO_ACTIVE_INSTALLATIONS = 22
-    PUSH_DISABLED = 23
-    PUSH_OS_DISABLED = 24
-    SUBSCRIPTION_FAILED = 25
-    NO_APPLICATION = 26
-    PLATFORM_NOT_FOUND = 31
-    UNREGISTERED = 106
-    NUMBER_REBOUND = 107
-    NO_PUSH_TOKEN = 111
 
 
 class ClosureKind(enum.IntEnum):
@@ -196,7 +179,7 @@ class Closure:
     subscriber_id: SubscriberId
     device_id: DeviceId | None = None
     sender_id: SenderId | None = None
-    reason: Reason = Reason.NONE
+    reason: Reason = Reason.UNSPECIFIED
     advertising_only: bool = False
     closure_id: int = 0
 
@@ -445,4 +428,4 @@ def push_reason(allowed_by_os: bool, allowed_by_app: bool, has_token: bool) -> R
         return Reason.PUSH_OS_DISABLED
     if not allowed_by_app:
         return Reason.PUSH_DISABLED
-    return Reason.NONE if has_token else Reason.NO_PUSH_TOKEN
+    return Reason.UNSPECIFIED if has_token else Reason.NO_PUSH_TOKEN

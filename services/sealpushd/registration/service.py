@@ -10,6 +10,7 @@ from typing import Final
 
 from sealpush.ids import ID_BYTES, AppId, DeviceId, RegistrationId, SubscriberId, uuid7
 from sealpush.keys import SignedPrekey
+from sealpush.model import Reason
 from sealpush.proofs import challenge_proof, registration_proof, verify_proof
 from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
 from sealpushd.platform import rpc
@@ -23,14 +24,14 @@ from sealpushd.platform.errors import (
     ServiceError,
     Unauthenticated,
 )
-from sealpushd.platform.limits import CODES_PER_ADDRESS, CODES_PER_NUMBER, CODES_PER_NUMBER_DAY, CODES_PER_PREFIX, Limiter
+from sealpushd.platform.limits import CODES_PER_ADDRESS, CODES_PER_NUMBER, CODES_PER_NUMBER_DAY, CODES_PER_PREFIX, Limiter, address_subject
 from sealpushd.platform.tokens import DeviceCaller, ServiceKey
 from sealpushd.registration import parsing, rules
 from sealpushd.registration.codes import CODE_LENGTH, Code, CodeChannel
 from sealpushd.registration.outbox import Outbox
 from sealpushd.registration.peers import App, Apps, DeviceLog, LoggedDevice
 from sealpushd.registration.phones import PhoneNumber, parse_phone
-from sealpushd.registration.rules import NewDevice, Query, Reason, Resolved
+from sealpushd.registration.rules import NewDevice, Query, Resolved
 from sealpushd.registration.store import Answered, PendingRegistration, RegistrationStore, StartedRegistration
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc
 
@@ -107,10 +108,11 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
     async def _take_limits(self, phone: PhoneNumber) -> None:
         # Keyed hashes: numbers are few enough to be guessed from a plain hash.
         number, prefix = self._store.phone_lookup(phone).hex(), self._store.identifier_lookup(phone.prefix, "phone prefix").hex()
-        await self._limiter.take(CODES_PER_ADDRESS, rpc.caller_address())
-        await self._limiter.take(CODES_PER_PREFIX, prefix)
+        await self._limiter.take(CODES_PER_ADDRESS, address_subject(rpc.caller_address()))
         await self._limiter.take(CODES_PER_NUMBER, number)
         await self._limiter.take(CODES_PER_NUMBER_DAY, number)
+        # Last: a number that gets no more codes must not use up those of ten thousand others.
+        await self._limiter.take(CODES_PER_PREFIX, prefix)
 
     def _new_registration(self, app: App, phone: PhoneNumber) -> tuple[StartedRegistration, Code]:
         code, now = Code.fresh(), self._clock.now()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
+from sealpush.model import Reason
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted, Unauthenticated
 from sealpushd.platform.tokens import DeviceCaller
@@ -28,7 +29,6 @@ from sealpushd.registration.rules import (
     Preference,
     PushToken,
     Query,
-    Reason,
     Resolved,
 )
 

@@ -54,6 +54,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in COMMANDS)
+    assert not any(line.endswith("...") for line in out.splitlines()[1:])
 
 
 def test_the_command_knows_the_services_of_the_platform() -> None:
@@ -154,3 +155,28 @@ def test_durations_are_read(text: str, duration: timedelta) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="90s"):
         DURATION.convert(text, None, None)
+
+
+def test_a_duration_beyond_all_calendars_is_refused() -> None:
+    with pytest.raises(click.BadParameter, match="longer"):
+        DURATION.convert("999999999999d", None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([""], "give a text or a --title"),
+        (["", "--sealed"], "give a text or a --title"),
+        (["x", "--lifetime", "29d"], "1 s to 28 days"),
+        (["x", "--lifetime", "100ms"], "1 s to 28 days"),
+        (["x", "--request-id", ""], "1 to 64"),
+        (["x", "--request-id", "é"], "ASCII"),
+    ],
+)
+def test_what_cannot_be_sent_is_told_in_one_line_before_anybody_is_called(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["send", "+380501234567", *arguments, "--data-dir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert len(err.splitlines()) == 1

@@ -27,5 +27,7 @@ def test_a_certificate_near_its_end_is_reported(tmp_path: Path) -> None:
 
 async def test_a_service_that_is_not_there_fails_its_checks(free_base_port: int) -> None:
     port = Ports(free_base_port).of("fetch", "mesh")
-    assert not (await check_health("fetch", f"127.0.0.1:{port}")).ok
-    assert not (await check_port("fetch", "127.0.0.1", port)).ok
+    log = Path("data/log/fetch.log")
+    for check in (await check_health("fetch", f"127.0.0.1:{port}", log), await check_port("fetch", "127.0.0.1", port, log)):
+        assert not check.ok
+        assert str(log) in check.text

@@ -1,9 +1,11 @@
 """The parts of `sealpush up` that need no processes."""
 
+import dataclasses
 import json
 import os
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,15 @@ def test_endpoints_travel_through_a_private_file(tmp_path: Path) -> None:
     assert "hidden" not in repr(endpoints())
     Endpoints.remove(tmp_path)
     with pytest.raises(UpError, match="no `sealpush up` runs"):
+        Endpoints.load(tmp_path)
+
+
+def test_endpoints_of_a_killed_run_say_so(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    dataclasses.replace(endpoints(), pid=gone.pid).write(tmp_path)
+    with pytest.raises(UpError, match=f"process {gone.pid}, was killed: start it again"):
         Endpoints.load(tmp_path)
 
 

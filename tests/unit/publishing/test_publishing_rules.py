@@ -423,3 +423,34 @@ def test_the_assumed_state_is_delivered_unless_the_app_is_gone_or_the_sender_too
     for reason in (common_pb2.REASON_CODE_UNREGISTERED, common_pb2.REASON_CODE_NO_APPLICATION):
         status.reason_code = reason
         assert assume(status) == status
+
+
+@pytest.mark.parametrize("kind", ["phone", "rnokpp", "external_user_id"])
+def test_a_recipient_longer_than_any_identifier_is_refused(kind: str) -> None:
+    at_bound = common_pb2.Recipient(**{kind: "1" * (rules.RECIPIENT_BYTES_MAX - 3)})
+    assert at_bound.ByteSize() == rules.RECIPIENT_BYTES_MAX
+    parse(request(recipient=at_bound))
+    with pytest.raises(InvalidRequest) as caught:
+        parse(request(recipient=common_pb2.Recipient(**{kind: "1" * rules.RECIPIENT_BYTES_MAX})))
+    assert caught.value.field == "recipient"
+
+
+def test_what_a_recipient_hides_in_unknown_fields_counts() -> None:
+    hidden = common_pb2.Recipient.FromString(b"\xfa\x07\xd0\x0f" + bytes(2000))  # field 127, 2,000 bytes
+    hidden.phone = "+380501234567"
+    with pytest.raises(InvalidRequest) as caught:
+        parse(request(recipient=hidden))
+    assert caught.value.field == "recipient"
+
+
+def test_platforms_are_bounded_before_each_is_looked_at() -> None:
+    parse(request(platforms=[common_pb2.PLATFORM_IOS] * rules.PLATFORMS_MAX))
+    with pytest.raises(InvalidRequest) as caught:
+        parse(request(platforms=[common_pb2.PLATFORM_IOS] * (rules.PLATFORMS_MAX + 1)))
+    assert caught.value.field == "platforms"
+
+
+def test_an_app_id_that_is_too_long_is_not_repeated_in_the_refusal() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(request(app_id="a" * 100_000))
+    assert len(caught.value.message) < 200

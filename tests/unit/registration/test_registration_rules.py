@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId, uuid7
+from sealpush.model import Reason
 from sealpush.v1 import common_pb2
 from sealpushd.platform.errors import AlreadyExists, InvalidRequest
 from sealpushd.registration import rules
@@ -26,7 +27,6 @@ from sealpushd.registration.rules import (
     Preference,
     PushToken,
     Query,
-    Reason,
     Resolved,
     Row,
     Target,
@@ -205,7 +205,7 @@ def test_a_block_is_told_as_wide_as_it_is(block_all: bool, block_advertising: bo
 
 def test_reasons_have_the_numbers_of_the_proto() -> None:
     for reason in Reason:
-        name = "REASON_CODE_UNSPECIFIED" if reason is Reason.NONE else f"REASON_CODE_{reason.name}"
+        name = f"REASON_CODE_{reason.name}"
         assert int(common_pb2.ReasonCode.Value(name)) == int(reason)
 
 
@@ -271,7 +271,7 @@ def test_what_is_missing_is_named(asked: dict[str, Any], stored: dict[str, Any],
 @pytest.mark.parametrize(
     ("stored", "expected"),
     [
-        ({}, Reason.NONE),
+        ({}, Reason.UNSPECIFIED),
         ({"has_token": False}, Reason.NO_PUSH_TOKEN),
         ({"push_allowed_by_app": False, "has_token": False}, Reason.PUSH_DISABLED),
         ({"push_allowed_by_os": False, "push_allowed_by_app": False}, Reason.PUSH_OS_DISABLED),
