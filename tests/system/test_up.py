@@ -263,6 +263,19 @@ def test_mistakes_are_told_in_one_line(up: Up) -> None:
         assert words in done.stderr
 
 
+def test_the_example_of_the_readme_runs(up: Up) -> None:
+    """As printed, but for the addresses and the password of this machine."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    program, trying_it = (block.partition("```")[0] for block in readme.split("```python\n")[1:])
+    imports, _, sender = trying_it.replace('Path("data")', f"Path({str(up.data_dir)!r})").rpartition("\nsender = ")
+    changed = program.replace('Sender(Endpoints.single("push.example:443"), "login", "password")', sender.strip())
+    assert changed != program
+    before, at, after = changed.partition("\n\nasync def main()")
+    done = subprocess.run([sys.executable, "-c", before + imports + at + after], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "DELIVERED"
+
+
 def test_doctor_finds_all_well_and_the_database_can_be_looked_after(up: Up) -> None:
     doctor = run("doctor", "--data-dir", up.data_dir)
     assert doctor.returncode == 0, doctor.stdout

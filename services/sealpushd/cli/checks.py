@@ -15,6 +15,8 @@ PARTITION_WEEKS_AHEAD_MIN: Final = 2
 CERTIFICATE_DAYS_LEFT_MIN: Final = 14
 # Tokens allow for 30 s, creation times for 5 min.
 CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
+# `up` starts again within seconds what ends, not what hangs.
+_LOOK: Final = "what dies is started again; if it stays so, look into {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def check_certificate(path: Path, now: datetime | None = None) -> Check:
     return Check(True, name, f"good until {certificate.not_valid_after_utc:%Y-%m-%d}")
 
 
-async def check_valkey(url: str) -> Check:
+async def check_valkey(url: str, log: Path) -> Check:
+    """Does Valkey answer? `log` is where to look if not."""
     import redis.asyncio
     import redis.exceptions
 
@@ -113,12 +116,14 @@ async def check_valkey(url: str) -> Check:
         async with client:
             await client.ping()
     except (redis.exceptions.RedisError, OSError) as e:
-        return Check(False, "valkey", f"does not answer ({type(e).__name__}): messages still arrive, more slowly")
+        return Check(
+            False, "valkey", f"does not answer ({type(e).__name__}): messages still arrive, more slowly; if it stays so, look into {log}"
+        )
     return Check(True, "valkey", f"answers in {(time.monotonic() - started) * 1000:.0f} ms")
 
 
-async def check_health(service: str, address: str) -> Check:
-    """Does a service's mesh listener say that it serves?"""
+async def check_health(service: str, address: str, log: Path) -> Check:
+    """Does a service's mesh listener say that it serves? `log` is where to look if not."""
     import grpc
 
     from sealpushd.up import health
@@ -128,19 +133,19 @@ async def check_health(service: str, address: str) -> Check:
     try:
         answer = await health.ask(address, timeout_s=3)
     except grpc.aio.AioRpcError as e:
-        return Check(False, name, f"{address} does not answer ({e.code().name}): look into its log")
+        return Check(False, name, f"{address} does not answer ({e.code().name}): {_LOOK.format(log)}")
     if answer != "SERVING":
-        return Check(False, name, f"{address} answers {answer}: look into its log")
+        return Check(False, name, f"{address} answers {answer}: {_LOOK.format(log)}")
     return Check(True, name, f"{address} serves, answers in {(time.monotonic() - started) * 1000:.0f} ms")
 
 
-async def check_port(name: str, host: str, port: int) -> Check:
-    """Does anything listen there?"""
+async def check_port(name: str, host: str, port: int, log: Path) -> Check:
+    """Does anything listen there? `log` is where to look if not."""
     try:
         async with asyncio.timeout(3):
             _, writer = await asyncio.open_connection(host, port)
     except (OSError, TimeoutError):
-        return Check(False, name, f"nothing listens on {host}:{port}")
+        return Check(False, name, f"nothing listens on {host}:{port}: {_LOOK.format(log)}")
     writer.close()
     await writer.wait_closed()
     return Check(True, name, f"{host}:{port} takes connections")

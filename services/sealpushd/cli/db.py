@@ -67,7 +67,7 @@ def migrate(url: str | None, url_file: Path | None, passwords: Path | None) -> N
         click.echo("nothing to apply: the schemas are those of this version")
 
 
-@db.command()
+@db.command(short_help="Make the coming partitions, drop the old ones.")
 @click.option("--url", envvar="SEALPUSH_POSTGRES_URL", help="PostgreSQL as sealpush_maintenance. From SEALPUSH_POSTGRES_URL if not given.")
 @_url_file
 @click.option("--every", type=DURATION, help="Repeat after this long, until SIGTERM: 1h, 30m, …. Without: once.")

@@ -10,7 +10,7 @@ import click
 from sealpushd.cli.options import data_dir_option
 
 
-@click.command()
+@click.command(short_help="Say what is wrong with a running `sealpush up`.")
 @data_dir_option
 def doctor(data_dir: Path) -> None:
     """Check a running `sealpush up`: engines, schemas, partitions, certificates, clock, ports, services.
@@ -21,13 +21,19 @@ def doctor(data_dir: Path) -> None:
     from sealpushd.up.endpoints import Endpoints
 
     endpoints = Endpoints.load(data_dir)
+    log = data_dir / "log"
+
+    def log_of(listener: str) -> Path:
+        return log / f"{listener if listener in endpoints.mesh else 'simulators'}.log"
 
     async def collect() -> list[Check]:
         postgres, valkey, services, ports = await asyncio.gather(
             check_postgres(endpoints.postgres_url),
-            check_valkey(endpoints.valkey_url),
-            asyncio.gather(*(check_health(name, address) for name, address in endpoints.mesh.items())),
-            asyncio.gather(*(check_port(f"port {name}", *_split(address)) for name, address in endpoints.listeners().items())),
+            check_valkey(endpoints.valkey_url, log / "valkey.log"),
+            asyncio.gather(*(check_health(name, address, log_of(name)) for name, address in endpoints.mesh.items())),
+            asyncio.gather(
+                *(check_port(f"port {name}", *_split(address), log_of(name)) for name, address in endpoints.listeners().items())
+            ),
         )
         certificates = [check_certificate(path) for path in sorted(Path(endpoints.ca).parent.glob("*.pem"))]
         return [*postgres, valkey, *services, *ports, *certificates]

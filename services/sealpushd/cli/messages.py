@@ -18,24 +18,26 @@ from sealpushd.cli.types import DURATION
 
 if TYPE_CHECKING:
     from sealpush.ids import MessageId
-    from sealpush.sender import MessageStatus, Sender
+    from sealpush.sender import MessageStatus, PublishOptions, Sender
 
 Answer = TypeVar("Answer")
 
 _PRIORITIES: Final = ("low", "normal", "high")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of a table.")
-_from = click.option("--from", "sender_name", help="Name of the sender. Default: the organisation's own; for a message, the one it is of.")
+_from = click.option(
+    "--from", "sender_name", help="Name of the sender. Default: to send, the organisation's default; otherwise whichever sent the message."
+)
 _message_id = click.argument("message_id")
 
 
-@click.command()
+@click.command(short_help="Send a text to a phone number.")
 @click.argument("phone")
 @click.argument("text")
 @click.option("--title", default="", help="Title of the message.")
 @_from
 @click.option("--advertising", is_flag=True, help="It is advertising: who blocks this sender's does not get it.")
 @click.option("--priority", type=click.Choice(_PRIORITIES), default="normal", show_default=True, help="High: one-time codes and alike.")
-@click.option("--lifetime", type=DURATION, help="How long it is worth delivering: 90s, 1h, 14d. Default: 14 days.")
+@click.option("--lifetime", type=DURATION, help="How long it is worth delivering: 90s, 1h; 1s to 28d. Default: 14 days.")
 @click.option("--sealed", is_flag=True, help="Seal it here, so that the server cannot read it.")
 @click.option("--replace-key", default="", help="Take the place of the message with the same key.")
 @click.option("--tag", default="", help="A word of your own, given back in statuses.")
@@ -64,18 +66,27 @@ def send(
     Exit code 0: accepted, and with --wait delivered. 1: anything else; the output says what.
     """
     from sealpush.model import ContentClass, Priority
-    from sealpush.sender import Accepted, NotRegistered
+    from sealpush.sender import Accepted, NotRegistered, Publication, Unanswered
     from sealpush.v1.content_pb2 import Content
     from sealpushd.cli.reasons import explanation
 
+    if not title and not text:
+        # Once it is sealed the server cannot tell.
+        raise WronglyCalled("the message is empty: give a text or a --title")
     content_class = ContentClass.ADVERTISING if advertising else ContentClass.INFORMATIONAL
-    content = Content(title=title, body=text, content_class=int(content_class), replace_key=replace_key)  # type: ignore[arg-type]
+    options: PublishOptions = {"request_id": request_id, "priority": Priority[priority.upper()], "lifetime": lifetime, "tag": tag}
+    try:
+        content = Content(title=title, body=text, content_class=int(content_class), replace_key=replace_key)  # type: ignore[arg-type]
+        # Judged before anybody is called; and the id is known whatever happens.
+        options["request_id"] = Publication.of(phone, content, **options).request_id
+    except ValueError as e:
+        raise WronglyCalled(str(e)) from e
 
     async def work() -> int:
         async with _senders(data_dir) as open_sender:
             sender = open_sender(sender_name or "", sealed)
             publish = sender.publish_sealed if sealed else sender.publish
-            outcome = await publish(phone, content, request_id=request_id, priority=Priority[priority.upper()], lifetime=lifetime, tag=tag)
+            outcome = await publish(phone, content, **options)
             if isinstance(outcome, NotRegistered):
                 known = explanation(outcome.reason)
                 if as_json:
@@ -83,6 +94,8 @@ def send(
                 else:
                     click.echo(f"NOT_REGISTERED  {known.happened} {known.advice}")
                 return 1
+            if isinstance(outcome, Unanswered):
+                raise CommandFailed(f"{outcome.message} ({outcome.reason}); {_unanswered(outcome.request_id, sealed)}")
             if not isinstance(outcome, Accepted):
                 raise CommandFailed(f"{outcome.message} ({outcome.reason})")
             if wait is None:
@@ -99,7 +112,14 @@ def send(
     _exit(_run(work()))
 
 
-@click.command()
+def _unanswered(request_id: str, sealed: bool) -> str:
+    """What to do when nobody knows whether a message was accepted."""
+    advice = f"it may have been accepted: send it again with --request-id {request_id}, which sends nothing twice"
+    # Sealing anew makes other bytes, so the same id cannot give the first answer.
+    return f"{advice}; ALREADY_EXISTS then says that it was" if sealed else advice
+
+
+@click.command(short_help="Show how far a message has come.")
 @_message_id
 @click.option("--watch", is_flag=True, help="Go on until the message has ended.")
 @_from
@@ -121,7 +141,7 @@ def status(message_id: str, watch: bool, sender_name: str | None, as_json: bool,
     _run(work())
 
 
-@click.command()
+@click.command(short_help="Stop a message where it has not arrived.")
 @_message_id
 @_from
 @_json
@@ -149,7 +169,7 @@ def cancel(message_id: str, sender_name: str | None, as_json: bool, data_dir: Pa
     _exit(_run(work()))
 
 
-@click.command()
+@click.command(short_help="Say in words what happened to a message.")
 @_message_id
 @_from
 @data_dir_option
@@ -177,7 +197,10 @@ def explained(status: MessageStatus) -> list[str]:
         reasons = [reason for reason in (each.reason, each.push_reason) if reason and reason != status.reason]
         for reason in dict.fromkeys(reasons):
             known = explanation(reason)
-            lines += [f"  {known.happened}", f"  What to do: {known.advice}"]
+            lines.append(f"  {known.happened}")
+            # What was in the push's way needs nothing any more once the delivery has ended.
+            if reason == each.reason or not each.state.terminal:
+                lines.append(f"  What to do: {known.advice}")
         if each.late_ack_at is not None:
             lines.append(f"  It acknowledged later, at {each.late_ack_at:%Y-%m-%d %H:%M:%S} UTC: it may have been shown after all.")
     if not status.state.terminal:
@@ -299,7 +322,9 @@ def _show(status: MessageStatus, as_json: bool) -> None:
             for word, moment in (("pushed", each.pushed_at), ("fetched", each.fetched_at))
             if moment
         ]
-        steps.append(f"{each.state.name.lower()} {_ms(status.created_at, each.at)}")
+        last = f"{each.state.name.lower()} {_ms(status.created_at, each.at)}"
+        if last not in steps:
+            steps.append(last)
         why = next((f"  {reason.name}" for reason in (each.reason, each.push_reason) if reason and reason != status.reason), "")
         click.echo(f"  device {_text(each.device_id)[-8:]}  {each.state.name:<12} {', '.join(steps)}{why}")
 

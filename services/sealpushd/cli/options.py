@@ -12,5 +12,5 @@ data_dir_option = click.option(
     default=Path("data"),
     show_default=True,
     envvar="SEALPUSH_DATA_DIR",
-    help="Directory of the `sealpush up` that is meant.",
+    help="Directory of the `sealpush up`: its databases, secrets, logs.",
 )

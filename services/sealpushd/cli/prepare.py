@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="Make the secrets that compose.yaml mounts.")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--postgres", default="postgres:5432", show_default=True, help="host:port of PostgreSQL, as the services see it.")
 @click.option("--valkey", default="valkey:6379", show_default=True, help="host:port of Valkey, as the services see it.")

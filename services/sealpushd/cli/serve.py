@@ -14,7 +14,7 @@ from sealpushd.cli.errors import CommandFailed, WronglyCalled
 SERVICES: Final = ("accounts", "registration", "keys", "publishing", "dispatch", "fetch")
 
 
-@click.command()
+@click.command(short_help="Run one service until SIGTERM.")
 @click.argument("name", type=click.Choice(SERVICES))
 def serve(name: str) -> None:
     """Run one service until SIGTERM, then let its calls finish and end.
@@ -35,7 +35,7 @@ def serve(name: str) -> None:
     uvloop.run(run_service(name, loaded, app.build))
 
 
-@click.group()
+@click.group(short_help="Run a simulated push service.")
 def simulate() -> None:
     """Run peers that stand in for the outside world, for one machine and for tests."""
 
@@ -95,7 +95,7 @@ def settings() -> None:
     click.echo(reference())
 
 
-@click.command()
+@click.command(short_help="Ask a service whether it serves.")
 @click.argument("address", metavar="HOST:PORT")
 @click.option("--timeout", "timeout_s", type=click.FloatRange(0.1, 60), default=3.0, show_default=True, help="Seconds to wait.")
 def health(address: str, timeout_s: float) -> None:

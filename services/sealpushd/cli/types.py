@@ -21,7 +21,10 @@ class Duration(click.ParamType[timedelta]):
         if isinstance(value, timedelta):
             return value
         match = _DURATION.fullmatch(str(value))
-        duration = timedelta(**{_UNITS[match[2]]: float(match[1])}) if match else timedelta()
+        try:
+            duration = timedelta(**{_UNITS[match[2]]: float(match[1])}) if match else timedelta()
+        except OverflowError:
+            self.fail(f"{value!r} is longer than can be told", param, ctx)
         if not duration:
             self.fail(f"{value!r} is no duration; write it as 500ms, 90s, 5m, 1h or 14d", param, ctx)
         return duration

@@ -10,7 +10,7 @@ import click
 from sealpushd.cli.options import data_dir_option
 
 
-@click.command()
+@click.command(short_help="Run all of Sealpush on this machine, with a show.")
 @data_dir_option
 @click.option(
     "--base-port",

@@ -18,12 +18,13 @@ from urllib.parse import unquote
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
+from prometheus_client import Counter
 
 from sealpush.ids import uuid7
 from sealpushd.platform import access, telemetry
-from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, render
+from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, Unauthenticated, render
 from sealpushd.platform.logging import request_ids
-from sealpushd.platform.metrics import RPC_IN_FLIGHT, RPC_SECONDS
+from sealpushd.platform.metrics import RPC_ANSWERS, RPC_IN_FLIGHT, RPC_SECONDS
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
 
 log = structlog.get_logger()
@@ -109,8 +110,15 @@ class GuardedServer:
 
 def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier) -> grpc.RpcMethodHandler[Any, Any]:
     in_flight = RPC_IN_FLIGHT.labels(method)
-    # Label look-ups cost more than the observation: remember the children by answer.
-    seconds = {code: RPC_SECONDS.labels(method, code.name) for code in grpc.StatusCode}
+    # Label look-ups cost more than the counting: remember the children, which are made when first needed.
+    seconds = RPC_SECONDS.labels(method)
+    answers: dict[grpc.StatusCode, Counter] = {grpc.StatusCode.OK: RPC_ANSWERS.labels(method, grpc.StatusCode.OK.name)}
+
+    def count(code: grpc.StatusCode, start: float) -> None:
+        seconds.observe(time.perf_counter() - start)
+        if code not in answers:
+            answers[code] = RPC_ANSWERS.labels(method, code.name)
+        answers[code].inc()
 
     def parse(raw: bytes) -> Any:
         try:
@@ -122,17 +130,18 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
         async for raw in requests:
             yield parse(raw)
 
-    def enter(context: Context) -> Mapping[str, str]:
+    def enter(context: Context) -> tuple[Mapping[str, str], float | None]:
+        """The call's metadata, and how many seconds a sender's token still lasts."""
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         given = metadata.get(REQUEST_ID_KEY, "")
         request_ids.set(tuple(given.split(",")) if _REQUEST_ID.fullmatch(given) else (uuid7().hex(),))
         address = address_of(context.peer())
         _address.set(address)
         authorization = metadata.get("authorization", "")
-        caller = verifier.verify(authorization[7:]) if authorization[:7].lower() == "bearer " else None
+        caller, ends_at = verifier.verify_until(authorization[7:]) if authorization[:7].lower() == "bearer " else (None, None)
         access.check(rule, caller, address)
         _caller.set(caller)
-        return metadata
+        return metadata, ends_at - time.time() if isinstance(caller, SenderCaller) and ends_at is not None else None
 
     def answer(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
         if isinstance(error, TimeoutError):
@@ -147,7 +156,7 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
         code = grpc.StatusCode.OK
         in_flight.inc()
         try:
-            metadata = enter(context)
+            metadata, _ = enter(context)
             request = parse(raw)
             remaining = context.time_remaining()
             limit = DEADLINE_S_MAX if remaining is None else min(remaining, DEADLINE_S_MAX)
@@ -165,27 +174,34 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             raise
         finally:
             in_flight.dec()
-            seconds[code].observe(time.perf_counter() - start)
+            count(code, start)
 
     async def streaming(call: Callable[[], AsyncGenerator[Message, None]], context: Context) -> AsyncGenerator[Message, None]:
         start = time.perf_counter()
         code = grpc.StatusCode.OK
+        life: asyncio.Timeout | None = None
         in_flight.inc()
         try:
-            enter(context)
-            # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
-            async with contextlib.aclosing(call()) as responses:
-                async for response in responses:
-                    yield response
+            # A sender's stream ends with its token: what was taken from the sender meanwhile, it must not go on using. Devices' streams
+            # outlive theirs of 15 minutes, because signing in so often would cost more than the stream saves; what they get is sealed to
+            # the device and ends with its registration. Services' tokens are about the moment of the call.
+            _, lifetime_s = enter(context)
+            async with asyncio.timeout(lifetime_s) as life:
+                # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
+                async with contextlib.aclosing(call()) as responses:
+                    async for response in responses:
+                        yield response
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as e:
+            if isinstance(e, TimeoutError) and life is not None and life.expired():
+                e = Unauthenticated("the access token of this stream has expired; sign in again and go on in a new stream")
             code, message, trailing = answer(e)
             await context.abort(code, message, trailing)
         finally:
             in_flight.dec()
-            seconds[code].observe(time.perf_counter() - start)
+            count(code, start)
 
     # gRPC looks at the function itself: only an asynchronous generator runs in the event loop.
     async def unary_stream(raw: bytes, context: Context) -> AsyncGenerator[Message, None]:

@@ -1,12 +1,13 @@
 """`<data-dir>/run/endpoints.json`: where a running `sealpush up` can be reached, for commands in other terminals.
 
 Mode 0600: it holds the demo's password and the engines' URLs. There while `up` runs, removed at its end; one that a killed run
-left behind is found out by connecting.
+left behind names a process that is gone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,13 +47,14 @@ class Endpoints:
 
     @classmethod
     def load(cls, data_dir: Path) -> Self:
-        """Raises UpError when nothing runs there."""
+        """Raises UpError when nothing runs there, or no longer."""
         path = data_dir / _FILE
         try:
             document: dict[str, Any] = json.loads(path.read_text())
             if document.pop("format") != _FORMAT:
                 raise UpError(f"{path} was written by another version of sealpush: use the one that runs `sealpush up`")
-            return cls(**document)
+            endpoints = cls(**document)
+            running = _is_running(endpoints.pid)
         except FileNotFoundError as e:
             raise UpError(
                 f"no `sealpush up` runs on {data_dir}: start it in another terminal and wait until it says that it is ready, "
@@ -62,6 +64,11 @@ class Endpoints:
             raise UpError(f"{path} belongs to another user: run this as the user that runs `sealpush up`") from e
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise UpError(f"{path} cannot be read ({e}): start `sealpush up` anew") from e
+        if not running:
+            raise UpError(
+                f"the `sealpush up` on {data_dir}, process {endpoints.pid}, was killed: start it again, it goes on where that one ended"
+            )
+        return endpoints
 
     @staticmethod
     def remove(data_dir: Path) -> None:
@@ -70,3 +77,14 @@ class Endpoints:
     def listeners(self) -> dict[str, str]:
         """What listens besides the mesh: public listeners and simulators."""
         return {**self.public, "simulators": self.simulators, "APNs": self.apns}
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process; it may be another one that got the same number, which connecting finds out."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
