@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
 # The time a series was made at doubles what is scraped, and tells nothing that the start of the process does not.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]  # the one function of the package without types
 
 RPC_SECONDS = Histogram(
     "sealpush_rpc_seconds",
