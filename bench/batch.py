@@ -14,7 +14,7 @@ from sealpush.v1 import publish_pb2
 from sealpushd.platform.db import connect
 
 BATCH = 256
-CONCURRENCY = 8
+CONCURRENCY = 16
 
 
 async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from bench.phones import Phones
 from bench.suite import Suite
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2, publish_pb2_grpc
 
-CONCURRENCY = 64
+CONCURRENCY = 256
 
 
 def request(phone: str) -> publish_pb2.PublishRequest:

@@ -47,6 +47,8 @@ _OPTIONS: Final = [
     # Mobile networks forget an idle connection after about a minute, without a word.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Without this, gRPC waits a minute for the answer to its ping (seen with 1.8x).
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 10_000),

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-import asyncpg
 import grpc
 import pytest
 
+from sealpush.v1 import publish_pb2, publish_pb2_grpc
 from sealpushd.platform import db
 from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.db import Database, connect
+from sealpushd.platform.db import Database
 from sealpushd.platform.errors import StoreUnavailable
 from sealpushd.platform.rpc import GuardedServer
 from sealpushd.platform.server import server_options
+from sealpushd.platform.tokens import LEEWAY_S
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import LOOPBACK, Mesh, Migrated
 
@@ -29,8 +30,8 @@ LIMIT_S = 10
 class Wire:
     """A network between two ends, which can be cut without either of them hearing of it."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._peer = host, port
+    def __init__(self, dial: Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]) -> None:
+        self._dial = dial
         self._whole = asyncio.Event()
         self._whole.set()
         self._pumps: set[asyncio.Task[None]] = set()
@@ -39,6 +40,9 @@ class Wire:
     def cut(self) -> None:
         """From now on nothing arrives, and nobody is told."""
         self._whole.clear()
+
+    def mend(self) -> None:
+        self._whole.set()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -53,7 +57,7 @@ class Wire:
             writer.close()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection(*self._peer)
+        far_reader, far_writer = await self._dial()
         for ends in ((reader, far_writer), (far_reader, writer)):
             task = asyncio.create_task(self._pump(*ends))
             self._pumps.add(task)
@@ -77,37 +81,40 @@ async def test_a_database_that_fell_silent_is_given_up_and_the_next_statement_ge
 ) -> None:
     monkeypatch.setattr(db, "SILENCE_TIMEOUT_S", 0.5)
     url = urlsplit((await migrated("fetch"))["fetch"])
-    assert url.hostname is not None
-    wire = Wire(url.hostname, url.port or 5432)
+    where = parse_qs(url.query)
+    wire = Wire(lambda: asyncio.open_unix_connection(f"{where['host'][0]}/.s.PGSQL.{where['port'][0]}"))
     async with wire.open(), asyncio.timeout(LIMIT_S):
         credentials = url.netloc.rpartition("@")[0]
-        database = Database(url._replace(netloc=f"{credentials}@{LOOPBACK}:{wire.port}").geturl(), "fetch", 1)
+        through = url._replace(netloc=f"{credentials}@{LOOPBACK}:{wire.port}", query="sslmode=disable")
+        database = Database(through.geturl(), "fetch", 1)
         await database.open()
         await database.fetch("probe", "SELECT 1")
         wire.cut()
         with pytest.raises(StoreUnavailable):
             await database.fetch("probe", "SELECT 1")
-        wire._whole.set()
+        wire.mend()
         assert [tuple(row) for row in await database.fetch("probe", "SELECT 2")] == [(2,)]
         await database.aclose()
 
 
-async def test_what_a_frozen_process_locked_is_let_go(migrated: Migrated, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_a_frozen_process_locked_is_let_go_and_it_learns_that_nothing_was_committed(
+    migrated: Migrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(db, "IDLE_IN_TRANSACTION_S", 0.5)
     url = (await migrated("fetch"))["fetch"]
-    frozen, other = await connect(url, search_path="fetch"), await connect(url, search_path="fetch")
-    try:
-        await other.execute("INSERT INTO wake_up_sessions (session_id) VALUES ($1)", b"s" * 16)
-        transaction = frozen.transaction()
-        await transaction.start()
-        await frozen.execute("UPDATE wake_up_sessions SET seen_at = now()")
-        async with asyncio.timeout(LIMIT_S):
-            await other.execute("UPDATE wake_up_sessions SET seen_at = now()")
-        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
-            await transaction.commit()
-    finally:
-        frozen.terminate()
-        await other.close()
+    frozen, other = Database(url, "fetch", 1), Database(url, "fetch", 1)
+    await frozen.open()
+    await other.open()
+    await other.execute("probe", "INSERT INTO wake_up_sessions (session_id) VALUES ($1)", b"s" * 16)
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(StoreUnavailable):  # noqa: PT012 - the commit at the end of the block is what raises
+            async with frozen.transaction() as connection:
+                await connection.execute("UPDATE wake_up_sessions SET seen_at = 'epoch'")
+                await other.execute("probe", "UPDATE wake_up_sessions SET seen_at = now()")
+        (row,) = await frozen.fetch("probe", "SELECT seen_at > 'epoch' FROM wake_up_sessions")
+    assert row[0]
+    await frozen.aclose()
+    await other.aclose()
 
 
 class _Waiting(mailbox_pb2_grpc.MailboxServicer):
@@ -127,10 +134,11 @@ class _Waiting(mailbox_pb2_grpc.MailboxServicer):
 
 
 async def test_the_session_of_a_dispatcher_whose_network_is_gone_ends(mesh: Mesh) -> None:
-    servicer = _Waiting()
-    server = grpc.aio.server(options=server_options(receive_bytes_max=1024, keepalive_ms=1_000))
+    servicer = _Waiting()  # type: ignore[abstract]
+    server = grpc.aio.server(options=server_options(receive_bytes_max=1024, keepalive_ms=1_000, streams_max=8))
     mailbox_pb2_grpc.add_MailboxServicer_to_server(servicer, GuardedServer(server, mesh.verifier))  # type: ignore[arg-type]
-    wire = Wire(LOOPBACK, server.add_insecure_port(f"{LOOPBACK}:0"))
+    port = server.add_insecure_port(f"{LOOPBACK}:0")
+    wire = Wire(lambda: asyncio.open_connection(LOOPBACK, port))
     await server.start()
     async with wire.open(), asyncio.timeout(2 * LIMIT_S):
         channel = MeshChannel("fetch", f"{LOOPBACK}:{wire.port}", mesh.keys["dispatch"])
@@ -141,4 +149,57 @@ async def test_the_session_of_a_dispatcher_whose_network_is_gone_ends(mesh: Mesh
         await servicer.ended.wait()
         call.cancel()
         await channel.aclose()
+    await server.stop(None)
+
+
+class _Publishing(publish_pb2_grpc.PublishingServicer):
+    """Streams that never end by themselves."""
+
+    def __init__(self) -> None:
+        self.let_go = asyncio.Event()
+
+    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:  # noqa: N802 - gRPC's name
+        try:
+            while True:
+                yield publish_pb2.WatchStatusResponse()
+                await asyncio.sleep(0.01)
+        finally:
+            self.let_go.set()
+
+    async def PublishStream(self, request_iterator: Any, context: Any) -> AsyncIterator[publish_pb2.PublishStreamResponse]:  # noqa: N802 - gRPC's name
+        try:
+            async for frame in request_iterator:
+                yield publish_pb2.PublishStreamResponse(frame=frame.frame)
+        finally:
+            self.let_go.set()
+
+
+async def _read_all(call: Any) -> int:
+    """How many answers came before the end."""
+    return len([answer async for answer in call])
+
+
+@pytest.mark.parametrize("busy", [True, False])
+async def test_a_senders_stream_ends_with_its_token(mesh: Mesh, *, busy: bool) -> None:
+    claims = {"org": bytes(16).hex(), "apps": ["bank"], "scopes": ["publish", "status"], "networks": []}
+    # One second is left of what clocks may differ by.
+    token, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), 1 - LEEWAY_S, claims)
+    servicer = _Publishing()  # type: ignore[abstract]
+    server = grpc.aio.server()
+    publish_pb2_grpc.add_PublishingServicer_to_server(servicer, GuardedServer(server, mesh.verifier))  # type: ignore[arg-type]
+    port = server.add_insecure_port(f"{LOOPBACK}:0")
+    await server.start()
+    metadata = (("authorization", f"Bearer {token}"),)
+    async with grpc.aio.insecure_channel(f"{LOOPBACK}:{port}") as channel, asyncio.timeout(LIMIT_S):
+        stub = publish_pb2_grpc.PublishingStub(channel)
+        if busy:
+            call: Any = stub.WatchStatus(publish_pb2.WatchStatusRequest(), metadata=metadata)
+        else:
+            call = stub.PublishStream(metadata=metadata)
+            await call.write(publish_pb2.PublishStreamRequest(frame=1))
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await _read_all(call)
+        assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert "expired" in (ended.value.details() or "")
+        await servicer.let_go.wait()
     await server.stop(None)

@@ -360,6 +360,19 @@ async def test_codes_to_a_number_are_limited(world: World) -> None:
     await world.start(number)
 
 
+async def test_a_number_over_its_limit_does_not_use_up_the_codes_of_its_neighbours(world: World, serve: Serve) -> None:
+    world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
+    settings = world.settings.model_copy(update={"codes_per_number_hour": 1, "codes_per_prefix_hour": 2})
+    world.served = await serve("registration", build, settings, world.clock)
+    number = world.number()
+    neighbour = f"{number[:-1]}{9 - int(number[-1])}"
+    await world.start(number)
+    for _ in range(3):
+        world.clock.advance(timedelta(seconds=31))
+        assert dict((await refusal(world.start(number))).metadata) == {"limit": "codes_per_number"}
+    await world.start(neighbour)
+
+
 async def test_codes_to_an_address_are_limited(world: World) -> None:
     for _ in range(world.settings.codes_per_address_hour):
         await world.start(world.number())

@@ -20,7 +20,7 @@ from sealpushd.platform.access import address_allowed
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import InvalidRequest, NotFound, Overloaded, PermissionDenied, Unauthenticated
-from sealpushd.platform.limits import SIGN_IN_FAILURES_PER_ADDRESS, SIGN_IN_FAILURES_PER_LOGIN, Limiter
+from sealpushd.platform.limits import SIGN_IN_FAILURES_PER_ADDRESS, SIGN_IN_FAILURES_PER_LOGIN, Limiter, address_subject
 from sealpushd.platform.tokens import SenderCaller, ServiceKey
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
 
@@ -104,14 +104,15 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         """The organisation that login, password and address prove together."""
         possible = rules.is_login(login) and len(password.encode()) <= rules.PASSWORD_BYTES_MAX
         async with self._passwords as passwords:
-            await self._limiter.check(SIGN_IN_FAILURES_PER_ADDRESS, address)
+            origin = address_subject(address)
+            await self._limiter.check(SIGN_IN_FAILURES_PER_ADDRESS, origin)
             account = await self._store.account(login) if possible else None
             inside = account is not None and address_allowed(address, account.networks)
             subject = rules.failure_subject(login, inside=inside)
             await self._limiter.check(SIGN_IN_FAILURES_PER_LOGIN, subject)
             right = await passwords.is_password(None if account is None else account.password_hash, password if possible else "")
             if account is None or not right:
-                await self._limiter.add(SIGN_IN_FAILURES_PER_ADDRESS, address)
+                await self._limiter.add(SIGN_IN_FAILURES_PER_ADDRESS, origin)
                 await self._limiter.add(SIGN_IN_FAILURES_PER_LOGIN, subject)
                 raise Unauthenticated("login or password is wrong")
         if not inside:

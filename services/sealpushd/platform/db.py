@@ -34,6 +34,8 @@ IDLE_IN_TRANSACTION_S: Final = 20.0
 _LOST = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    # What a statement gets whose connection the server ended since the one before.
+    asyncpg.InternalClientError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,

@@ -31,8 +31,10 @@ from sealpushd.platform.vault import FileKeyWrapper, Vault
 
 log = structlog.get_logger()
 
-# HTTP/2 streams one client connection may hold open at once.
-STREAMS_PER_CONNECTION_MAX: Final = 10_000
+# HTTP/2 streams one client connection may hold open at once: services multiplex everything over one, phones need a handful. A client that
+# takes no answers has each of them held in memory.
+MESH_STREAMS_MAX: Final = 10_000
+PUBLIC_STREAMS_MAX: Final = 512
 # A request from outside: a batch of 2 MiB and room for what surrounds it. A stranger's is gathered in memory before anybody looks at its
 # token, so the bound is no larger than the largest that is answered.
 PUBLIC_REQUEST_BYTES_MAX: Final = 3 * 1024 * 1024
@@ -44,25 +46,28 @@ PUBLIC_KEEPALIVE_MS: Final = 300_000
 TASK_RESTART_PAUSE_S: Final = 1.0
 
 
-def server_options(*, receive_bytes_max: int, keepalive_ms: int) -> list[tuple[str, int]]:
-    """What every listener has in common, and the two in which they differ."""
+def server_options(*, receive_bytes_max: int, keepalive_ms: int, streams_max: int) -> list[tuple[str, int]]:
+    """What every listener has in common, and the three in which they differ."""
     return [
         ("grpc.max_receive_message_length", receive_bytes_max),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+        ("grpc.max_concurrent_streams", streams_max),
         # Two servers on one port would share its connections at random: refuse instead.
         ("grpc.so_reuseport", 0),
         # Phones ping through networks that drop idle connections after a minute.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        # gRPC's own default is two hours.
+        # gRPC's own defaults are two hours and, for the answer, a minute: the second time-out is the one that ends the connection.
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ]
 
 
-MESH_OPTIONS: Final = server_options(receive_bytes_max=MESSAGE_BYTES_MAX, keepalive_ms=MESH_KEEPALIVE_MS)
-PUBLIC_OPTIONS: Final = server_options(receive_bytes_max=PUBLIC_REQUEST_BYTES_MAX, keepalive_ms=PUBLIC_KEEPALIVE_MS)
+MESH_OPTIONS: Final = server_options(receive_bytes_max=MESSAGE_BYTES_MAX, keepalive_ms=MESH_KEEPALIVE_MS, streams_max=MESH_STREAMS_MAX)
+PUBLIC_OPTIONS: Final = server_options(
+    receive_bytes_max=PUBLIC_REQUEST_BYTES_MAX, keepalive_ms=PUBLIC_KEEPALIVE_MS, streams_max=PUBLIC_STREAMS_MAX
+)
 
 AddServicer = tuple[Callable[[Any, Any], None], Any]
 

@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SEALPUSH_", extra="forbid", frozen=True)
 
     # What every service needs.
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged: debug, info, warning, error."
+    )
     log_human: bool = Field(False, description="Log text for people instead of JSON.")
     traces: bool = Field(False, description="Send OpenTelemetry traces; the exporter reads the OTEL_… variables.")
     host: str = Field("127.0.0.1", description="Address all listeners bind to.")
@@ -65,7 +67,9 @@ class Settings(BaseSettings):
     fetch_mesh: str = Field("127.0.0.1:7206", description="Mesh address of fetch.")
 
     # Registration.
-    code_channel: Literal["simulated", "none"] = Field("none", description="How one-time codes reach people.")
+    code_channel: Literal["simulated", "none"] = Field(
+        "none", description="How one-time codes reach people: none, or simulated (an inbox, no SMS)."
+    )
     code_channel_address: str = Field("127.0.0.1:7190", description="Address of the simulated SMS inbox.")
     code_lifetime_seconds: int = Field(300, ge=30, le=3600, description="How long a one-time code is good.")
     codes_per_number_hour: int = Field(5, ge=1, description="Codes sent to one number in an hour.")

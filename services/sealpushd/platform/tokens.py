@@ -147,17 +147,19 @@ class TokenVerifier:
 
     def verify(self, token: str) -> Caller:
         """Who the token speaks for; raises Unauthenticated for anything that is not a valid, current token."""
+        return self.verify_until(token)[0]
+
+    def verify_until(self, token: str) -> tuple[Caller, float]:
+        """As `verify`, and the epoch second from which the token is no longer taken."""
         cached = self._cache.get(token)
         if cached is not None:
-            caller, ends_at = cached
-            if time.time() < ends_at:
-                return caller
+            if time.time() < cached[1]:
+                return cached
             del self._cache[token]
-        caller, ends_at = self._verify(token)
-        self._cache[token] = (caller, ends_at)
+        verified = self._cache[token] = self._verify(token)
         if len(self._cache) > CACHE_TOKENS_MAX:
             self._cache.popitem(last=False)
-        return caller
+        return verified
 
     def _verify(self, token: str) -> tuple[Caller, float]:
         try:

@@ -1,0 +1,154 @@
+"""Who may have signed a message: sender entries, signed by the pinned root, kept and asked for.
+
+An entry binds a sender's keys, name and mode. It is verified with the root whenever it comes from the service or from the
+store, kept by rising serial, and used within its time only.
+"""
+
+import contextlib
+from typing import Final
+
+from sealpush import errors
+from sealpush.envelope import Header, content_public_key
+from sealpush.errors import CallFailed, EntryRefused, EnvelopeRefused
+from sealpush.ids import SenderId
+from sealpush.keys import EntryRole, SenderEntry, verify_sender_entry
+from sealpush.local import Held, ServerTime, Store, Trouble
+from sealpush.retry import Deadline
+from sealpush.transport import Calls, Channels
+from sealpush.v1 import accounts_pb2
+
+PROFILE_PAUSE_S: Final = 60.0  # between two questions about one sender whose present entry does not fit
+PROFILE_DEADLINE_S: Final = 5.0  # messages of other senders wait behind it
+PROFILE_FAILED_PAUSE_S: Final = 2.0  # after no answer about a sender: a page of messages must not wait for each
+ENTRIES_KEPT_MAX: Final = 256  # senders whose entry is kept parsed; more start over
+
+PLATFORM_ENTRY: Final = SenderId(bytes(16))  # there is one platform: its entry is cached under this name
+
+
+class SenderEntries:
+    """The entries this device goes by, and the names in them. Entries are public: asking for one takes no token."""
+
+    def __init__(self, root_public_key: bytes, calls: Calls, channels: Channels, store: Store, time: ServerTime, trouble: Trouble) -> None:
+        self._root_public_key = root_public_key
+        self._calls = calls
+        self._channels = channels
+        self._store = store
+        self._time = time
+        self._trouble = trouble
+        self._entries: dict[tuple[SenderId, EntryRole], SenderEntry] = {}
+        self._names: dict[SenderId, str] = {}
+        self._asked_at: dict[SenderId, float] = {}
+        self._failed_at: float | None = None
+
+    def forget(self) -> None:
+        """Forget what the store has forgotten."""
+        self._entries.clear()
+        self._names.clear()
+        self._asked_at.clear()
+
+    async def content_public_key(self, header: Header, deadline: Deadline) -> bytes:
+        """The key that must have signed: by the entries kept here, else by the present ones.
+
+        Raises EnvelopeRefused when the present entries do not allow it, Held when they cannot be had.
+        """
+        sender_id = header.sender_id
+        sender = await self._kept(sender_id, EntryRole.SENDER)
+        platform = await self._kept(PLATFORM_ENTRY, EntryRole.PLATFORM) if header.server_sealed else None
+        if sender is not None and (platform is not None or not header.server_sealed):
+            with contextlib.suppress(EnvelopeRefused):
+                return content_public_key(header, sender, platform)
+            if self._since(self._asked_at.get(sender_id)) < PROFILE_PAUSE_S:
+                raise EnvelopeRefused  # these are the present ones
+        if self._since(self._failed_at) < PROFILE_FAILED_PAUSE_S:
+            raise Held("nobody answered just now who a sender is; the message waits")
+        profile = await self._ask(sender_id, deadline)
+        sender = await self._new(sender_id, EntryRole.SENDER, profile.sender_entry)
+        if header.server_sealed:
+            platform = await self._new(PLATFORM_ENTRY, EntryRole.PLATFORM, profile.platform_entry)
+        if len(self._asked_at) >= ENTRIES_KEPT_MAX:
+            self._asked_at.clear()
+        self._asked_at[sender_id] = self._calls.clock.monotonic()
+        return content_public_key(header, sender, platform)
+
+    async def name(self, sender_id: SenderId) -> str:
+        """The sender's name as its last entry said; "" before there was one."""
+        name = self._names.get(sender_id)
+        if name is None:
+            kept = await self._store(lambda keystore: keystore.fact(_name_fact(sender_id)))
+            name = (kept or b"").decode()
+            self._remember_name(sender_id, name)
+        return name
+
+    def _since(self, moment: float | None) -> float:
+        """Seconds since a moment; endless if there was none."""
+        return float("inf") if moment is None else self._calls.clock.monotonic() - moment
+
+    async def _ask(self, sender_id: SenderId, deadline: Deadline) -> accounts_pb2.GetSenderProfileResponse:
+        try:
+            return await self._calls.call(
+                self._channels.accounts.GetSenderProfile,
+                accounts_pb2.GetSenderProfileRequest(sender_id=sender_id),
+                deadline=Deadline.after(self._calls.clock, min(deadline.remaining_s(), PROFILE_DEADLINE_S)),
+            )
+        except errors.NotFound:
+            raise EnvelopeRefused from None
+        except CallFailed as error:
+            self._trouble.note(error)
+            self._failed_at = self._calls.clock.monotonic()
+            raise Held("nobody answers who the sender is; the message waits") from error
+
+    async def _kept(self, name: SenderId, role: EntryRole) -> SenderEntry | None:
+        """A cached entry that holds now, verified."""
+        now_ms = self._time.now_ms()
+        entry = self._entries.get((name, role))
+        if entry is None:
+            blob = await self._store(lambda keystore: keystore.sender_entry(name, role))
+            if blob is None:
+                return None
+            with contextlib.suppress(EntryRefused):
+                entry = verify_sender_entry(self._root_public_key, blob, now_ms, role=role)
+                self._remember(name, entry)
+        return entry if entry is not None and entry.not_before_ms <= now_ms < entry.not_after_ms else None
+
+    async def _new(self, name: SenderId, role: EntryRole, blob: bytes) -> SenderEntry:
+        """An entry as the service gave it just now, verified and cached."""
+        try:
+            entry = verify_sender_entry(self._root_public_key, blob, self._time.now_ms(), role=role)
+        except EntryRefused as refused:
+            self._trouble.note(refused)
+            if _out_of_time(blob, self._time.now_ms()):
+                raise Held("the sender's entry is outside its time; the message waits for a new one") from refused
+            raise EnvelopeRefused from None
+        if role is EntryRole.SENDER and entry.sender_id != name:
+            raise EnvelopeRefused
+        if not await self._store(lambda keystore: keystore.put_sender_entry(name, role, entry.serial, entry.not_after_ms, blob)):
+            raise Held("the service gave an older entry of the sender than is known here; the message waits")
+        self._remember(name, entry)
+        # Names outlive entries, so that an old message still says who sent it.
+        if role is EntryRole.SENDER and await self.name(name) != entry.display_name:
+            self._remember_name(name, entry.display_name)
+            await self._store(lambda keystore: keystore.set_fact(_name_fact(name), entry.display_name.encode()))
+        return entry
+
+    def _remember(self, name: SenderId, entry: SenderEntry) -> None:
+        if len(self._entries) >= ENTRIES_KEPT_MAX:
+            self._entries.clear()
+        self._entries[name, entry.role] = entry
+
+    def _remember_name(self, sender_id: SenderId, display_name: str) -> None:
+        if len(self._names) >= ENTRIES_KEPT_MAX:
+            self._names.clear()
+        self._names[sender_id] = display_name
+
+
+def _out_of_time(blob: bytes, now_ms: int) -> bool:
+    """Whether a refused entry says of itself that it is not in force. Read before any signature: good for waiting only."""
+    try:
+        entry = SenderEntry.decode(blob[:-64])
+    except ValueError:
+        return False
+    return not entry.not_before_ms <= now_ms < entry.not_after_ms
+
+
+def _name_fact(sender_id: SenderId) -> str:
+    return f"name.{sender_id.hex()}"

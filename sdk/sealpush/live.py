@@ -1,0 +1,295 @@
+"""Messages as they come: a stream that is kept going, and its connections (deliveries down, acknowledgements up)."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Final, Self
+
+import grpc
+
+from sealpush import errors
+from sealpush.acknowledging import ACKS_BATCH_MAX, Acknowledgements, is_final
+from sealpush.errors import CallFailed, KeystoreBusy, StreamTakenOver
+from sealpush.ids import MessageId, uuid7
+from sealpush.inbox import Committed, Inbox, Message
+from sealpush.keystore import PendingAcknowledgement
+from sealpush.local import Held, ServerTime, Trouble
+from sealpush.receiving import Receiver
+from sealpush.session import CALL_DEADLINE_S, Session
+from sealpush.transport import call_failed, call_metadata
+from sealpush.upkeep import Upkeep
+from sealpush.v1 import messages_pb2
+
+HOUSEKEEPING_S: Final = 3600.0
+STREAM_QUEUE_MAX: Final = 256
+
+# What a write raises on a call that has ended.
+_CALL_ENDED: Final = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
+_StreamCall = grpc.aio.StreamStreamCall[messages_pb2.StreamRequest, messages_pb2.StreamResponse]
+
+Deliver = Callable[[Committed], Awaitable[None]]
+
+
+class MessageStream:
+    """Messages as they come. Made by `Device.stream()`; raises there what `Device.run_stream()` would."""
+
+    def __init__(self, inbox: Inbox, queue: asyncio.Queue[Committed | BaseException], caught_up: asyncio.Event) -> None:
+        self._inbox = inbox
+        self._queue = queue
+        self._caught_up = caught_up
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        shown: list[Message] = []
+        while not shown:
+            new = await self._queue.get()
+            if isinstance(new, BaseException):
+                self._queue.put_nowait(new)  # it stays the answer
+                raise new
+            await self._inbox.show([new], shown)
+        return shown[0]
+
+    async def caught_up(self) -> None:
+        """Return once everything that had waited at the service has come."""
+        await self._caught_up.wait()
+
+
+class Live:
+    """A device's streams. The service keeps one at a time; what it holds is tried again while one lasts."""
+
+    def __init__(
+        self,
+        session: Session,
+        receiver: Receiver,
+        acknowledgements: Acknowledgements,
+        inbox: Inbox,
+        upkeep: Upkeep,
+        time: ServerTime,
+        trouble: Trouble,
+    ) -> None:
+        self._session = session
+        self._receiver = receiver
+        self._acknowledgements = acknowledgements
+        self._inbox = inbox
+        self._upkeep = upkeep
+        self._time = time
+        self._trouble = trouble
+        self.held: dict[MessageId, messages_pb2.Delivery] = {}
+
+    @contextlib.asynccontextmanager
+    async def messages(self, *, retake: bool) -> AsyncIterator[MessageStream]:
+        """A stream to iterate over, while the block lasts."""
+        queue: asyncio.Queue[Committed | BaseException] = asyncio.Queue(STREAM_QUEUE_MAX)
+        caught_up = asyncio.Event()
+
+        async def run() -> None:
+            try:
+                await self.run(queue.put, caught_up, retake=retake)
+            except Exception as error:
+                await queue.put(error)
+
+        task = asyncio.create_task(run(), name="sealpush-stream")
+        try:
+            yield MessageStream(self._inbox, queue, caught_up)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._inbox.interrupted()  # something may be left in the queue
+
+    async def run(self, deliver: Deliver, caught_up: asyncio.Event, *, retake: bool) -> None:
+        """Keep one stream going: connect, take what comes, connect again after a pause with full jitter."""
+        try:
+            for committed in await self._inbox.recover():
+                await deliver(committed)
+            await self._keep_connected(deliver, caught_up, retake=retake)
+        finally:
+            self._inbox.interrupted()
+
+    async def _keep_connected(self, deliver: Deliver, caught_up: asyncio.Event, *, retake: bool) -> None:
+        attempt = 0
+        refused_token = False
+        while True:
+            connection = self._connection(deliver, caught_up)
+            pause_s: float | None = None
+            try:
+                bearer = await self._session.bearer(self._session.deadline())
+                await connection.run(bearer)
+            except grpc.aio.AioRpcError as error:
+                failure = call_failed(error)
+                self._trouble.note(failure)
+                pause_s = failure.retry_after_s
+                if isinstance(failure, errors.Aborted):
+                    if not retake:
+                        raise StreamTakenOver(
+                            "another stream of this device took over; this one has ended, pass retake=True to take it back"
+                        ) from error
+                    connection.progressed = False  # two that take from each other slow each other down
+                elif isinstance(failure, errors.Unauthenticated):
+                    self._session.drop(bearer)
+                    if not refused_token or connection.progressed:
+                        refused_token = True
+                        continue
+                    raise failure from error
+                elif isinstance(failure, errors.PermissionDenied | errors.InvalidRequest | errors.FailedPrecondition):
+                    raise failure from error
+            except CallFailed as failure:
+                self._trouble.note(failure)
+                pause_s = failure.retry_after_s
+                if not failure.retryable and not isinstance(failure, errors.ServerFault):
+                    raise
+            except KeystoreBusy as busy:
+                self._trouble.note(busy)
+            if connection.progressed:
+                attempt = 0
+                refused_token = False
+            await self._session.pause(attempt, pause_s)
+            attempt += 1
+
+    def _connection(self, deliver: Deliver, caught_up: asyncio.Event) -> "_Connection":
+        return _Connection(
+            self._session, self._receiver, _Uplink(self._acknowledgements), self._upkeep, self._time, self.held, deliver, caught_up
+        )
+
+
+class _Uplink:
+    """The acknowledgements of one connection: sent once each, forgotten when answered."""
+
+    def __init__(self, acknowledgements: Acknowledgements) -> None:
+        self._acknowledgements = acknowledgements
+        self._owing = asyncio.Event()
+        self._owing.set()  # what an earlier connection or crash left
+        # Nothing is written before the service has spoken: a refusal that meets a write loses its status (in gRPC).
+        self._open = asyncio.Event()
+        # Sent up this connection and not answered yet, by message, in the order sent.
+        self._sent: dict[MessageId, deque[PendingAcknowledgement]] = {}
+        # What the store says is owed and what was sent are read and changed together, or an answer between sends it twice.
+        self._ledger = asyncio.Lock()
+
+    def spoken(self) -> None:
+        """The service has spoken."""
+        self._open.set()
+
+    def owing(self) -> None:
+        """There may be something more to send."""
+        self._owing.set()
+
+    async def answered(self, results: Iterable[messages_pb2.AckResult]) -> None:
+        """Forget what the service has answered. What it did not judge stays owed, and goes up the next connection."""
+        async with self._ledger:
+            answered: list[PendingAcknowledgement] = []
+            for result in results:
+                sent = self._sent.get(MessageId(result.message_id))
+                if sent and is_final(result):
+                    answered.append(sent.popleft())
+                    if not sent:
+                        del self._sent[answered[-1].message_id]
+            if answered:
+                await self._acknowledgements.answered(answered)
+                self._owing.set()
+
+    async def write(self, call: _StreamCall) -> None:
+        """Send what is owed; what comes meanwhile gathers in the store and goes together with the next write."""
+        await self._open.wait()
+        while True:
+            await self._owing.wait()
+            self._owing.clear()
+            async with self._ledger:
+                owed = await self._acknowledgements.owed()
+                fresh = [each for each in owed if each not in self._sent.get(each.message_id, ())][:ACKS_BATCH_MAX]
+                for each in fresh:
+                    self._sent.setdefault(each.message_id, deque()).append(each)
+            if fresh:
+                await call.write(messages_pb2.StreamRequest(acknowledgements=map(self._acknowledgements.signed, fresh)))
+                self._owing.set()
+
+
+class _Connection:
+    """One connection of a stream."""
+
+    def __init__(
+        self,
+        session: Session,
+        receiver: Receiver,
+        uplink: _Uplink,
+        upkeep: Upkeep,
+        time: ServerTime,
+        held: dict[MessageId, messages_pb2.Delivery],
+        deliver: Deliver,
+        caught_up: asyncio.Event,
+    ) -> None:
+        self._session = session
+        self._receiver = receiver
+        self._uplink = uplink
+        self._upkeep = upkeep
+        self._time = time
+        self._held = held
+        self._deliver = deliver
+        self._caught_up = caught_up
+        self._holding = asyncio.Event()
+        self.progressed = False
+
+    async def run(self, bearer: str) -> None:
+        """Until the stream ends. Raises AioRpcError as the call ended, or what the store or the device raised."""
+        call = self._session.channels.messages.Stream(metadata=call_metadata(bearer, uuid7().hex()))
+        reader = asyncio.create_task(self._read(call), name="sealpush-stream-read")
+        others = [
+            asyncio.create_task(self._uplink.write(call), name="sealpush-stream-write"),
+            asyncio.create_task(self._keep_house(), name="sealpush-stream-upkeep"),
+        ]
+        try:
+            await asyncio.wait([reader, *others], return_when=asyncio.FIRST_COMPLETED)
+            for task in others:
+                # A write fails because the call ended: the reader knows how. Anything else is the store's.
+                if task.done() and not isinstance(task.exception(), _CALL_ENDED):
+                    task.result()
+            await reader
+        finally:
+            call.cancel()
+            for task in (reader, *others):
+                task.cancel()
+            await asyncio.gather(reader, *others, return_exceptions=True)
+
+    async def _read(self, call: _StreamCall) -> None:
+        async for frame in call:
+            self.progressed = True
+            self._uplink.spoken()
+            await self._time.learn(frame.server_time)
+            await self._uplink.answered(frame.ack_results)
+            for delivery in frame.deliveries:
+                await self._take(delivery)
+            if frame.backlog_done:
+                self._caught_up.set()
+
+    async def _take(self, delivery: messages_pb2.Delivery) -> None:
+        message_id = MessageId(delivery.message_id)
+        try:
+            committed = await self._receiver.take(delivery, self._session.deadline())
+        except Held:
+            if len(self._held) < ACKS_BATCH_MAX:
+                self._held[message_id] = delivery
+                self._holding.set()
+            return
+        self._held.pop(message_id, None)
+        self._uplink.owing()
+        if committed is not None:
+            await self._deliver(committed)
+
+    async def _keep_house(self) -> None:
+        """Try again what is held, and do what is due daily."""
+        attempt = 0
+        while True:
+            await self._upkeep.do_if_due(self._session.deadline(), CALL_DEADLINE_S)
+            if not self._held:
+                attempt = 0
+                self._holding.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(HOUSEKEEPING_S):
+                        await self._holding.wait()
+                continue
+            await self._session.pause(attempt)
+            attempt += 1
+            for delivery in list(self._held.values()):
+                await self._take(delivery)

@@ -1,0 +1,162 @@
+"""What happens to one delivery, in this order: the security argument (`Receiver._check_and_commit`).
+
+    parse and bounds → suite → times, by the server's clock → seen before? → sender entry, signed by the pinned root, and
+    its mode → signature → open → store plaintext, record and acknowledgement in one transaction
+
+Three ways out: *taken* (an acknowledgement DELIVERED is queued), *refused* (UNDELIVERED is queued, one reason whatever the
+check), and *held* (nothing is queued, so the service keeps it: a clock that cannot be trusted yet, no answer about the
+sender, a busy store). A crash at any point repeats a step: the store knows what was seen, and owes acknowledgements until
+the service has answered them.
+"""
+
+import asyncio
+import contextlib
+
+from sealpush.entries import SenderEntries
+from sealpush.envelope import MAGIC, Envelope, Header, TimeCheck, check_times, open_envelope
+from sealpush.errors import EnvelopeRefused, KeystoreBusy
+from sealpush.ids import ContentId, MessageId, SenderId
+from sealpush.inbox import FLAG_MUTED, Committed, Inbox, parse_content
+from sealpush.keys import SUITES_SUPPORTED
+from sealpush.keystore import InboxMessage, Keystore, PendingAcknowledgement
+from sealpush.local import EXPIRY_SKEW_MS, FUTURE_SKEW_MS, Held, ServerTime, Store, Trouble, Who
+from sealpush.model import Reason
+from sealpush.proofs import AckOutcome
+from sealpush.retry import Deadline
+from sealpush.session import Session
+from sealpush.v1 import messages_pb2
+
+
+class Receiver:
+    """Decides about deliveries, one at a time."""
+
+    def __init__(
+        self, session: Session, store: Store, who: Who, time: ServerTime, entries: SenderEntries, inbox: Inbox, trouble: Trouble
+    ) -> None:
+        self._session = session
+        self._store = store
+        self._who = who
+        self._time = time
+        self._entries = entries
+        self._inbox = inbox
+        self._trouble = trouble
+        self.deciding = asyncio.Lock()  # also taken by who erases the store
+
+    async def take(self, delivery: messages_pb2.Delivery, deadline: Deadline) -> Committed | None:
+        """Check, open and store one delivery, and queue what to acknowledge. None: nothing new to show.
+
+        Raises Held where that cannot be decided now, KeystoreError where the store fails.
+        """
+        try:
+            async with self.deciding:
+                try:
+                    return await self._check_and_commit(delivery, deadline)
+                except EnvelopeRefused:
+                    await self._refuse(delivery, Reason.DEVICE_CANNOT_OPEN)
+                    return None
+                except KeystoreBusy as busy:
+                    raise Held(str(busy)) from busy
+        except Held as held:
+            self._trouble.note(held)
+            raise
+
+    async def _check_and_commit(self, delivery: messages_pb2.Delivery, deadline: Deadline) -> Committed | None:
+        _, registration = self._who.registered()
+        # Parse and bounds, then the suite.
+        if len(delivery.message_id) != 16:
+            raise Held("a delivery without a message id cannot be acknowledged")
+        envelope = Envelope.parse(delivery.envelope)
+        header = envelope.header
+        stanza = envelope.stanza_for(registration.device_id)
+        if stanza is None or stanza.suite not in SUITES_SUPPORTED:
+            raise EnvelopeRefused
+        # Times.
+        if await self._is_over(header, deadline):
+            await self._refuse(delivery, Reason.LIFETIME_OVER)
+            return None
+        # Seen before?
+        if await self._store(lambda keystore: keystore.seen(header.sender_id, header.content_id)):
+            delivered = self._delivered(delivery, header)
+            await self._store(lambda keystore: keystore.queue_acknowledgement(delivered))
+            return None
+        # The sender's entry and its mode.
+        public_key = await self._entries.content_public_key(header, deadline)
+
+        # Signature, open, store: without a pause between, in one thread.
+        def open_and_commit(keystore: Keystore) -> Committed | None:
+            plaintext = open_envelope(
+                envelope,
+                device_id=registration.device_id,
+                private_prekey_lookup=keystore.prekey,
+                sender_public_key=public_key,
+            )
+            message = self._inbox_message(delivery, header, plaintext)
+            result = keystore.commit_message(
+                message,
+                acknowledgement=self._delivered(delivery, header),
+                used_prekey=(stanza.suite, stanza.prekey_id, stanza.kind),
+            )
+            return Committed(message, result.replaced) if result else None
+
+        try:
+            return await self._store(open_and_commit)
+        except asyncio.CancelledError:
+            self._inbox.interrupted()  # the thread goes on and may commit
+            raise
+
+    async def _is_over(self, header: Header, deadline: Deadline) -> bool:
+        """Whether the message's lifetime has ended. Raises Held when the time is not known, or it is from the future."""
+        verdict = _check_times(header, self._time.now_ms())
+        if verdict is not TimeCheck.OK:
+            if not await self._session.resync(deadline):
+                raise Held("the server's time is not known; the message waits")
+            verdict = _check_times(header, self._time.now_ms())
+        if verdict is TimeCheck.FROM_THE_FUTURE:
+            raise Held("the message is from the future by the server's own time; it waits")
+        return verdict is TimeCheck.EXPIRED
+
+    def _inbox_message(self, delivery: messages_pb2.Delivery, header: Header, plaintext: bytes) -> InboxMessage:
+        """As stored. Raises EnvelopeRefused for a plaintext that is no content."""
+        return InboxMessage(
+            message_id=MessageId(delivery.message_id),
+            content_id=header.content_id,
+            sender_id=header.sender_id,
+            created_at_ms=header.created_at_ms,
+            expires_at_ms=header.expires_at_ms,
+            received_at_ms=self._time.now_ms(),
+            content=plaintext,
+            replace_key=parse_content(plaintext).replace_key.encode() or None,
+            flags=header.flags | (FLAG_MUTED if delivery.muted else 0),
+        )
+
+    def _delivered(self, delivery: messages_pb2.Delivery, header: Header) -> PendingAcknowledgement:
+        return PendingAcknowledgement(
+            MessageId(delivery.message_id), header.content_id, AckOutcome.DELIVERED, int(Reason.UNSPECIFIED), self._time.now_ms()
+        )
+
+    async def _refuse(self, delivery: messages_pb2.Delivery, reason: Reason) -> None:
+        """Queue UNDELIVERED, unless the other process of this device opened the same content meanwhile."""
+        sender_id, content_id = _names_in(delivery.envelope)
+        acknowledgement = PendingAcknowledgement(
+            MessageId(delivery.message_id), content_id, AckOutcome.UNDELIVERED, int(reason), self._time.now_ms()
+        )
+        await self._store(lambda keystore: keystore.queue_acknowledgement(acknowledgement, sender_id=sender_id))
+
+
+def _check_times(header: Header, now_ms: int) -> TimeCheck:
+    """As `check_times()`, with the bound that fits each side: how late a clock can be, and how early a sealer's."""
+    if check_times(header, now_ms, FUTURE_SKEW_MS) is TimeCheck.FROM_THE_FUTURE:
+        return TimeCheck.FROM_THE_FUTURE
+    if check_times(header, now_ms, EXPIRY_SKEW_MS) is TimeCheck.EXPIRED:
+        return TimeCheck.EXPIRED
+    return TimeCheck.OK
+
+
+def _names_in(envelope: bytes) -> tuple[SenderId | None, ContentId]:
+    """Which sender and content an envelope speaks of, as far as it can be read; zeros name no content."""
+    with contextlib.suppress(EnvelopeRefused):
+        header = Envelope.parse(envelope).header
+        return header.sender_id, header.content_id
+    if envelope[:4] == MAGIC and len(envelope) >= 22:
+        return None, ContentId(envelope[6:22])  # where the header has it: names the message, proves nothing
+    return None, ContentId(bytes(16))

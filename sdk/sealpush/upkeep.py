@@ -1,0 +1,172 @@
+"""A device's keys over time: making and signing prekeys, and what is due daily.
+
+A signed prekey serves 7 days; one-time prekeys are topped up when few are left at the service. Private halves are stored
+before anybody hears of the public ones.
+"""
+
+from dataclasses import replace
+from typing import Final
+
+from sealpush.errors import SealpushError
+from sealpush.ids import DeviceId
+from sealpush.keys import (
+    DAY_MS,
+    ONE_TIME_PREKEYS_REFILL_BELOW,
+    SIGNED_PREKEY_ROTATION_MS,
+    SUITE_X25519,
+    IdentityKey,
+    PrekeyKind,
+    PrekeyPrivate,
+    SignedPrekey,
+    generate_prekey,
+    prekey_proof,
+)
+from sealpush.keystore import Keystore
+from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble, Who
+from sealpush.retry import Clock, Deadline
+from sealpush.session import Session
+from sealpush.v1 import keys_pb2
+
+MAINTENANCE_S_MIN: Final = 2.0  # not begun with less time than this
+MAINTENANCE_PERIOD_MS: Final = DAY_MS
+ONE_TIME_PRIVATE_MAX: Final = 1000  # stop making more when uploads keep failing
+
+UPLOADED_PREKEY: Final = "prekey.uploaded"  # a fact in the store: the id of the signed prekey that the service has
+_MAINTAINED_AT: Final = "maintained.at"
+
+
+class Upkeep:
+    """What is due daily. `one_time_prekeys` is how many to keep at the service."""
+
+    def __init__(
+        self, session: Session, store: Store, who: Who, time: ServerTime, clock: Clock, trouble: Trouble, *, one_time_prekeys: int
+    ) -> None:
+        self._session = session
+        self._store = store
+        self._who = who
+        self._time = time
+        self._clock = clock
+        self._trouble = trouble
+        self._one_time_prekeys = one_time_prekeys
+        self._done_at_ms = 0
+
+    async def load(self) -> None:
+        """Read when it was done last."""
+        done_at = await self._store(lambda keystore: keystore.fact(_MAINTAINED_AT))
+        self._done_at_ms = int.from_bytes(done_at or b"", "big")
+
+    async def do(self, deadline: Deadline) -> None:
+        """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
+        await self._session.bearer(deadline)  # and with it the server's time
+        signed, rotated = await self._signed_prekey()
+        upload = keys_pb2.PrekeyUpload(prekeys=[*([wire_prekey(signed)] if rotated else []), *await self._one_time(deadline)])
+        if upload.prekeys:
+            change = upload.SerializeToString()
+            await self._session.change(
+                "/sealpush.v1.Keys/UploadPrekeys",
+                self._session.channels.keys.UploadPrekeys,
+                lambda proof: keys_pb2.UploadPrekeysRequest(change=change, proof=proof),
+                change,
+                deadline,
+            )
+        now_ms = self._time.now_ms()
+
+        def finish(keystore: Keystore) -> None:
+            if rotated:
+                keystore.set_fact(UPLOADED_PREKEY, prekey_id_bytes(signed))
+                keystore.retire_signed_prekeys(signed.prekey_id, now_ms)
+            keystore.purge(now_ms)
+            keystore.set_fact(_MAINTAINED_AT, now_ms.to_bytes(8, "big"))
+
+        await self._store(finish)
+        self._done_at_ms = now_ms
+
+    async def do_if_due(self, deadline: Deadline, longest_s: float) -> None:
+        """Messages matter more: what fails here is noted, and tried again the next time."""
+        remaining_s = min(deadline.remaining_s(), longest_s)
+        if abs(self._time.now_ms() - self._done_at_ms) < MAINTENANCE_PERIOD_MS or remaining_s < MAINTENANCE_S_MIN:
+            return
+        try:
+            await self.do(Deadline.after(self._clock, remaining_s))
+        except SealpushError as error:
+            self._trouble.note(error)
+
+    async def _signed_prekey(self) -> tuple[SignedPrekey, bool]:
+        """The signed prekey to use from now on, and whether the service has yet to hear of it."""
+        identity, registration = self._who.registered()
+        now_ms = self._time.now_ms()
+
+        def current(keystore: Keystore) -> tuple[PrekeyPrivate, bytes | None]:
+            newest = keystore.newest_signed_prekey()
+            if newest is None or not -FUTURE_SKEW_MS <= now_ms - newest.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
+                newest = _make_signed_prekey(keystore, identity, registration.device_id, now_ms)
+            return newest, keystore.fact(UPLOADED_PREKEY)
+
+        prekey, uploaded = await self._store(current)
+        signed = _sign_prekey(identity, registration.device_id, prekey)
+        return signed, prekey_id_bytes(signed) != uploaded
+
+    async def _one_time(self, deadline: Deadline) -> list[keys_pb2.Prekey]:
+        """New one-time prekeys, if the service has few left."""
+        identity, registration = self._who.registered()
+        wanted = self._one_time_prekeys
+        if not wanted or await self._store(lambda keystore: keystore.prekey_count(PrekeyKind.ONE_TIME)) >= ONE_TIME_PRIVATE_MAX:
+            return []
+        state = await self._session.call(self._session.channels.keys.GetPrekeyState, keys_pb2.GetPrekeyStateRequest(), deadline)
+        if state.one_time_prekeys_left >= min(ONE_TIME_PREKEYS_REFILL_BELOW, wanted):
+            return []
+        now_ms = self._time.now_ms()
+        more = await self._store(lambda keystore: _make_one_time_prekeys(keystore, identity, registration.device_id, now_ms, wanted))
+        return [wire_prekey(each) for each in more]
+
+
+def first_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int) -> SignedPrekey:
+    """The one that an earlier attempt made, so that a repeated registration is the same; a new one if that is old, or was
+    made by a clock that ran ahead."""
+    known = keystore.newest_signed_prekey()
+    if known is None or not 0 <= now_ms - known.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
+        known = _make_signed_prekey(keystore, identity, device_id, now_ms)
+    return _sign_prekey(identity, device_id, known)
+
+
+def _sign_prekey(identity: IdentityKey, device_id: DeviceId, prekey: PrekeyPrivate) -> SignedPrekey:
+    """The public half of a stored prekey; signing is deterministic, so a repeated upload has the same bytes."""
+    unsigned = SignedPrekey(prekey.suite, prekey.prekey_id, prekey.kind, prekey.public_key, prekey.created_at_ms, prekey.expires_at_ms, b"")
+    return replace(unsigned, signature=identity.sign(prekey_proof(unsigned, device_id, SUITE_X25519)))
+
+
+def prekey_id_bytes(prekey: SignedPrekey) -> bytes:
+    """As the fact `UPLOADED_PREKEY` holds it."""
+    return prekey.prekey_id.to_bytes(4, "big")
+
+
+def wire_prekey(prekey: SignedPrekey) -> keys_pb2.Prekey:
+    """As protobuf."""
+    return keys_pb2.Prekey(
+        suite=prekey.suite,
+        prekey_id=prekey.prekey_id,
+        kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
+        public_key=prekey.public_key,
+        created_at_ms=prekey.created_at_ms,
+        expires_at_ms=prekey.expires_at_ms,
+        signature=prekey.signature,
+    )
+
+
+def _make_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int) -> PrekeyPrivate:
+    prekey_id = keystore.reserve_prekey_ids(1)
+    private, _ = generate_prekey(identity, device_id, prekey_id=prekey_id, kind=PrekeyKind.SIGNED, now_ms=now_ms)
+    keystore.add_prekeys([private])
+    return private
+
+
+def _make_one_time_prekeys(
+    keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, count: int
+) -> list[SignedPrekey]:
+    first = keystore.reserve_prekey_ids(count)
+    pairs = [
+        generate_prekey(identity, device_id, prekey_id=prekey_id, kind=PrekeyKind.ONE_TIME, now_ms=now_ms)
+        for prekey_id in range(first, first + count)
+    ]
+    keystore.add_prekeys([private for private, _ in pairs])
+    return [public for _, public in pairs]
