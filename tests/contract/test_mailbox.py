@@ -605,6 +605,24 @@ async def test_a_dead_token_ends_the_delivery_after_a_grace_in_which_the_device_
     assert await states(store, saved) == [(State.DELIVERED, 0)]
 
 
+@pytest.mark.parametrize("taken_first", [True, False])
+async def test_a_dead_token_ends_nothing_that_the_device_has_taken(store: MailboxStore, sql: Connection, taken_first: bool) -> None:
+    made = message()
+    await put(store, made)
+    (wake_up,) = await claim(store, await a_session(store), made)
+    session = await sql.fetchval("SELECT session_id FROM open_deliveries WHERE message_id = $1", made.message_id)
+    if taken_first:
+        await take(store, made)
+    await store.report(session, [report(wake_up, TOKEN_GONE)])
+    if not taken_first:
+        await take(store, made)
+    row = await sql.fetchrow(
+        "SELECT closes_at = expires_at AS whole, close_reason FROM open_deliveries WHERE message_id = $1", made.message_id
+    )
+    assert row is not None
+    assert (row["whole"], row["close_reason"]) == (True, Reason.LIFETIME_OVER)
+
+
 async def test_a_dead_token_shortly_before_the_end_of_the_lifetime_ends_as_expired(store: MailboxStore, sql: Connection) -> None:
     made = message(lifetime=timedelta(seconds=30))
     await put(store, made)

@@ -28,7 +28,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
-from sealpush.device import PROFILE_FAILED_PAUSE_S, Device, Installation, Message, Preference, SealedBy
+from sealpush.device import Device, Installation, Message, Preference, SealedBy
+from sealpush.entries import PROFILE_FAILED_PAUSE_S
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
 from sealpush.errors import NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, uuid7

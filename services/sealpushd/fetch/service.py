@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from sealpush.ids import DeviceId, MessageId, SenderId, WakeUpId
+from sealpush.ids import ID_BYTES, DeviceId, MessageId, SenderId, WakeUpId
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc
 from sealpushd.fetch import rules
 from sealpushd.fetch.leases import Leases
@@ -87,7 +87,7 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         parsed = [parse_ack(proto, caller.device_id, caller.identity_public_key) for proto in protos]
         answers = iter(await self._mailbox.acknowledge([ack for ack in parsed if ack is not None]))
         return [
-            next(answers) if ack is not None else AckAnswer(MessageId(proto.message_id), Verdict.REFUSED, None)
+            next(answers) if ack is not None else AckAnswer(_echo(proto.message_id), Verdict.REFUSED, None)
             for proto, ack in zip(protos, parsed, strict=True)
         ]
 
@@ -149,6 +149,11 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         taken = [each for found in await self._mailbox.take_many(queries) for each in found]
         stream.gone(set(ids).difference(each.message_id for each in taken))
         return taken
+
+
+def _echo(message_id: bytes) -> MessageId:
+    """The id to name in a refusal: not what is none, which may be as long as a request."""
+    return MessageId(message_id if len(message_id) == ID_BYTES else b"")
 
 
 class StreamDone(ServiceError):

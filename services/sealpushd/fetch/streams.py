@@ -28,6 +28,8 @@ UNACKNOWLEDGED_MAX: Final = 256
 WAITING_MAX: Final = 1_024
 # Answers to acknowledgements that a device does not read: sixteen frames of them. One that goes on writing without reading is cut off.
 ANSWERS_MAX: Final = 16 * UNACKNOWLEDGED_MAX
+# How long a stream that was ended may take to say so; a device that does not read would keep it for ever.
+END_GRACE_S: Final = 5.0
 # How often the sweep looks for what a notice was lost of. The long stop when Valkey is away.
 SWEEP_PERIOD_S: Final = 5.0
 SWEEP_DEVICES_MAX: Final = 512
@@ -36,7 +38,8 @@ SWEEP_DEVICES_MAX: Final = 512
 class LiveStream:
     """One device's stream: what it holds, what waits, and what is to be told."""
 
-    def __init__(self, device_id: DeviceId) -> None:
+    def __init__(self, device_id: DeviceId, end_grace_s: float = END_GRACE_S) -> None:
+        self._end_grace_s = end_grace_s
         self.device_id = device_id
         self.stream_id = uuid7()
         self._held: set[MessageId] = set()
@@ -44,6 +47,9 @@ class LiveStream:
         self._answers: list[AckAnswer] = []
         self._changed = asyncio.Event()
         self._ended: Exception | None = None
+        # The call that serves the stream; it may hang in a write to a device that does not read.
+        self._call = asyncio.current_task()
+        self._deadline: asyncio.TimerHandle | None = None
 
     @property
     def room(self) -> int:
@@ -76,8 +82,17 @@ class LiveStream:
         self._changed.set()
 
     def end(self, error: Exception) -> None:
+        """End the stream with this error; a call that does not get to tell it within the grace is cut off."""
         self._ended = error
         self._changed.set()
+        if self._call is not None and self._deadline is None:
+            self._deadline = asyncio.get_running_loop().call_later(self._end_grace_s, self._call.cancel)
+
+    def closed(self) -> None:
+        """Its call has ended."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._call = None
 
     async def next(self) -> tuple[list[AckAnswer], list[MessageId]]:
         """Wait for something to tell: answers, and ids to take and send as far as there is room; those count as held from now on.
@@ -146,6 +161,7 @@ class StreamHub:
 
     async def close(self, stream: LiveStream) -> None:
         """Forget a stream that ended, unless a newer one took its place."""
+        stream.closed()
         if self._streams.get(stream.device_id) is stream:
             del self._streams[stream.device_id]
             STREAMS_OPEN.set(len(self._streams))

@@ -21,7 +21,11 @@ from sealpushd.platform.errors import Aborted, InvalidRequest
 from sealpushd.v1 import mailbox_pb2
 
 TERMINAL = {State.DELIVERED, State.UNDELIVERED, State.BLOCKED, State.EXPIRED, State.CANCELLED, State.REPLACED}
-DELIVERIES = st.lists(st.tuples(st.sampled_from(sorted(set(State) - {State.UNSPECIFIED, State.NOT_REGISTERED})), st.sampled_from([0, 2, 28, 105, 109])), min_size=1, max_size=8)
+DELIVERIES = st.lists(
+    st.tuples(st.sampled_from(sorted(set(State) - {State.UNSPECIFIED, State.NOT_REGISTERED})), st.sampled_from([0, 2, 28, 105, 109])),
+    min_size=1,
+    max_size=8,
+)
 
 
 def oracle(states: set[State]) -> State:

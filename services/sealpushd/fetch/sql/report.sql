@@ -5,8 +5,10 @@ WITH given AS (
     SELECT * FROM unnest($2::uuid[], $3::uuid[], $4::int8[], $5::int2[], $6::timestamptz[], $7::int2[], $8::text[])
         AS t (message_id, device_id, fence, outcome, retry_at, reason, detail)
 ), held AS MATERIALIZED (
-    SELECT g.*
-    FROM given g JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
+    SELECT g.*, g.outcome = 3 AND d.state < 3 AS grace
+    FROM given g
+    JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
+    JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
     WHERE o.session_id = $1 AND o.fence = g.fence
 ), released AS (
     UPDATE open_deliveries o SET
@@ -14,8 +16,9 @@ WITH given AS (
         attempts = o.attempts + CASE WHEN l.outcome = 5 THEN 0 ELSE 1 END,
         next_attempt_at = CASE l.outcome WHEN 2 THEN coalesce(l.retry_at, now()) WHEN 5 THEN coalesce(l.retry_at, now()) END,
         quarantined = o.quarantined OR l.outcome = 4,
-        closes_at = CASE WHEN l.outcome = 3 THEN least(o.closes_at, now() + $9::interval) ELSE o.closes_at END,
-        close_reason = CASE WHEN l.outcome = 3 AND now() + $9::interval < o.closes_at THEN 105 ELSE o.close_reason END
+        -- A device that has taken it already is alive, whatever its token.
+        closes_at = CASE WHEN l.grace THEN least(o.closes_at, now() + $9::interval) ELSE o.closes_at END,
+        close_reason = CASE WHEN l.grace AND now() + $9::interval < o.closes_at THEN 105 ELSE o.close_reason END
     FROM held l WHERE o.device_id = l.device_id AND o.message_id = l.message_id
     RETURNING o.device_id, o.message_id
 ), pushed AS (

@@ -7,6 +7,11 @@ WITH asked AS (
     FROM (SELECT DISTINCT device_id, message_id FROM asked) a
     WHERE d.message_id = a.message_id AND d.device_id = a.device_id AND d.state < 3
     RETURNING d.message_id, d.device_id
+), alive AS (
+    -- It took what it could not be pushed: the grace after its token's death is over, its lifetime counts again.
+    UPDATE open_deliveries o SET closes_at = o.expires_at, close_reason = 102
+    FROM (SELECT DISTINCT device_id, message_id FROM asked) a
+    WHERE o.device_id = a.device_id AND o.message_id = a.message_id AND o.close_reason = 105
 ), journal AS (
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
     SELECT t.message_id, t.device_id, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, 3, 0
