@@ -57,7 +57,9 @@ class SignInResponse(_message.Message):
     sender_id: _builtins.bytes
     """16 bytes: the sender this token speaks for."""
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of the token, two hours from now; sign in again before."""
+
     def __init__(
         self,
         *,
@@ -108,9 +110,11 @@ class GetSenderProfileResponse(_message.Message):
     platform_entry: _builtins.bytes
     """The entry of the platform's sealing key, signed by the same root; read when content was sealed by the server."""
     display_name: _builtins.str
+    """Who writes, for people; as in the sender's entry."""
     brand_colour: _builtins.str
     """"#rrggbb", empty: none."""
     brand_text_colour: _builtins.str
+    """Colour of text on the brand colour, "#rrggbb"; empty: none."""
     logo_png: _builtins.bytes
     """PNG of exactly 512 × 512; empty: none."""
     def __init__(

@@ -28,6 +28,7 @@ class _State:
 class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     STATE_UNSPECIFIED: _State.ValueType  # 0
+    """Not known, as in the answer to a refused acknowledgement."""
     STATE_QUEUED: _State.ValueType  # 1
     """Stored durably; waits for its push or for the device to ask."""
     STATE_PUSHED: _State.ValueType  # 2
@@ -53,6 +54,7 @@ class State(_State, metaclass=_StateEnumTypeWrapper):
     """How far a delivery, an attempt or a whole message has come."""
 
 STATE_UNSPECIFIED: State.ValueType  # 0
+"""Not known, as in the answer to a refused acknowledgement."""
 STATE_QUEUED: State.ValueType  # 1
 """Stored durably; waits for its push or for the device to ask."""
 STATE_PUSHED: State.ValueType  # 2
@@ -82,6 +84,7 @@ class _ReasonCode:
 class _ReasonCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReasonCode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     REASON_CODE_UNSPECIFIED: _ReasonCode.ValueType  # 0
+    """No reason: nothing went wrong, or nothing yet."""
     REASON_CODE_UNKNOWN: _ReasonCode.ValueType  # 1
     """The error is unknown to the platform, or the channel named none."""
     REASON_CODE_ABSENT_SUBSCRIBER: _ReasonCode.ValueType  # 2
@@ -173,6 +176,7 @@ class ReasonCode(_ReasonCode, metaclass=_ReasonCodeEnumTypeWrapper):
     """Why a state is not a success. 1 to 31 are the unified codes that all channels share; from 100 on they are Sealpush's own."""
 
 REASON_CODE_UNSPECIFIED: ReasonCode.ValueType  # 0
+"""No reason: nothing went wrong, or nothing yet."""
 REASON_CODE_UNKNOWN: ReasonCode.ValueType  # 1
 """The error is unknown to the platform, or the channel named none."""
 REASON_CODE_ABSENT_SUBSCRIBER: ReasonCode.ValueType  # 2
@@ -268,17 +272,21 @@ class _ContentClass:
 class _ContentClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ContentClass.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     CONTENT_CLASS_UNSPECIFIED: _ContentClass.ValueType  # 0
+    """Refused, except inside a plain content, where the request's class is filled in."""
     CONTENT_CLASS_INFORMATIONAL: _ContentClass.ValueType  # 1
     """Services under a contract that exists; holds no advertising."""
     CONTENT_CLASS_ADVERTISING: _ContentClass.ValueType  # 2
+    """Offers and campaigns; the recipient may block these alone."""
 
 class ContentClass(_ContentClass, metaclass=_ContentClassEnumTypeWrapper):
     """What the content is; decides which block of the recipient applies."""
 
 CONTENT_CLASS_UNSPECIFIED: ContentClass.ValueType  # 0
+"""Refused, except inside a plain content, where the request's class is filled in."""
 CONTENT_CLASS_INFORMATIONAL: ContentClass.ValueType  # 1
 """Services under a contract that exists; holds no advertising."""
 CONTENT_CLASS_ADVERTISING: ContentClass.ValueType  # 2
+"""Offers and campaigns; the recipient may block these alone."""
 Global___ContentClass: _TypeAlias = ContentClass  # noqa: Y015
 
 class _Priority:
@@ -290,7 +298,9 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
     """Taken as PRIORITY_NORMAL."""
     PRIORITY_LOW: _Priority.ValueType  # 1
+    """Waits behind everything else."""
     PRIORITY_NORMAL: _Priority.ValueType  # 2
+    """The usual one."""
     PRIORITY_HIGH: _Priority.ValueType  # 3
     """One-time codes and alike: goes ahead of everything that waits."""
 
@@ -300,7 +310,9 @@ class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
 """Taken as PRIORITY_NORMAL."""
 PRIORITY_LOW: Priority.ValueType  # 1
+"""Waits behind everything else."""
 PRIORITY_NORMAL: Priority.ValueType  # 2
+"""The usual one."""
 PRIORITY_HIGH: Priority.ValueType  # 3
 """One-time codes and alike: goes ahead of everything that waits."""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
@@ -484,6 +496,7 @@ class StoppedDelivery(_message.Message):
     device_id: _builtins.bytes
     """16 bytes."""
     stop_point: Global___StopPoint.ValueType
+    """Whether a push can have left."""
     state: Global___State.ValueType
     """The state that won."""
     def __init__(

@@ -44,6 +44,7 @@ class Content(_message.Message):
     version: _builtins.int
     """Version of this message; 1 today. A reader that meets a higher one shows title and body and ignores the rest."""
     content_class: _common_pb2.ContentClass.ValueType
+    """The same as in the publish; the server fills it in where it seals and finds none."""
     title: _builtins.str
     """Recommended ≤ 60 characters, ≤ 256."""
     body: _builtins.str

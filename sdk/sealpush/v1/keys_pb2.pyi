@@ -28,14 +28,17 @@ class _PrekeyKind:
 class _PrekeyKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PrekeyKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PREKEY_KIND_UNSPECIFIED: _PrekeyKind.ValueType  # 0
+    """Refused."""
     PREKEY_KIND_SIGNED: _PrekeyKind.ValueType  # 1
     """Rotates every 7 days, shared by all senders of that week."""
     PREKEY_KIND_ONE_TIME: _PrekeyKind.ValueType  # 2
     """Handed out once."""
 
-class PrekeyKind(_PrekeyKind, metaclass=_PrekeyKindEnumTypeWrapper): ...
+class PrekeyKind(_PrekeyKind, metaclass=_PrekeyKindEnumTypeWrapper):
+    """How often a prekey is used."""
 
 PREKEY_KIND_UNSPECIFIED: PrekeyKind.ValueType  # 0
+"""Refused."""
 PREKEY_KIND_SIGNED: PrekeyKind.ValueType  # 1
 """Rotates every 7 days, shared by all senders of that week."""
 PREKEY_KIND_ONE_TIME: PrekeyKind.ValueType  # 2
@@ -44,6 +47,8 @@ Global___PrekeyKind: _TypeAlias = PrekeyKind  # noqa: Y015
 
 @_typing.final
 class Prekey(_message.Message):
+    """A public key of a device that envelopes are sealed to, signed by its identity key."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUITE_FIELD_NUMBER: _builtins.int
@@ -58,6 +63,7 @@ class Prekey(_message.Message):
     prekey_id: _builtins.int
     """Chosen by the device, unique among its prekeys."""
     kind: Global___PrekeyKind.ValueType
+    """Signed or one-time; covered by the signature."""
     public_key: _builtins.bytes
     """32 bytes in suite 1."""
     created_at_ms: _builtins.int
@@ -87,6 +93,8 @@ Global___Prekey: _TypeAlias = Prekey  # noqa: Y015
 
 @_typing.final
 class PrekeyUpload(_message.Message):
+    """The change of UploadPrekeys."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PREKEYS_FIELD_NUMBER: _builtins.int
@@ -120,7 +128,9 @@ class UploadPrekeysRequest(_message.Message):
     change: _builtins.bytes
     """A serialised PrekeyUpload; these bytes are signed."""
     @_builtins.property
-    def proof(self) -> _common_pb2.DeviceProof: ...
+    def proof(self) -> _common_pb2.DeviceProof:
+        """By the calling device, over these bytes."""
+
     def __init__(
         self,
         *,
@@ -141,6 +151,7 @@ class UploadPrekeysResponse(_message.Message):
 
     ONE_TIME_PREKEYS_LEFT_FIELD_NUMBER: _builtins.int
     one_time_prekeys_left: _builtins.int
+    """Unused one-time prekeys of this device, of all suites, after the upload."""
     def __init__(
         self,
         *,
@@ -177,9 +188,13 @@ class GetPrekeyStateResponse(_message.Message):
     SIGNED_PREKEY_EXPIRES_AT_FIELD_NUMBER: _builtins.int
     ONE_TIME_PREKEYS_LEFT_FIELD_NUMBER: _builtins.int
     signed_prekey_id: _builtins.int
+    """The signed prekey that senders are given now; 0 beside an absent end: none."""
     one_time_prekeys_left: _builtins.int
+    """Unused one-time prekeys, of all suites, that have not expired."""
     @_builtins.property
-    def signed_prekey_expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def signed_prekey_expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When senders stop using it; absent: there is no signed prekey."""
+
     def __init__(
         self,
         *,
@@ -219,6 +234,8 @@ Global___GetRecipientKeysRequest: _TypeAlias = GetRecipientKeysRequest  # noqa: 
 
 @_typing.final
 class RecipientKeysQuery(_message.Message):
+    """A recipient to seal for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -229,7 +246,9 @@ class RecipientKeysQuery(_message.Message):
     app_id: _builtins.str
     """Empty: the sender's default app."""
     @_builtins.property
-    def recipient(self) -> _common_pb2.Recipient: ...
+    def recipient(self) -> _common_pb2.Recipient:
+        """Whose keys; ≤ 1024 bytes serialised."""
+
     def __init__(
         self,
         *,
@@ -269,6 +288,8 @@ Global___GetRecipientKeysResponse: _TypeAlias = GetRecipientKeysResponse  # noqa
 
 @_typing.final
 class RecipientKeysResult(_message.Message):
+    """The keys, or why there are none."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
@@ -279,7 +300,9 @@ class RecipientKeysResult(_message.Message):
     refused: _builtins.str
     """The query was refused; says what to do."""
     @_builtins.property
-    def keys(self) -> Global___RecipientKeys: ...
+    def keys(self) -> Global___RecipientKeys:
+        """The recipient can be sealed for."""
+
     def __init__(
         self,
         *,
@@ -299,6 +322,8 @@ Global___RecipientKeysResult: _TypeAlias = RecipientKeysResult  # noqa: Y015
 
 @_typing.final
 class RecipientKeys(_message.Message):
+    """What a sender needs to seal for a recipient."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RECIPIENT_REF_FIELD_NUMBER: _builtins.int
@@ -310,7 +335,9 @@ class RecipientKeys(_message.Message):
     device_list_version: _builtins.bytes
     """32 bytes: head of the recipient's device log; goes into the publish."""
     @_builtins.property
-    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceKeys]: ...
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceKeys]:
+        """Devices that can be sealed for, at least one; one without a usable prekey is left out."""
+
     @_builtins.property
     def identity_changed_at(self) -> _timestamp_pb2.Timestamp:
         """When an identity key of the recipient last changed."""
@@ -333,6 +360,8 @@ Global___RecipientKeys: _TypeAlias = RecipientKeys  # noqa: Y015
 
 @_typing.final
 class DeviceKeys(_message.Message):
+    """What a sender needs to seal for one device."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
@@ -341,11 +370,15 @@ class DeviceKeys(_message.Message):
     ONE_TIME_PREKEY_FIELD_NUMBER: _builtins.int
     MIN_SUITE_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     identity_public_key: _builtins.bytes
     """Ed25519, 32 bytes."""
     min_suite: _builtins.int
+    """Lowest suite the device still accepts."""
     @_builtins.property
-    def signed_prekey(self) -> Global___Prekey: ...
+    def signed_prekey(self) -> Global___Prekey:
+        """Always present; verify its signature by the identity key."""
+
     @_builtins.property
     def one_time_prekey(self) -> Global___Prekey:
         """Absent: none left; seal to the signed prekey."""

@@ -28,6 +28,7 @@ class _AckOutcome:
 class _AckOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AckOutcome.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ACK_OUTCOME_UNSPECIFIED: _AckOutcome.ValueType  # 0
+    """Answered with REFUSED."""
     ACK_OUTCOME_DELIVERED: _AckOutcome.ValueType  # 1
     """Opened and stored on the device."""
     ACK_OUTCOME_UNDELIVERED: _AckOutcome.ValueType  # 2
@@ -37,9 +38,11 @@ class _AckOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AckOutcome
     ACK_OUTCOME_READ: _AckOutcome.ValueType  # 4
     """The user read it. Beside DELIVERED, not instead of it."""
 
-class AckOutcome(_AckOutcome, metaclass=_AckOutcomeEnumTypeWrapper): ...
+class AckOutcome(_AckOutcome, metaclass=_AckOutcomeEnumTypeWrapper):
+    """What became of a delivery on the device."""
 
 ACK_OUTCOME_UNSPECIFIED: AckOutcome.ValueType  # 0
+"""Answered with REFUSED."""
 ACK_OUTCOME_DELIVERED: AckOutcome.ValueType  # 1
 """Opened and stored on the device."""
 ACK_OUTCOME_UNDELIVERED: AckOutcome.ValueType  # 2
@@ -57,6 +60,7 @@ class _AckVerdict:
 class _AckVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AckVerdict.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ACK_VERDICT_UNSPECIFIED: _AckVerdict.ValueType  # 0
+    """Never sent."""
     ACK_VERDICT_ACCEPTED: _AckVerdict.ValueType  # 1
     """The delivery ended with this outcome, now or by the same acknowledgement before."""
     ACK_VERDICT_LATE: _AckVerdict.ValueType  # 2
@@ -66,9 +70,11 @@ class _AckVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AckVerdict
     ACK_VERDICT_REFUSED: _AckVerdict.ValueType  # 4
     """The signature or a field is wrong; do not repeat it."""
 
-class AckVerdict(_AckVerdict, metaclass=_AckVerdictEnumTypeWrapper): ...
+class AckVerdict(_AckVerdict, metaclass=_AckVerdictEnumTypeWrapper):
+    """What the server made of an acknowledgement."""
 
 ACK_VERDICT_UNSPECIFIED: AckVerdict.ValueType  # 0
+"""Never sent."""
 ACK_VERDICT_ACCEPTED: AckVerdict.ValueType  # 1
 """The delivery ended with this outcome, now or by the same acknowledgement before."""
 ACK_VERDICT_LATE: AckVerdict.ValueType  # 2
@@ -81,6 +87,8 @@ Global___AckVerdict: _TypeAlias = AckVerdict  # noqa: Y015
 
 @_typing.final
 class Delivery(_message.Message):
+    """A message as one device receives it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -92,18 +100,25 @@ class Delivery(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes; named by the acknowledgement."""
     wake_up_id: _builtins.bytes
     """16 bytes, as pushed."""
     envelope: _builtins.bytes
     """The envelope with this device's stanza only."""
     priority: _common_pb2.Priority.ValueType
+    """As published; never unspecified."""
     content_class: _common_pb2.ContentClass.ValueType
+    """As published; the one inside the envelope counts."""
     muted: _builtins.bool
     """Show no notification."""
     @_builtins.property
-    def created_at(self) -> _timestamp_pb2.Timestamp: ...
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """Creation time in the envelope's header, to the millisecond."""
+
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of its lifetime, as in the envelope's header."""
+
     def __init__(
         self,
         *,
@@ -151,9 +166,13 @@ class FetchResponse(_message.Message):
     DELIVERY_FIELD_NUMBER: _builtins.int
     SERVER_TIME_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def delivery(self) -> Global___Delivery: ...
+    def delivery(self) -> Global___Delivery:
+        """Always present."""
+
     @_builtins.property
-    def server_time(self) -> _timestamp_pb2.Timestamp: ...
+    def server_time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock when it answered."""
+
     def __init__(
         self,
         *,
@@ -177,6 +196,7 @@ class DrainRequest(_message.Message):
     page_size: _builtins.int
     """≤ 256, 0: 64. A page is also bounded by 2 MiB."""
     page_token: _builtins.bytes
+    """16 bytes from the answer before; empty: from the oldest."""
     def __init__(
         self,
         *,
@@ -201,9 +221,13 @@ class DrainResponse(_message.Message):
     next_page_token: _builtins.bytes
     """Empty: no more."""
     @_builtins.property
-    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Delivery]: ...
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Delivery]:
+        """Oldest first; those not acknowledged come again with the next drain."""
+
     @_builtins.property
-    def server_time(self) -> _timestamp_pb2.Timestamp: ...
+    def server_time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock when it answered."""
+
     def __init__(
         self,
         *,
@@ -221,6 +245,8 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class Acknowledgement(_message.Message):
+    """What a device says of a delivery, signed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -230,10 +256,13 @@ class Acknowledgement(_message.Message):
     AT_MS_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes, from the delivery."""
     content_id: _builtins.bytes
     """From the envelope's header."""
     outcome: Global___AckOutcome.ValueType
+    """Unspecified and unknown ones are answered with REFUSED."""
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Why not DELIVERED; unspecified: nothing to say. Not part of the proof of READ."""
     at_ms: _builtins.int
     """The device's time of the outcome, milliseconds since 1970-01-01 UTC, as signed."""
     signature: _builtins.bytes
@@ -280,13 +309,17 @@ Global___AcknowledgeRequest: _TypeAlias = AcknowledgeRequest  # noqa: Y015
 
 @_typing.final
 class AckResult(_message.Message):
+    """The answer to one acknowledgement."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """As in the acknowledgement."""
     verdict: Global___AckVerdict.ValueType
+    """What the acknowledgement did."""
     state: _common_pb2.State.ValueType
     """The delivery's state afterwards."""
     def __init__(
@@ -310,7 +343,9 @@ class AcknowledgeResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AckResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AckResult]:
+        """One an acknowledgement, in their order."""
+
     def __init__(
         self,
         *,
@@ -357,11 +392,17 @@ class StreamResponse(_message.Message):
     backlog_done: _builtins.bool
     """The backlog that waited when the stream began has been sent."""
     @_builtins.property
-    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Delivery]: ...
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Delivery]:
+        """Oldest first within the backlog, ≤ 2 MiB a frame unless one alone is larger; empty in frames for other things."""
+
     @_builtins.property
-    def ack_results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AckResult]: ...
+    def ack_results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AckResult]:
+        """Answers to acknowledgements, in the order these were judged; empty: none in this frame."""
+
     @_builtins.property
-    def server_time(self) -> _timestamp_pb2.Timestamp: ...
+    def server_time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock when it made the frame."""
+
     def __init__(
         self,
         *,

@@ -24,6 +24,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class PublishRequest(_message.Message):
+    """A message for one recipient."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -50,7 +52,9 @@ class PublishRequest(_message.Message):
     app_id: _builtins.str
     """Empty: the sender's default app."""
     content_class: _common_pb2.ContentClass.ValueType
+    """Required: INFORMATIONAL or ADVERTISING."""
     priority: _common_pb2.Priority.ValueType
+    """Unspecified: NORMAL."""
     replace_key: _builtins.str
     """A later message to the same recipient with the same key replaces this one. Seen by the server (stored as a keyed hash), never by a
     push service. ≤ 64 characters; empty: none.
@@ -60,9 +64,11 @@ class PublishRequest(_message.Message):
     leg_no: _builtins.int
     """Number of the leg inside the order, from 0."""
     channel: _common_pb2.Channel.ValueType
+    """Unspecified: PUSH. Others are refused for now."""
     group_id: _builtins.bytes
     """Distribution or campaign, 16 bytes; empty: none."""
     traffic_type: _common_pb2.TrafficType.ValueType
+    """Unspecified: ADVERTISING or INFORMATIONAL, after the content class."""
     tag: _builtins.str
     """The sender's own tag, returned in statuses and events, ≤ 50 characters."""
     originator: _builtins.str
@@ -70,7 +76,9 @@ class PublishRequest(_message.Message):
     primary_only: _builtins.bool
     """Only the primary installation of the recipient."""
     @_builtins.property
-    def recipient(self) -> _common_pb2.Recipient: ...
+    def recipient(self) -> _common_pb2.Recipient:
+        """Required; ≤ 1024 bytes serialised."""
+
     @_builtins.property
     def plain(self) -> _content_pb2.Content:
         """The server seals it for every device. Not end-to-end: the server sees it for a moment."""
@@ -126,6 +134,8 @@ Global___PublishRequest: _TypeAlias = PublishRequest  # noqa: Y015
 
 @_typing.final
 class SealedContent(_message.Message):
+    """A content that the sender sealed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
@@ -154,7 +164,9 @@ class PublishResponse(_message.Message):
 
     RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def result(self) -> Global___PublishResult: ...
+    def result(self) -> Global___PublishResult:
+        """Accepted, NotRegistered or OutdatedDevices."""
+
     def __init__(
         self,
         *,
@@ -170,6 +182,8 @@ Global___PublishResponse: _TypeAlias = PublishResponse  # noqa: Y015
 
 @_typing.final
 class PublishResult(_message.Message):
+    """What became of one request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -180,11 +194,17 @@ class PublishResult(_message.Message):
     request_id: _builtins.str
     """As in the request."""
     @_builtins.property
-    def accepted(self) -> Global___Accepted: ...
+    def accepted(self) -> Global___Accepted:
+        """Stored, now or by the same request before."""
+
     @_builtins.property
-    def not_registered(self) -> Global___NotRegistered: ...
+    def not_registered(self) -> Global___NotRegistered:
+        """Nobody to store it for."""
+
     @_builtins.property
-    def outdated_devices(self) -> Global___OutdatedDevices: ...
+    def outdated_devices(self) -> Global___OutdatedDevices:
+        """Sealed contents only: seal again."""
+
     @_builtins.property
     def refusal(self) -> Global___Refusal:
         """In batches and streams only; a unary Publish answers with the status code instead."""
@@ -210,6 +230,8 @@ Global___PublishResult: _TypeAlias = PublishResult  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):
+    """The message is durably stored."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -217,12 +239,15 @@ class Accepted(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     REPEATED_REQUEST_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes."""
     devices: _builtins.int
     """Deliveries made, one a device."""
     repeated_request: _builtins.bool
     """This very request was accepted before; the answer is the first one's."""
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of its lifetime: of the request, or of the sealed content."""
+
     def __init__(
         self,
         *,
@@ -247,6 +272,7 @@ class NotRegistered(_message.Message):
 
     REASON_CODE_FIELD_NUMBER: _builtins.int
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Never unspecified: what is missing, such as the number, the app or the primary installation."""
     def __init__(
         self,
         *,
@@ -271,6 +297,7 @@ class OutdatedDevices(_message.Message):
     STALE_DEVICE_IDS_FIELD_NUMBER: _builtins.int
     DEVICE_LIST_VERSION_FIELD_NUMBER: _builtins.int
     device_list_version: _builtins.bytes
+    """32 bytes: head of the recipient's device log now."""
     @_builtins.property
     def missing_device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Devices that have no stanza."""
@@ -301,6 +328,8 @@ Global___OutdatedDevices: _TypeAlias = OutdatedDevices  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):
+    """An error inside a batch; the other requests are not touched by it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CODE_FIELD_NUMBER: _builtins.int
@@ -343,7 +372,9 @@ class PublishBatchRequest(_message.Message):
 
     REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishRequest]: ...
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishRequest]:
+        """≤ 512 and ≤ 2 MiB in all; more fails the call."""
+
     def __init__(
         self,
         *,
@@ -363,7 +394,9 @@ class PublishBatchResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishResult]:
+        """One a request, in their order."""
+
     def __init__(
         self,
         *,
@@ -410,8 +443,11 @@ class PublishStreamResponse(_message.Message):
     FRAME_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     frame: _builtins.int
+    """As in the frame these results are for; frames may be answered out of order."""
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishResult]:
+        """One a request of the frame, in their order."""
+
     def __init__(
         self,
         *,
@@ -433,6 +469,7 @@ class GetStatusRequest(_message.Message):
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes, as accepted."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """Waiting interval. Absent: the true state now. Present and 0: the assumed answer, DELIVERED if the app is registered. Longer: waits
@@ -459,7 +496,9 @@ class GetStatusResponse(_message.Message):
 
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def status(self) -> Global___MessageStatus: ...
+    def status(self) -> Global___MessageStatus:
+        """Always present."""
+
     def __init__(
         self,
         *,
@@ -479,7 +518,9 @@ class GetStatusesRequest(_message.Message):
 
     MESSAGE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """1 to 512, 16 bytes each."""
+
     def __init__(
         self,
         *,
@@ -499,7 +540,9 @@ class GetStatusesResponse(_message.Message):
 
     STATUSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___MessageStatus]: ...
+    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___MessageStatus]:
+        """At most one a message, in no promised order."""
+
     def __init__(
         self,
         *,
@@ -541,7 +584,9 @@ class WatchStatusResponse(_message.Message):
 
     STATUSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___MessageStatus]: ...
+    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___MessageStatus]:
+        """Those that changed; in the first frame all that are known, in a later one never empty."""
+
     def __init__(
         self,
         *,
@@ -557,6 +602,8 @@ Global___WatchStatusResponse: _TypeAlias = WatchStatusResponse  # noqa: Y015
 
 @_typing.final
 class MessageStatus(_message.Message):
+    """What became of a message."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -572,18 +619,27 @@ class MessageStatus(_message.Message):
     GROUP_ID_FIELD_NUMBER: _builtins.int
     TAG_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes."""
     state: _common_pb2.State.ValueType
     """A pure function of the deliveries."""
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Why the state is not a success; unspecified: nothing to say."""
     assumed: _builtins.bool
     """The state was assumed because the waiting interval was 0."""
     order_id: _builtins.bytes
+    """16 bytes; the message's own id where the request named none."""
     group_id: _builtins.bytes
+    """16 bytes, as in the request; empty: none."""
     tag: _builtins.str
+    """As in the request."""
     @_builtins.property
-    def created_at(self) -> _timestamp_pb2.Timestamp: ...
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was accepted."""
+
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of its lifetime."""
+
     @_builtins.property
     def at(self) -> _timestamp_pb2.Timestamp:
         """When the state was entered."""
@@ -593,7 +649,9 @@ class MessageStatus(_message.Message):
         """One a channel that was tried, in order."""
 
     @_builtins.property
-    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeliveryStatus]: ...
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeliveryStatus]:
+        """One a device, at least one."""
+
     def __init__(
         self,
         *,
@@ -620,6 +678,8 @@ Global___MessageStatus: _TypeAlias = MessageStatus  # noqa: Y015
 
 @_typing.final
 class Attempt(_message.Message):
+    """How it went on one channel."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CHANNEL_FIELD_NUMBER: _builtins.int
@@ -628,11 +688,17 @@ class Attempt(_message.Message):
     REASON_CODE_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
     channel: _common_pb2.Channel.ValueType
+    """The channel; PUSH today."""
     leg_no: _builtins.int
+    """Number of the leg inside the order, as in the request."""
     state: _common_pb2.State.ValueType
+    """How far it came on this channel."""
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Why the state is not a success; unspecified: nothing to say."""
     @_builtins.property
-    def at(self) -> _timestamp_pb2.Timestamp: ...
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When the state was entered."""
+
     def __init__(
         self,
         *,
@@ -652,6 +718,8 @@ Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 
 @_typing.final
 class DeliveryStatus(_message.Message):
+    """How it went on one device."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
@@ -664,20 +732,29 @@ class DeliveryStatus(_message.Message):
     LATE_ACK_AT_FIELD_NUMBER: _builtins.int
     PUSH_REASON_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     state: _common_pb2.State.ValueType
+    """How far it came on this device."""
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Why the state is not a success; unspecified: nothing to say."""
     push_reason: _common_pb2.ReasonCode.ValueType
     """Why a QUEUED delivery is not pushed; the device can still fetch it."""
     @_builtins.property
-    def pushed_at(self) -> _timestamp_pb2.Timestamp: ...
+    def pushed_at(self) -> _timestamp_pb2.Timestamp:
+        """When the push service first took a wake-up; absent: it did not."""
+
     @_builtins.property
-    def fetched_at(self) -> _timestamp_pb2.Timestamp: ...
+    def fetched_at(self) -> _timestamp_pb2.Timestamp:
+        """When the device first received the envelope; absent: it did not."""
+
     @_builtins.property
     def at(self) -> _timestamp_pb2.Timestamp:
         """When the state was entered."""
 
     @_builtins.property
-    def read_at(self) -> _timestamp_pb2.Timestamp: ...
+    def read_at(self) -> _timestamp_pb2.Timestamp:
+        """When its user read it; absent: not known."""
+
     @_builtins.property
     def late_ack_at(self) -> _timestamp_pb2.Timestamp:
         """An acknowledgement that came after a terminal state."""
@@ -709,6 +786,7 @@ class CancelRequest(_message.Message):
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes, as accepted."""
     def __init__(
         self,
         *,
@@ -731,7 +809,9 @@ class CancelResponse(_message.Message):
     state: _common_pb2.State.ValueType
     """The message's state afterwards."""
     @_builtins.property
-    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StoppedDelivery]: ...
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StoppedDelivery]:
+        """One a device, with what became of each."""
+
     def __init__(
         self,
         *,

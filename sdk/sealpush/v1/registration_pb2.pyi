@@ -61,8 +61,11 @@ class StartRegistrationResponse(_message.Message):
     registration_id: _builtins.bytes
     """16 bytes, names this attempt."""
     code_length: _builtins.int
+    """Digits of the code; 6."""
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of the code: 5 minutes, unless the installation is set up otherwise."""
+
     @_builtins.property
     def resend_at(self) -> _timestamp_pb2.Timestamp:
         """Earliest time at which another code can be asked for."""
@@ -105,9 +108,11 @@ class Installation(_message.Message):
     LOCALE_FIELD_NUMBER: _builtins.int
     SUBSCRIPTIONS_FIELD_NUMBER: _builtins.int
     platform: _common_pb2.Platform.ValueType
+    """Required when registering; unspecified in an update: stays."""
     push_token: _builtins.str
     """The push service's token, ≤ 4096 characters. Present and empty: removes the token."""
     push_environment: _common_pb2.PushEnvironment.ValueType
+    """Unspecified: production when registering, stays in an update."""
     push_topic: _builtins.str
     """APNs topic, FCM project or HMS app; empty: the app's default."""
     push_allowed_by_os: _builtins.bool
@@ -171,11 +176,15 @@ Global___Installation: _TypeAlias = Installation  # noqa: Y015
 
 @_typing.final
 class Subscriptions(_message.Message):
+    """A list that can be absent."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The whole set; empty: none."""
+
     def __init__(
         self,
         *,
@@ -201,6 +210,7 @@ class ConfirmRegistrationRequest(_message.Message):
     INSTALLATION_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     registration_id: _builtins.bytes
+    """16 bytes, from StartRegistration."""
     code: _builtins.str
     """Digits as received."""
     device_id: _builtins.bytes
@@ -214,7 +224,9 @@ class ConfirmRegistrationRequest(_message.Message):
         """The first signed prekey; an installation can be sealed to from its first moment."""
 
     @_builtins.property
-    def installation(self) -> Global___Installation: ...
+    def installation(self) -> Global___Installation:
+        """The platform is required; what else is absent is empty, production, or allowed."""
+
     def __init__(
         self,
         *,
@@ -243,7 +255,9 @@ class ConfirmRegistrationResponse(_message.Message):
     subscriber_id: _builtins.bytes
     """16 bytes."""
     @_builtins.property
-    def server_time(self) -> _timestamp_pb2.Timestamp: ...
+    def server_time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock when it answered."""
+
     def __init__(
         self,
         *,
@@ -264,6 +278,7 @@ class GetChallengeRequest(_message.Message):
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes; need not be known."""
     def __init__(
         self,
         *,
@@ -305,7 +320,9 @@ class AuthenticateRequest(_message.Message):
     CHALLENGE_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes, the one the challenge was asked for."""
     challenge: _builtins.bytes
+    """As received; good once."""
     signature: _builtins.bytes
     """64 bytes: challenge answer by the identity key."""
     def __init__(
@@ -331,10 +348,15 @@ class AuthenticateResponse(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     SERVER_TIME_FIELD_NUMBER: _builtins.int
     access_token: _builtins.str
+    """Goes into the metadata of every call: `authorization: Bearer <token>`."""
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of the token, 15 minutes from now."""
+
     @_builtins.property
-    def server_time(self) -> _timestamp_pb2.Timestamp: ...
+    def server_time(self) -> _timestamp_pb2.Timestamp:
+        """The server's clock when it answered."""
+
     def __init__(
         self,
         *,
@@ -359,7 +381,9 @@ class UpdateInstallationRequest(_message.Message):
     change: _builtins.bytes
     """A serialised Installation; these bytes are signed."""
     @_builtins.property
-    def proof(self) -> _common_pb2.DeviceProof: ...
+    def proof(self) -> _common_pb2.DeviceProof:
+        """By the calling device, over these bytes."""
+
     def __init__(
         self,
         *,
@@ -395,7 +419,9 @@ class UnregisterRequest(_message.Message):
 
     PROOF_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def proof(self) -> _common_pb2.DeviceProof: ...
+    def proof(self) -> _common_pb2.DeviceProof:
+        """By the calling device, over no `change` bytes."""
+
     def __init__(
         self,
         *,
@@ -426,6 +452,8 @@ Global___UnregisterResponse: _TypeAlias = UnregisterResponse  # noqa: Y015
 
 @_typing.final
 class Preference(_message.Message):
+    """What a recipient decided about a sender. All false: nothing, it is not kept."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_ID_FIELD_NUMBER: _builtins.int
@@ -465,6 +493,7 @@ class ListPreferencesRequest(_message.Message):
     page_size: _builtins.int
     """≤ 500, 0: 100."""
     page_token: _builtins.bytes
+    """16 bytes from the answer before; empty: from the first."""
     def __init__(
         self,
         *,
@@ -488,7 +517,9 @@ class ListPreferencesResponse(_message.Message):
     next_page_token: _builtins.bytes
     """Empty: no more."""
     @_builtins.property
-    def preferences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Preference]: ...
+    def preferences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Preference]:
+        """By sender id; senders about whom nothing was decided are left out."""
+
     def __init__(
         self,
         *,
@@ -512,7 +543,9 @@ class SetPreferenceRequest(_message.Message):
     change: _builtins.bytes
     """A serialised Preference; these bytes are signed."""
     @_builtins.property
-    def proof(self) -> _common_pb2.DeviceProof: ...
+    def proof(self) -> _common_pb2.DeviceProof:
+        """By the calling device, over these bytes."""
+
     def __init__(
         self,
         *,

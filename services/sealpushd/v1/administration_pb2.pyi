@@ -58,6 +58,7 @@ class PutOrganisationResponse(_message.Message):
 
     ORGANISATION_ID_FIELD_NUMBER: _builtins.int
     organisation_id: _builtins.bytes
+    """16 bytes; the same again for the same login."""
     def __init__(
         self,
         *,
@@ -86,6 +87,7 @@ class PutSenderRequest(_message.Message):
     SCOPES_FIELD_NUMBER: _builtins.int
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
     organisation_id: _builtins.bytes
+    """16 bytes; of a known sender it cannot change."""
     sender_id: _builtins.bytes
     """16 bytes, chosen by the caller because the signed entry names it. Repeating the call changes the sender."""
     name: _builtins.str
@@ -93,9 +95,11 @@ class PutSenderRequest(_message.Message):
     sender_entry: _builtins.bytes
     """Root-signed entry (layout: sealpush.keys); its sender id must be the one above."""
     brand_colour: _builtins.str
+    """"#rrggbb", empty: none."""
     brand_text_colour: _builtins.str
+    """Colour of text on the brand colour, "#rrggbb"; empty: none."""
     logo_png: _builtins.bytes
-    """Exactly 512 × 512 PNG, ≤ 1 MiB; empty: none, or stays."""
+    """Exactly 512 × 512 PNG, ≤ 128 KiB; empty: none, or stays."""
     is_default: _builtins.bool
     """The organisation signs in as this sender when it names none."""
     @_builtins.property
@@ -154,6 +158,7 @@ class PutAppRequest(_message.Message):
     app_id: _builtins.str
     """≤ 64 characters of a-z 0-9 - ."""
     name: _builtins.str
+    """For people, also in the SMS with the code; 1 to 128 characters."""
     root_public_key: _builtins.bytes
     """Root the app pins, Ed25519, 32 bytes."""
     apns_topic: _builtins.str
@@ -196,6 +201,7 @@ class PutPlatformEntryRequest(_message.Message):
     PLATFORM_ENTRY_FIELD_NUMBER: _builtins.int
     ROOT_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     platform_entry: _builtins.bytes
+    """The entry with its signature (layout: sealpush.keys)."""
     root_public_key: _builtins.bytes
     """32 bytes; must be the root of at least one app."""
     def __init__(
@@ -255,7 +261,9 @@ class GetSendersResponse(_message.Message):
 
     SENDERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def senders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sender]: ...
+    def senders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sender]:
+        """At most one a known sender, in no promised order."""
+
     def __init__(
         self,
         *,
@@ -271,6 +279,8 @@ Global___GetSendersResponse: _TypeAlias = GetSendersResponse  # noqa: Y015
 
 @_typing.final
 class Sender(_message.Message):
+    """What services need to know of a sender."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_ID_FIELD_NUMBER: _builtins.int
@@ -279,11 +289,17 @@ class Sender(_message.Message):
     SENDER_ENTRY_FIELD_NUMBER: _builtins.int
     APP_IDS_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
+    """16 bytes."""
     organisation_id: _builtins.bytes
+    """16 bytes."""
     name: _builtins.str
+    """Unique in the organisation, ≤ 64 characters."""
     sender_entry: _builtins.bytes
+    """Root-signed entry (layout: sealpush.keys)."""
     @_builtins.property
-    def app_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def app_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Apps it may send to; the first is its default."""
+
     def __init__(
         self,
         *,
@@ -329,7 +345,9 @@ class GetAppsResponse(_message.Message):
 
     APPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def apps(self) -> _containers.RepeatedCompositeFieldContainer[Global___App]: ...
+    def apps(self) -> _containers.RepeatedCompositeFieldContainer[Global___App]:
+        """At most one a known app, in no promised order."""
+
     def __init__(
         self,
         *,
@@ -345,14 +363,19 @@ Global___GetAppsResponse: _TypeAlias = GetAppsResponse  # noqa: Y015
 
 @_typing.final
 class App(_message.Message):
+    """What services need to know of an app."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     APP_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     APNS_TOPIC_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
+    """≤ 64 characters of a-z 0-9 - ."""
     name: _builtins.str
+    """For people, ≤ 128 characters."""
     apns_topic: _builtins.str
+    """Default APNs topic, ≤ 255 characters; empty: none."""
     def __init__(
         self,
         *,

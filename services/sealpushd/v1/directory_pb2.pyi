@@ -26,7 +26,9 @@ class ResolveRequest(_message.Message):
 
     QUERIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResolveQuery]: ...
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResolveQuery]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -42,6 +44,8 @@ Global___ResolveRequest: _TypeAlias = ResolveRequest  # noqa: Y015
 
 @_typing.final
 class ResolveQuery(_message.Message):
+    """A recipient as a sender names it. Malformed ones are answered, not refused."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RECIPIENT_FIELD_NUMBER: _builtins.int
@@ -51,14 +55,23 @@ class ResolveQuery(_message.Message):
     SUBSCRIPTIONS_FIELD_NUMBER: _builtins.int
     PLATFORMS_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
+    """Required, ≤ 64 characters of a-z 0-9 - ."""
     sender_id: _builtins.bytes
+    """16 bytes: whose external user ids are meant, and which preferences count."""
     primary_only: _builtins.bool
+    """Only the primary installation."""
     @_builtins.property
-    def recipient(self) -> _common_pb2.Recipient: ...
+    def recipient(self) -> _common_pb2.Recipient:
+        """Required; a phone is normalised here."""
+
     @_builtins.property
-    def subscriptions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def subscriptions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only installations with all of these; empty: any."""
+
     @_builtins.property
-    def platforms(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Platform.ValueType]: ...
+    def platforms(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Platform.ValueType]:
+        """Only installations on these; empty: any."""
+
     def __init__(
         self,
         *,
@@ -83,7 +96,9 @@ class ResolveResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResolveResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResolveResult]:
+        """One a query, in their order."""
+
     def __init__(
         self,
         *,
@@ -99,6 +114,8 @@ Global___ResolveResponse: _TypeAlias = ResolveResponse  # noqa: Y015
 
 @_typing.final
 class ResolveResult(_message.Message):
+    """What the directory knows of a recipient."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RESOLVED_FIELD_NUMBER: _builtins.int
@@ -109,7 +126,9 @@ class ResolveResult(_message.Message):
     invalid: _builtins.str
     """The recipient is malformed; says what to do."""
     @_builtins.property
-    def resolved(self) -> Global___Resolved: ...
+    def resolved(self) -> Global___Resolved:
+        """Somebody can receive it."""
+
     def __init__(
         self,
         *,
@@ -129,6 +148,8 @@ Global___ResolveResult: _TypeAlias = ResolveResult  # noqa: Y015
 
 @_typing.final
 class Resolved(_message.Message):
+    """A subscriber that can receive."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBSCRIBER_ID_FIELD_NUMBER: _builtins.int
@@ -137,10 +158,13 @@ class Resolved(_message.Message):
     BLOCK_ADVERTISING_FIELD_NUMBER: _builtins.int
     MUTE_FIELD_NUMBER: _builtins.int
     subscriber_id: _builtins.bytes
+    """16 bytes."""
     block_all: _builtins.bool
     """What the recipient decided about the sender."""
     block_advertising: _builtins.bool
+    """No advertising of the sender may arrive."""
     mute: _builtins.bool
+    """Messages of the sender arrive without a notification."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResolvedDevice]:
         """At least one."""
@@ -164,13 +188,17 @@ Global___Resolved: _TypeAlias = Resolved  # noqa: Y015
 
 @_typing.final
 class ResolvedDevice(_message.Message):
+    """An active device of the subscriber in the app."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     PUSH_REASON_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     platform: _common_pb2.Platform.ValueType
+    """Decides the push lane."""
     push_reason: _common_pb2.ReasonCode.ValueType
     """Unspecified: can be pushed. Else why it cannot; its deliveries go to the mailbox only."""
     def __init__(
@@ -194,7 +222,9 @@ class GetPushTargetsRequest(_message.Message):
 
     DEVICE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 512, 16 bytes each."""
+
     def __init__(
         self,
         *,
@@ -214,7 +244,9 @@ class GetPushTargetsResponse(_message.Message):
 
     TARGETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushTarget]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushTarget]:
+        """One a device id, in their order."""
+
     def __init__(
         self,
         *,
@@ -230,6 +262,8 @@ Global___GetPushTargetsResponse: _TypeAlias = GetPushTargetsResponse  # noqa: Y0
 
 @_typing.final
 class PushTarget(_message.Message):
+    """Where to push for one device. Of an unknown device, everything but the id is empty."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
@@ -240,14 +274,21 @@ class PushTarget(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     APP_ID_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes, as asked for."""
     push_token: _builtins.str
     """Empty: the device has none (any more)."""
     environment: _common_pb2.PushEnvironment.ValueType
+    """Which of the vendor's environments issued the token."""
     topic: _builtins.str
+    """APNs topic, FCM project or HMS app; empty: the app's default."""
     platform: _common_pb2.Platform.ValueType
+    """Unspecified: the device is unknown."""
     app_id: _builtins.str
+    """The app the installation belongs to; empty: the device is unknown."""
     @_builtins.property
-    def registered_at(self) -> _timestamp_pb2.Timestamp: ...
+    def registered_at(self) -> _timestamp_pb2.Timestamp:
+        """When the token was stored; an older report of its death does not count. Absent: no token."""
+
     def __init__(
         self,
         *,
@@ -273,7 +314,9 @@ class ReportDeadTokensRequest(_message.Message):
 
     DEAD_TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def dead_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadToken]: ...
+    def dead_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadToken]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -289,13 +332,17 @@ Global___ReportDeadTokensRequest: _TypeAlias = ReportDeadTokensRequest  # noqa: 
 
 @_typing.final
 class DeadToken(_message.Message):
+    """A token that the push service called dead."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     PUSH_TOKEN_FIELD_NUMBER: _builtins.int
     DEAD_AT_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     push_token: _builtins.str
+    """As it was pushed to."""
     @_builtins.property
     def dead_at(self) -> _timestamp_pb2.Timestamp:
         """The push service's time of death; absent: it named none, the time of the report counts."""

@@ -28,7 +28,9 @@ class _LaneState:
 class _LaneStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LaneState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LANE_STATE_UNSPECIFIED: _LaneState.ValueType  # 0
+    """Never sent."""
     LANE_STATE_OPEN: _LaneState.ValueType  # 1
+    """Takes wake-ups."""
     LANE_STATE_PAUSED: _LaneState.ValueType  # 2
     """Paused by an operator."""
     LANE_STATE_BROKEN: _LaneState.ValueType  # 3
@@ -36,10 +38,13 @@ class _LaneStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LaneState.V
     LANE_STATE_MISCONFIGURED: _LaneState.ValueType  # 4
     """Credentials or settings are wrong; `detail` says what to do."""
 
-class LaneState(_LaneState, metaclass=_LaneStateEnumTypeWrapper): ...
+class LaneState(_LaneState, metaclass=_LaneStateEnumTypeWrapper):
+    """Whether a lane takes wake-ups."""
 
 LANE_STATE_UNSPECIFIED: LaneState.ValueType  # 0
+"""Never sent."""
 LANE_STATE_OPEN: LaneState.ValueType  # 1
+"""Takes wake-ups."""
 LANE_STATE_PAUSED: LaneState.ValueType  # 2
 """Paused by an operator."""
 LANE_STATE_BROKEN: LaneState.ValueType  # 3
@@ -50,6 +55,8 @@ Global___LaneState: _TypeAlias = LaneState  # noqa: Y015
 
 @_typing.final
 class Lane(_message.Message):
+    """A lane as the process that is asked sees it; its counts begin with the process."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     APP_ID_FIELD_NUMBER: _builtins.int
@@ -63,17 +70,27 @@ class Lane(_message.Message):
     QUARANTINED_FIELD_NUMBER: _builtins.int
     NEXT_TRY_AT_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
+    """≤ 64 characters."""
     platform: _common_pb2.Platform.ValueType
+    """With the app id, the name of the lane."""
     state: Global___LaneState.ValueType
+    """Whether it takes wake-ups."""
     detail: _builtins.str
     """What the state means and what to do."""
     in_flight: _builtins.int
+    """Wake-ups that dispatch holds: received and not yet reported."""
     accepted: _builtins.int
+    """Wake-ups that the push service took."""
     retried: _builtins.int
+    """Wake-ups that went back to be tried again."""
     dead_tokens: _builtins.int
+    """Wake-ups whose token was dead."""
     quarantined: _builtins.int
+    """Wake-ups that were given up for push."""
     @_builtins.property
-    def next_try_at(self) -> _timestamp_pb2.Timestamp: ...
+    def next_try_at(self) -> _timestamp_pb2.Timestamp:
+        """When a broken or misconfigured lane tries again; absent: it is open or paused."""
+
     def __init__(
         self,
         *,
@@ -117,7 +134,9 @@ class ListLanesResponse(_message.Message):
 
     LANES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lane]: ...
+    def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lane]:
+        """All of them; the process has few."""
+
     def __init__(
         self,
         *,
@@ -138,7 +157,9 @@ class PauseLaneRequest(_message.Message):
     APP_ID_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
+    """≤ 64 characters."""
     platform: _common_pb2.Platform.ValueType
+    """With the app id, the name of the lane."""
     def __init__(
         self,
         *,
@@ -175,7 +196,9 @@ class ResumeLaneRequest(_message.Message):
     APP_ID_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
+    """≤ 64 characters."""
     platform: _common_pb2.Platform.ValueType
+    """With the app id, the name of the lane."""
     def __init__(
         self,
         *,

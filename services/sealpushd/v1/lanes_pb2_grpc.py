@@ -57,7 +57,8 @@ class LanesServicer:
     """
 
     def ListLanes(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The lanes of the process that is asked, and how they are. Operators.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -70,7 +71,8 @@ class LanesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeLane(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Takes wake-ups again, and forgets what broke the lane. NOT_FOUND: no such lane. Operators.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -34,9 +34,11 @@ class LanesStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> LanesAsyncStub: ...
     ListLanes: _grpc.UnaryUnaryMultiCallable[_lanes_pb2.ListLanesRequest, _lanes_pb2.ListLanesResponse]
+    """The lanes of the process that is asked, and how they are. Operators."""
     PauseLane: _grpc.UnaryUnaryMultiCallable[_lanes_pb2.PauseLaneRequest, _lanes_pb2.PauseLaneResponse]
     """Stops taking wake-ups for a lane until it is resumed; what waits stays queued. NOT_FOUND: no such lane."""
     ResumeLane: _grpc.UnaryUnaryMultiCallable[_lanes_pb2.ResumeLaneRequest, _lanes_pb2.ResumeLaneResponse]
+    """Takes wake-ups again, and forgets what broke the lane. NOT_FOUND: no such lane. Operators."""
 
 @_typing.type_check_only
 class LanesAsyncStub(LanesStub):
@@ -44,9 +46,11 @@ class LanesAsyncStub(LanesStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListLanes: _aio.UnaryUnaryMultiCallable[_lanes_pb2.ListLanesRequest, _lanes_pb2.ListLanesResponse]  # type: ignore[assignment]
+    """The lanes of the process that is asked, and how they are. Operators."""
     PauseLane: _aio.UnaryUnaryMultiCallable[_lanes_pb2.PauseLaneRequest, _lanes_pb2.PauseLaneResponse]  # type: ignore[assignment]
     """Stops taking wake-ups for a lane until it is resumed; what waits stays queued. NOT_FOUND: no such lane."""
     ResumeLane: _aio.UnaryUnaryMultiCallable[_lanes_pb2.ResumeLaneRequest, _lanes_pb2.ResumeLaneResponse]  # type: ignore[assignment]
+    """Takes wake-ups again, and forgets what broke the lane. NOT_FOUND: no such lane. Operators."""
 
 class LanesServicer(metaclass=_abc_1.ABCMeta):
     """The lanes of dispatch: one a platform of an app. Mesh listener of dispatch; operators."""
@@ -56,7 +60,8 @@ class LanesServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _lanes_pb2.ListLanesRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_lanes_pb2.ListLanesResponse, _abc.Awaitable[_lanes_pb2.ListLanesResponse]]: ...
+    ) -> _typing.Union[_lanes_pb2.ListLanesResponse, _abc.Awaitable[_lanes_pb2.ListLanesResponse]]:
+        """The lanes of the process that is asked, and how they are. Operators."""
 
     @_abc_1.abstractmethod
     def PauseLane(
@@ -71,6 +76,7 @@ class LanesServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _lanes_pb2.ResumeLaneRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_lanes_pb2.ResumeLaneResponse, _abc.Awaitable[_lanes_pb2.ResumeLaneResponse]]: ...
+    ) -> _typing.Union[_lanes_pb2.ResumeLaneResponse, _abc.Awaitable[_lanes_pb2.ResumeLaneResponse]]:
+        """Takes wake-ups again, and forgets what broke the lane. NOT_FOUND: no such lane. Operators."""
 
 def add_LanesServicer_to_server(servicer: LanesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,6 +29,7 @@ class _WakeUpOutcome:
 class _WakeUpOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WakeUpOutcome.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WAKE_UP_OUTCOME_UNSPECIFIED: _WakeUpOutcome.ValueType  # 0
+    """Refused."""
     WAKE_UP_OUTCOME_PUSHED: _WakeUpOutcome.ValueType  # 1
     """The push service took it."""
     WAKE_UP_OUTCOME_RETRY: _WakeUpOutcome.ValueType  # 2
@@ -40,9 +41,11 @@ class _WakeUpOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WakeUpO
     WAKE_UP_OUTCOME_RELEASED: _WakeUpOutcome.ValueType  # 5
     """Was not tried: the lane stopped. Does not count as an attempt."""
 
-class WakeUpOutcome(_WakeUpOutcome, metaclass=_WakeUpOutcomeEnumTypeWrapper): ...
+class WakeUpOutcome(_WakeUpOutcome, metaclass=_WakeUpOutcomeEnumTypeWrapper):
+    """What became of a wake-up."""
 
 WAKE_UP_OUTCOME_UNSPECIFIED: WakeUpOutcome.ValueType  # 0
+"""Refused."""
 WAKE_UP_OUTCOME_PUSHED: WakeUpOutcome.ValueType  # 1
 """The push service took it."""
 WAKE_UP_OUTCOME_RETRY: WakeUpOutcome.ValueType  # 2
@@ -62,6 +65,7 @@ class _EventKind:
 class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
+    """Never sent."""
     EVENT_KIND_STATE: _EventKind.ValueType  # 1
     """The delivery entered `state`."""
     EVENT_KIND_READ: _EventKind.ValueType  # 2
@@ -69,9 +73,11 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_LATE_ACK: _EventKind.ValueType  # 3
     """An acknowledgement came after a terminal state."""
 
-class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
+class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
+    """What an event tells."""
 
 EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
+"""Never sent."""
 EVENT_KIND_STATE: EventKind.ValueType  # 1
 """The delivery entered `state`."""
 EVENT_KIND_READ: EventKind.ValueType  # 2
@@ -82,13 +88,17 @@ Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
 class AcceptedKey(_message.Message):
+    """An idempotency key, and which request it stands for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_MAC_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
+    """16 bytes."""
     request_id: _builtins.str
+    """The sender's idempotency key, 1 to 64 printable ASCII characters."""
     request_mac: _builtins.bytes
     """32 bytes: keyed MAC over the request as received."""
     def __init__(
@@ -112,7 +122,9 @@ class LookupAcceptedRequest(_message.Message):
 
     KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcceptedKey]: ...
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcceptedKey]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -132,7 +144,9 @@ class LookupAcceptedResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcceptedResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcceptedResult]:
+        """One a key, in their order."""
+
     def __init__(
         self,
         *,
@@ -148,6 +162,8 @@ Global___LookupAcceptedResponse: _TypeAlias = LookupAcceptedResponse  # noqa: Y0
 
 @_typing.final
 class AcceptedResult(_message.Message):
+    """What a key was accepted for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -159,8 +175,11 @@ class AcceptedResult(_message.Message):
     other_request: _builtins.bool
     """The key was used for another request."""
     devices: _builtins.int
+    """Deliveries made, one a device."""
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of the message's lifetime; absent: not accepted before."""
+
     def __init__(
         self,
         *,
@@ -183,7 +202,9 @@ class StoreRequest(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewMessage]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewMessage]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -199,6 +220,8 @@ Global___StoreRequest: _TypeAlias = StoreRequest  # noqa: Y015
 
 @_typing.final
 class NewMessage(_message.Message):
+    """A message to store."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
@@ -227,32 +250,53 @@ class NewMessage(_message.Message):
     message_id: _builtins.bytes
     """UUIDv7, made by publishing: its time decides the partition."""
     subscriber_id: _builtins.bytes
+    """16 bytes: the recipient."""
     app_id: _builtins.str
+    """The app it is for, ≤ 64 characters."""
     content_class: _common_pb2.ContentClass.ValueType
+    """As published."""
     priority: _common_pb2.Priority.ValueType
+    """Unspecified: NORMAL."""
     created_at_ms: _builtins.int
+    """Milliseconds since 1970-01-01 UTC, as in the envelope's header."""
     expires_at_ms: _builtins.int
+    """End of its lifetime, milliseconds since 1970-01-01 UTC, as in the envelope's header."""
     replace_hash: _builtins.bytes
     """Keyed hash of the replace key, 32 bytes; empty: none."""
     order_id: _builtins.bytes
+    """16 bytes; empty: its own message id."""
     leg_no: _builtins.int
+    """Number of the leg inside the order, from 0."""
     channel: _common_pb2.Channel.ValueType
+    """Unspecified: PUSH."""
     group_id: _builtins.bytes
+    """16 bytes; empty: none."""
     traffic_type: _common_pb2.TrafficType.ValueType
+    """As published, else derived from the content class."""
     tag: _builtins.str
+    """The sender's own, ≤ 50 characters; empty: none."""
     originator_requested: _builtins.str
+    """Service name the sender asked for, ≤ 32 characters; empty: the default one."""
     originator_effective: _builtins.str
+    """Service name it goes out under; by push the one asked for."""
     muted: _builtins.bool
+    """The recipient mutes the sender: no notification is shown."""
     blocked: _common_pb2.ReasonCode.ValueType
     """The recipient's decision forbids it: deliveries are stored as BLOCKED with this reason, nothing is pushed."""
     content_id: _builtins.bytes
+    """16 bytes, from the envelope's header; fresh where nothing was sealed."""
     head: _builtins.bytes
     """Head and tail of the envelope; empty when blocked."""
     tail: _builtins.bytes
+    """Encrypted content and signature; empty when blocked."""
     @_builtins.property
-    def key(self) -> Global___AcceptedKey: ...
+    def key(self) -> Global___AcceptedKey:
+        """The second message of a key is not stored."""
+
     @_builtins.property
-    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewDelivery]: ...
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewDelivery]:
+        """At least one, one a device."""
+
     def __init__(
         self,
         *,
@@ -290,6 +334,8 @@ Global___NewMessage: _TypeAlias = NewMessage  # noqa: Y015
 
 @_typing.final
 class NewDelivery(_message.Message):
+    """The part of a message that one device gets."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
@@ -297,9 +343,11 @@ class NewDelivery(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     PUSH_REASON_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     stanza: _builtins.bytes
     """Empty: nothing could be sealed for this device; it ends as UNDELIVERED with the reason below."""
     platform: _common_pb2.Platform.ValueType
+    """With the app id, the lane."""
     push_reason: _common_pb2.ReasonCode.ValueType
     """Unspecified: to be pushed. Else why it is not."""
     def __init__(
@@ -324,7 +372,9 @@ class StoreResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreResult]:
+        """One a message, in their order."""
+
     def __init__(
         self,
         *,
@@ -340,11 +390,14 @@ Global___StoreResponse: _TypeAlias = StoreResponse  # noqa: Y015
 
 @_typing.final
 class StoreResult(_message.Message):
+    """What a key stands for now."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
     STORED_NOW_FIELD_NUMBER: _builtins.int
     stored_now: _builtins.bool
+    """This message was stored by this call; false: the key was accepted before."""
     @_builtins.property
     def accepted(self) -> Global___AcceptedResult:
         """The stored message, or the one the key was accepted for before."""
@@ -374,7 +427,9 @@ class WakeUpSessionRequest(_message.Message):
         """Wake-ups the dispatcher can take in addition to what it holds, per lane."""
 
     @_builtins.property
-    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___WakeUpReport]: ...
+    def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___WakeUpReport]:
+        """What became of wake-ups of this session; in any order."""
+
     def __init__(
         self,
         *,
@@ -399,8 +454,11 @@ class LaneCredit(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
+    """≤ 64 characters."""
     platform: _common_pb2.Platform.ValueType
+    """With the app id, the name of the lane."""
     credit: _builtins.int
+    """Added to what is left of the credit given before."""
     def __init__(
         self,
         *,
@@ -418,6 +476,8 @@ Global___LaneCredit: _TypeAlias = LaneCredit  # noqa: Y015
 
 @_typing.final
 class WakeUpReport(_message.Message):
+    """What a dispatcher says of a wake-up it held; ends the lease."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -428,15 +488,21 @@ class WakeUpReport(_message.Message):
     REASON_CODE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes, as handed out."""
     device_id: _builtins.bytes
+    """16 bytes, as handed out."""
     fence: _builtins.int
     """As handed out; a report with another fence is ignored."""
     outcome: Global___WakeUpOutcome.ValueType
+    """Required."""
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Why it was not pushed, for the delivery's status; unspecified with PUSHED."""
     detail: _builtins.str
     """The provider's word for it, ≤ 100 characters, for operators."""
     @_builtins.property
-    def retry_at(self) -> _timestamp_pb2.Timestamp: ...
+    def retry_at(self) -> _timestamp_pb2.Timestamp:
+        """With RETRY and RELEASED: not before this moment; absent: at once."""
+
     def __init__(
         self,
         *,
@@ -462,7 +528,9 @@ class WakeUpSessionResponse(_message.Message):
 
     WAKE_UPS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def wake_ups(self) -> _containers.RepeatedCompositeFieldContainer[Global___WakeUp]: ...
+    def wake_ups(self) -> _containers.RepeatedCompositeFieldContainer[Global___WakeUp]:
+        """Leased to this session; never more of a lane than its credit. In no promised order."""
+
     def __init__(
         self,
         *,
@@ -478,6 +546,8 @@ Global___WakeUpSessionResponse: _TypeAlias = WakeUpSessionResponse  # noqa: Y015
 
 @_typing.final
 class WakeUp(_message.Message):
+    """A wake-up to push, leased to the session."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -491,17 +561,27 @@ class WakeUp(_message.Message):
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes."""
     device_id: _builtins.bytes
+    """16 bytes."""
     wake_up_id: _builtins.bytes
+    """16 bytes, random: all that the push service learns."""
     fence: _builtins.int
+    """Grows with every lease of the delivery; goes into the report."""
     app_id: _builtins.str
+    """≤ 64 characters."""
     platform: _common_pb2.Platform.ValueType
+    """With the app id, the lane whose credit it took."""
     priority: _common_pb2.Priority.ValueType
+    """As published; never unspecified."""
     muted: _builtins.bool
+    """Show no notification."""
     attempts: _builtins.int
     """Tries so far, 0 at the first."""
     @_builtins.property
-    def expires_at(self) -> _timestamp_pb2.Timestamp: ...
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """End of the message's lifetime: no push after it."""
+
     def __init__(
         self,
         *,
@@ -568,7 +648,9 @@ class ReadEventsResponse(_message.Message):
     caught_up: _builtins.bool
     """Everything committed before this frame was made has been sent."""
     @_builtins.property
-    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusEvent]: ...
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusEvent]:
+        """In commit order; empty in the first frame, which only says where the reader stands."""
+
     def __init__(
         self,
         *,
@@ -586,6 +668,8 @@ Global___ReadEventsResponse: _TypeAlias = ReadEventsResponse  # noqa: Y015
 
 @_typing.final
 class StatusEvent(_message.Message):
+    """A change of one delivery."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
@@ -600,17 +684,29 @@ class StatusEvent(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
+    """16 bytes."""
     device_id: _builtins.bytes
+    """16 bytes."""
     sender_id: _builtins.bytes
+    """16 bytes."""
     order_id: _builtins.bytes
+    """16 bytes; the message id where the sender named none."""
     leg_no: _builtins.int
+    """Number of the leg inside the order, from 0."""
     group_id: _builtins.bytes
+    """16 bytes; empty: none."""
     channel: _common_pb2.Channel.ValueType
+    """As published; never unspecified."""
     state: _common_pb2.State.ValueType
+    """The delivery's state, see `kind`."""
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Why the state is not a success; unspecified: nothing to say."""
     kind: Global___EventKind.ValueType
+    """What the event tells."""
     @_builtins.property
-    def at(self) -> _timestamp_pb2.Timestamp: ...
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When it was written, by the database's clock."""
+
     def __init__(
         self,
         *,
@@ -641,8 +737,11 @@ class MailboxGetStatusesRequest(_message.Message):
     SENDER_ID_FIELD_NUMBER: _builtins.int
     MESSAGE_IDS_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
+    """16 bytes: messages of others are unknown."""
     @_builtins.property
-    def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 512, 16 bytes each."""
+
     def __init__(
         self,
         *,
@@ -663,7 +762,9 @@ class MailboxGetStatusesResponse(_message.Message):
 
     STATUSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[_publish_pb2.MessageStatus]: ...
+    def statuses(self) -> _containers.RepeatedCompositeFieldContainer[_publish_pb2.MessageStatus]:
+        """At most one a message, in no promised order."""
+
     def __init__(
         self,
         *,
@@ -684,8 +785,11 @@ class MailboxCancelRequest(_message.Message):
     SENDER_ID_FIELD_NUMBER: _builtins.int
     MESSAGE_IDS_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
+    """16 bytes: messages of others are not found."""
     @_builtins.property
-    def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 512, 16 bytes each."""
+
     def __init__(
         self,
         *,
@@ -706,7 +810,9 @@ class MailboxCancelResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___CancelResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___CancelResult]:
+        """One a message id, in their order."""
+
     def __init__(
         self,
         *,
@@ -722,6 +828,8 @@ Global___MailboxCancelResponse: _TypeAlias = MailboxCancelResponse  # noqa: Y015
 
 @_typing.final
 class CancelResult(_message.Message):
+    """What became of one message that is cancelled."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FOUND_FIELD_NUMBER: _builtins.int
@@ -730,8 +838,11 @@ class CancelResult(_message.Message):
     found: _builtins.bool
     """False: not a message of this sender."""
     state: _common_pb2.State.ValueType
+    """The message's state afterwards; unspecified: not found."""
     @_builtins.property
-    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StoppedDelivery]: ...
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StoppedDelivery]:
+        """One a device, also those that had ended before."""
+
     def __init__(
         self,
         *,
@@ -755,7 +866,9 @@ class BlockRequest(_message.Message):
     SENDER_ID_FIELD_NUMBER: _builtins.int
     ADVERTISING_ONLY_FIELD_NUMBER: _builtins.int
     subscriber_id: _builtins.bytes
+    """16 bytes: who blocks."""
     sender_id: _builtins.bytes
+    """16 bytes: who is blocked."""
     advertising_only: _builtins.bool
     """Only advertising; else everything."""
     def __init__(
@@ -779,7 +892,9 @@ class BlockResponse(_message.Message):
 
     DELIVERIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StoppedDelivery]: ...
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StoppedDelivery]:
+        """Those that this call ended."""
+
     def __init__(
         self,
         *,
@@ -799,7 +914,9 @@ class CloseDevicesRequest(_message.Message):
 
     DEVICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClosedDevice]: ...
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClosedDevice]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -815,12 +932,16 @@ Global___CloseDevicesRequest: _TypeAlias = CloseDevicesRequest  # noqa: Y015
 
 @_typing.final
 class ClosedDevice(_message.Message):
+    """An installation that is gone."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     REASON_CODE_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     reason_code: _common_pb2.ReasonCode.ValueType
+    """Reason its deliveries end with, such as UNREGISTERED or NUMBER_REBOUND."""
     def __init__(
         self,
         *,

@@ -25,7 +25,9 @@ class PutDevicesRequest(_message.Message):
 
     DEVICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewDevice]: ...
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewDevice]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -41,6 +43,8 @@ Global___PutDevicesRequest: _TypeAlias = PutDevicesRequest  # noqa: Y015
 
 @_typing.final
 class NewDevice(_message.Message):
+    """A device to be entered."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBSCRIBER_ID_FIELD_NUMBER: _builtins.int
@@ -48,11 +52,15 @@ class NewDevice(_message.Message):
     IDENTITY_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     SIGNED_PREKEY_FIELD_NUMBER: _builtins.int
     subscriber_id: _builtins.bytes
+    """16 bytes; a device that stands in another subscriber's log moves."""
     device_id: _builtins.bytes
+    """16 bytes."""
     identity_public_key: _builtins.bytes
     """Ed25519, 32 bytes."""
     @_builtins.property
-    def signed_prekey(self) -> _keys_pb2.Prekey: ...
+    def signed_prekey(self) -> _keys_pb2.Prekey:
+        """Its first prekey, of the kind SIGNED; verified again here."""
+
     def __init__(
         self,
         *,
@@ -97,7 +105,9 @@ class RemoveDevicesRequest(_message.Message):
 
     DEVICES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___RemovedDevice]: ...
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___RemovedDevice]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -113,12 +123,16 @@ Global___RemoveDevicesRequest: _TypeAlias = RemoveDevicesRequest  # noqa: Y015
 
 @_typing.final
 class RemovedDevice(_message.Message):
+    """A device to be taken out."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBSCRIBER_ID_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     subscriber_id: _builtins.bytes
+    """16 bytes: the log it is taken out of."""
     device_id: _builtins.bytes
+    """16 bytes."""
     def __init__(
         self,
         *,
@@ -154,7 +168,9 @@ class SealRequest(_message.Message):
 
     ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealItem]: ...
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealItem]:
+        """≤ 512, for ≤ 16,384 devices in all. One malformed item fails the call."""
+
     def __init__(
         self,
         *,
@@ -170,6 +186,8 @@ Global___SealRequest: _TypeAlias = SealRequest  # noqa: Y015
 
 @_typing.final
 class SealItem(_message.Message):
+    """A content for some devices of one subscriber."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_ID_FIELD_NUMBER: _builtins.int
@@ -179,13 +197,19 @@ class SealItem(_message.Message):
     CREATED_AT_MS_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_MS_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
+    """16 bytes; goes into the header."""
     subscriber_id: _builtins.bytes
+    """16 bytes; devices of others get no stanza."""
     content: _builtins.bytes
     """Serialised sealpush.v1.Content."""
     created_at_ms: _builtins.int
+    """Milliseconds since 1970-01-01 UTC; goes into the header."""
     expires_at_ms: _builtins.int
+    """Milliseconds since 1970-01-01 UTC, later than the creation by ≤ 28 days; goes into the header."""
     @_builtins.property
-    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 512, 16 bytes each."""
+
     def __init__(
         self,
         *,
@@ -210,7 +234,9 @@ class SealResponse(_message.Message):
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealResult]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealResult]:
+        """One an item, in their order."""
+
     def __init__(
         self,
         *,
@@ -226,12 +252,16 @@ Global___SealResponse: _TypeAlias = SealResponse  # noqa: Y015
 
 @_typing.final
 class SealResult(_message.Message):
+    """A sealed content."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PARTS_FIELD_NUMBER: _builtins.int
     DEVICES_WITHOUT_PREKEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def parts(self) -> Global___SealedParts: ...
+    def parts(self) -> Global___SealedParts:
+        """Always present; without stanzas where no device has a prekey."""
+
     @_builtins.property
     def devices_without_prekey(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Devices that nothing could be sealed for."""
@@ -261,12 +291,15 @@ class SealedParts(_message.Message):
     TAIL_FIELD_NUMBER: _builtins.int
     STANZAS_FIELD_NUMBER: _builtins.int
     content_id: _builtins.bytes
+    """16 bytes, as in the header."""
     head: _builtins.bytes
     """Header and commitment."""
     tail: _builtins.bytes
     """Encrypted content and signature."""
     @_builtins.property
-    def stanzas(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceStanza]: ...
+    def stanzas(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceStanza]:
+        """One a device that has a prekey."""
+
     def __init__(
         self,
         *,
@@ -285,12 +318,16 @@ Global___SealedParts: _TypeAlias = SealedParts  # noqa: Y015
 
 @_typing.final
 class DeviceStanza(_message.Message):
+    """What one device needs to open the envelope."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     STANZA_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     stanza: _builtins.bytes
+    """As it stands in the envelope."""
     def __init__(
         self,
         *,
@@ -311,7 +348,9 @@ class CheckStanzasRequest(_message.Message):
 
     CHECKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___StanzaCheck]: ...
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___StanzaCheck]:
+        """≤ 512."""
+
     def __init__(
         self,
         *,
@@ -327,6 +366,8 @@ Global___CheckStanzasRequest: _TypeAlias = CheckStanzasRequest  # noqa: Y015
 
 @_typing.final
 class StanzaCheck(_message.Message):
+    """The stanzas of one envelope, and whom it should be for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SENDER_ID_FIELD_NUMBER: _builtins.int
@@ -335,7 +376,9 @@ class StanzaCheck(_message.Message):
     STANZAS_FIELD_NUMBER: _builtins.int
     RECIPIENT_REF_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
+    """16 bytes."""
     subscriber_id: _builtins.bytes
+    """16 bytes."""
     recipient_ref: _builtins.bytes
     """From the envelope's header, 32 bytes."""
     @_builtins.property
@@ -343,7 +386,9 @@ class StanzaCheck(_message.Message):
         """The recipient's devices in the app."""
 
     @_builtins.property
-    def stanzas(self) -> _containers.RepeatedCompositeFieldContainer[Global___StanzaKey]: ...
+    def stanzas(self) -> _containers.RepeatedCompositeFieldContainer[Global___StanzaKey]:
+        """One a stanza of the envelope."""
+
     def __init__(
         self,
         *,
@@ -363,6 +408,8 @@ Global___StanzaCheck: _TypeAlias = StanzaCheck  # noqa: Y015
 
 @_typing.final
 class StanzaKey(_message.Message):
+    """What a stanza was sealed to."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICE_ID_FIELD_NUMBER: _builtins.int
@@ -370,9 +417,13 @@ class StanzaKey(_message.Message):
     PREKEY_ID_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
+    """16 bytes."""
     suite: _builtins.int
+    """Suite of the prekey, as in sealpush.v1.Prekey."""
     prekey_id: _builtins.int
+    """As the device chose it."""
     kind: _keys_pb2.PrekeyKind.ValueType
+    """As the stanza says."""
     def __init__(
         self,
         *,
@@ -395,7 +446,9 @@ class CheckStanzasResponse(_message.Message):
 
     VERDICTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___StanzaVerdict]: ...
+    def verdicts(self) -> _containers.RepeatedCompositeFieldContainer[Global___StanzaVerdict]:
+        """One a check, in their order."""
+
     def __init__(
         self,
         *,
@@ -411,6 +464,8 @@ Global___CheckStanzasResponse: _TypeAlias = CheckStanzasResponse  # noqa: Y015
 
 @_typing.final
 class StanzaVerdict(_message.Message):
+    """What does not fit."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MISSING_DEVICE_IDS_FIELD_NUMBER: _builtins.int
@@ -419,6 +474,7 @@ class StanzaVerdict(_message.Message):
     DEVICE_LIST_VERSION_FIELD_NUMBER: _builtins.int
     FOREIGN_RECIPIENT_REF_FIELD_NUMBER: _builtins.int
     device_list_version: _builtins.bytes
+    """32 bytes: head of the subscriber's device log now."""
     foreign_recipient_ref: _builtins.bool
     """The recipient ref is not this sender's for this recipient."""
     @_builtins.property
@@ -426,9 +482,13 @@ class StanzaVerdict(_message.Message):
         """All lists empty: it fits."""
 
     @_builtins.property
-    def surplus_device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def surplus_device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Devices with a stanza that are not the recipient's."""
+
     @_builtins.property
-    def stale_device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def stale_device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Devices whose stanza was sealed to a prekey or suite that they no longer accept."""
+
     def __init__(
         self,
         *,
@@ -467,6 +527,7 @@ class GetPlatformKeyResponse(_message.Message):
 
     PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     public_key: _builtins.bytes
+    """Ed25519, 32 bytes."""
     def __init__(
         self,
         *,
