@@ -555,8 +555,19 @@ async def test_what_must_be_told_survives_a_mailbox_that_is_down_and_a_restart(w
     world.served = await serve("registration", build, world.settings, world.clock)
     await world.mailbox_peer.start()
     await work_off(world)
-    assert world.mailbox.closed == [(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)]
-    assert world.mailbox.blocked == [(phone.subscriber_id, sender_id, False)]
+    assert set(world.mailbox.closed) == {(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)}
+    assert set(world.mailbox.blocked) == {(phone.subscriber_id, sender_id, False)}
+
+
+async def test_what_a_publish_on_its_way_may_have_missed_is_told_once_more(world: World) -> None:
+    phone, sender_id = await world.phone(), uuid7()
+    await phone.authenticate()
+    await phone.prefer(sender_id, block_all=True)
+    await phone.unregister()
+    assert (len(world.mailbox.blocked), len(world.mailbox.closed)) == (1, 1)
+    await work_off(world)
+    assert world.mailbox.blocked == [(phone.subscriber_id, sender_id, False)] * 2
+    assert world.mailbox.closed == [(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)] * 2
 
 
 async def test_a_device_cannot_come_back_before_its_end_is_carried_out(world: World) -> None:
@@ -571,7 +582,7 @@ async def test_a_device_cannot_come_back_before_its_end_is_carried_out(world: Wo
     async with asyncio.timeout(15):
         while isinstance(answer := await _outcome(phone.confirm(request)), Refusal):
             assert answer.code is StatusCode.UNAVAILABLE
-    assert world.mailbox.closed == [(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)]
+    assert set(world.mailbox.closed) == {(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)}
     assert (await world.resolve(phone.number)).WhichOneof("outcome") == "resolved"
 
 
@@ -853,3 +864,8 @@ async def test_numbers_and_tokens_are_nowhere_in_the_database_in_clear(world: Wo
         assert secret.encode().hex() not in text
     assert phone.number not in text
     assert token not in text
+
+
+async def test_a_start_tells_the_servers_time_so_that_the_first_prekey_has_right_times(world: World) -> None:
+    started = await world.start(world.number())
+    assert started.server_time.ToDatetime(UTC) == world.clock.now()

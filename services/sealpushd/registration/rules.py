@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
-from sealpushd.platform.errors import AlreadyExists, InvalidRequest
+from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest
 
 RECYCLED_AFTER: Final = timedelta(days=90)
 # A code is one of a million: five guesses, then another code, which the limits count.
@@ -36,6 +36,9 @@ CODE_ATTEMPTS: Final = 5
 RESEND_AFTER: Final = timedelta(seconds=30)
 # Kept after their end, so that a confirmation whose answer was lost can be repeated.
 REGISTRATIONS_KEPT: Final = timedelta(days=1)
+
+# Longer than any publish may take, so that none that began before a change is stored after this.
+REPEAT_AFTER: Final = timedelta(seconds=15)
 
 CHALLENGE_LIFETIME: Final = timedelta(seconds=60)
 # Two processes of this service may differ by this much.
@@ -61,6 +64,10 @@ _IOS_TOKEN = re.compile(r"[0-9A-Fa-f]{64,200}", re.ASCII)
 _VISIBLE = re.compile(r"[!-~]*", re.ASCII)
 _APP_ID = re.compile(r"[a-z0-9.-]{1,64}", re.ASCII)
 _LOCALE = re.compile(r"[A-Za-z0-9-]*", re.ASCII)
+
+
+# Installations that one number may have at a time. Far above what people own; a message is sealed for each.
+INSTALLATIONS_MAX: Final = 64
 
 
 class IdentifierKind(enum.IntEnum):
@@ -202,13 +209,20 @@ def bound_before(own: OwnInstallation | None, registration_id: RegistrationId) -
 
 
 def decide_binding(facts: Facts, device_id: DeviceId, new_subscriber_id: SubscriberId, *, now: datetime) -> Binding:
-    """To whom a device that proved a number belongs; the rules stand at the head of this module."""
+    """To whom a device that proved a number belongs; the rules stand at the head of this module.
+
+    Raises FailedPrecondition when the number has as many installations as one message may be sealed for.
+    """
     own = facts.own
     if facts.owner is None:
         binding = Binding(new_subscriber_id)
     elif own is not None and own.subscriber_id == facts.owner:
         return Binding(facts.owner)
     elif any(_in_use(device, now) for device in facts.owner_devices):
+        if sum(device.state is InstallState.ACTIVE for device in facts.owner_devices) >= INSTALLATIONS_MAX:
+            raise FailedPrecondition(
+                f"this number has {INSTALLATIONS_MAX} installations already; unregister one that is not used any more and try again"
+            )
         binding = Binding(facts.owner)
     else:
         unbound = tuple(device.device_id for device in facts.owner_devices if device.state is InstallState.ACTIVE)
@@ -236,6 +250,12 @@ def closures_of_end(device_id: DeviceId, subscriber_id: SubscriberId, reason: Re
         Closure(ClosureKind.CLOSE_DEVICE, subscriber_id, device_id, reason=reason),
         Closure(ClosureKind.REMOVE_DEVICE, subscriber_id, device_id),
     ]
+
+
+def repeated(closures: Sequence[Closure]) -> list[Closure]:
+    """What the mailbox is told once more after `REPEAT_AFTER`: a publish that had resolved the recipient before this change is stored by
+    then at the latest, and ends like those before it."""
+    return [closure for closure in closures if closure.kind is not ClosureKind.REMOVE_DEVICE]
 
 
 def closures_of_preference(preference: Preference, subscriber_id: SubscriberId) -> list[Closure]:

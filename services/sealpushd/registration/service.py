@@ -97,6 +97,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         response = registration_pb2.StartRegistrationResponse(registration_id=started.registration_id, code_length=CODE_LENGTH)
         response.expires_at.FromDatetime(started.expires_at)
         response.resend_at.FromDatetime(started.created_at + rules.RESEND_AFTER)
+        response.server_time.FromDatetime(self._clock.now())
         return response
 
     async def _known_app(self, app_id: str) -> App:

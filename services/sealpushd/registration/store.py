@@ -242,7 +242,7 @@ class RegistrationStore:
                 await c.execute(UNBIND_DEVICES, list(binding.unbound), now)
                 await c.execute(CLEAR_PREFERENCES, binding.recycled)
             await self._put_installation(c, registration_id, pending.app_id, device, binding, now)
-            return await _put_closures(c, rules.closures_of_binding(binding, device.device_id), now)
+            return await _put_closures(c, rules.closures_of_binding(binding, device.device_id), now, now + CLOSURE_LEASE)
 
     async def _put_installation(
         self, c: Connection, registration_id: RegistrationId, app_id: AppId, device: NewDevice, binding: Binding, now: datetime
@@ -343,7 +343,8 @@ class RegistrationStore:
                 await _refuse_change(c, device_id)
             assert row is not None  # noqa: S101 - refused otherwise
             closures = rules.closures_of_end(device_id, SubscriberId(row["subscriber_id"]), Reason.UNREGISTERED)
-            return await _put_closures(c, closures, now)
+            await _put_closures(c, rules.repeated(closures), now, now + rules.REPEAT_AFTER)
+            return await _put_closures(c, closures, now, now + CLOSURE_LEASE)
 
     async def set_preference(self, device_id: DeviceId, counter: int, preference: Preference, now: datetime) -> list[Closure]:
         """What other services must be told. Raises as `change_installation`."""
@@ -366,7 +367,9 @@ class RegistrationStore:
                     now,
                 )
             await c.execute(DROP_BLOCKS, subscriber_id, preference.sender_id)
-            return await _put_closures(c, rules.closures_of_preference(preference, subscriber_id), now)
+            closures = rules.closures_of_preference(preference, subscriber_id)
+            await _put_closures(c, rules.repeated(closures), now, now + rules.REPEAT_AFTER)
+            return await _put_closures(c, closures, now, now + CLOSURE_LEASE)
 
     async def preferences(self, device_id: DeviceId, after: bytes, limit: int) -> list[Preference]:
         rows = await self._db.fetch("list_preferences", LIST_PREFERENCES, device_id, after, limit)
@@ -441,8 +444,8 @@ async def _refuse_change(c: Connection, device_id: DeviceId) -> None:
     raise Aborted("the counter was used: a replay, or another process of the device was faster; take the next counter")
 
 
-async def _put_closures(c: Connection, closures: Sequence[Closure], now: datetime) -> list[Closure]:
-    """The same closures with their ids."""
+async def _put_closures(c: Connection, closures: Sequence[Closure], now: datetime, due_at: datetime) -> list[Closure]:
+    """The same closures with their ids; the background task tells them from `due_at` on."""
     if not closures:
         return []
     rows = await c.fetch(
@@ -454,7 +457,7 @@ async def _put_closures(c: Connection, closures: Sequence[Closure], now: datetim
         [closure.reason for closure in closures],
         [closure.advertising_only for closure in closures],
         now,
-        now + CLOSURE_LEASE,
+        due_at,
     )
     return [replace(closure, closure_id=row["closure_id"]) for closure, row in zip(closures, rows, strict=True)]
 

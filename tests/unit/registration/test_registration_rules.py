@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId, uuid7
 from sealpush.model import Reason
 from sealpush.v1 import common_pb2
-from sealpushd.platform.errors import AlreadyExists, InvalidRequest
+from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest
 from sealpushd.registration import rules
 from sealpushd.registration.rules import (
     Closure,
@@ -109,6 +109,22 @@ def test_90_days_are_the_border() -> None:
     assert recycled(known(1, InstallState.UNREGISTERED))
     assert recycled()
     assert not recycled(known(200), known(2))
+
+
+def test_a_number_has_at_most_so_many_installations() -> None:
+    full = tuple(known(1) for _ in range(rules.INSTALLATIONS_MAX))
+    with pytest.raises(FailedPrecondition, match="unregister one"):
+        rules.decide_binding(Facts(OWNER, full, None), DEVICE, CANDIDATE, now=NOW)
+    ended = (*full[1:], known(1, InstallState.UNREGISTERED))
+    assert rules.decide_binding(Facts(OWNER, ended, None), DEVICE, CANDIDATE, now=NOW).subscriber_id == OWNER
+    # Who has one already may register again.
+    own = OwnInstallation(OWNER, AppId("app"), InstallState.ACTIVE, KEY, RegistrationId(uuid7()))
+    assert rules.decide_binding(Facts(OWNER, full, own), DEVICE, CANDIDATE, now=NOW).subscriber_id == OWNER
+
+
+def test_the_mailbox_is_told_twice_and_keys_once() -> None:
+    closures = rules.closures_of_end(DEVICE, OWNER, Reason.UNREGISTERED)
+    assert [closure.kind for closure in rules.repeated(closures)] == [ClosureKind.CLOSE_DEVICE]
 
 
 def test_a_device_id_belongs_to_one_key_and_one_app() -> None:
