@@ -24,9 +24,7 @@ Taken = dict[MessageId, Committed]  # oldest first; the caller's, so that it has
 class Drainer:
     """Takes what waits at the service."""
 
-    def __init__(
-        self, session: Session, receiver: Receiver, acknowledgements: Acknowledgements, inbox: Inbox, time: ServerTime
-    ) -> None:
+    def __init__(self, session: Session, receiver: Receiver, acknowledgements: Acknowledgements, inbox: Inbox, time: ServerTime) -> None:
         self._session = session
         self._receiver = receiver
         self._acknowledgements = acknowledgements

@@ -97,7 +97,8 @@ class Live:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            self._inbox.interrupted()  # something may be left in the queue
+            if not queue.empty():
+                self._inbox.interrupted()
 
     async def run(self, deliver: Deliver, caught_up: asyncio.Event, *, retake: bool) -> None:
         """Keep one stream going: connect, take what comes, connect again after a pause with full jitter."""
@@ -150,7 +151,14 @@ class Live:
 
     def _connection(self, deliver: Deliver, caught_up: asyncio.Event) -> "_Connection":
         return _Connection(
-            self._session, self._receiver, _Uplink(self._acknowledgements), self._upkeep, self._time, self.held, deliver, caught_up
+            session=self._session,
+            receiver=self._receiver,
+            uplink=_Uplink(self._acknowledgements),
+            upkeep=self._upkeep,
+            time=self._time,
+            held=self.held,
+            deliver=deliver,
+            caught_up=caught_up,
         )
 
 
@@ -211,6 +219,7 @@ class _Connection:
 
     def __init__(
         self,
+        *,
         session: Session,
         receiver: Receiver,
         uplink: _Uplink,

@@ -23,7 +23,7 @@ from sealpush.keys import (
 )
 from sealpush.keystore import Keystore
 from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble, Who
-from sealpush.retry import Clock, Deadline
+from sealpush.retry import Deadline
 from sealpush.session import Session
 from sealpush.v1 import keys_pb2
 
@@ -31,21 +31,18 @@ MAINTENANCE_S_MIN: Final = 2.0  # not begun with less time than this
 MAINTENANCE_PERIOD_MS: Final = DAY_MS
 ONE_TIME_PRIVATE_MAX: Final = 1000  # stop making more when uploads keep failing
 
-UPLOADED_PREKEY: Final = "prekey.uploaded"  # a fact in the store: the id of the signed prekey that the service has
+_UPLOADED_PREKEY: Final = "prekey.uploaded"  # a fact in the store: the id of the signed prekey that the service has
 _MAINTAINED_AT: Final = "maintained.at"
 
 
 class Upkeep:
     """What is due daily. `one_time_prekeys` is how many to keep at the service."""
 
-    def __init__(
-        self, session: Session, store: Store, who: Who, time: ServerTime, clock: Clock, trouble: Trouble, *, one_time_prekeys: int
-    ) -> None:
+    def __init__(self, session: Session, store: Store, who: Who, time: ServerTime, trouble: Trouble, *, one_time_prekeys: int) -> None:
         self._session = session
         self._store = store
         self._who = who
         self._time = time
-        self._clock = clock
         self._trouble = trouble
         self._one_time_prekeys = one_time_prekeys
         self._done_at_ms = 0
@@ -73,7 +70,7 @@ class Upkeep:
 
         def finish(keystore: Keystore) -> None:
             if rotated:
-                keystore.set_fact(UPLOADED_PREKEY, prekey_id_bytes(signed))
+                set_uploaded(keystore, signed)
                 keystore.retire_signed_prekeys(signed.prekey_id, now_ms)
             keystore.purge(now_ms)
             keystore.set_fact(_MAINTAINED_AT, now_ms.to_bytes(8, "big"))
@@ -87,7 +84,7 @@ class Upkeep:
         if abs(self._time.now_ms() - self._done_at_ms) < MAINTENANCE_PERIOD_MS or remaining_s < MAINTENANCE_S_MIN:
             return
         try:
-            await self.do(Deadline.after(self._clock, remaining_s))
+            await self.do(Deadline.after(deadline.clock, remaining_s))
         except SealpushError as error:
             self._trouble.note(error)
 
@@ -100,11 +97,11 @@ class Upkeep:
             newest = keystore.newest_signed_prekey()
             if newest is None or not -FUTURE_SKEW_MS <= now_ms - newest.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
                 newest = _make_signed_prekey(keystore, identity, registration.device_id, now_ms)
-            return newest, keystore.fact(UPLOADED_PREKEY)
+            return newest, keystore.fact(_UPLOADED_PREKEY)
 
         prekey, uploaded = await self._store(current)
         signed = _sign_prekey(identity, registration.device_id, prekey)
-        return signed, prekey_id_bytes(signed) != uploaded
+        return signed, _prekey_id_bytes(signed) != uploaded
 
     async def _one_time(self, deadline: Deadline) -> list[keys_pb2.Prekey]:
         """New one-time prekeys, if the service has few left."""
@@ -135,8 +132,12 @@ def _sign_prekey(identity: IdentityKey, device_id: DeviceId, prekey: PrekeyPriva
     return replace(unsigned, signature=identity.sign(prekey_proof(unsigned, device_id, SUITE_X25519)))
 
 
-def prekey_id_bytes(prekey: SignedPrekey) -> bytes:
-    """As the fact `UPLOADED_PREKEY` holds it."""
+def set_uploaded(keystore: Keystore, prekey: SignedPrekey) -> None:
+    """Note that the service has this signed prekey."""
+    keystore.set_fact(_UPLOADED_PREKEY, _prekey_id_bytes(prekey))
+
+
+def _prekey_id_bytes(prekey: SignedPrekey) -> bytes:
     return prekey.prekey_id.to_bytes(4, "big")
 
 
@@ -160,9 +161,7 @@ def _make_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: De
     return private
 
 
-def _make_one_time_prekeys(
-    keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, count: int
-) -> list[SignedPrekey]:
+def _make_one_time_prekeys(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, count: int) -> list[SignedPrekey]:
     first = keystore.reserve_prekey_ids(count)
     pairs = [
         generate_prekey(identity, device_id, prekey_id=prekey_id, kind=PrekeyKind.ONE_TIME, now_ms=now_ms)
