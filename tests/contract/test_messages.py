@@ -76,6 +76,8 @@ class World:
     served: Served
     mailbox: Any
     mesh: Mesh
+    # Says, as registration does, that installations have ended.
+    close_devices: Any
 
     @property
     def messages(self) -> Any:
@@ -205,7 +207,14 @@ class Start:
         async def store(request: mailbox_pb2.StoreRequest) -> None:
             await channel.call(stub.Store, request)
 
-        return World(served, store, self._mesh)
+        registration = self._connect("fetch", served.mesh_address, "registration")
+        registration_stub: Any = mailbox_pb2_grpc.MailboxStub(registration.channel)
+
+        async def close_devices(*device_ids: bytes) -> None:
+            devices = [mailbox_pb2.ClosedDevice(device_id=each, reason_code=common_pb2.REASON_CODE_UNREGISTERED) for each in device_ids]
+            await registration.call(registration_stub.CloseDevices, mailbox_pb2.CloseDevicesRequest(devices=devices))
+
+        return World(served, store, self._mesh, close_devices)
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -514,6 +523,24 @@ async def test_a_server_that_goes_away_ends_streams_with_unavailable_and_nothing
     await again.backlog()
     assert again.ids == [made.message_id]
     again.call.cancel()
+
+
+@pytest.mark.parametrize("told", [0, 1])
+async def test_an_installation_that_has_ended_loses_its_stream_wherever_that_is(start: Start, told: int) -> None:
+    processes = [await start(), await start()]
+    here = processes[0]
+    phone, other = here.phone(), here.phone()
+    stream, untouched = await here.open(phone), await here.open(other)
+    await stream.backlog()
+    await untouched.backlog()
+    await processes[told].close_devices(phone.device_id)
+    error = await stream.end()
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert "register again" in str(error.details())
+    made = other.message()
+    await here.store(made)
+    await untouched.until(lambda: untouched.ids == [made.message_id])
+    untouched.call.cancel()
 
 
 async def test_a_message_stored_by_another_process_comes_at_once_and_a_stream_there_ends_this_one(start: Start) -> None:

@@ -13,7 +13,7 @@ import structlog
 from sealpush.ids import ID_BYTES, DeviceId, MessageId, SenderId, WakeUpId
 from sealpushd.fetch import rules
 from sealpushd.fetch.leases import Leases
-from sealpushd.fetch.rules import Accepted, AcceptedKey, Ack, AckAnswer, NewMessage, Taken, TakeQuery, Verdict
+from sealpushd.fetch.rules import Accepted, AcceptedKey, Ack, AckAnswer, Ended, NewMessage, Taken, TakeQuery, Verdict
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import StreamHub
 from sealpushd.platform.batching import NaturalBatcher
@@ -135,6 +135,13 @@ class Mailbox:
                 DELIVERIES.labels(answer.state.name).inc()
         self.journal.written()
         return answers
+
+    async def close_devices(self, devices: dict[DeviceId, int]) -> list[Ended]:
+        """End what is open of installations that are gone, and their streams."""
+        ended = await self._store.close_devices(devices)
+        self.journal.written()
+        await self._hub.dismiss(list(devices))
+        return ended
 
     async def sweep(self) -> None:
         """End what is over its time, for ever."""

@@ -298,8 +298,7 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
 
     async def CloseDevices(self, request: mailbox_pb2.CloseDevicesRequest, context: Any) -> mailbox_pb2.CloseDevicesResponse:
         devices = {DeviceId(need_id(each.device_id, "device_id")): int(each.reason_code) for each in _bounded(request.devices, "devices")}
-        ended = await self._store.close_devices(devices)
-        self._mailbox.journal.written()
+        ended = await self._mailbox.close_devices(devices)
         return mailbox_pb2.CloseDevicesResponse(closed=len(ended))
 
 

@@ -16,9 +16,9 @@ import structlog
 from sealpush.ids import DeviceId, MessageId, uuid7
 from sealpushd.fetch.rules import AckAnswer
 from sealpushd.fetch.store import MailboxStore
-from sealpushd.platform.errors import Aborted, Overloaded, ServiceError, Unavailable
+from sealpushd.platform.errors import Aborted, Overloaded, ServiceError, Unauthenticated, Unavailable
 from sealpushd.platform.metrics import STREAMS_OPEN
-from sealpushd.platform.valkey import CHANNEL_DEVICES, CHANNEL_STREAMS, PRESENCE_TTL_S, Valkey
+from sealpushd.platform.valkey import CHANNEL_DEVICES, CHANNEL_DISMISSED, CHANNEL_STREAMS, PRESENCE_TTL_S, Valkey
 
 log = structlog.get_logger()
 
@@ -167,6 +167,17 @@ class StreamHub:
             STREAMS_OPEN.set(len(self._streams))
             await self._valkey.clear_present(stream.device_id)
 
+    async def dismiss(self, device_ids: Sequence[DeviceId]) -> None:
+        """These installations have ended: so do their streams, wherever they are. Their tokens would last some minutes more."""
+        for device_id in device_ids:
+            self._dismiss(device_id)
+        await self._valkey.publish(CHANNEL_DISMISSED, b"".join(device_ids))
+
+    def _dismiss(self, device_id: DeviceId) -> None:
+        stream = self._streams.get(device_id)
+        if stream is not None:
+            stream.end(Unauthenticated("this installation has ended; register again"))
+
     async def drain(self) -> None:
         for stream in list(self._streams.values()):
             stream.end(Unavailable("this server is going away; connect again"))
@@ -194,7 +205,10 @@ class StreamHub:
 
     async def listen(self) -> None:
         """Take notices of other processes, for ever."""
-        async for channel, data in self._valkey.listen(CHANNEL_DEVICES, CHANNEL_STREAMS):
+        async for channel, data in self._valkey.listen(CHANNEL_DEVICES, CHANNEL_STREAMS, CHANNEL_DISMISSED):
+            if channel == CHANNEL_DISMISSED:
+                for start in range(0, len(data), 16):
+                    self._dismiss(DeviceId(data[start : start + 16]))
             if channel == CHANNEL_STREAMS and len(data) == 32:
                 stream = self._streams.get(DeviceId(data[:16]))
                 # Ids are made in the order of time: a notice of an older stream than ours changes nothing.

@@ -25,10 +25,12 @@ TIMEOUT_S: Final = 0.25
 PRESENCE_TTL_S: Final = 60
 RECONNECT_PAUSE_S: Final = 0.5
 
-# Channels: devices that have something new; wake-ups that wait for dispatch; streams that a newer one ended.
+# Channels: devices that have something new; wake-ups that wait for dispatch; streams that a newer one ended; devices
+# whose installation has ended.
 CHANNEL_DEVICES: Final = "sealpush:devices"
 CHANNEL_QUEUE: Final = "sealpush:queue"
 CHANNEL_STREAMS: Final = "sealpush:streams"
+CHANNEL_DISMISSED: Final = "sealpush:dismissed"
 
 
 def presence_key(device_id: bytes) -> bytes:
