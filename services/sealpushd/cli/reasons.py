@@ -146,21 +146,3 @@ STATES: Final[dict[int, str]] = {
     common.STATE_REPLACED: "was replaced",
     common.STATE_NOT_REGISTERED: "was not stored: nobody is registered",
 }
-
-
-def state_word(state: int) -> str:
-    """`DELIVERED` and so on; a number that this version does not know stays a number."""
-    try:
-        return common.State.Name(state).removeprefix("STATE_")  # type: ignore[arg-type]
-    except ValueError:
-        return str(state)
-
-
-def reason_word(reason_code: int) -> str:
-    """`ADVERTISING_BLOCKED` and so on; empty for none."""
-    if reason_code == common.REASON_CODE_UNSPECIFIED:
-        return ""
-    try:
-        return common.ReasonCode.Name(reason_code).removeprefix("REASON_CODE_")  # type: ignore[arg-type]
-    except ValueError:
-        return str(reason_code)

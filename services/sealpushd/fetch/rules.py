@@ -38,9 +38,6 @@ _TERMINAL_ORDER: Final = (State.BLOCKED, State.UNDELIVERED, State.EXPIRED, State
 LIVE_STREAM_HEAD_START: Final = timedelta(seconds=2)
 # A device whose token died may still poll for this long.
 DEAD_TOKEN_GRACE: Final = timedelta(seconds=60)
-# A sealed creation time may differ from the server's clock by this much.
-CREATED_SKEW_MAX: Final = timedelta(minutes=5)
-LIFETIME_MAX: Final = timedelta(days=28)
 # What one question may take at the most, less than a gRPC message with room for one more envelope and the rest.
 TAKE_BYTES_MAX: Final = 2 * 1024 * 1024
 # Sorts before every id.

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextvars import ContextVar
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from urllib.parse import unquote
 
 import grpc
@@ -76,14 +76,6 @@ def address_of(peer: str) -> str:
         return ""
     host, _, _ = unquote(rest).rpartition(":")
     return host.strip("[]")
-
-
-class Registrar(Protocol):
-    """What the generated `add_XServicer_to_server` functions need of a server."""
-
-    def add_generic_rpc_handlers(self, handlers: Any) -> None: ...
-
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None: ...
 
 
 class GuardedServer:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -136,15 +133,6 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
         raise SettingsError(f"cannot listen on {address}: is another process using it? Choose another with {setting}") from e
 
 
-def end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the thread that started this process ends (prctl PR_SET_PDEATHSIG, Linux)."""
-    parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 async def run_service(service: str, settings: Settings, build: Build, ready: Callable[[dict[str, int]], None] | None = None) -> None:
     """Run one service until SIGTERM or SIGINT, then drain: NOT_SERVING, finish calls, close.
 
@@ -152,8 +140,6 @@ async def run_service(service: str, settings: Settings, build: Build, ready: Cal
     """
     logging.configure(service, settings.log_level, human=settings.log_human)
     telemetry.configure(service, enabled=settings.traces)
-    if settings.end_with_parent:
-        end_with_parent()
     settings.need("service_key", "trust")
     assert settings.service_key is not None and settings.trust is not None  # noqa: S101, PT018 - need() has just made sure
     try:

@@ -46,7 +46,6 @@ class Settings(BaseSettings):
     tls_private_key: Path | None = Field(None, description="PEM key of the public listener.")
     reflection: bool = Field(False, description="Offer gRPC server reflection on the public listener.")
     drain_seconds: float = Field(8.0, gt=0, le=300, description="How long calls may finish after SIGTERM.")
-    end_with_parent: bool = Field(False, description="End when the process that started this one ends.")
 
     # Trust between services.
     service_key: Path | None = Field(None, description="File with this service's Ed25519 key (64 hex digits).")

@@ -1,7 +1,7 @@
 import pytest
 
 from sealpush.v1 import common_pb2 as common
-from sealpushd.cli.reasons import REASONS, STATES, explanation, reason_word, state_word
+from sealpushd.cli.reasons import REASONS, STATES, explanation
 
 
 def test_every_reason_code_of_the_protocol_is_explained_and_nothing_else() -> None:
@@ -23,11 +23,3 @@ def test_an_explanation_is_two_sentences_for_people(code: int) -> None:
 
 def test_a_code_of_a_newer_server_is_explained_as_such() -> None:
     assert "does not know" in explanation(9999).happened
-    assert reason_word(9999) == "9999"
-    assert state_word(77) == "77"
-
-
-def test_words_lose_their_prefix() -> None:
-    assert reason_word(common.REASON_CODE_ADVERTISING_BLOCKED) == "ADVERTISING_BLOCKED"
-    assert reason_word(common.REASON_CODE_UNSPECIFIED) == ""
-    assert state_word(common.STATE_DELIVERED) == "DELIVERED"
