@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "health": "sealpushd.cli.serve:health",
     "db": "sealpushd.cli.db:db",
     "prepare": "sealpushd.cli.prepare:prepare",
+    "accounts": "sealpushd.cli.accounts:accounts",
     "settings": "sealpushd.cli.serve:settings",
 }
 

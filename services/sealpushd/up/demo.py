@@ -13,14 +13,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets as randomness
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from sealpush.ids import SenderId, uuid7
-from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
+from sealpush.keys import ContentSigningKey, RootKey, SenderMode
+from sealpushd.certify import certify_platform, certify_sender
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.tls import write_secret
 from sealpushd.platform.tokens import ServiceKey
@@ -40,7 +40,7 @@ _DISPLAY: Final = {BANK: ("Demo Bank", "#0a7c4a"), SHOP: ("Demo Shop", "#b3261e"
 PHONE: Final = "+380501234567"
 NOBODYS_PHONE: Final = "+380501234568"
 OFFLINE_PHONE: Final = "+380501234569"
-_ENTRY_LIFETIME_MS: Final = 5 * 365 * 86_400_000
+_ENTRY_DAYS: Final = 5 * 365
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ async def _set_up(
     )
     platform_entry = _kept(
         folder / f"platform-{platform.public_key.hex()[:16]}.entry",
-        lambda: _certify(root, SenderId(uuid7()), "Sealpush", EntryRole.PLATFORM, SenderMode.SERVER, platform.public_key),
+        lambda: certify_platform(root, platform.public_key, days=_ENTRY_DAYS),
     )
     demo = Demo(root.public_key, password, {}, {}, {})
     puts = [
@@ -96,7 +96,13 @@ async def _set_up(
         entry = _kept(
             folder / f"{name}.entry",
             functools.partial(
-                _certify, root, sender_id, display_name, EntryRole.SENDER, SenderMode.SERVER | SenderMode.END_TO_END, key.public_key
+                certify_sender,
+                root,
+                sender_id,
+                display_name,
+                SenderMode.SERVER | SenderMode.END_TO_END,
+                [key.public_key],
+                days=_ENTRY_DAYS,
             ),
         )
         demo.sender_ids[name], demo.content_keys[name], demo.entries[name] = sender_id, key, entry
@@ -125,20 +131,3 @@ def _kept(path: Path, make: Callable[[], bytes]) -> bytes:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_secret(path, make())
     return path.read_bytes()
-
-
-def _certify(root: RootKey, sender_id: SenderId, name: str, role: EntryRole, modes: SenderMode, public_key: bytes) -> bytes:
-    now_ms = time.time_ns() // 1_000_000
-    # An hour back: a phone whose clock is slow must not refuse it.
-    since, until = now_ms - 3_600_000, now_ms + _ENTRY_LIFETIME_MS
-    entry = SenderEntry(
-        sender_id=sender_id,
-        display_name=name,
-        modes=modes,
-        keys=(EntryKey(public_key, since, until),),
-        not_before_ms=since,
-        not_after_ms=until,
-        serial=now_ms,
-        role=role,
-    )
-    return sign_sender_entry(root, entry)
