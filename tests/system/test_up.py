@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
+from sealpush.keys import ContentSigningKey
 from sealpush.keystore import SqliteKeystore
-from sealpush.model import ContentClass
+from sealpush.model import ContentClass, State
 from sealpush.sender import Accepted, Sender
 from sealpush.transport import Channels
 from sealpush.v1.content_pb2 import Content
@@ -40,9 +41,11 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "sealpushd", *map(str, arguments)]
 
 
-def run(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: str | Path, stdin: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SEALPUSH_")}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=PATIENCE_S, env=inherited | environment, check=False)
+    return subprocess.run(
+        command(*arguments), input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, env=inherited | environment, check=False
+    )
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -73,6 +76,10 @@ class Up:
         with contextlib.suppress(UpError):
             return self.endpoints.pid == self.process.pid
         return False
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
 
     @property
     def endpoints(self) -> Endpoints:
@@ -276,6 +283,53 @@ def test_the_example_of_the_readme_runs(up: Up) -> None:
     assert done.stdout.splitlines()[-1] == "DELIVERED"
 
 
+def put(up: Up, what: str, *arguments: str | Path, stdin: str = "") -> str:
+    """What `sealpush accounts` printed."""
+    done = run("accounts", what, *arguments, "--data-dir", up.data_dir, stdin=stdin)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.strip()
+
+
+async def test_an_operator_sets_up_an_organisation_whose_sender_reaches_the_phone(up: Up, tmp_path: Path) -> None:
+    root_key, sender_key, password = Path(up.endpoints.demo_folder) / "root.key", tmp_path / "sender.key", "twelve or more"
+    organisation_id = put(up, "put-organisation", "post", "--name", "Post", "--network", "127.0.0.0/8", "--password-stdin", stdin=password)
+    assert put(up, "put-organisation", "post", "--name", "The Post", "--password-stdin") == organisation_id
+    certified = ("--app", up.endpoints.app_id, "--mode", "server", "--mode", "end_to_end", "--root-key", root_key, "--colour", "#0a7c4a")
+    sender_id = put(
+        up, "put-sender", organisation_id, "post", "--display-name", "Post", *certified, "--new-sender-key", sender_key, "--default"
+    )
+    changed = ("--display-name", "The Post", *certified, "--sender-key", sender_key, "--sender-id", sender_id, "--json")
+    assert json.loads(put(up, "put-sender", organisation_id, "post", *changed)) == {"sender_id": sender_id}
+
+    content = Content(body="put by an operator", content_class=ContentClass.INFORMATIONAL.value)  # type: ignore[arg-type]
+    signing_key = ContentSigningKey.from_seed(bytes.fromhex(sender_key.read_text()))
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        Channels(public_endpoints(up.endpoints)) as channels,
+        Sender(channels, "post", password, signing_key=signing_key) as sender,
+    ):
+        for publish in (sender.publish, sender.publish_sealed):
+            outcome = await publish(PHONE, content)
+            assert isinstance(outcome, Accepted), outcome
+            states = [status.state async for status in sender.watch([outcome.message_id])]
+            assert states[-1] is State.DELIVERED
+    elsewhere = ("--display-name", "x", *certified, "--sender-key", sender_key, "--app", "no-such-app")
+    refused = run("accounts", "put-sender", organisation_id, "two", *elsewhere, "--data-dir", up.data_dir)
+    assert refused.returncode == 1
+    assert "no such app: no-such-app; put it first; to try again, add --sender-id " in refused.stderr
+
+
+def test_an_operator_puts_an_app_with_a_root_of_its_own(up: Up, tmp_path: Path) -> None:
+    root_key = tmp_path / "root.key"
+    public_key = run("accounts", "new-root", root_key).stdout.strip()
+    app = ("put-app", "ua.post", "--name", "Post", "--apns-topic", "ua.post")
+    assert put(up, *app, "--root-public-key", public_key) == put(up, *app, "--root-key", root_key) == "ua.post"
+    assert len(bytes.fromhex(put(up, "put-platform", "--root-key", root_key))) == 32
+    demo = run("accounts", "put-platform", "--root-key", Path(up.endpoints.demo_folder) / "root.key", "--data-dir", up.data_dir)
+    assert demo.returncode == 2
+    assert "the root of the demo" in demo.stderr
+
+
 def test_doctor_finds_all_well_and_the_database_can_be_looked_after(up: Up) -> None:
     doctor = run("doctor", "--data-dir", up.data_dir)
     assert doctor.returncode == 0, doctor.stdout
@@ -341,6 +395,19 @@ async def test_killed_while_publishing_every_accepted_message_arrives_once(up: U
         await asyncio.to_thread(eventually, partial(has_exactly, up, phone, f"{victim} ", expected), f"{phone} has all messages")
     await asyncio.to_thread(eventually, lambda: up.children().get(victim, before) != before, f"{victim} is there again")
     assert "shown twice" not in (up.data_dir / "log" / "up.log").read_text()
+
+
+async def test_a_service_that_hangs_is_started_again(up: Up) -> None:
+    hung = up.children()["fetch"]
+    os.kill(hung, signal.SIGSTOP)
+    try:
+        await asyncio.to_thread(eventually, lambda: up.children().get("fetch", hung) != hung, "fetch is there again")
+    finally:
+        if up.children().get("fetch") == hung:
+            os.kill(hung, signal.SIGCONT)
+    sent = await asyncio.to_thread(run, "send", PHONE, "after it hung", "--wait", "30s", "--data-dir", up.data_dir)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+    assert f"fetch was restarted (hung); log: {up.data_dir / 'log' / 'fetch.log'}\n" in up.output
 
 
 def test_killed_itself_it_leaves_no_process_and_the_next_run_keeps_what_was_accepted(own_data_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Processes that are kept running: started, waited for, started again when they die, ended in order.
+"""Processes that are kept running: started, waited for, started again when they die or hang, ended in order.
 
 Start them from the main thread's event loop: they end when the thread that started them ends, whatever ends it.
 """
@@ -14,6 +14,7 @@ import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -36,24 +37,55 @@ _WRONGLY_SET_UP: Final = 2
 # A child that ends so often before it ever answered will not come to it.
 _FAILED_STARTS_MAX: Final = 5
 _TAIL_BYTES: Final = 4096
+# A probe costs both sides a millisecond or two; seldomer would only be added to the time for which a hung child is not noticed.
+_PROBE_EVERY_S: Final = 3.0
+# An answer takes milliseconds; a machine that is busy with something else may take a thousand times that.
+_PROBE_PATIENCE_S: Final = 5.0
+# One may be lost to a moment in which everything stood still, us included. Three are 15 s without a single answer, while calls
+# last at most 10 s: whoever waited for this child has been refused already.
+_PROBES_UNANSWERED_MAX: Final = 3
+
+# Name, why ("killed", "hung" …), its log.
+Restarted = Callable[[str, str, Path], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Liveness:
+    """How a child that hangs is told from one that is slow: so many probes in a row that nobody answered."""
+
+    # Returns once the process answers, whatever it says; it may wait for ever. Called only after the process was ready.
+    probe: Callable[[], Awaitable[None]]
+    every_s: float = _PROBE_EVERY_S
+    patience_s: float = _PROBE_PATIENCE_S
+    unanswered_max: int = _PROBES_UNANSWERED_MAX
 
 
 class Child:
     """One process that is kept running until `stop`."""
 
     def __init__(
-        self, name: str, arguments: Sequence[str], environment: Mapping[str, str], log_path: Path, ready: Callable[[], Awaitable[None]]
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log_path: Path,
+        ready: Callable[[], Awaitable[None]],
+        liveness: Liveness,
+        restarted: Restarted,
     ) -> None:
-        """`ready` returns once the process answers; it may wait for ever, the caller bounds it."""
+        """`ready` returns once the process answers; it may wait for ever, the caller bounds it. `restarted` is told of each restart."""
         self.name = name
         self.restarts = 0
         self._arguments = list(arguments)
         self._environment = dict(environment)
         self._log = log_path
         self._ready = ready
+        self._liveness = liveness
+        self._restarted = restarted
         self._process: Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._was_ready = False
+        self._was_ready = asyncio.Event()
+        self._hung = False
 
     @property
     def pid(self) -> int | None:
@@ -76,7 +108,7 @@ class Child:
             if answering not in done:
                 raise UpError(f"{self.name} does not answer after {timeout_s:.0f} s. {self._words()}")
             answering.result()
-            self._was_ready = True
+            self._was_ready.set()
         finally:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
@@ -131,8 +163,8 @@ class Child:
         attempts = 0
         while True:
             alive_since = time.monotonic()
-            code = await self._wait_and_bound_log()
-            if not self._was_ready and (code == _WRONGLY_SET_UP or self.restarts + 1 >= _FAILED_STARTS_MAX):
+            code = await self._wait_and_watch()
+            if not self._was_ready.is_set() and (code == _WRONGLY_SET_UP or self.restarts + 1 >= _FAILED_STARTS_MAX):
                 raise UpError(f"{self.name} cannot run. {self._words()}")
             if time.monotonic() - alive_since > _STABLE_S:
                 attempts = 0
@@ -148,6 +180,40 @@ class Child:
                 except UpError as e:
                     log.error("did not start again", child=self.name, error=str(e))
             self.restarts += 1
+            self._restarted(self.name, "hung" if self._hung else _why(code), self._log)
+
+    async def _wait_and_watch(self) -> int:
+        assert self._process is not None  # noqa: S101 - there was one to supervise
+        self._hung = False
+        watch = asyncio.create_task(self._kill_when_hung(self._process), name=f"watch {self.name}")
+        try:
+            return await self._wait_and_bound_log()
+        finally:
+            # Also when `stop` ends the supervisor: who drains is not probed.
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _kill_when_hung(self, process: Process) -> None:
+        """Return once the process was found hanging and sent SIGKILL; that it ended and what follows is for the supervisor."""
+        await self._was_ready.wait()
+        # One that was started again has its own start before it.
+        await self._ready()
+        unanswered = 0
+        while unanswered < self._liveness.unanswered_max:
+            if not unanswered:
+                await asyncio.sleep(self._liveness.every_s)
+            try:
+                async with asyncio.timeout(self._liveness.patience_s):
+                    await self._liveness.probe()
+                unanswered = 0
+            except TimeoutError:
+                unanswered += 1
+                log.warning("does not answer", child=self.name, pid=process.pid, probes=unanswered)
+        if process.returncode is None:
+            log.error("killed, because it hangs", child=self.name, pid=process.pid)
+            self._hung = True
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
 
     async def _wait_and_bound_log(self) -> int:
         assert self._process is not None  # noqa: S101 - there was one to supervise
@@ -167,6 +233,12 @@ class Child:
         except OSError:
             lines = []
         return f"Its log, {self._log}, ends with:\n" + ("\n".join(lines[-8:]) or "(nothing)")
+
+
+def _why(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "killed"
+    return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
 def bound_log(path: Path) -> None:

@@ -82,13 +82,17 @@ async def _run(options: Options, started_at: float, say: Callable[..., None]) ->
         made = secrets.prepare(options.data_dir / "secrets", ["services", "apns-simulator"])
         first_time = data.postgres_major() is None
         log_folder = data.log
+
+    def restarted(name: str, why: str, log_path: Path) -> None:
+        say(f"{name} was restarted ({why}); log: {log_path}")
+
     say(f"Sealpush starts in {options.data_dir}" + (" (the first time: this takes a few seconds more)" if first_time else ""))
     async with Engines.open(options.data_dir) as engines:
         passwords = made.role_passwords
         applied = await migrate(engines.postgres_dsn, passwords)
         if applied:
             log.info("migrated", applied=applied)
-        async with Stack.open(ports, made, engines.postgres_dsn, engines.valkey_url, log_folder, options.log_level) as stack:
+        async with Stack.open(ports, made, engines.postgres_dsn, engines.valkey_url, log_folder, options.log_level, restarted) as stack:
             # Imported while the services import theirs.
             from sealpushd.up import phones, show
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -15,7 +15,7 @@ import grpc
 
 from sealpushd.platform.migrate import MAINTENANCE_ROLE
 from sealpushd.up import health
-from sealpushd.up.children import Child, stop_in_order
+from sealpushd.up.children import Child, Liveness, Restarted, stop_in_order
 from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
 from sealpushd.up.secrets import APNS_KEY_ID, APNS_TEAM_ID, Secrets
 
@@ -113,9 +113,22 @@ class Stack:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, ports: Ports, secrets: Secrets, postgres_url: str, valkey_url: str, log_folder: Path, log_level: str
+        cls,
+        ports: Ports,
+        secrets: Secrets,
+        postgres_url: str,
+        valkey_url: str,
+        log_folder: Path,
+        log_level: str,
+        restarted: Restarted,
     ) -> AsyncIterator[Stack]:
         """Starts all children at once; they need not answer yet, see `wait_ready`. Ends them in order at the end of the block."""
+
+        def child(name: str, arguments: Sequence[str], settings: Mapping[str, str], address: str) -> Child:
+            ready = functools.partial(answers, address)
+            liveness = Liveness(functools.partial(health.answers_at_all, address))
+            return Child(name, arguments, settings, log_folder / f"{name}.log", ready, liveness, restarted)
+
         python = ["-m", "sealpushd"]
         children: dict[str, Child] = {}
         certificate, private_key = secrets.certificate("apns-simulator")
@@ -126,19 +139,10 @@ class Stack:
         ]
         for service in SERVICES:
             settings = environment(service, ports, secrets, postgres_url, valkey_url, log_level)
-            address = f"{HOST}:{ports.of(service, 'mesh')}"
-            children[service] = Child(
-                service, [*python, "serve", service], settings, log_folder / f"{service}.log", functools.partial(answers, address)
-            )
-        children["simulators"] = Child(
-            "simulators",
-            simulators,
-            _inherited(os.environ),
-            log_folder / "simulators.log",
-            functools.partial(answers, f"{HOST}:{ports.control}"),
-        )
+            children[service] = child(service, [*python, "serve", service], settings, f"{HOST}:{ports.of(service, 'mesh')}")
+        children["simulators"] = child("simulators", simulators, _inherited(os.environ), f"{HOST}:{ports.control}")
         try:
-            await asyncio.gather(*(child.start() for child in children.values()))
+            await asyncio.gather(*(each.start() for each in children.values()))
             yield cls(children)
         finally:
             await stop_in_order([[children[name] for name in group] for group in _STOP_ORDER], _STOP_PATIENCE_S)
