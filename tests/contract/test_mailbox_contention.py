@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 
 import pytest
@@ -81,3 +82,26 @@ async def test_pushes_fetches_and_acknowledgements_of_the_same_deliveries_never_
             list(contents),
         )
         assert twice == [], "every delivery ended once"
+
+
+async def test_late_acknowledgements_and_readings_of_the_same_deliveries_never_fail(store: MailboxStore, sql: Connection) -> None:
+    devices = [DeviceId(an_id()) for _ in range(DEVICES)]
+    made = [message(delivery(devices[n % DEVICES])) for n in range(MESSAGES)]
+    await store.store(made, [[WakeUpId(an_id())] for _ in made], set())
+
+    def acks(outcome: AckOutcome) -> list[Ack]:
+        return [
+            Ack(each.message_id, each.deliveries[0].device_id, each.content_id, outcome, 0, 1, b"s" * 64)
+            for each in random.sample(made, len(made))
+        ]
+
+    await store.acknowledge(acks(AckOutcome.DELIVERED))
+    late = [AckOutcome.UNDELIVERED, AckOutcome.READ] * 10
+    answers = await asyncio.gather(*(store.acknowledge(acks(outcome)) for outcome in late))
+    for outcome, some in zip(late, answers, strict=True):
+        assert {answer.verdict for answer in some} == {Verdict.ACCEPTED if outcome is AckOutcome.READ else Verdict.LATE}
+    kinds = await sql.fetch(
+        "SELECT kind, count(*) AS n FROM status_events WHERE message_id = ANY ($1::uuid[]) AND kind > 1 GROUP BY kind",
+        [each.message_id for each in made],
+    )
+    assert {row["kind"]: row["n"] for row in kinds} == {2: MESSAGES, 3: MESSAGES}, "each was read once and late once"

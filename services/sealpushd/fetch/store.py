@@ -43,6 +43,9 @@ SWEEP_ROWS_MAX: Final = 2_000
 # A dispatcher that was not seen for this long has lost its leases. Its stream's keep-alive would have ended it before.
 SESSION_LOST_AFTER: Final = timedelta(seconds=15)
 
+# Any number, the same for ever.
+ENDED_LOCK: Final = 0x5EA1_ACCE
+
 _FOLDER = Path(__file__).parent
 
 
@@ -74,6 +77,18 @@ class MailboxStore:
         async def work() -> Sequence[asyncpg.Record]:
             async with self._db.transaction() as connection:
                 await connection.fetch(self._sql["lock_keys"], *columns)
+                rows: Sequence[asyncpg.Record] = await connection.fetch(self._sql[name], *arguments)
+                return rows
+
+        return await self._retrying(work)
+
+    async def _one_at_a_time(self, name: str, *arguments: Any) -> Sequence[asyncpg.Record]:
+        """Rows of a statement that changes deliveries which have ended: those have no row in `open_deliveries` to lock, so that in all
+        processes together one such statement runs at a time. For the same reasons as `_locked`."""
+
+        async def work() -> Sequence[asyncpg.Record]:
+            async with self._db.transaction() as connection:
+                await connection.execute("SELECT pg_advisory_xact_lock($1)", ENDED_LOCK)
                 rows: Sequence[asyncpg.Record] = await connection.fetch(self._sql[name], *arguments)
                 return rows
 
@@ -260,7 +275,7 @@ class MailboxStore:
     async def _late_acks(self, acks: Sequence[tuple[int, Ack]]) -> tuple[dict[int, AckAnswer], list[tuple[int, Ack]]]:
         """Answers, and those acknowledgements whose delivery is still open."""
         columns = _columns(((a.message_id, a.device_id, a.content_id, a.outcome, a.reason, a.signature) for _, a in acks), 6)
-        rows = await self._retrying(lambda: self._fetch("late_ack", *columns))
+        rows = await self._one_at_a_time("late_ack", *columns)
         found = {(row["message_id"], row["device_id"]): row for row in rows}
         answers = {}
         overdue = []
@@ -277,7 +292,7 @@ class MailboxStore:
 
     async def _read(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
         distinct = dict.fromkeys((a.message_id, a.device_id, a.content_id) for _, a in acks)
-        rows = await self._retrying(lambda: self._fetch("read", *_columns(distinct, 3)))
+        rows = await self._one_at_a_time("read", *_columns(distinct, 3))
         found = {(row["message_id"], row["device_id"]): State(row["state"]) for row in rows}
         answers = {}
         for n, a in acks:
