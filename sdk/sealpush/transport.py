@@ -136,23 +136,28 @@ class Channels:
 
     @property
     def accounts(self) -> "AccountsAsyncStub":
-        return self._stub("accounts", AccountsStub)  # type: ignore[no-any-return]
+        stub: AccountsAsyncStub = self._stub("accounts", AccountsStub)
+        return stub
 
     @property
     def registration(self) -> "RegistrationAsyncStub":
-        return self._stub("registration", RegistrationStub)  # type: ignore[no-any-return]
+        stub: RegistrationAsyncStub = self._stub("registration", RegistrationStub)
+        return stub
 
     @property
     def keys(self) -> "KeysAsyncStub":
-        return self._stub("keys", KeysStub)  # type: ignore[no-any-return]
+        stub: KeysAsyncStub = self._stub("keys", KeysStub)
+        return stub
 
     @property
     def publishing(self) -> "PublishingAsyncStub":
-        return self._stub("publishing", PublishingStub)  # type: ignore[no-any-return]
+        stub: PublishingAsyncStub = self._stub("publishing", PublishingStub)
+        return stub
 
     @property
     def messages(self) -> "MessagesAsyncStub":
-        return self._stub("messages", MessagesStub)  # type: ignore[no-any-return]
+        stub: MessagesAsyncStub = self._stub("messages", MessagesStub)
+        return stub
 
     def _stub(self, service: str, kind: Any) -> Any:
         stub = self._stubs.get(service)

@@ -67,6 +67,7 @@ def send(
     """
     from sealpush.model import ContentClass, Priority
     from sealpush.sender import Accepted, NotRegistered, Publication, Unanswered
+    from sealpush.v1 import common_pb2
     from sealpush.v1.content_pb2 import Content
     from sealpushd.cli.reasons import explanation
 
@@ -76,7 +77,7 @@ def send(
     content_class = ContentClass.ADVERTISING if advertising else ContentClass.INFORMATIONAL
     options: PublishOptions = {"request_id": request_id, "priority": Priority[priority.upper()], "lifetime": lifetime, "tag": tag}
     try:
-        content = Content(title=title, body=text, content_class=int(content_class), replace_key=replace_key)  # type: ignore[arg-type]
+        content = Content(title=title, body=text, content_class=common_pb2.ContentClass.ValueType(content_class), replace_key=replace_key)
         # Judged before anybody is called; and the id is known whatever happens.
         options["request_id"] = Publication.of(phone, content, **options).request_id
     except ValueError as e:

@@ -16,6 +16,7 @@ import structlog
 from prometheus_client import Counter
 
 from sealpush.ids import DeviceId
+from sealpush.v1 import common_pb2
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import ServiceError, StoreUnavailable, Unavailable
@@ -101,7 +102,7 @@ class Outbox:
 
     async def _tell_close(self, closures: Sequence[Closure]) -> None:
         devices = [
-            mailbox_pb2.ClosedDevice(device_id=closure.device_id or b"", reason_code=int(closure.reason))  # type: ignore[arg-type]
+            mailbox_pb2.ClosedDevice(device_id=closure.device_id or b"", reason_code=common_pb2.ReasonCode.ValueType(closure.reason))
             for closure in closures
         ]
         await self._mailbox.call(self._close_devices, mailbox_pb2.CloseDevicesRequest(devices=devices), TELL_TIMEOUT_S)

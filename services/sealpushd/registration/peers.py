@@ -93,7 +93,7 @@ def _new_device(device: LoggedDevice) -> sealing_pb2.NewDevice:
         signed_prekey=keys_pb2.Prekey(
             suite=prekey.suite,
             prekey_id=prekey.prekey_id,
-            kind=int(prekey.kind),  # type: ignore[arg-type]
+            kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
             public_key=prekey.public_key,
             created_at_ms=prekey.created_at_ms,
             expires_at_ms=prekey.expires_at_ms,

@@ -270,8 +270,8 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 common_pb2.StoppedDelivery(
                     message_id=one.message_id,
                     device_id=one.device_id,
-                    stop_point=one.stop_point,  # type: ignore[arg-type]
-                    state=one.state,  # type: ignore[arg-type]
+                    stop_point=common_pb2.StopPoint.ValueType(one.stop_point),
+                    state=common_pb2.State.ValueType(one.state),
                 )
                 for one in stopped[:STOPPED_MAX]
             ]
@@ -327,7 +327,7 @@ def _add_result(result: directory_pb2.ResolveResult, answer: Resolved | Reason |
     if isinstance(answer, str):
         result.invalid = answer
     elif isinstance(answer, Reason):
-        result.not_registered = answer  # type: ignore[assignment]
+        result.not_registered = common_pb2.ReasonCode.ValueType(answer)
     else:
         resolved = result.resolved
         resolved.subscriber_id = answer.subscriber_id

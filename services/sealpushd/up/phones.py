@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,9 +146,9 @@ async def open_phones(endpoints: Endpoints, data_dir: Path) -> AsyncIterator[Han
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _all(*works: object) -> None:
+async def _all(*works: Awaitable[object]) -> None:
     """All of them; the first error ends the others and is raised itself."""
-    tasks = [asyncio.ensure_future(work) for work in works]  # type: ignore[call-overload]
+    tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.gather(*tasks)
     finally:

@@ -17,6 +17,7 @@ from sealpush.ids import MessageId
 from sealpush.model import ContentClass, Priority, State, StopPoint
 from sealpush.sender import Accepted, NotRegistered, PublishOutcome, Sender
 from sealpush.transport import Channels
+from sealpush.v1 import common_pb2
 from sealpush.v1.content_pb2 import Content
 from sealpushd.cli.reasons import explanation
 from sealpushd.up.demo import BANK, LOGIN, NOBODYS_PHONE, OFFLINE_PHONE, PHONE, SHOP, Demo
@@ -129,7 +130,7 @@ def _program() -> str:
 
 
 def _content(title: str, body: str, content_class: ContentClass = ContentClass.INFORMATIONAL) -> Content:
-    return Content(title=title, body=body, content_class=content_class.value, locale="en")  # type: ignore[arg-type]
+    return Content(title=title, body=body, content_class=common_pb2.ContentClass.ValueType(content_class), locale="en")
 
 
 def _ms_since(started: float) -> float:
