@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -36,6 +37,8 @@ _LOCK_FILE = "lock"
 _BEFORE_FORMAT = frozenset({_LOCK_FILE, f"{_FORMAT_FILE}.new", "lost+found"})
 
 _NEW_POSTGRES_PREFIX = "postgres-new-"
+# A server without its initdb ends within milliseconds.
+_REMOVE_PATIENCE_S = 2.0
 
 # The kernel takes 107 bytes for a socket's whole path; the longest name in the directory is ".s.PGSQL.5432.lock" (18).
 _SOCKET_DIRECTORY_BYTES_MAX = 80
@@ -137,7 +140,7 @@ class DataDir:
                 (directory / "pgdata").rename(self.postgres)
                 _sync_directory(self.root)
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
 
     def _prepare(self) -> None:
         _check_format(self.root)
@@ -167,6 +170,17 @@ class DataDir:
 def _owners(root: Path) -> tuple[int, int]:
     """Who may own what we made: we, and the account that servers of a root without user namespaces run as."""
     return os.geteuid(), root.stat().st_uid
+
+
+def _remove(directory: Path) -> None:
+    """Removes an initdb's directory. The servers that a killed initdb had started go on writing there for a moment: tries again until
+    then. What stays all the same is removed by the next run."""
+    deadline = time.monotonic() + _REMOVE_PATIENCE_S
+    while True:
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists() or time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
