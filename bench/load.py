@@ -25,14 +25,16 @@ async def per_second(call: Callable[[int], Awaitable[Any]], calls: int, concurre
 
 
 def ratio(name: str, unit: str, measured: list[float], floor_name: str, floor: list[float], **more: Any) -> dict[str, Any]:
-    """A figure: medians of both sides and the median of their ratios, round by round."""
+    """A figure: medians of both sides, and the median, smallest and largest of their ratios, round by round."""
+    ratios = [one / other for one, other in zip(measured, floor, strict=True)]
     return {
         "figure": name,
         "unit": unit,
         "value": round(statistics.median(measured), 1),
         "floor": floor_name,
         "floor_value": round(statistics.median(floor), 1),
-        "ratio": round(statistics.median(one / other for one, other in zip(measured, floor, strict=True)), 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_spread": [round(min(ratios), 3), round(max(ratios), 3)],
         "rounds": len(measured),
         **more,
     }

@@ -15,10 +15,11 @@ import grpc
 from bench.suite import Suite
 from sealpush import Device, MemoryKeystore, Platform
 from sealpush.device import Installation, Message
+from sealpushd.up.vendors import APNS_TOPIC
 from sealpushd.v1 import simulator_pb2, simulator_pb2_grpc
 
 if TYPE_CHECKING:
-    from sealpushd.v1.simulator_pb2_grpc import SimulatedApnsAsyncStub, SimulatedSmsAsyncStub
+    from sealpushd.v1.simulator_pb2_grpc import SimulatedPushAsyncStub, SimulatedSmsAsyncStub
 
 _CODE = re.compile(r"\b(\d{6})\b")
 
@@ -50,9 +51,9 @@ class Phones:
         Not `pushed`: they have no push token, so that what is measured is accepting alone and not the pushes that follow.
         """
         async with grpc.aio.insecure_channel(suite.endpoints.simulators) as simulators:
-            apns = simulator_pb2_grpc.SimulatedApnsStub(simulators)
+            push = simulator_pb2_grpc.SimulatedPushStub(simulators)
             sms = simulator_pb2_grpc.SimulatedSmsStub(simulators)
-            phones = [await _register(suite, apns, sms, suite.next_number(), pushed=pushed) for _ in range(count)]
+            phones = [await _register(suite, push, sms, suite.next_number(), pushed=pushed) for _ in range(count)]
         try:
             yield cls(suite, phones)
         finally:
@@ -73,11 +74,12 @@ class Phones:
                 self.opened.put_nowait(message)
 
         async def online() -> AsyncIterator[simulator_pb2.ConnectRequest]:
-            yield simulator_pb2.ConnectRequest(online_device_tokens=list(by_token))
+            apns = simulator_pb2.SIMULATED_PUSH_SERVICE_APNS
+            yield simulator_pb2.ConnectRequest(push_service=apns, online_device_tokens=list(by_token))
             await stop.wait()
 
         async def listen(channel: grpc.aio.Channel) -> None:
-            async for frame in simulator_pb2_grpc.SimulatedApnsStub(channel).Connect(online()):
+            async for frame in simulator_pb2_grpc.SimulatedPushStub(channel).Connect(online()):
                 if frame.HasField("presence"):
                     connected.set()
                 for notification in frame.batch.notifications:
@@ -121,7 +123,7 @@ class Phones:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _register(suite: Suite, apns: SimulatedApnsAsyncStub, sms: SimulatedSmsAsyncStub, number: str, *, pushed: bool) -> Phone:
+async def _register(suite: Suite, push: SimulatedPushAsyncStub, sms: SimulatedSmsAsyncStub, number: str, *, pushed: bool) -> Phone:
     # No one-time prekeys: what is measured here seals to signed prekeys.
     device = Device(
         suite.endpoints.app_id,
@@ -131,7 +133,8 @@ async def _register(suite: Suite, apns: SimulatedApnsAsyncStub, sms: SimulatedSm
         platform=Platform.IOS,
         one_time_prekeys=0,
     )
-    token = (await apns.CreateDevice(simulator_pb2.CreateDeviceRequest(topic=suite.apns_topic))).device_token
+    request = simulator_pb2.CreateDeviceRequest(push_service=simulator_pb2.SIMULATED_PUSH_SERVICE_APNS, topic=APNS_TOPIC)
+    token = (await push.CreateDevice(request)).device_token
     await device.start_registration(number)
     inbox = await sms.Inbox(simulator_pb2.InboxRequest(phone=number))
     code = _CODE.search(inbox.messages[-1].text)

@@ -19,7 +19,6 @@ from sealpush.v1 import accounts_pb2
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
 from sealpushd.up.sdk import public_endpoints
-from sealpushd.up.stack import APNS_TOPIC
 
 START_TIMEOUT_S: Final = 60.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
@@ -33,7 +32,6 @@ class Suite:
     endpoints: Endpoints
     channels: Channels
     token: str
-    apns_topic: str = APNS_TOPIC
     numbers_used: int = 0
 
     def next_number(self) -> str:
@@ -64,6 +62,11 @@ class Suite:
                     await process.wait()
 
     @property
+    def secrets(self) -> Path:
+        """The folder of every secret of the suite."""
+        return Path(self.endpoints.ca).parent.parent
+
+    @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return (("authorization", f"Bearer {self.token}"),)
 
@@ -71,7 +74,7 @@ class Suite:
         """CPU time so far of every process of the suite, by name; PostgreSQL's are one."""
         used: dict[str, float] = {}
         for pid, name in self.processes().items():
-            used[name] = used.get(name, 0.0) + _cpu_seconds(pid)
+            used[name] = used.get(name, 0.0) + cpu_seconds(pid)
         return used
 
     def processes(self) -> dict[int, str]:
@@ -97,7 +100,7 @@ def free_base() -> int:
     """A base port whose range nobody seems to use."""
     for base in range(21000, 60000, 300):
         try:
-            for offset in (1, 90, 91, 101, 201):
+            for offset in (1, 90, 91, 92, 93, 94, 101, 201):
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", base + offset))
         except OSError:
@@ -125,7 +128,8 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """CPU time so far of one process, in steps of the kernel's clock: usually 10 ms."""
     fields = _stat(pid)
     # User and system time, with those of children that ended.
     return sum(map(int, fields[11:15])) / _TICKS if fields else 0.0

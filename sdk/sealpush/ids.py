@@ -25,6 +25,7 @@ AppId = NewType("AppId", str)
 
 ID_BYTES = 16
 
+_APP_ID = re.compile(r"[a-z0-9.-]{1,64}", re.ASCII)
 _UNIX_MS_MAX = (1 << 48) - 1
 _COUNTER_BITS = 74  # rand_a (12) and rand_b (62) taken together
 _TEXT = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
@@ -105,3 +106,8 @@ def check_id(value: bytes, name: str) -> bytes:
     if len(value) != ID_BYTES:
         raise ValueError(f"{name} must be {ID_BYTES} raw bytes, not {len(value)}; parse_uuid() turns text into bytes")
     return value
+
+
+def is_app_id(text: str) -> bool:
+    """Whether the text can be an app id at all: 1 to 64 characters of a-z 0-9 - ."""
+    return _APP_ID.fullmatch(text) is not None

@@ -1,4 +1,4 @@
-"""Messages as publishing would store them."""
+"""Messages as publishing would store them, and what dispatchers and devices do with them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from typing import Any
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
-from sealpush.ids import AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, uuid7
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId, uuid7
+from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2
-from sealpushd.fetch.rules import AcceptedKey, NewDelivery, NewMessage
+from sealpushd.fetch.rules import AcceptedKey, Ack, NewDelivery, NewMessage, Report, WakeUp
+from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clock import to_ms
+from sealpushd.platform.db import Connection
 from sealpushd.platform.server import ServiceApp
 from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
 from sealpushd.v1 import mailbox_pb2
 
 IOS = int(common_pb2.PLATFORM_IOS)
+# What a dispatcher reports.
+PUSHED, RETRY, TOKEN_GONE, QUARANTINED, RELEASED = range(1, 6)
 
 
 def an_id() -> bytes:
@@ -77,6 +82,37 @@ def proto(made: NewMessage) -> mailbox_pb2.NewMessage:
         content_id=made.content_id,
         head=made.head,
         tail=made.tail,
+    )
+
+
+async def put(store: MailboxStore, *messages: NewMessage) -> set[MessageId]:
+    return await store.store(messages, [[WakeUpId(an_id()) for _ in each.deliveries] for each in messages], set())
+
+
+def ack(of: NewMessage, outcome: AckOutcome = AckOutcome.DELIVERED, *, device: int = 0, reason: int = 0, **changes: Any) -> Ack:
+    made = Ack(of.message_id, of.deliveries[device].device_id, of.content_id, outcome, reason, to_ms(datetime.now(UTC)), b"s" * 64)
+    return replace(made, **changes)
+
+
+async def a_session(store: MailboxStore) -> bytes:
+    session_id = uuid7()
+    await store.keep_sessions([session_id])
+    return session_id
+
+
+async def claim(store: MailboxStore, session_id: bytes, of: NewMessage, most: int = 100) -> list[WakeUp]:
+    return await store.claim(session_id, [(of.app_id, IOS, most)])
+
+
+def report(of: WakeUp, outcome: int, **changes: Any) -> Report:
+    return replace(Report(of.message_id, of.device_id, of.fence, outcome, None, 0, ""), **changes)
+
+
+async def overdue(sql: Connection, of: NewMessage) -> None:
+    """Let a message's lifetime end now."""
+    await sql.execute(
+        "UPDATE open_deliveries SET expires_at = now() - interval '1 ms', closes_at = now() - interval '1 ms' WHERE message_id = $1",
+        of.message_id,
     )
 
 

@@ -69,9 +69,7 @@ class World:
 
     async def put_app(self, app_id: str, root: RootKey | None = None) -> None:
         root_public_key = (root or self.root).public_key
-        await self.administer(
-            "PutApp", administration_pb2.PutAppRequest(app_id=app_id, name="An app", root_public_key=root_public_key, apns_topic="com.bank")
-        )
+        await self.administer("PutApp", administration_pb2.PutAppRequest(app_id=app_id, name="An app", root_public_key=root_public_key))
 
     def entry(
         self, sender_id: bytes, *, serial: int = 1, root: RootKey | None = None, role: EntryRole = EntryRole.SENDER, name: str = "A Bank"
@@ -357,7 +355,7 @@ async def test_look_ups_leave_out_what_is_unknown(world: World) -> None:
         (sender_id, organisation_id, ["bank-app", "another-app"])
     ]
     apps = await world.administer("GetApps", administration_pb2.GetAppsRequest(app_ids=["bank-app", "nothing", "\0"]))
-    assert [(app.app_id, app.name, app.apns_topic) for app in apps.apps] == [("bank-app", "An app", "com.bank")]
+    assert [(app.app_id, app.name) for app in apps.apps] == [("bank-app", "An app")]
 
 
 async def test_every_change_is_in_the_journal_without_its_secrets(world: World) -> None:

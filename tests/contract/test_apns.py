@@ -42,12 +42,15 @@ from sealpushd.dispatch.providers.base import (
     WakeUp,
     WakeUpPriority,
 )
-from sealpushd.simulators import apns as simulated
-from sealpushd.simulators.server import ProviderKey, RunningSimulators, SimulatorSettings, serve_simulators, simulators
+from sealpushd.dispatch.providers.http import HttpSettings
+from sealpushd.simulators import core as simulated
+from sealpushd.simulators.server import ProviderKey, RunningSimulators, SimulatedApns, SimulatorSettings, serve_simulators, simulators
 from sealpushd.v1 import simulator_pb2 as pb
-from sealpushd.v1.simulator_pb2_grpc import SimulatedApnsStub, SimulatedSmsStub
+from sealpushd.v1.simulator_pb2_grpc import SimulatedPushStub, SimulatedSmsStub
+from tests.contract.push_simulators import connect_proxy
 
 TEAM, KEY, TOPIC = "TEAM123456", "KEY1234567", "ua.bank.app"
+APNS = pb.SIMULATED_PUSH_SERVICE_APNS
 
 
 @dataclass
@@ -130,12 +133,8 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 async def running(keys: Keys, clock: FakeClock) -> AsyncIterator[RunningSimulators]:
-    settings = SimulatorSettings(
-        apns_certificate=keys.certificate,
-        apns_private_key=keys.private_key,
-        provider_keys=[ProviderKey(TEAM, KEY, keys.provider_public_pem)],
-        limit_token_updates=True,
-    )
+    apns = SimulatedApns(provider_keys=[ProviderKey(TEAM, KEY, keys.provider_public_pem)], limit_token_updates=True)
+    settings = SimulatorSettings(keys.certificate, keys.private_key, apns=apns)
     async with simulators(settings, now=clock.now) as running:
         yield running
 
@@ -146,12 +145,14 @@ def apns_settings(keys: Keys, running: RunningSimulators) -> ApnsSettings:
         key_id=KEY,
         team_id=TEAM,
         private_key_pem=keys.provider_pem,
-        production_host="localhost",
-        sandbox_host="127.0.0.1",
-        port=running.apns_port,
-        private_ca_file=keys.ca,
-        total_timeout=timedelta(seconds=5),
+        production_url=f"https://localhost:{running.apns_port}",
+        sandbox_url=f"https://127.0.0.1:{running.apns_port}",
+        http=HttpSettings(private_ca_file=keys.ca, total_timeout=timedelta(seconds=5)),
     )
+
+
+def with_http(settings: ApnsSettings, **changes: Any) -> ApnsSettings:
+    return replace(settings, http=replace(settings.http, **changes))
 
 
 @pytest.fixture
@@ -245,6 +246,7 @@ ROWS: dict[tuple[int, str], Outcome] = {
     (410, "*"): TokenSuspect("New"),
     (413, "*"): Bug("New"),
     (429, "TooManyProviderTokenUpdates"): RetryAt("TooManyProviderTokenUpdates", timedelta(minutes=5)),
+    (429, "TooManyRequests"): RetryAt("TooManyRequests", timedelta(seconds=7), of_device=True),
     (429, "*"): RetryAt("New", timedelta(seconds=7)),
     (500, "*"): RetryAt("New", timedelta(seconds=7)),
     (503, "*"): RetryAt("New", timedelta(seconds=7)),
@@ -280,15 +282,16 @@ async def test_uninstalled_app_is_gone_but_not_if_it_registered_again(
     outcome = await provider.send(target, new_wake_up(clock))
     assert outcome == TokenGone("Unregistered", at=clock.now())
     registered_again = replace(target, registered_at=clock.now() + timedelta(minutes=1))
-    assert await provider.send(registered_again, new_wake_up(clock)) == RetryAt("gone-before-registration")
+    assert await provider.send(registered_again, new_wake_up(clock)) == RetryAt("gone-before-registration", of_device=True)
 
 
 async def test_token_of_the_other_environment_is_suspect_not_gone(
     keys: Keys, provider: ApnsProvider, apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock
 ) -> None:
-    settings = SimulatorSettings(keys.certificate, keys.private_key, provider_keys=[ProviderKey(TEAM, KEY, keys.provider_public_pem)])
+    apns = SimulatedApns(provider_keys=[ProviderKey(TEAM, KEY, keys.provider_public_pem)])
+    settings = SimulatorSettings(keys.certificate, keys.private_key, apns=apns)
     async with simulators(settings, now=clock.now) as sandbox:
-        other = ApnsProvider(replace(apns_settings, port=sandbox.apns_port), clock)
+        other = ApnsProvider(replace(apns_settings, sandbox_url=f"https://127.0.0.1:{sandbox.apns_port}"), clock)
         sandboxed = replace(target, environment=PushEnvironment.SANDBOX)
         assert await other.send(sandboxed, new_wake_up(clock)) == TokenSuspect("BadDeviceToken")
         await other.aclose()
@@ -298,8 +301,8 @@ async def test_token_of_the_other_environment_is_suspect_not_gone(
 async def test_environment_selects_the_host(
     running: RunningSimulators, apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock
 ) -> None:
-    provider = ApnsProvider(replace(apns_settings, production_host="production.invalid"), clock)
-    assert isinstance(await provider.send(target, new_wake_up(clock)), RetryAt)
+    provider = ApnsProvider(replace(apns_settings, production_url="https://nowhere.invalid"), clock)
+    assert await provider.send(target, new_wake_up(clock)) == RetryAt("network-dns")
     sandboxed = replace(target, environment=PushEnvironment.SANDBOX)
     assert await provider.send(sandboxed, new_wake_up(clock)) == Accepted()
     await provider.aclose()
@@ -317,7 +320,7 @@ async def test_malformed_token_or_topic_never_reaches_apns(
 async def test_black_hole_is_a_retry_within_the_deadline_and_harms_nobody_else(
     running: RunningSimulators, apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock
 ) -> None:
-    provider = ApnsProvider(replace(apns_settings, total_timeout=timedelta(seconds=0.3)), clock)
+    provider = ApnsProvider(with_http(apns_settings, total_timeout=timedelta(seconds=0.3)), clock)
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
     running.apns.set_fault(simulated.BlackHole(), requests=1)
     lost = asyncio.create_task(provider.send(target, new_wake_up(clock)))
@@ -403,22 +406,28 @@ async def test_redirect_is_not_followed(running: RunningSimulators, provider: Ap
 async def test_certificate_of_another_ca_is_refused(
     running: RunningSimulators, apns_settings: ApnsSettings, keys: Keys, target: PushTarget, clock: FakeClock
 ) -> None:
-    provider = ApnsProvider(replace(apns_settings, private_ca_file=keys.other_ca), clock)
-    outcome = await provider.send(target, new_wake_up(clock))
-    assert outcome == RetryAt("network-ConnectError")
+    provider = ApnsProvider(with_http(apns_settings, private_ca_file=keys.other_ca), clock)
+    assert await provider.send(target, new_wake_up(clock)) == RetryAt("network-certificate")
     assert not running.apns.received
     await provider.aclose()
 
 
-async def test_nobody_listening_and_a_dead_proxy_are_retries(
+async def test_nobody_listening_and_a_dead_proxy_are_retries_that_say_so(
     apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock, unused_tcp_port: int
 ) -> None:
-    for settings in (
-        replace(apns_settings, port=unused_tcp_port),
-        replace(apns_settings, proxy_url=f"http://127.0.0.1:{unused_tcp_port}"),
+    for settings, reason in (
+        (replace(apns_settings, production_url=f"https://localhost:{unused_tcp_port}"), "network-refused"),
+        (with_http(apns_settings, proxy_url=f"http://127.0.0.1:{unused_tcp_port}"), "network-proxy"),
     ):
         provider = ApnsProvider(settings, clock)
-        assert isinstance(await provider.send(target, new_wake_up(clock)), RetryAt)
+        assert await provider.send(target, new_wake_up(clock)) == RetryAt(reason)
+        await provider.aclose()
+
+
+async def test_proxy_that_refuses_is_told_from_one_that_is_dead(apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock) -> None:
+    async with connect_proxy({}) as proxy:
+        provider = ApnsProvider(with_http(apns_settings, proxy_url=proxy), clock)
+        assert await provider.send(target, new_wake_up(clock)) == RetryAt("network-proxy")
         await provider.aclose()
 
 
@@ -439,7 +448,7 @@ async def test_connect_proxy_is_used(running: RunningSimulators, apns_settings: 
 
     proxy = await asyncio.start_server(tunnel, "127.0.0.1", 0)
     port = proxy.sockets[0].getsockname()[1]
-    provider = ApnsProvider(replace(apns_settings, proxy_url=f"http://127.0.0.1:{port}"), clock)
+    provider = ApnsProvider(with_http(apns_settings, proxy_url=f"http://127.0.0.1:{port}"), clock)
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
     assert asked[0].startswith(f"CONNECT localhost:{running.apns_port} ".encode())
     await provider.aclose()
@@ -498,6 +507,51 @@ async def test_wrong_key_is_a_misconfiguration(apns_settings: ApnsSettings, targ
     provider = ApnsProvider(replace(apns_settings, private_key_pem=stranger), clock)
     assert await provider.send(target, new_wake_up(clock)) == Misconfigured("InvalidProviderToken")
     await provider.aclose()
+
+
+@pytest.mark.parametrize(
+    ("off", "outcome"),
+    [
+        (timedelta(hours=1), Misconfigured("InvalidProviderToken")),
+        (timedelta(hours=-2), RefreshAuth("ExpiredProviderToken")),
+    ],
+    ids=["ahead", "behind"],
+)
+async def test_clock_that_is_wrong_by_hours_stops_the_lane_and_the_advice_names_the_clock(
+    apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock, off: timedelta, outcome: Outcome
+) -> None:
+    """Apple sends no Date, so that the clock cannot be told from the key with certainty."""
+    wrong = FakeClock(clock.now() + off)
+    provider = ApnsProvider(apns_settings, wrong)
+    assert await provider.send(target, new_wake_up(wrong)) == outcome
+    assert "clock" in provider.advise(outcome.reason)
+    await provider.aclose()
+
+
+async def test_key_that_is_revoked_in_the_middle_of_a_run_is_a_misconfiguration(
+    running: RunningSimulators, provider: ApnsProvider, target: PushTarget, clock: FakeClock
+) -> None:
+    assert await provider.send(target, new_wake_up(clock)) == Accepted()
+    running.apns.revoke_credential(KEY)
+    outcomes = await asyncio.gather(*(provider.send(target, new_wake_up(clock)) for _ in range(20)))
+    assert set(outcomes) == {Misconfigured("InvalidProviderToken")}
+    assert "sealpush providers rotate" in provider.advise("InvalidProviderToken")
+
+
+async def test_probe_asks_both_environments_and_wakes_nobody(
+    running: RunningSimulators, apns_settings: ApnsSettings, clock: FakeClock
+) -> None:
+    apns_settings = replace(apns_settings, topic=TOPIC)
+    for settings, verdicts in (
+        (apns_settings, [True, True]),
+        (replace(apns_settings, key_id="OTHER", sandbox_url="https://nowhere.invalid"), [False, None]),
+    ):
+        provider = ApnsProvider(settings, clock)
+        probes = await provider.probe()
+        assert [probed.what for probed in probes] == ["production", "sandbox"]
+        assert [probed.is_good for probed in probes] == verdicts
+        await provider.aclose()
+    assert running.apns.counters.delivered == running.apns.counters.accepted == 0
 
 
 async def test_cancellation_passes_and_leaves_the_provider_usable(
@@ -769,10 +823,10 @@ async def channel(running: RunningSimulators) -> AsyncIterator[grpc.aio.Channel]
 async def test_phones_of_one_stream_get_their_notifications(
     channel: grpc.aio.Channel, running: RunningSimulators, provider: ApnsProvider, clock: FakeClock
 ) -> None:
-    stub = SimulatedApnsStub(channel)
-    tokens = [(await stub.CreateDevice(pb.CreateDeviceRequest(topic=TOPIC))).device_token for _ in range(3)]
+    stub = SimulatedPushStub(channel)
+    tokens = [(await stub.CreateDevice(pb.CreateDeviceRequest(push_service=APNS, topic=TOPIC))).device_token for _ in range(3)]
     stream = stub.Connect()
-    await stream.write(pb.ConnectRequest(online_device_tokens=[*tokens, "ab" * 32]))
+    await stream.write(pb.ConnectRequest(push_service=APNS, online_device_tokens=[*tokens, "ab" * 32]))
     presence = (await anext(aiter(stream))).presence
     assert presence == pb.SimulatedPresence(online=3, unknown_device_tokens=["ab" * 32])
     wake_ups = {token: new_wake_up(clock) for token in tokens}
@@ -789,53 +843,54 @@ async def test_phones_of_one_stream_get_their_notifications(
     assert seen == {token: wake_up.wire_id for token, wake_up in wake_ups.items()}
     await stream.done_writing()
     assert [response async for response in stream] == []
-    received = await stub.ListReceived(pb.ListReceivedRequest(page_size=2))
+    received = await stub.ListReceived(pb.ListReceivedRequest(push_service=APNS, page_size=2))
     assert len(received.requests) == 2
-    rest = await stub.ListReceived(pb.ListReceivedRequest(page_token=received.next_page_token))
+    rest = await stub.ListReceived(pb.ListReceivedRequest(push_service=APNS, page_token=received.next_page_token))
     assert [one.status for one in rest.requests] == [200]
     assert rest.next_page_token == ""
-    counters = await stub.Counters(pb.CountersRequest())
+    counters = await stub.Counters(pb.CountersRequest(push_service=APNS))
     assert (counters.accepted, counters.delivered, counters.connections) == (3, 3, 1)
 
 
 async def test_faults_are_scripted_over_the_wire(
     channel: grpc.aio.Channel, provider: ApnsProvider, target: PushTarget, clock: FakeClock
 ) -> None:
-    stub = SimulatedApnsStub(channel)
-    busy = pb.ApnsFault(answer=pb.ApnsAnswer(status=503, reason="Shutdown", retry_after=Duration(seconds=9)))
-    await stub.SetFault(pb.SetFaultRequest(fault=busy, next_requests=1))
+    stub = SimulatedPushStub(channel)
+    busy = pb.SimulatedFault(answer=pb.SimulatedAnswer(status=503, reason="Shutdown", retry_after=Duration(seconds=9)))
+    await stub.SetFault(pb.SetFaultRequest(push_service=APNS, fault=busy, next_requests=1))
     assert await provider.send(target, new_wake_up(clock)) == RetryAt("Shutdown", timedelta(seconds=9))
-    await stub.SetFault(pb.SetFaultRequest(fault=busy, duration=Duration(seconds=60)))
-    await stub.ClearFaults(pb.ClearFaultsRequest())
+    await stub.SetFault(pb.SetFaultRequest(push_service=APNS, fault=busy, duration=Duration(seconds=60)))
+    await stub.ClearFaults(pb.ClearFaultsRequest(push_service=APNS))
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
-    dead = pb.ApnsFault(dead_token=pb.ApnsDeadToken())
-    await stub.SetFault(pb.SetFaultRequest(fault=dead, next_requests=1, device_token=target.token.reveal()))
+    dead = pb.SimulatedFault(dead_token=pb.SimulatedDeadToken())
+    await stub.SetFault(pb.SetFaultRequest(push_service=APNS, fault=dead, next_requests=1, device_token=target.token.reveal()))
     assert isinstance(await provider.send(target, new_wake_up(clock)), TokenGone)
     for bad in (
-        pb.SetFaultRequest(fault=busy),
-        pb.SetFaultRequest(next_requests=1),
-        pb.SetFaultRequest(fault=pb.ApnsFault(answer=pb.ApnsAnswer(status=42)), next_requests=1),
+        pb.SetFaultRequest(push_service=APNS, fault=busy),
+        pb.SetFaultRequest(push_service=APNS, next_requests=1),
+        pb.SetFaultRequest(push_service=APNS, fault=pb.SimulatedFault(answer=pb.SimulatedAnswer(status=42)), next_requests=1),
     ):
         with pytest.raises(grpc.aio.AioRpcError) as refusal:
             await stub.SetFault(bad)
         assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await stub.UninstallApp(pb.UninstallAppRequest(device_token="ab"))
+        await stub.UninstallApp(pb.UninstallAppRequest(push_service=APNS, device_token="ab"))
     assert refusal.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_provider_key_is_registered_over_the_wire(
     channel: grpc.aio.Channel, keys: Keys, apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock
 ) -> None:
-    stub = SimulatedApnsStub(channel)
+    stub = SimulatedPushStub(channel)
     public_pem = keys.provider_public_pem.decode()
-    key = pb.RegisterProviderKeyRequest(team_id=TEAM, key_id="SECOND", public_key_pem=public_pem, topics=["ua.other"])
-    await stub.RegisterProviderKey(key)
+    key = pb.SimulatedProviderKey(team_id=TEAM, key_id="SECOND", public_key_pem=public_pem, topics=["ua.other"])
+    await stub.RegisterCredential(pb.RegisterCredentialRequest(push_service=APNS, apns_provider_key=key))
     provider = ApnsProvider(replace(apns_settings, key_id="SECOND"), clock)
     assert await provider.send(target, new_wake_up(clock)) == Misconfigured("TopicDisallowed")
     await provider.aclose()
+    no_key = pb.SimulatedProviderKey(public_key_pem="no")
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await stub.RegisterProviderKey(pb.RegisterProviderKeyRequest(public_key_pem="no"))
+        await stub.RegisterCredential(pb.RegisterCredentialRequest(push_service=APNS, apns_provider_key=no_key))
     assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -870,7 +925,7 @@ async def test_server_reports_its_ports_and_stops_when_asked(keys: Keys) -> None
         ports.extend((running.apns_port, running.control_port))
         stop.set()
 
-    settings = SimulatorSettings(apns_certificate=keys.certificate, apns_private_key=keys.private_key)
+    settings = SimulatorSettings(keys.certificate, keys.private_key, apns=SimulatedApns())
     async with asyncio.timeout(5):
         await serve_simulators(settings, stop=stop, ready=ready)
     assert all(port > 0 for port in ports)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from sealpush.v1 import common_pb2
 from sealpushd.dispatch import app as dispatch_app
 from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState
 from sealpushd.dispatch.providers.apns import ApnsProvider, ApnsSettings
+from sealpushd.dispatch.providers.http import HttpSettings
 from sealpushd.dispatch.session import Dispatcher
 from sealpushd.fetch import app as fetch_app
 from sealpushd.platform.db import Connection
@@ -30,9 +30,18 @@ from sealpushd.platform.db import connect as connect_db
 from sealpushd.platform.server import Runtime
 from sealpushd.platform.settings import Settings, SettingsError, load
 from sealpushd.platform.tls import LocalAuthority
-from sealpushd.simulators.apns import Answer, BlackHole, Delay
-from sealpushd.simulators.server import ProviderKey, RunningSimulators, SimulatorSettings, simulators
-from sealpushd.v1 import directory_pb2, directory_pb2_grpc, lanes_pb2, lanes_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc
+from sealpushd.simulators.core import Answer, BlackHole, Delay
+from sealpushd.simulators.server import ProviderKey, RunningSimulators, SimulatedApns, SimulatorSettings, simulators
+from sealpushd.v1 import (
+    directory_pb2,
+    directory_pb2_grpc,
+    lanes_pb2,
+    lanes_pb2_grpc,
+    mailbox_pb2,
+    mailbox_pb2_grpc,
+    providers_pb2,
+    providers_pb2_grpc,
+)
 from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, refusal
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -124,31 +133,38 @@ class World:
     closing: list[Callable[[], Awaitable[None]]]
     running: dict[Dispatcher, asyncio.Task[None]] = field(default_factory=dict)
     sender_id: bytes = field(default_factory=uuid7)
+    lanes: LaneSet | None = None
 
     def provider(self, *, total_timeout: timedelta = timedelta(seconds=10)) -> ApnsProvider:
+        url = f"https://localhost:{self.apns.apns_port}"
         settings = ApnsSettings(
             key_id=KEY,
             team_id=TEAM,
             private_key_pem=self.keys.provider_pem,
-            production_host="localhost",
-            sandbox_host="localhost",
-            port=self.apns.apns_port,
-            private_ca_file=self.keys.ca,
-            total_timeout=total_timeout,
+            topic=TOPIC,
+            production_url=url,
+            sandbox_url=url,
+            http=HttpSettings(private_ca_file=self.keys.ca, total_timeout=total_timeout),
         )
         provider = ApnsProvider(settings, self.clock)
         self.closing.append(provider.aclose)
         return provider
 
     def lane(self, app_id: str = BANK, *, capacity: int = 256, total_timeout: timedelta = timedelta(seconds=10)) -> Lane:
-        provider = self.provider(total_timeout=total_timeout)
-        return Lane(app_id, IOS, provider, topic=TOPIC, capacity=capacity, clock=self.clock, random=lambda: 0.0)
+        """A lane of the next dispatcher. One that this dispatcher has already begins a new dispatcher."""
+        if self.lanes is None or self.lanes.get(app_id, IOS) is not None:
+            self.lanes = LaneSet(capacity, self.clock, lambda: 0.0)
+        lane = self.lanes.put(app_id, IOS)
+        lane.use(self.provider(total_timeout=total_timeout))
+        return lane
 
     def dispatch(self, *lanes: Lane, drain_limit: timedelta = timedelta(seconds=5)) -> Dispatcher:
         """A running dispatcher without jitter: what is to be retried is retried at once."""
         mailbox = self.connect("fetch", self.mailbox.address, "dispatch")
         registration = self.connect("registration", self.directory_peer.address, "dispatch")
-        dispatcher = Dispatcher(LaneSet(lanes), mailbox, registration, self.clock, lambda: 0.0, drain_limit=drain_limit)
+        assert self.lanes is not None
+        assert set(self.lanes) == set(lanes)
+        dispatcher = Dispatcher(self.lanes, mailbox, registration, self.clock, lambda: 0.0, drain_limit=drain_limit)
         self.running[dispatcher] = asyncio.create_task(dispatcher.run())
         return dispatcher
 
@@ -236,9 +252,8 @@ async def world(
 ) -> AsyncIterator[World]:
     clock = FakeClock()
     public = apns_keys.provider.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    simulated = SimulatorSettings(
-        apns_certificate=apns_keys.certificate, apns_private_key=apns_keys.private_key, provider_keys=[ProviderKey(TEAM, KEY, public)]
-    )
+    trusting = SimulatedApns(provider_keys=[ProviderKey(TEAM, KEY, public)])
+    simulated = SimulatorSettings(apns_keys.certificate, apns_keys.private_key, apns=trusting)
     async with simulators(simulated, now=clock.now) as apns:
         settings = load(postgres_url=SecretStr(database["fetch"]), valkey_url=SecretStr(valkey_url))
         app = await fetch_app.build(Runtime("fetch", settings, mesh.keys["fetch"], mesh.verifier, clock, closing))
@@ -252,7 +267,7 @@ async def world(
         store = mailbox_pb2_grpc.MailboxStub(channel.channel).Store
         rows = await connect_db(database["admin"])
         closing.append(rows.close)
-        await rows.execute('TRUNCATE "fetch".open_deliveries, dispatch.lane_states')
+        await rows.execute('TRUNCATE "fetch".open_deliveries, dispatch.lane_states, dispatch.providers')
 
         async def publish(request: mailbox_pb2.StoreRequest) -> Any:
             return await channel.call(store, request)
@@ -360,11 +375,43 @@ async def test_suspect_token_is_kept_set_aside_and_tried_again_after_a_new_regis
 async def test_device_without_token_keeps_its_mailbox(world: World) -> None:
     pairs = await world.store(1, registered=False)
     world.dispatch(world.lane())
-    [row] = await world.until(pairs, lambda row: row["quarantined"])
-    assert row["push_reason"] == common_pb2.REASON_CODE_NO_PUSH_TOKEN
+    [row] = await world.until(pairs, lambda row: row["push_reason"] == common_pb2.REASON_CODE_NO_PUSH_TOKEN)
+    # There is nothing that an operator could requeue.
+    assert not row["quarantined"]
     assert row["state"] == QUEUED
     assert row["next_attempt_at"] is None
     assert row["closes_at"] > datetime.now(UTC) + timedelta(minutes=30)
+
+
+async def test_device_whose_token_died_before_is_given_up_without_a_push(world: World) -> None:
+    [(_, device_id)] = pairs = await world.store(1, registered=False)
+    world.directory.targets[device_id] = directory_pb2.PushTarget(device_id=device_id, platform=IOS, app_id=BANK, token_gone=True)
+    world.dispatch(world.lane())
+    [row] = await world.until(pairs, lambda row: row["push_reason"] == common_pb2.REASON_CODE_TOKEN_GONE)
+    assert row["closes_at"] < datetime.now(UTC) + timedelta(minutes=2)
+    assert world.apns.apns.counters.requests == 0
+
+
+async def test_token_that_the_app_took_back_during_the_push_costs_only_the_push(world: World) -> None:
+    [(_, device_id)] = pairs = await world.store(1)
+    world.apns.apns.uninstall(world.directory.targets[device_id].push_token)
+    world.clock.advance(timedelta(seconds=1))
+    nothing = directory_pb2.PushTarget(device_id=device_id, platform=IOS, app_id=BANK)
+    world.directory.before_report = lambda dead: world.directory.targets.update({device_id: nothing})
+    world.dispatch(world.lane())
+    [row] = await world.until(pairs, lambda row: row["push_reason"] == common_pb2.REASON_CODE_NO_PUSH_TOKEN)
+    assert row["closes_at"] > datetime.now(UTC) + timedelta(minutes=30)
+
+
+async def test_token_that_registration_keeps_is_tried_again_and_its_device_is_not_given_up(world: World) -> None:
+    [(_, device_id)] = pairs = await world.store(1)
+    # Registration dates the token later than the push service dates its death, and so does the push target.
+    at = world.clock.now()
+    world.directory.register(device_id, world.directory.targets[device_id].push_token, at)
+    world.apns.apns.set_fault(Answer(410, "Unregistered", timestamp=at + timedelta(milliseconds=500)), requests=1)
+    world.directory.before_report = lambda dead: dead.dead_at.FromDatetime(at - timedelta(seconds=1))
+    world.dispatch(world.lane())
+    await world.pushed(pairs)
 
 
 async def test_registration_away_spends_no_attempt(world: World) -> None:
@@ -495,21 +542,24 @@ async def test_drain_is_bounded(world: World) -> None:
 
 @pytest.fixture
 def dispatch_settings(world: World, tmp_path: Path) -> Settings:
-    (tmp_path / "key.p8").write_bytes(world.keys.provider_pem)
+    vault_key = tmp_path / "vault.key"
+    vault_key.write_text("5e" * 32)
     url = f"https://localhost:{world.apns.apns_port}"
     return load(
         postgres_url=SecretStr(world.urls["dispatch"]),
+        vault_key=vault_key,
         fetch_mesh=world.mailbox.address,
         registration_mesh=world.directory_peer.address,
-        apns_app_id=BANK,
-        apns_key_id=KEY,
-        apns_team_id=TEAM,
-        apns_private_key=tmp_path / "key.p8",
-        apns_topic=TOPIC,
         apns_production_url=url,
         apns_sandbox_url=url,
-        apns_ca=world.keys.ca,
+        push_ca=world.keys.ca,
     )
+
+
+def new_apns_credential(world: World, **changes: Any) -> providers_pb2.PutProviderRequest:
+    values = {"key_id": KEY, "team_id": TEAM, "topic": TOPIC}
+    given: dict[str, Any] = {"app_id": BANK, "platform": IOS, "push_service": "apns", "settings": values, "secret": world.keys.provider_pem}
+    return providers_pb2.PutProviderRequest(**given | changes)
 
 
 async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resumed(world: World, dispatch_settings: Settings) -> None:
@@ -530,6 +580,8 @@ async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resume
 
     app, operator, tasks = await start()
     lanes = lanes_pb2_grpc.LanesStub(operator.channel)
+    await operator.call(providers_pb2_grpc.ProvidersStub(operator.channel).PutProvider, new_apns_credential(world))
+    probes = world.apns.apns.counters.requests
     await world.pushed(await world.store(1))
     await operator.call(lanes.PauseLane, lanes_pb2.PauseLaneRequest(app_id=BANK, platform=IOS))
     pairs = await world.store(5)
@@ -541,7 +593,7 @@ async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resume
     assert lane.state == lanes_pb2.LANE_STATE_PAUSED
     assert lane.detail.startswith("paused by operator")
     await asyncio.sleep(0.7)
-    assert world.apns.apns.counters.requests == 1
+    assert world.apns.apns.counters.requests == probes + 1
     await operator.call(lanes.ResumeLane, lanes_pb2.ResumeLaneRequest(app_id=BANK, platform=IOS))
     await world.rows.execute('UPDATE "fetch".open_deliveries SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL')
     await world.pushed(pairs)
@@ -555,10 +607,11 @@ async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resume
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"apns_key_id": ""}, "SEALPUSH_APNS_KEY_ID"),
         ({"apns_production_url": "http://localhost"}, "SEALPUSH_APNS_PRODUCTION_URL"),
-        ({"apns_sandbox_url": "https://localhost:1"}, "same port"),
-        ({"apns_private_key": Path(os.devnull)}, "APNs lane"),
+        ({"fcm_url": "https://localhost/path"}, "SEALPUSH_FCM_URL"),
+        ({"hms_token_url": "https:///token"}, "SEALPUSH_HMS_TOKEN_URL"),
+        ({"push_ca": Path("nowhere.pem")}, "SEALPUSH_PUSH_CA"),
+        ({"vault_key": None}, "SEALPUSH_VAULT_KEY"),
     ],
 )
 async def test_wrong_settings_say_what_to_do(world: World, dispatch_settings: Settings, change: dict[str, Any], said: str) -> None:
@@ -568,9 +621,8 @@ async def test_wrong_settings_say_what_to_do(world: World, dispatch_settings: Se
         await dispatch_app.build(runtime)
 
 
-async def test_without_a_lane_it_idles_and_drains(world: World, dispatch_settings: Settings) -> None:
-    settings = dispatch_settings.model_copy(update={"apns_app_id": ""})
-    runtime = Runtime("dispatch", settings, world.mesh.keys["dispatch"], world.mesh.verifier, world.clock, world.closing)
+async def test_without_a_credential_it_idles_and_drains(world: World, dispatch_settings: Settings) -> None:
+    runtime = Runtime("dispatch", dispatch_settings, world.mesh.keys["dispatch"], world.mesh.verifier, world.clock, world.closing)
     app = await dispatch_app.build(runtime)
     task = asyncio.ensure_future(app.tasks[0]())
     await asyncio.sleep(0)

@@ -22,21 +22,38 @@ from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2
 from sealpushd.fetch import rules
 from sealpushd.fetch.app import build
-from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, Report, Taken, TakeQuery, Verdict, WakeUp
+from sealpushd.fetch.rules import Event, NewMessage, Position, Taken, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
 from sealpushd.platform.settings import load
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import Connect, FakeClock, Migrated, Serve, Served, refusal
-from tests.contract.mailboxes import IOS, an_id, delivery, end, listening, message, proto
+from tests.contract.mailboxes import (
+    IOS,
+    PUSHED,
+    QUARANTINED,
+    RELEASED,
+    RETRY,
+    TOKEN_GONE,
+    a_session,
+    ack,
+    an_id,
+    claim,
+    delivery,
+    end,
+    listening,
+    message,
+    overdue,
+    proto,
+    put,
+    report,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 LIMIT_S = 10
-PUSHED, RETRY, TOKEN_GONE, QUARANTINED, RELEASED = range(1, 6)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -60,15 +77,6 @@ async def sql(urls: dict[str, str]) -> AsyncIterator[Connection]:
     await connection.close()
 
 
-async def put(store: MailboxStore, *messages: NewMessage) -> set[MessageId]:
-    return await store.store(messages, [[WakeUpId(an_id()) for _ in each.deliveries] for each in messages], set())
-
-
-def ack(of: NewMessage, outcome: AckOutcome = AckOutcome.DELIVERED, *, device: int = 0, reason: int = 0, **changes: Any) -> Ack:
-    made = Ack(of.message_id, of.deliveries[device].device_id, of.content_id, outcome, reason, to_ms(datetime.now(UTC)), b"s" * 64)
-    return replace(made, **changes)
-
-
 async def take(store: MailboxStore, of: NewMessage, device: int = 0) -> list[Taken]:
     (taken,) = await store.take([TakeQuery(of.deliveries[device].device_id, message_id=of.message_id)])
     return taken
@@ -80,25 +88,29 @@ async def states(store: MailboxStore, of: NewMessage) -> list[tuple[State, int]]
     return [by_device[each.device_id] for each in of.deliveries]
 
 
-async def a_session(store: MailboxStore) -> bytes:
-    session_id = uuid7()
-    await store.keep_sessions([session_id])
-    return session_id
+async def push_reasons(store: MailboxStore, of: NewMessage) -> list[int]:
+    (record,) = await store.statuses(of.key.sender_id, [of.message_id])
+    by_device = {each.device_id: each.push_reason for each in record.deliveries}
+    return [by_device[each.device_id] for each in of.deliveries]
 
 
-async def claim(store: MailboxStore, session_id: bytes, of: NewMessage, most: int = 100) -> list[WakeUp]:
-    return await store.claim(session_id, [(of.app_id, IOS, most)])
-
-
-def report(of: WakeUp, outcome: int, **changes: Any) -> Report:
-    return replace(Report(of.message_id, of.device_id, of.fence, outcome, None, 0, ""), **changes)
-
-
-async def overdue(sql: Connection, of: NewMessage) -> None:
-    """Let a message's lifetime end now."""
-    await sql.execute(
-        "UPDATE open_deliveries SET expires_at = now() - interval '1 ms', closes_at = now() - interval '1 ms' WHERE message_id = $1",
+async def closing(sql: Connection, of: NewMessage) -> list[tuple[int, bool]]:
+    """With what reason each delivery ends, and whether within the grace; what closes at the end of the lifetime does so exactly then."""
+    rows = await sql.fetch(
+        "SELECT device_id, close_reason, closes_at <= now() + $2::interval AS soon, closes_at = expires_at AS whole FROM open_deliveries"
+        " WHERE message_id = $1",
         of.message_id,
+        rules.DEAD_TOKEN_GRACE,
+    )
+    assert all(row["soon"] or row["whole"] for row in rows)
+    by_device = {row["device_id"]: (row["close_reason"], row["soon"]) for row in rows}
+    return [by_device[each.device_id] for each in of.deliveries]
+
+
+async def grace_over(sql: Connection, of: NewMessage) -> None:
+    """Let the grace of a message's deliveries, where they are in one, end now."""
+    await sql.execute(
+        "UPDATE open_deliveries SET closes_at = now() - interval '1 ms' WHERE message_id = $1 AND close_reason = 105", of.message_id
     )
 
 
@@ -210,6 +222,40 @@ async def test_a_device_without_a_push_token_is_not_pushed_and_can_fetch(store: 
     await put(store, made)
     assert await claim(store, await a_session(store), made) == []
     assert len(await take(store, made)) == 1
+
+
+async def test_a_message_for_a_dead_token_ends_after_the_grace_and_one_for_no_token_at_the_end_of_its_lifetime(
+    store: MailboxStore, sql: Connection
+) -> None:
+    made = message(*(delivery(an_id(), push_reason=reason) for reason in (Reason.TOKEN_GONE, Reason.NO_PUSH_TOKEN, 0)))
+    await put(store, made)
+    assert await closing(sql, made) == [(Reason.TOKEN_GONE, True), (Reason.LIFETIME_OVER, False), (Reason.LIFETIME_OVER, False)]
+    assert await push_reasons(store, made) == [Reason.TOKEN_GONE, Reason.NO_PUSH_TOKEN, 0]
+    assert [each.device_id for each in await claim(store, await a_session(store), made)] == [made.deliveries[2].device_id]
+    await grace_over(sql, made)
+    await sweep(store)
+    assert await states(store, made) == [(State.UNDELIVERED, Reason.TOKEN_GONE), (State.QUEUED, 0), (State.QUEUED, 0)]
+
+
+async def test_a_message_for_a_dead_token_that_is_fetched_in_the_grace_has_its_lifetime(store: MailboxStore, sql: Connection) -> None:
+    made = message(delivery(an_id(), push_reason=Reason.TOKEN_GONE))
+    await put(store, made)
+    assert len(await take(store, made)) == 1
+    assert await closing(sql, made) == [(Reason.LIFETIME_OVER, False)]
+    assert await push_reasons(store, made) == [Reason.NO_PUSH_TOKEN], "the app is there, if without a token"
+    await grace_over(sql, made)
+    await sweep(store)
+    await store.acknowledge([ack(made)])
+    assert await states(store, made) == [(State.DELIVERED, 0)]
+
+
+async def test_a_message_that_lives_shorter_than_the_grace_expires_also_for_a_dead_token(store: MailboxStore, sql: Connection) -> None:
+    made = message(delivery(an_id(), push_reason=Reason.TOKEN_GONE), lifetime=rules.DEAD_TOKEN_GRACE - timedelta(seconds=1))
+    await put(store, made)
+    await overdue(sql, made)
+    await sweep(store)
+    assert await states(store, made) == [(State.EXPIRED, Reason.LIFETIME_OVER)]
+    assert await push_reasons(store, made) == [Reason.TOKEN_GONE]
 
 
 async def test_a_device_on_a_live_stream_is_pushed_two_seconds_later(store: MailboxStore, sql: Connection) -> None:
@@ -595,6 +641,7 @@ async def test_a_dead_token_ends_the_delivery_after_a_grace_in_which_the_device_
         await store.report(session, [report(wake_up, TOKEN_GONE)])
     await sweep(store)
     assert await states(store, made) == [(State.QUEUED, 0)]
+    assert await claim(store, session, made) == [], "nothing is pushed to a dead token in the grace"
     assert len(await take(store, saved)) == 1
     await store.acknowledge([ack(saved)])
     grace = await sql.fetchval("SELECT closes_at - now() FROM open_deliveries WHERE message_id = $1", made.message_id)
@@ -629,9 +676,166 @@ async def test_a_dead_token_shortly_before_the_end_of_the_lifetime_ends_as_expir
     session = await a_session(store)
     (wake_up,) = await claim(store, session, made)
     await store.report(session, [report(wake_up, TOKEN_GONE)])
+    assert await sql.fetchval("SELECT closes_at = expires_at FROM open_deliveries WHERE message_id = $1", made.message_id)
+    assert await push_reasons(store, made) == [Reason.TOKEN_GONE]
     await overdue(sql, made)
     await sweep(store)
     assert await states(store, made) == [(State.EXPIRED, Reason.LIFETIME_OVER)]
+
+
+async def test_a_dead_token_gives_the_grace_to_everything_its_device_has_not_fetched_and_to_nothing_else(
+    store: MailboxStore, sql: Connection
+) -> None:
+    dead, neighbour, app = an_id(), an_id(), AppId(f"app-{an_id().hex()}")
+    pushed, fetched, tokenless, waiting, told = (message(delivery(dead), delivery(neighbour), app_id=app) for _ in range(5))
+    other_app = message(delivery(dead))
+    tokenless = replace(tokenless, deliveries=(delivery(dead, push_reason=Reason.NO_PUSH_TOKEN),))
+    await put(store, pushed, fetched, tokenless, told, other_app)
+    session = await a_session(store)
+    wake_ups: dict[tuple[bytes, bytes], WakeUp] = {(each.message_id, each.device_id): each for each in await claim(store, session, told)}
+    await store.report(session, [report(wake_ups[pushed.message_id, device], PUSHED) for device in (dead, neighbour)])
+    await take(store, fetched)
+    await put(store, waiting)
+    await store.report(session, [report(wake_ups[told.message_id, dead], TOKEN_GONE)])
+    grace, lifetime = (Reason.TOKEN_GONE, True), (Reason.LIFETIME_OVER, False)
+    for each in (pushed, waiting, told):
+        assert await closing(sql, each) == [grace, lifetime]
+        assert await push_reasons(store, each) == [Reason.TOKEN_GONE, 0]
+    assert await closing(sql, tokenless) == await closing(sql, other_app) == [grace]
+    assert await closing(sql, fetched) == [lifetime, lifetime]
+    await store.end_sessions([session])
+    claimed = {(each.message_id, each.device_id) for each in await claim(store, await a_session(store), told)}
+    assert claimed == {(fetched.message_id, dead)} | {(each.message_id, neighbour) for each in (fetched, waiting, told)}
+    for each in (pushed, waiting, told, tokenless, other_app):
+        await grace_over(sql, each)
+    await sweep(store)
+    gone = (State.UNDELIVERED, Reason.TOKEN_GONE)
+    assert await states(store, pushed) == [gone, (State.PUSHED, 0)]
+    assert await states(store, tokenless) == await states(store, other_app) == [gone]
+    assert await states(store, fetched) == [(State.FETCHED, 0), (State.QUEUED, 0)]
+    assert [each[2] for each in await journal(sql, pushed) if each[0] == dead] == [State.QUEUED, State.PUSHED, State.UNDELIVERED]
+
+
+@pytest.mark.parametrize("outcome", [PUSHED, RETRY, QUARANTINED, RELEASED, TOKEN_GONE, None])
+async def test_what_was_being_pushed_when_its_device_was_given_up_stays_off_whatever_becomes_of_it(
+    store: MailboxStore, sql: Connection, outcome: int | None
+) -> None:
+    device, app = an_id(), AppId(f"app-{an_id().hex()}")
+    told, held = (message(delivery(device), app_id=app) for _ in range(2))
+    await put(store, told, held)
+    first, second = await a_session(store), await a_session(store)
+    wake_ups = {each.message_id: each for each in await claim(store, first, told)}
+    await store.report(first, [report(wake_ups[told.message_id], TOKEN_GONE)])
+    before = await sql.fetchval("SELECT closes_at FROM open_deliveries WHERE message_id = $1", held.message_id)
+    if outcome is None:
+        await store.end_sessions([first])
+    else:
+        await store.report(first, [report(wake_ups[held.message_id], outcome, reason=28 if outcome == RETRY else 0)])
+    assert await closing(sql, held) == [(Reason.TOKEN_GONE, True)]
+    assert before == await sql.fetchval("SELECT closes_at FROM open_deliveries WHERE message_id = $1", held.message_id), "one grace"
+    assert await push_reasons(store, held) == [Reason.TOKEN_GONE]
+    assert await claim(store, second, told) == []
+    assert await store.requeue(app, IOS, (DeviceId(bytes(16)), rules.BEFORE_ALL)) == []
+
+
+async def test_what_was_quarantined_before_its_device_was_given_up_is_not_requeued_any_more(store: MailboxStore, sql: Connection) -> None:
+    device, app = an_id(), AppId(f"app-{an_id().hex()}")
+    failed, told = (message(delivery(device), app_id=app) for _ in range(2))
+    await put(store, failed)
+    session = await a_session(store)
+    (wake_up,) = await claim(store, session, failed)
+    await store.report(session, [report(wake_up, QUARANTINED)])
+    await put(store, told)
+    (wake_up,) = await claim(store, session, told)
+    await store.report(session, [report(wake_up, TOKEN_GONE)])
+    assert await store.requeue(app, IOS, (DeviceId(bytes(16)), rules.BEFORE_ALL)) == []
+    assert await closing(sql, failed) == [(Reason.TOKEN_GONE, True)]
+
+
+async def test_a_stale_report_of_a_dead_token_ends_nothing_of_its_device(store: MailboxStore, sql: Connection) -> None:
+    device, app = an_id(), AppId(f"app-{an_id().hex()}")
+    made, other = (message(delivery(device), app_id=app) for _ in range(2))
+    await put(store, made)
+    first, second = await a_session(store), await a_session(store)
+    (old,) = await claim(store, first, made)
+    await store.end_sessions([first])
+    (new,) = await claim(store, second, made)
+    await put(store, other)
+    for session, late in ((first, old), (second, old), (first, new)):
+        await store.report(session, [report(late, TOKEN_GONE)])
+    assert await closing(sql, made) == await closing(sql, other) == [(Reason.LIFETIME_OVER, False)]
+    assert [each.message_id for each in await claim(store, first, made)] == [other.message_id]
+
+
+@pytest.mark.parametrize("session_lives", [True, False])
+async def test_a_dead_token_is_told_also_by_a_push_whose_message_has_ended_as_long_as_its_session_lives(
+    store: MailboxStore, sql: Connection, session_lives: bool
+) -> None:
+    device, app = an_id(), AppId(f"app-{an_id().hex()}")
+    pushed, cancelled = (message(delivery(device), app_id=app) for _ in range(2))
+    session = await a_session(store)
+    await put(store, pushed)
+    (wake_up,) = await claim(store, session, pushed)
+    await store.report(session, [report(wake_up, PUSHED)])
+    await put(store, cancelled)
+    (wake_up,) = await claim(store, session, cancelled)
+    await store.cancel(cancelled.key.sender_id, [cancelled.message_id])
+    if not session_lives:
+        await store.end_sessions([session])
+    await store.report(session, [report(wake_up, TOKEN_GONE)])
+    assert await closing(sql, pushed) == [(Reason.TOKEN_GONE, True) if session_lives else (Reason.LIFETIME_OVER, False)]
+    assert await states(store, cancelled) == [(State.CANCELLED, Reason.CANCELLED_BY_SENDER)]
+
+
+async def test_a_device_with_more_deliveries_than_a_turn_takes_is_given_up_whole(
+    store: MailboxStore, sql: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sealpushd.fetch.store.GRACE_ROWS_MAX", 3)
+    app, devices = AppId(f"app-{an_id().hex()}"), [an_id(), an_id()]
+    for count in (8, 9):
+        made = [message(delivery(devices[n % 2]), app_id=app) for n in range(count)]
+        await put(store, *made)
+        session = await a_session(store)
+        wake_ups = [each for each in await claim(store, session, made[0]) if each.message_id in {made[0].message_id, made[1].message_id}]
+        await store.report(session, [report(each, TOKEN_GONE) for each in wake_ups])
+        for each in made:
+            assert await closing(sql, each) == [(Reason.TOKEN_GONE, True)]
+        await store.end_sessions([session])
+
+
+async def test_the_grace_of_what_a_device_fetches_is_over_and_that_of_the_rest_goes_on(store: MailboxStore, sql: Connection) -> None:
+    device, app = an_id(), AppId(f"app-{an_id().hex()}")
+    made, other = (message(delivery(device), app_id=app) for _ in range(2))
+    await put(store, made, other)
+    session = await a_session(store)
+    wake_up, _ = await claim(store, session, made)
+    await store.report(session, [report(wake_up, TOKEN_GONE)])
+    assert len(await take(store, made)) == 1
+    assert await closing(sql, made) == [(Reason.LIFETIME_OVER, False)]
+    assert await closing(sql, other) == [(Reason.TOKEN_GONE, True)]
+
+
+async def test_a_device_with_a_new_token_is_pushed_again_and_what_is_in_its_grace_waits_to_be_fetched(
+    store: MailboxStore, sql: Connection
+) -> None:
+    device, app = an_id(), AppId(f"app-{an_id().hex()}")
+    before, after = (message(delivery(device), app_id=app) for _ in range(2))
+    await put(store, before)
+    session = await a_session(store)
+    (wake_up,) = await claim(store, session, before)
+    await store.report(session, [report(wake_up, TOKEN_GONE)])
+    # Registered: the recipient resolves without a reason again.
+    await put(store, after)
+    (wake_up,) = await claim(store, session, after)
+    assert wake_up.message_id == after.message_id
+    await store.report(session, [report(wake_up, PUSHED)])
+    assert await closing(sql, before) == [(Reason.TOKEN_GONE, True)]
+    assert await closing(sql, after) == [(Reason.LIFETIME_OVER, False)]
+    (taken,) = await store.take([TakeQuery(DeviceId(device), most=10)])
+    assert [each.message_id for each in taken] == [before.message_id, after.message_id]
+    await grace_over(sql, before)
+    await sweep(store)
+    assert await states(store, before) == await states(store, after) == [(State.FETCHED, 0)]
 
 
 # The journal
@@ -730,6 +934,7 @@ class Modelled:
     fence: int = 0
     session: int | None = None
     token_gone: bool = False
+    quarantined: bool = False
     ack: AckOutcome | None = None
     late: bool = False
     read: bool = False
@@ -752,6 +957,7 @@ class Machine:
     messages: list[NewMessage] = field(default_factory=list)
     model: list[Modelled] = field(default_factory=list)
     sessions: list[bytes] = field(default_factory=list)
+    ended_sessions: set[int] = field(default_factory=set)
     leases: list[tuple[int, WakeUp]] = field(default_factory=list)
     # States seen by status reads, by delivery.
     ended: dict[tuple[bytes, bytes], State] = field(default_factory=dict)
@@ -765,7 +971,7 @@ class Machine:
 
     async def put(self, a: int, b: int) -> None:
         deliveries = (
-            delivery(self.devices[0], stanza=b"" if a % 5 == 0 else b"s", push_reason=111 if a % 5 == 1 else 0),
+            delivery(self.devices[0], stanza=b"" if a % 5 == 0 else b"s", push_reason={1: 111, 2: 105}.get(a % 5, 0)),
             delivery(self.devices[1]),
         )
         made = message(
@@ -789,7 +995,9 @@ class Machine:
                 state, reason = State.BLOCKED, made.blocked
             elif not each_delivery.stanza:
                 state, reason = State.UNDELIVERED, each_delivery.push_reason or Reason.NO_PREKEY
-            self.model.append(Modelled(made, n, state, reason, due=state is State.QUEUED and not each_delivery.push_reason))
+            each = Modelled(made, n, state, reason, due=state is State.QUEUED and not each_delivery.push_reason)
+            each.token_gone = state is State.QUEUED and each_delivery.push_reason == Reason.TOKEN_GONE
+            self.model.append(each)
 
     async def session(self, a: int, b: int) -> None:
         self.sessions.append(await a_session(self.store))
@@ -798,6 +1006,7 @@ class Machine:
         if self.sessions:
             n = a % len(self.sessions)
             await self.store.end_sessions([self.sessions[n]])
+            self.ended_sessions.add(n)
             for each in self.model:
                 if each.session == n:
                     each.session = None
@@ -823,13 +1032,26 @@ class Machine:
         outcome = 1 + b % 5
         await self.store.report(self.sessions[n], [report(wake_up, outcome)])
         each = self.at((wake_up.message_id, wake_up.device_id))
-        if each.session != n or each.fence != wake_up.fence or each.state.terminal:
+        taken = each.session == n and each.fence == wake_up.fence and not each.state.terminal
+        if outcome == TOKEN_GONE and (taken or (each.state.terminal and n not in self.ended_sessions)):
+            for other in self.model:
+                if self.key(other)[1] == wake_up.device_id and other.state in (State.QUEUED, State.PUSHED):
+                    other.token_gone, other.due, other.quarantined = True, False, False
+        if not taken:
             return
         each.session = None
-        each.due = outcome in (RETRY, RELEASED)
+        # What was taken off the queue while it was held stays off.
+        each.quarantined = each.due and outcome == QUARANTINED
+        each.due = each.due and outcome in (RETRY, RELEASED)
         if outcome == PUSHED and each.state is State.QUEUED:
             each.state = State.PUSHED
-        each.token_gone = each.token_gone or outcome == TOKEN_GONE
+
+    async def requeue(self, a: int, b: int) -> None:
+        requeued = await self.store.requeue(self.app, IOS, (DeviceId(bytes(16)), rules.BEFORE_ALL))
+        hit = [each for each in self.model if each.quarantined and not each.state.terminal]
+        assert {(message_id, device_id) for device_id, message_id in requeued} == {self.key(each) for each in hit}
+        for each in hit:
+            each.quarantined, each.due = False, True
 
     async def take(self, a: int, b: int) -> None:
         device = DeviceId(self.devices[a % 2])
@@ -837,7 +1059,7 @@ class Machine:
         waiting = [each for each in self.model if self.key(each)[1] == device and not each.state.terminal]
         assert [each.message_id for each in taken] == sorted(self.key(each)[0] for each in waiting)
         for each in waiting:
-            each.state = State.FETCHED
+            each.state, each.token_gone = State.FETCHED, False
 
     async def acknowledge(self, a: int, b: int) -> None:
         each = self.pick(a)
@@ -932,8 +1154,15 @@ class Machine:
             row = table[self.key(each)]
             assert (State(row["state"]), row["reason"]) == (each.state, each.reason)
             assert (row["late_ack_at"] is not None, row["read_at"] is not None) == (each.late, each.read)
+            assert each.state.terminal or (row["push_reason"] == Reason.TOKEN_GONE) == each.token_gone
             before = self.ended.setdefault(self.key(each), each.state) if each.state.terminal else None
             assert before in (None, each.state), "a terminal state changed"
+        still_open = [each for each in self.model if not each.state.terminal]
+        waiting = sum(each.due and each.session is None for each in still_open)
+        held = sum(each.session is not None for each in still_open)
+        quarantined = sum(each.quarantined for each in still_open)
+        counts = [(q.waiting, q.due, q.held, q.quarantined) for q in await self.store.queues() if q.app_id == self.app]
+        assert counts == ([(waiting, waiting, held, quarantined)] if waiting or held or quarantined else [])
 
     async def verify(self) -> None:
         ids = [each.message_id for each in self.messages]
@@ -970,6 +1199,7 @@ OPERATIONS = (
     "claim",
     "report",
     "report",
+    "requeue",
     "take",
     "acknowledge",
     "acknowledge",

@@ -20,6 +20,7 @@ from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc
 from sealpushd.fetch.app import build
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.mailbox import Mailbox
+from sealpushd.fetch.queues import Queues
 from sealpushd.fetch.rules import TAKE_BYTES_MAX, NewMessage
 from sealpushd.fetch.service import MailboxServicer, MessagesServicer
 from sealpushd.fetch.store import MailboxStore
@@ -174,7 +175,12 @@ def without_valkey(address: Path, sweep_period_s: float) -> Callable[[Runtime], 
         mailbox = Mailbox(store, hub, leases)
         return ServiceApp(
             public=[(messages_pb2_grpc.add_MessagesServicer_to_server, MessagesServicer(mailbox, hub))],
-            mesh=[(mailbox_pb2_grpc.add_MailboxServicer_to_server, MailboxServicer(mailbox, store, leases))],
+            mesh=[
+                (
+                    mailbox_pb2_grpc.add_MailboxServicer_to_server,
+                    MailboxServicer(mailbox, store, leases, Queues(store, leases, runtime.clock)),
+                )
+            ],
             tasks=[hub.listen, hub.sweep],
             drain=hub.drain,
         )

@@ -247,6 +247,10 @@ class World:
         content_id = await self.sql.fetchval("SELECT content_id FROM messages WHERE message_id = $1", message_id)
         await self.store.acknowledge([Ack(message_id, device.device_id, content_id, AckOutcome.DELIVERED, 0, 1, bytes(64))])  # type: ignore[arg-type]
 
+    async def grace_over(self, message_id: bytes) -> None:
+        """Let the grace of a message's dead tokens end now; the mailbox's own sweep finds it."""
+        await self.sql.execute("UPDATE open_deliveries SET closes_at = now() WHERE message_id = $1 AND close_reason = 105", message_id)
+
     async def stored(self) -> int:
         return int(await self.sql.fetchval("SELECT count(*) FROM messages WHERE sender_id = $1", self.sender_id))
 
@@ -526,6 +530,59 @@ async def test_an_envelope_for_other_devices_than_those_of_now_gets_a_typed_answ
     # The key is free: sealed again, it is accepted.
     again = world.sealed(world.envelope(*person.devices), request_id=request.request_id)
     assert (await world.publish(again)).WhichOneof("outcome") == "accepted"
+
+
+# Devices whose token is dead
+
+
+async def test_a_message_to_nobody_but_dead_tokens_is_accepted_says_so_at_once_and_ends_after_the_grace(world: World) -> None:
+    person = world.person(devices=[Device(push_reason=common_pb2.REASON_CODE_TOKEN_GONE) for _ in range(2)])
+    result = await world.publish(world.request())
+    assert (result.WhichOneof("outcome"), result.accepted.devices) == ("accepted", 2)
+    message_id = result.accepted.message_id
+    status = await world.status(message_id)
+    assert (status.state, status.reason_code) == (common_pb2.STATE_QUEUED, 0)
+    assert {(each.state, each.push_reason) for each in status.deliveries} == {(common_pb2.STATE_QUEUED, common_pb2.REASON_CODE_TOKEN_GONE)}
+    async with asyncio.timeout(LIMIT_S):
+        waiting = asyncio.create_task(world.status(message_id, 8))
+        await world.grace_over(message_id)
+        ended = await waiting
+    assert (ended.state, ended.reason_code) == (common_pb2.STATE_UNDELIVERED, common_pb2.REASON_CODE_TOKEN_GONE)
+    assert {each.reason_code for each in ended.deliveries} == {common_pb2.REASON_CODE_TOKEN_GONE}
+    await world.acknowledge(message_id, person.devices[0])
+    late = await world.status(message_id)
+    assert late.state == common_pb2.STATE_UNDELIVERED
+    assert any(each.HasField("late_ack_at") for each in late.deliveries)
+
+
+async def test_a_dead_token_beside_a_living_device_ends_its_own_delivery_only(world: World) -> None:
+    dead, alive = Device(push_reason=common_pb2.REASON_CODE_TOKEN_GONE), Device()
+    world.person(devices=[dead, alive])
+    message_id = (await world.publish(world.request())).accepted.message_id
+    await world.grace_over(message_id)
+    async with asyncio.timeout(LIMIT_S):
+        status = await world.status(message_id)
+        while common_pb2.STATE_UNDELIVERED not in {each.state for each in status.deliveries}:
+            status = await world.status(message_id)
+    told = {each.device_id: (each.state, each.reason_code) for each in status.deliveries}
+    assert told == {
+        dead.device_id: (common_pb2.STATE_UNDELIVERED, common_pb2.REASON_CODE_TOKEN_GONE),
+        alive.device_id: (common_pb2.STATE_QUEUED, 0),
+    }
+    assert status.state == common_pb2.STATE_QUEUED
+    await world.acknowledge(message_id, alive)
+    assert (await world.status(message_id)).state == common_pb2.STATE_DELIVERED
+
+
+async def test_a_device_without_a_token_that_comes_online_in_the_grace_gets_its_message(world: World) -> None:
+    person = world.person(devices=[Device(push_reason=common_pb2.REASON_CODE_TOKEN_GONE)])
+    message_id = (await world.publish(world.request())).accepted.message_id
+    ((taken,),) = await world.store.take([TakeQuery(person.devices[0].device_id, most=10)])
+    assert taken.message_id == message_id
+    (delivery,) = (await world.status(message_id)).deliveries
+    assert (delivery.state, delivery.push_reason) == (common_pb2.STATE_FETCHED, common_pb2.REASON_CODE_NO_PUSH_TOKEN)
+    await world.acknowledge(message_id, person.devices[0])
+    assert (await world.status(message_id)).state == common_pb2.STATE_DELIVERED
 
 
 # Batches and streams

@@ -839,6 +839,68 @@ async def test_a_dead_token_is_forgotten_only_while_it_is_the_same_and_older(wor
     assert await report(TOKEN, 3 * second) == [False, False]
 
 
+async def test_a_device_whose_token_died_is_told_apart_from_one_without_a_token_until_its_app_speaks_of_it_again(
+    world: World, mesh_channel: Connect
+) -> None:
+    channel = dispatch(world, mesh_channel)
+    phone, tokenless = await world.phone(), await world.phone(push_token="")
+    beside = await world.phone(phone.number)
+    await phone.authenticate()
+
+    async def told(of: Phone = phone) -> tuple[int, bool]:
+        devices = {one.device_id: one.push_reason for one in (await world.resolve(of.number)).resolved.devices}
+        target = await world.target(of.device_id, channel)
+        assert target.push_token == "" or not target.token_gone
+        return devices[of.device_id], target.token_gone
+
+    async def die() -> None:
+        token = (await world.target(phone.device_id, channel)).push_token
+        world.clock.advance(timedelta(seconds=1))
+        dead = [directory_pb2.DeadToken(device_id=one.device_id, push_token=token) for one in (phone, tokenless, beside)]
+        request = directory_pb2.ReportDeadTokensRequest(dead_tokens=dead)
+        assert list((await world.directory("ReportDeadTokens", request, channel)).forgotten) == [True, False, False]
+        assert await told() == gone
+
+    pushed, gone, none = (0, False), (common_pb2.REASON_CODE_TOKEN_GONE, True), (common_pb2.REASON_CODE_NO_PUSH_TOKEN, False)
+    assert await told() == pushed
+    await die()
+    assert await told(tokenless) == none
+    assert await told(beside) == pushed
+    # What does not speak of the token changes nothing; that the app asks and fetches is seen by the mailbox.
+    await phone.authenticate()
+    await phone.update(app_version="4.12.0")
+    assert await told() == gone
+    await phone.update(push_token="cd" * 32)
+    assert await told() == pushed
+    await die()
+    await phone.update(push_token="")
+    assert await told() == none
+    await phone.update(push_token="cd" * 32)
+    await die()
+    # What its user forbade comes first: the app that said so was there.
+    await phone.update(push_allowed_by_os=False)
+    assert await told() == (common_pb2.REASON_CODE_PUSH_OS_DISABLED, True)
+    world.clock.advance(timedelta(minutes=1))
+    await phone.register()
+    assert await told() == pushed
+    await die()
+    await phone.unregister()
+    assert not (await world.target(phone.device_id, channel)).token_gone
+    world.clock.advance(timedelta(minutes=1))
+    await phone.register(push_token="")
+    assert await told() == none
+
+
+async def test_a_token_that_another_installation_has_now_is_not_called_dead(world: World, mesh_channel: Connect) -> None:
+    before, after = await world.phone(push_token=TOKEN), await world.phone(push_token=TOKEN)
+    world.clock.advance(timedelta(seconds=1))
+    dead = directory_pb2.DeadToken(device_id=before.device_id, push_token=TOKEN)
+    request = directory_pb2.ReportDeadTokensRequest(dead_tokens=[dead])
+    assert list((await world.directory("ReportDeadTokens", request, dispatch(world, mesh_channel))).forgotten) == [False]
+    assert (await world.resolve(before.number)).resolved.devices[0].push_reason == common_pb2.REASON_CODE_NO_PUSH_TOKEN
+    assert (await world.resolve(after.number)).resolved.devices[0].push_reason == 0
+
+
 async def test_a_new_token_wins_every_race_against_the_death_of_the_old_one(world: World, mesh_channel: Connect) -> None:
     phone, channel = await world.phone(push_token=TOKEN), dispatch(world, mesh_channel)
     await phone.authenticate()
@@ -847,7 +909,9 @@ async def test_a_new_token_wins_every_race_against_the_death_of_the_old_one(worl
     request = directory_pb2.ReportDeadTokensRequest(dead_tokens=[dead])
     reports = [world.directory("ReportDeadTokens", request, channel) for _ in range(8)]
     await asyncio.gather(*reports[:4], phone.update(push_token="cd" * 32), *reports[4:])
-    assert (await world.target(phone.device_id, channel)).push_token == "cd" * 32
+    target = await world.target(phone.device_id, channel)
+    assert (target.push_token, target.token_gone) == ("cd" * 32, False)
+    assert (await world.resolve(phone.number)).resolved.devices[0].push_reason == 0
 
 
 async def test_numbers_and_tokens_are_nowhere_in_the_database_in_clear(world: World) -> None:

@@ -322,7 +322,7 @@ async def test_an_operator_sets_up_an_organisation_whose_sender_reaches_the_phon
 def test_an_operator_puts_an_app_with_a_root_of_its_own(up: Up, tmp_path: Path) -> None:
     root_key = tmp_path / "root.key"
     public_key = run("accounts", "new-root", root_key).stdout.strip()
-    app = ("put-app", "ua.post", "--name", "Post", "--apns-topic", "ua.post")
+    app = ("put-app", "ua.post", "--name", "Post")
     assert put(up, *app, "--root-public-key", public_key) == put(up, *app, "--root-key", root_key) == "ua.post"
     assert len(bytes.fromhex(put(up, "put-platform", "--root-key", root_key))) == 32
     demo = run("accounts", "put-platform", "--root-key", Path(up.endpoints.demo_folder) / "root.key", "--data-dir", up.data_dir)
@@ -483,7 +483,7 @@ def test_a_lost_secret_is_reported_and_not_replaced(own_data_dir: Path) -> None:
     from sealpushd.up import secrets
 
     with DataDir.open(own_data_dir):
-        secrets.prepare(own_data_dir / "secrets", ["services", "apns-simulator"])
+        secrets.prepare(own_data_dir / "secrets", ["services", "simulators"])
     (own_data_dir / "secrets" / "vault.key").unlink()
     done = run("up", "--data-dir", own_data_dir, "--base-port", str(free_base_port(23_000)), "--then-exit")
     assert done.returncode == 1

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Final
 
 from sealpush.errors import EntryRefused
-from sealpush.ids import AppId, SenderId
+from sealpush.ids import AppId, SenderId, is_app_id
 from sealpush.keys import EntryRole, SenderEntry, verify_sender_entry
 from sealpushd.platform.access import SCOPES
 from sealpushd.platform.clock import to_ms
@@ -21,7 +21,6 @@ PASSWORD_BYTES_MAX: Final = 256
 ORGANISATION_NAME_CHARACTERS_MAX: Final = 128
 SENDER_NAME_CHARACTERS_MAX: Final = 64
 APP_NAME_CHARACTERS_MAX: Final = 128
-TOPIC_CHARACTERS_MAX: Final = 255
 # They travel in every token of the organisation.
 NETWORKS_MAX: Final = 64
 SENDER_APPS_MAX: Final = 64
@@ -41,7 +40,6 @@ _PNG_START: Final = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 class App:
     app_id: AppId
     name: str
-    apns_topic: str
     root_public_key: bytes
 
 
@@ -110,11 +108,6 @@ def check_login(text: str) -> str:
     if not is_login(text):
         raise InvalidRequest("a login is 1 to 64 characters of a-z 0-9 - .", field="login")
     return text
-
-
-def is_app_id(text: str) -> bool:
-    """Whether the text can be an app id at all."""
-    return _NAME.fullmatch(text) is not None
 
 
 def check_app_id(text: str) -> AppId:

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 
-from sealpush.ids import ID_BYTES, SenderId
+from sealpush.ids import ID_BYTES, SenderId, is_app_id
 from sealpush.keys import EntryRole
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
@@ -201,7 +201,6 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         app = rules.App(
             app_id=rules.check_app_id(request.app_id),
             name=rules.check_name(request.name, rules.APP_NAME_CHARACTERS_MAX),
-            apns_topic=rules.check_name(request.apns_topic, rules.TOPIC_CHARACTERS_MAX, "apns_topic") if request.apns_topic else "",
             root_public_key=request.root_public_key,
         )
         await self._store.put_app(app, actor=actor, now=self._clock.now())
@@ -238,10 +237,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
 
     async def GetApps(self, request: administration_pb2.GetAppsRequest, context: rpc.Context) -> administration_pb2.GetAppsResponse:
         _check_batch(len(request.app_ids), "app_ids")
-        apps = await self._store.apps([app_id for app_id in request.app_ids if rules.is_app_id(app_id)])
-        return administration_pb2.GetAppsResponse(
-            apps=[administration_pb2.App(app_id=app.app_id, name=app.name, apns_topic=app.apns_topic) for app in apps]
-        )
+        apps = await self._store.apps([app_id for app_id in request.app_ids if is_app_id(app_id)])
+        return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=app.app_id, name=app.name) for app in apps])
 
 
 def _sender_id(value: bytes, field: str = "sender_id") -> SenderId:

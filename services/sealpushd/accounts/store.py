@@ -120,7 +120,7 @@ class AccountStore:
 
     async def apps(self, app_ids: Sequence[str]) -> list[App]:
         rows = await self._db.fetch("apps", APPS, app_ids)
-        return [App(AppId(row["app_id"]), row["name"], row["apns_topic"], row["root_public_key"]) for row in rows]
+        return [App(AppId(row["app_id"]), row["name"], row["root_public_key"]) for row in rows]
 
     async def root_in_use(self, root_public_key: bytes) -> bool:
         return await self._db.fetch_one("root_in_use", ROOT_IN_USE, root_public_key) is not None
@@ -145,11 +145,11 @@ class AccountStore:
     async def put_app(self, app: App, *, actor: str, now: datetime) -> None:
         """Raises InvalidRequest when its root would change under senders that hold entries of the present one."""
         async with self._db.transaction() as c:
-            if await c.fetchrow(PUT_APP, uuid7(), app.app_id, app.name, app.root_public_key, app.apns_topic, now) is None:
+            if await c.fetchrow(PUT_APP, uuid7(), app.app_id, app.name, app.root_public_key, now) is None:
                 raise InvalidRequest(
                     "senders of this app hold entries of its present root; a new root needs a new app id", field="root_public_key"
                 )
-            detail = {"name": app.name, "root_public_key": app.root_public_key.hex(), "apns_topic": app.apns_topic}
+            detail = {"name": app.name, "root_public_key": app.root_public_key.hex()}
             await _journal(c, now, actor, "PutApp", app.app_id, detail)
 
     async def put_sender(self, new: NewSender, *, actor: str, now: datetime) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import json
@@ -10,19 +9,16 @@ import operator
 import os
 import secrets as randomness
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from sealpushd.cli.errors import CommandFailed, WronglyCalled
-from sealpushd.cli.options import data_dir_option
+from sealpushd.cli.installation import Installation, installation_of
 
 if TYPE_CHECKING:
     from sealpush.keys import RootKey
-    from sealpushd.platform.tokens import ServiceKey
 
 _KEY_BYTES: Final = 32
 _file = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -32,88 +28,6 @@ _root_key = click.option("--root-key", type=_file, required=True, help="File wit
 _days = click.option(
     "--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="How long the entry is good; put it anew before."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Service:
-    """A service that the operator calls."""
-
-    name: str
-    address: str
-    key: ServiceKey
-
-    def call(self, stub: Callable[[Any], Any], method: str, request: Any) -> Any:
-        """The answer of one call. Raises ServiceError as the service refuses."""
-        from sealpushd.platform.clients import MeshChannel
-
-        async def work() -> Any:
-            channel = MeshChannel(self.name, self.address, self.key)
-            try:
-                return await channel.call(getattr(stub(channel.channel), method), request)
-            finally:
-                await channel.aclose()
-
-        return asyncio.run(work())
-
-
-@dataclass(frozen=True, slots=True)
-class _Installation:
-    """Whom to call, and as whom. What is None comes from a running `up`, or from the settings."""
-
-    operator_key: Path | None
-    accounts_address: str | None
-    keys_address: str | None
-    data_dir: Path
-
-    def accounts(self) -> _Service:
-        return self._service("accounts", self.accounts_address)
-
-    def keys(self) -> _Service:
-        return self._service("keys", self.keys_address)
-
-    def _service(self, name: Literal["accounts", "keys"], address: str | None) -> _Service:
-        """Raises WronglyCalled without a key of the operator."""
-        from sealpushd.platform import settings
-        from sealpushd.platform.access import OPERATOR
-        from sealpushd.platform.tokens import ServiceKey
-        from sealpushd.up.endpoints import Endpoints
-        from sealpushd.up.errors import UpError
-
-        key_path = self.operator_key
-        if key_path is None or address is None:
-            try:
-                up = Endpoints.load(self.data_dir)
-                key_path, address = key_path or Path(up.operator_key), address or up.mesh[name]
-            except UpError as e:
-                if key_path is None:
-                    raise WronglyCalled(f"give --operator-key: {e}") from e
-                loaded = settings.load()
-                address = address or {"accounts": loaded.accounts_mesh, "keys": loaded.keys_mesh}[name]
-        try:
-            return _Service(name, address, ServiceKey.load(OPERATOR, key_path))
-        except ValueError as e:
-            raise WronglyCalled(str(e)) from e
-
-
-def _installation(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that say which installation is meant; the command gets them as one `_Installation`."""
-
-    @functools.wraps(command)
-    def wrapped(*, operator_key: Path | None, accounts_address: str | None, keys_address: str | None, data_dir: Path, **rest: Any) -> None:
-        command(_Installation(operator_key, accounts_address, keys_address, data_dir), **rest)
-
-    options = (
-        click.option("--operator-key", type=_file, help="File with the operator's key. Default: that of a running `up`."),
-        click.option(
-            "--accounts", "accounts_address", help="Mesh address of accounts. Default: that of a running `up`, else the settings'."
-        ),
-        click.option("--keys", "keys_address", help="Mesh address of keys, which put-platform asks. Default: as for --accounts."),
-        data_dir_option,
-    )
-    decorated: Callable[..., None] = wrapped
-    for option in reversed(options):
-        decorated = option(decorated)
-    return decorated
 
 
 @click.group(short_help="Set up organisations, apps and senders.")
@@ -145,9 +59,9 @@ def new_root(file: Path, as_json: bool) -> None:
 @click.option("--network", "networks", multiple=True, metavar="CIDR", help="Network it calls from. Repeatable. Default: any.")
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input. An empty line: the present one stays.")
 @_json
-@_installation
+@installation_of("accounts", "keys")
 def put_organisation(
-    installation: _Installation, login: str, name: str, networks: tuple[str, ...], password_stdin: bool, as_json: bool
+    installation: Installation, login: str, name: str, networks: tuple[str, ...], password_stdin: bool, as_json: bool
 ) -> None:
     """Create or change the organisation that signs in as LOGIN (a-z 0-9 - .), and print its id."""
     from sealpush.ids import uuid_text
@@ -155,7 +69,7 @@ def put_organisation(
     from sealpushd.v1.administration_pb2_grpc import AdministrationStub
 
     request = administration.PutOrganisationRequest(login=login, password=_password(password_stdin), name=name, networks=networks)
-    answer = installation.accounts().call(AdministrationStub, "PutOrganisation", request)
+    answer = installation.service("accounts").call(AdministrationStub, "PutOrganisation", request)
     _show({"organisation_id": uuid_text(answer.organisation_id)}, as_json)
 
 
@@ -164,16 +78,14 @@ def put_organisation(
 @click.option("--name", required=True, help="Name for people, also in the SMS with the code.")
 @click.option("--root-key", type=_file, help="File with the root key whose public half the app pins.")
 @click.option("--root-public-key", metavar="HEX", help="The public half itself, as `new-root` printed it.")
-@click.option("--apns-topic", default="", help="Default APNs topic: the app's bundle id.")
 @_json
-@_installation
+@installation_of("accounts", "keys")
 def put_app(
-    installation: _Installation,
+    installation: Installation,
     app_id: str,
     name: str,
     root_key: Path | None,
     root_public_key: str | None,
-    apns_topic: str,
     as_json: bool,
 ) -> None:
     """Create or change the app APP_ID (a-z 0-9 - .). Its root stays as long as senders hold entries of it."""
@@ -183,8 +95,8 @@ def put_app(
     if (root_key is None) == (root_public_key is None):
         raise WronglyCalled("give either --root-key or --root-public-key")
     public_key = _root(root_key).public_key if root_key is not None else _key((root_public_key or "").encode(), "--root-public-key")
-    request = administration.PutAppRequest(app_id=app_id, name=name, root_public_key=public_key, apns_topic=apns_topic)
-    installation.accounts().call(AdministrationStub, "PutApp", request)
+    request = administration.PutAppRequest(app_id=app_id, name=name, root_public_key=public_key)
+    installation.service("accounts").call(AdministrationStub, "PutApp", request)
     _show({"app_id": app_id}, as_json)
 
 
@@ -192,8 +104,8 @@ def put_app(
 @_root_key
 @_days
 @_json
-@_installation
-def put_platform(installation: _Installation, root_key: Path, days: int, as_json: bool) -> None:
+@installation_of("accounts", "keys")
+def put_platform(installation: Installation, root_key: Path, days: int, as_json: bool) -> None:
     """Certify the key that the platform seals with for senders that let it, and print its public half.
 
     Once for each root that apps pin, and again when the platform's key changes.
@@ -210,8 +122,8 @@ def put_platform(installation: _Installation, root_key: Path, days: int, as_json
     with contextlib.suppress(UpError):
         if Endpoints.load(installation.data_dir).root_public_key == root.public_key.hex():
             raise WronglyCalled("this is the root of the demo: `sealpush up` certifies the platform's key with it by itself")
-    service = installation.accounts()
-    platform = installation.keys().call(SealingStub, "GetPlatformKey", sealing.GetPlatformKeyRequest())
+    service = installation.service("accounts")
+    platform = installation.service("keys").call(SealingStub, "GetPlatformKey", sealing.GetPlatformKeyRequest())
     request = administration.PutPlatformEntryRequest(
         platform_entry=certify_platform(root, platform.public_key, days=days), root_public_key=root.public_key
     )
@@ -247,9 +159,9 @@ def put_platform(installation: _Installation, root_key: Path, days: int, as_json
 @click.option("--default", "is_default", is_flag=True, help="The organisation signs in as this sender when it names none.")
 @click.option("--sender-id", "sender_id_text", metavar="UUID", help="The sender to change, as a whole. Default: a new one.")
 @_json
-@_installation
+@installation_of("accounts", "keys")
 def put_sender(
-    installation: _Installation,
+    installation: Installation,
     organisation_id: str,
     name: str,
     display_name: str,
@@ -303,7 +215,7 @@ def put_sender(
         request.sender_entry = certify_sender(root, sender_id, display_name, mode, public_keys, days=days)
     except ValueError as e:
         raise WronglyCalled(str(e)) from e
-    service = installation.accounts()
+    service = installation.service("accounts")
     again = [] if sender_id_text else [f"add --sender-id {uuid_text(sender_id)}"]
     if new_sender_key is not None and new_seed is not None:
         # Before the entry that names it: a certified key must not be lost.

@@ -24,6 +24,8 @@ COMMANDS: Final = {
     "db": "sealpushd.cli.db:db",
     "prepare": "sealpushd.cli.prepare:prepare",
     "accounts": "sealpushd.cli.accounts:accounts",
+    "providers": "sealpushd.cli.providers:providers",
+    "lanes": "sealpushd.cli.lanes:lanes",
     "settings": "sealpushd.cli.serve:settings",
 }
 

@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from sealpushd.v1.lanes_pb2 import Lane
+    from sealpushd.v1.providers_pb2 import StoredProvider
 
 # Fewer weeks than this ahead mean that maintenance does not run: it keeps six.
 PARTITION_WEEKS_AHEAD_MIN: Final = 2
 CERTIFICATE_DAYS_LEFT_MIN: Final = 14
+# A new credential needs people at the vendor's console, and a second pair of eyes.
+CREDENTIAL_DAYS_LEFT_MIN: Final = 30
 # Tokens allow for 30 s, creation times for 5 min.
 CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 # `up` starts again within seconds what ends, not what hangs.
@@ -170,6 +176,56 @@ async def check_postgres(url: str) -> list[Check]:
         return [*checks, *await check_schemas(url), await check_partitions(url), await check_clock(url)]
     except StoreUnavailable as e:
         return [Check(False, "postgres", str(e))]
+
+
+async def check_push(address: str, operator_key: Path, log: Path) -> list[Check]:
+    """A check for each lane and each credential that dispatch has. `log` is where to look when it does not answer."""
+    from sealpushd.platform.access import OPERATOR
+    from sealpushd.platform.clients import MeshChannel
+    from sealpushd.platform.errors import ServiceError
+    from sealpushd.platform.tokens import ServiceKey
+    from sealpushd.v1 import lanes_pb2, providers_pb2
+    from sealpushd.v1.lanes_pb2_grpc import LanesStub
+    from sealpushd.v1.providers_pb2_grpc import ProvidersStub
+
+    channel = MeshChannel("dispatch", address, ServiceKey.load(OPERATOR, operator_key))
+    try:
+        listed = await channel.call(ProvidersStub(channel.channel).ListProviders, providers_pb2.ListProvidersRequest(), timeout_s=3)
+        lanes = await channel.call(LanesStub(channel.channel).ListLanes, lanes_pb2.ListLanesRequest(), timeout_s=3)
+    except ServiceError as e:
+        return [Check(False, "lanes", f"dispatch does not tell ({e.message}): {_LOOK.format(log)}")]
+    finally:
+        await channel.aclose()
+    now = datetime.now(UTC)
+    return [*(judge_credential(each, now) for each in listed.providers), *(judge_lane(each) for each in lanes.lanes)]
+
+
+def judge_credential(stored: StoredProvider, now: datetime) -> Check:
+    """Is a push service's credential in use, and for how long?"""
+    from sealpushd.platform.metrics import platform_label
+
+    lane = f"{stored.app_id} {platform_label(stored.platform)}"
+    name = f"credential {lane}"
+    if stored.problem:
+        return Check(False, name, f"is not in use: {stored.problem}")
+    if not stored.HasField("expires_at"):
+        return Check(True, name, f"{stored.push_service}, in use; nobody said when it ends (--expires)")
+    ends_at = stored.expires_at.ToDatetime(UTC)
+    if ends_at <= now:
+        return Check(False, name, f"ended on {ends_at:%Y-%m-%d}: put a new one with `sealpush providers rotate {lane}`")
+    if ends_at - now < timedelta(days=CREDENTIAL_DAYS_LEFT_MIN):
+        return Check(False, name, f"ends on {ends_at:%Y-%m-%d}: put a new one with `sealpush providers rotate {lane}`")
+    return Check(True, name, f"{stored.push_service}, in use, good until {ends_at:%Y-%m-%d}")
+
+
+def judge_lane(lane: Lane) -> Check:
+    """Do wake-ups go out? A lane that somebody paused is well."""
+    from sealpushd.platform.metrics import platform_label
+    from sealpushd.v1 import lanes_pb2
+
+    name = f"lane {lane.app_id} {platform_label(lane.platform)}"
+    well = lane.state == lanes_pb2.LANE_STATE_PAUSED or (lane.state == lanes_pb2.LANE_STATE_OPEN and not lane.is_suspicious)
+    return Check(well, name, lane.detail)
 
 
 def all_well(checks: Sequence[Check]) -> bool:

@@ -1,12 +1,15 @@
-"""Lanes: one a platform of an app, each with a provider, a bound on what it holds, a breaker and an operator's switch.
+"""Lanes: one a platform of an app, each with a provider, a bound on what it holds, a breaker, a window and an operator's switch.
 
 A lane knows how many more wake-ups it can take (`take_credit`) and whether the next one may be sent (`admit`). It does no I/O.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final
@@ -14,22 +17,41 @@ from typing import Final
 import structlog
 from prometheus_client import Counter, Gauge
 
-from sealpush.v1 import common_pb2
-from sealpushd.dispatch.providers.base import Misconfigured, Outcome, Provider, RefreshAuth
-from sealpushd.dispatch.rules import Breaker, Circuit, Decision, Pushed, Quarantine, Retry, StopLane, TokenDead, fails_lane
+from sealpushd.dispatch.providers.base import COMMON_ADVICE, Misconfigured, Outcome, Provider, RefreshAuth, RetryAt
+from sealpushd.dispatch.rules import (
+    STRANGERS_MAX,
+    Breaker,
+    Circuit,
+    Decision,
+    Pushed,
+    Quarantine,
+    Retry,
+    StopLane,
+    TokenDead,
+    Window,
+    fails_lane,
+)
 from sealpushd.dispatch.store import LaneRow
 from sealpushd.platform.clock import Clock
-from sealpushd.platform.metrics import WAKE_UPS
+from sealpushd.platform.metrics import WAKE_UPS, platform_label
 
 log = structlog.get_logger()
 
 LaneKey = tuple[str, int]
 """App id and platform number."""
 
-# A paused lane hands wake-ups back that the mailbox had sent on old credit; they come again after this.
+# A lane that does not send hands wake-ups back that the mailbox had sent on old credit; they may come again after this, and do not as
+# long as the lane gives no credit. So whoever repairs or resumes it need not wait for them.
 PAUSED_RETRY: Final = timedelta(seconds=2)
 # While the one try of a half-open lane runs, others wait this long.
 PROBING_RETRY: Final = timedelta(seconds=1)
+
+# Tokens set aside by "forget with care": a wrong environment hits some phones, not all. About 100 bytes each.
+SUSPECTS_MAX: Final = 100_000
+# Different reasons that are counted apart; vendors have about 30 each.
+ERRORS_MAX: Final = 32
+OTHER_ERROR: Final = "other"
+RATE_SECONDS: Final = 60
 
 # Credit is given back by this part of the capacity at the least.
 CREDIT_SHARE: Final = 4
@@ -38,13 +60,7 @@ _HELD = Gauge("sealpush_lane_held", "Wake-ups that dispatch holds, by lane.", ["
 _SENDING = Gauge("sealpush_lane_in_flight", "Wake-ups on the way to the push service, by lane.", ["app", "platform"])
 _OPEN = Gauge("sealpush_lane_open", "1: the lane takes wake-ups; 0: paused, broken or misconfigured.", ["app", "platform"])
 
-
-def platform_label(platform: int) -> str:
-    """The platform as metrics name it, "ios"; its number when it is newer than this program."""
-    try:
-        return common_pb2.Platform.Name(common_pb2.Platform.ValueType(platform)).removeprefix("PLATFORM_").lower()
-    except ValueError:
-        return str(platform)
+_ERRORS = Counter("sealpush_lane_errors", "Wake-ups that were not accepted, by lane and reason.", ["app", "platform", "reason"])
 
 
 class LaneState(Enum):
@@ -58,9 +74,10 @@ class LaneState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send it. `probe`: it is the one try of a half-open lane."""
+    """Send it with this provider. `probe`: it is the one try of a half-open lane."""
 
     probe: bool
+    provider: Provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,37 +96,64 @@ class Counts:
     retried: int = 0
     dead_tokens: int = 0
     quarantined: int = 0
+    # What push services told of deliveries afterwards, by its word.
+    receipts: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
+@dataclass(slots=True)
+class SeenError:
+    """One reason for which wake-ups were not accepted."""
+
+    count: int
+    last_at: datetime
+
+
+class Rate:
+    """How many of something happened in the last minute, by the second."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._seconds: deque[list[int]] = deque()
+
+    def add(self) -> None:
+        second = int(self._clock.now().timestamp())
+        if self._seconds and self._seconds[-1][0] == second:
+            self._seconds[-1][1] += 1
+        else:
+            self._seconds.append([second, 1])
+            self._forget(second)
+
+    def per_second(self) -> float:
+        self._forget(int(self._clock.now().timestamp()))
+        return sum(count for _, count in self._seconds) / RATE_SECONDS
+
+    def _forget(self, second: int) -> None:
+        while self._seconds and self._seconds[0][0] <= second - RATE_SECONDS:
+            self._seconds.popleft()
 
 
 class Lane:
-    """One lane. `topic` is where installations without one of their own belong; `capacity` bounds what it holds."""
+    """One lane; `capacity` bounds what it holds. It pushes with a provider, and waits while it has none (`problem` says why)."""
 
-    def __init__(
-        self,
-        app_id: str,
-        platform: int,
-        provider: Provider,
-        *,
-        topic: str,
-        capacity: int,
-        clock: Clock,
-        random: Callable[[], float],
-    ) -> None:
+    def __init__(self, app_id: str, platform: int, *, capacity: int, clock: Clock, random: Callable[[], float]) -> None:
         self.key: LaneKey = (app_id, platform)
         self.app_id = app_id
         self.platform = platform
-        self.provider = provider
-        self.topic = topic
+        self.provider: Provider | None = None
+        # Why the stored credential is not used; it may be that an older one still is.
+        self.problem = ""
         self.counts = Counts()
+        self.rate = Rate(clock)
+        self.errors: dict[str, SeenError] = {}
         # Received and not yet reported, and of those: being sent.
         self.held = 0
         self.sending = 0
-        self._capacity = capacity
         self._clock = clock
         self._random = random
         # Credit that the mailbox has and did not use.
         self._granted = 0
         self._breaker = Breaker()
+        self._window = Window.whole(capacity)
         self._probing = False
         self._paused = False
         self._pause_detail = ""
@@ -117,12 +161,69 @@ class Lane:
         # The last word of whatever broke the lane or stopped it.
         self._broken_by = ""
         self._misconfigured = False
-        self._labels = labels = (app_id, platform_label(platform))
+        # Registrations whose token is not of this app or environment: (device, registered at). A new registration is another entry.
+        self._suspects: OrderedDict[tuple[bytes, datetime], str] = OrderedDict()
+        # Of those without an accepted one in between, the number and the last reason.
+        self._strangers = 0
+        self._estranged_by = ""
+        self._labels = (app_id, platform_label(platform))
         # Label look-ups cost more than counting: remember the children.
         self._wake_ups: dict[str, Counter] = {}
-        _HELD.labels(*labels).set_function(lambda: self.held)
-        _SENDING.labels(*labels).set_function(lambda: self.sending)
-        _OPEN.labels(*labels).set_function(lambda: self.state is LaneState.OPEN)
+        self._error_counters: dict[str, Counter] = {}
+        self.show_metrics()
+
+    # The credential
+
+    def use(self, provider: Provider) -> Provider | None:
+        """Push with this from now on; gives the one before, whose sends may still be under way."""
+        before, self.provider, self.problem = self.provider, provider, ""
+        self._forgive()
+        return before
+
+    def lose(self, problem: str) -> Provider | None:
+        """Push no more, for want of a credential; gives the one that was used."""
+        before, self.provider, self.problem = self.provider, None, problem
+        return before
+
+    @property
+    def topic(self) -> str:
+        """Where installations without a topic of their own belong."""
+        return self.provider.topic if self.provider is not None else ""
+
+    def show_metrics(self) -> None:
+        """The lane is there, or there again."""
+        _HELD.labels(*self._labels).set_function(lambda: self.held)
+        _SENDING.labels(*self._labels).set_function(lambda: self.sending)
+        _OPEN.labels(*self._labels).set_function(lambda: self.state is LaneState.OPEN)
+
+    def forget_metrics(self) -> None:
+        """The lane is no more."""
+        for gauge in (_HELD, _SENDING, _OPEN):
+            with contextlib.suppress(KeyError):
+                gauge.remove(*self._labels)
+
+    # Tokens that are set aside
+
+    def set_aside(self, device_id: bytes, registered_at: datetime, reason: str) -> None:
+        """Send nothing more to this registration until the device registers again."""
+        self._suspects[device_id, registered_at] = reason
+        while len(self._suspects) > SUSPECTS_MAX:
+            self._suspects.popitem(last=False)
+
+    def set_aside_for(self, device_id: bytes, registered_at: datetime) -> str | None:
+        """Why this registration is set aside; None: it is not."""
+        return self._suspects.get((device_id, registered_at))
+
+    def take_back(self) -> None:
+        """Try again what was set aside: somebody repaired something."""
+        self._suspects.clear()
+        self._strangers = 0
+
+    def _forgive(self) -> None:
+        self._probing = False
+        self._breaker, self._misconfigured, self._broken_by = Breaker(), False, ""
+        self._window = Window.whole(self._window.capacity)
+        self.take_back()
 
     # Credit
 
@@ -159,11 +260,11 @@ class Lane:
         self.held -= 1
 
     def _room(self) -> int:
-        if self._paused:
+        if self._paused or self.provider is None:
             return 0
         match self._breaker.circuit(self._clock.now()):
             case Circuit.CLOSED:
-                return self._capacity
+                return self._window.size
             case Circuit.HALF_OPEN:
                 return 1
             case Circuit.OPEN:
@@ -176,10 +277,12 @@ class Lane:
         now = self._clock.now()
         if self._paused:
             return Release(now + PAUSED_RETRY, "lane-paused")
+        if self.provider is None:
+            return Release(now + PAUSED_RETRY, "lane-without-credential")
         circuit = self._breaker.circuit(now)
         if circuit is Circuit.OPEN:
             assert self._breaker.open_until is not None  # noqa: S101 - that is what open means
-            return Release(self._breaker.open_until, "lane-broken")
+            return Release(min(self._breaker.open_until, now + PAUSED_RETRY), "lane-broken")
         if circuit is Circuit.HALF_OPEN and self._probing:
             return Release(now + PROBING_RETRY, "lane-broken")
         return None
@@ -192,12 +295,13 @@ class Lane:
         probe = self._breaker.circuit(self._clock.now()) is Circuit.HALF_OPEN
         self._probing = self._probing or probe
         self.sending += 1
-        return Send(probe)
+        assert self.provider is not None  # noqa: S101 - without one there is a refusal
+        return Send(probe, self.provider)
 
     def abandon(self, send: Send) -> None:
         """The send ended without an outcome."""
         self.sending -= 1
-        if send.probe:
+        if send.probe and send.provider is self.provider:
             self._probing = False
 
     def observe(self, send: Send, outcome: Outcome, decision: Decision, *, topic_of_lane: bool) -> None:
@@ -205,16 +309,23 @@ class Lane:
         self.abandon(send)
         before = self._breaker
         now = self._clock.now()
-        if isinstance(decision, StopLane):
+        if send.provider is not self.provider:
+            # The credential was replaced meanwhile: what the old one brought says nothing of the new one.
+            pass
+        elif isinstance(decision, StopLane):
             self._breaker = before.stopped(decision.retry_at)
             self._misconfigured = True
         elif fails_lane(outcome, topic_of_lane=topic_of_lane):
-            self._breaker = before.failed(now, self._random, probe=send.probe)
+            retry_after = outcome.retry_after if isinstance(outcome, RetryAt) else None
+            self._breaker = before.failed(now, self._random, probe=send.probe, retry_after=retry_after)
+            self._window = self._window.halved(now)
             if self._breaker.open_until != before.open_until:
                 self._misconfigured = False
+                self._window = self._window.shut()
         elif not isinstance(outcome, Misconfigured | RefreshAuth):
             # (Those two were quarantined after the last attempt: neither for nor against the lane.)
             self._breaker = before.succeeded(probe=send.probe)
+            self._window = self._window.grown()
         if self._breaker.open_until is not None and self._breaker.open_until != before.open_until:
             self._broken_by = outcome.reason
             if before.open_until is None:
@@ -226,12 +337,35 @@ class Lane:
         match decision:
             case Pushed():
                 self.counts.accepted += 1
+                self.rate.add()
+                self._strangers = 0
+                return
             case Retry() | StopLane():
                 self.counts.retried += 1
             case TokenDead(certain=True):
                 self.counts.dead_tokens += 1
-            case Quarantine() | TokenDead():
+            case TokenDead():
                 self.counts.quarantined += 1
+                self._count_stranger(outcome.reason)
+            case Quarantine():
+                self.counts.quarantined += 1
+        self._count_error(outcome.reason, now)
+
+    def _count_error(self, reason: str, now: datetime) -> None:
+        if reason not in self.errors and len(self.errors) >= ERRORS_MAX:
+            reason = OTHER_ERROR
+        seen = self.errors.setdefault(reason, SeenError(0, now))
+        seen.count, seen.last_at = seen.count + 1, now
+        counter = self._error_counters.get(reason)
+        if counter is None:
+            counter = self._error_counters[reason] = _ERRORS.labels(*self._labels, reason)
+        counter.inc()
+
+    def _count_stranger(self, reason: str) -> None:
+        self._strangers += 1
+        self._estranged_by = reason
+        if self._strangers == STRANGERS_MAX:
+            log.error("no token of a lane belongs to its credential", app=self.app_id, platform=self.platform, reason=reason)
 
     # The operator's switch
 
@@ -241,7 +375,7 @@ class Lane:
         if row.resumed_at is not None and (self._resumed_at is None or row.resumed_at > self._resumed_at):
             # The first row seen is history: nothing is broken yet that it could repair.
             self._resumed_at = row.resumed_at
-            self._breaker, self._misconfigured, self._broken_by = Breaker(), False, ""
+            self._forgive()
             changed = True
         if row.paused != self._paused:
             self._paused = row.paused
@@ -258,45 +392,117 @@ class Lane:
         return None if self._paused else self._breaker.open_until
 
     @property
+    def failures_in_a_row(self) -> int:
+        return self._breaker.failures
+
+    @property
+    def window(self) -> int:
+        """How many may be on the way at once now."""
+        return self._window.size
+
+    @property
     def state(self) -> LaneState:
         if self._paused:
             return LaneState.PAUSED
+        if self.provider is None:
+            return LaneState.MISCONFIGURED
         if self._breaker.open_until is None:
             return LaneState.OPEN
         return LaneState.MISCONFIGURED if self._misconfigured else LaneState.BROKEN
 
     @property
+    def is_suspicious(self) -> bool:
+        """It takes wake-ups, and something is wrong nevertheless."""
+        return self.state is LaneState.OPEN and (self._is_estranged or bool(self.problem))
+
+    @property
+    def _is_estranged(self) -> bool:
+        return self._strangers >= STRANGERS_MAX
+
+    @property
     def detail(self) -> str:
         """What the state means and what to do."""
+        if self._paused:
+            return f"{self._pause_detail or 'paused'}; wake-ups stay queued until the lane is resumed"
+        if self.provider is None:
+            return f"{self.problem}; wake-ups stay queued until then"
         match self.state:
-            case LaneState.OPEN:
-                return "takes wake-ups"
-            case LaneState.PAUSED:
-                return f"{self._pause_detail or 'paused'}; wake-ups stay queued until the lane is resumed"
             case LaneState.BROKEN:
-                return (
-                    f"{self.provider.name} fails ({self._broken_by}); one wake-up is tried from time to time, the rest stay queued. "
-                    "Check the network and the push service's status page"
+                text = (
+                    f"{self.provider.name} fails ({self._broken_by}): {self.advise(self._broken_by)}. "
+                    "One wake-up is tried from time to time, the rest stay queued"
                 )
             case LaneState.MISCONFIGURED:
-                return (
-                    f"{self.provider.name} refuses this installation's credentials or topic ({self._broken_by}); "
-                    "correct the settings, restart or resume the lane"
+                text = (
+                    f"{self.provider.name} refuses ({self._broken_by}): {self.advise(self._broken_by)}. "
+                    "Wake-ups stay queued; repair it, then `sealpush providers rotate` or `sealpush lanes resume`"
                 )
+            case _ if self._is_estranged:
+                text = (
+                    f"takes wake-ups, but the last {self._strangers} tokens were none of this credential's ({self._estranged_by}): "
+                    f"{self.advise(self._estranged_by)}. Nothing was forgotten; repair it, then `sealpush lanes requeue`"
+                )
+            case _:
+                text = "takes wake-ups"
+        return f"{text}. The stored credential is not in use: {self.problem}" if self.problem else text
+
+    def advise(self, reason: str) -> str:
+        """What a reason means and what to do about it."""
+        return self.provider.advise(reason) if self.provider is not None else COMMON_ADVICE.get(reason, "")
 
 
 class LaneSet:
-    """The lanes of this process. Calls `on_change` when a lane was paused or resumed."""
+    """The lanes of this process, by credential. Calls `on_change` when one was put, removed, paused or resumed."""
 
-    def __init__(self, lanes: Iterable[Lane]) -> None:
-        self._lanes = {lane.key: lane for lane in lanes}
+    def __init__(self, capacity: int, clock: Clock, random: Callable[[], float]) -> None:
+        """`capacity`: wake-ups that one lane may hold."""
+        self._capacity = capacity
+        self._clock = clock
+        self._random = random
+        self._lanes: dict[LaneKey, Lane] = {}
+        # Removed, but the mailbox may still hand out for them on old credit.
+        self._removed: dict[LaneKey, Lane] = {}
         self.on_change: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes.values())
 
+    def __len__(self) -> int:
+        return len(self._lanes)
+
     def get(self, app_id: str, platform: int) -> Lane | None:
         return self._lanes.get((app_id, platform))
+
+    def session_began(self) -> None:
+        """As for each lane, also those that were removed: they may come back."""
+        for lane in (*self._lanes.values(), *self._removed.values()):
+            lane.session_began()
+
+    def for_wake_up(self, app_id: str, platform: int) -> Lane | None:
+        """The lane that takes back what the mailbox hands out, also when it was removed meanwhile."""
+        key = (app_id, platform)
+        return self._lanes.get(key) or self._removed.get(key)
+
+    def put(self, app_id: str, platform: int) -> Lane:
+        """The lane, made if there is none. It has no provider yet: see `Lane.use`."""
+        key = (app_id, platform)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._removed.pop(key, None)
+            if lane is None:
+                lane = Lane(app_id, platform, capacity=self._capacity, clock=self._clock, random=self._random)
+            else:
+                lane.show_metrics()
+            self._lanes[key] = lane
+        return lane
+
+    def remove(self, lane: Lane) -> Provider | None:
+        """Push no more in this lane; gives the provider it used."""
+        self._removed[lane.key] = self._lanes.pop(lane.key)
+        lane.forget_metrics()
+        provider = lane.lose("the credential was removed: put one with `sealpush providers add`")
+        self.on_change()
+        return provider
 
     def apply(self, rows: Iterable[LaneRow]) -> None:
         """Take over what operators decided, at once."""

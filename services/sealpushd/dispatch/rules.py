@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import assert_never
 
 from sealpushd.dispatch.providers.base import (
+    ACCESS_TOKEN,
     Accepted,
     Bug,
     Misconfigured,
     Outcome,
+    Probed,
     RefreshAuth,
     RetryAt,
     TokenGone,
@@ -32,8 +34,10 @@ FAILURES_MAX = 10
 # Full jitter between 0 and 1 s · 2^(openings-1) until one wake-up is tried again.
 REOPEN_BASE = timedelta(seconds=1)
 REOPEN_MAX = timedelta(minutes=1)
-# Answers that ask for patience with one device and say nothing of the lane.
-OF_ONE_DEVICE = frozenset({"TooManyRequests", "gone-before-registration"})
+# What is on the way at once is halved so often at the most: what was sent together fails together.
+HALVING_PERIOD = timedelta(seconds=1)
+# So many tokens in a row that are not of this app, and none that is, are more likely one wrong credential than many wrong phones.
+STRANGERS_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +126,23 @@ def excuse_lane(outcome: Outcome, *, topic_of_lane: bool) -> Outcome:
     return outcome
 
 
+def excuse_new_credential(decision: Decision, attempt: int, now: datetime) -> Decision:
+    """The decision, when the credential was replaced while the send was under way.
+
+    That the old one was refused, or that a token is not the old one's, says nothing of the new one: it tries at once.
+    """
+    match decision:
+        case StopLane(reason=reason) | TokenDead(certain=False, reason=reason) if attempt < ATTEMPTS_MAX:
+            return Retry(now, reason)
+        case _:
+            return decision
+
+
 def fails_lane(outcome: Outcome, *, topic_of_lane: bool) -> bool:
     """Whether the outcome speaks against the push service or the way to it, and not only of one device."""
     match outcome:
-        case RetryAt(reason=reason):
-            return topic_of_lane and reason not in OF_ONE_DEVICE
+        case RetryAt(of_device=of_device):
+            return topic_of_lane and not of_device
         case _:
             return False
 
@@ -163,16 +179,64 @@ class Breaker:
         """
         return Breaker() if probe or self.open_until is None else self
 
-    def failed(self, now: datetime, random: Callable[[], float], *, probe: bool) -> Breaker:
-        """After a failure of the lane; see `succeeded`. `random` gives [0, 1)."""
+    def failed(self, now: datetime, random: Callable[[], float], *, probe: bool, retry_after: timedelta | None = None) -> Breaker:
+        """After a failure of the lane; see `succeeded`. `random` gives [0, 1).
+
+        The breaker does not close before `retry_after`, what the push service asked for with this failure.
+        """
         if self.open_until is not None and not probe:
             return self
         if not probe and self.failures + 1 < FAILURES_MAX:
             return replace(self, failures=self.failures + 1)
         openings = self.openings + 1
         ceiling = min(REOPEN_BASE * (1 << min(openings - 1, 16)), REOPEN_MAX)
-        return Breaker(0, openings, now + ceiling * random())
+        return Breaker(0, openings, now + (retry_after or timedelta(0)) + ceiling * random())
 
     def stopped(self, until: datetime) -> Breaker:
         """Opened for a known time, whatever went before."""
         return Breaker(0, self.openings, until)
+
+
+# Slowing down
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How many wake-ups may be on the way at once: all of the capacity, less when the push service cannot take them.
+
+    As TCP does it: one more with every success, half with a failure, one after the breaker opened. So a push service that
+    answers 429 or 503 is not asked in bursts.
+    """
+
+    size: int
+    capacity: int
+    halved_at: datetime | None = None
+
+    @classmethod
+    def whole(cls, capacity: int) -> Window:
+        return cls(capacity, capacity)
+
+    def grown(self) -> Window:
+        """After a success."""
+        return self if self.size == self.capacity else replace(self, size=self.size + 1)
+
+    def halved(self, now: datetime) -> Window:
+        """After a failure of the lane."""
+        if self.halved_at is not None and now - self.halved_at < HALVING_PERIOD:
+            return self
+        return replace(self, size=max(self.size // 2, 1), halved_at=now)
+
+    def shut(self) -> Window:
+        """After the breaker opened."""
+        return replace(self, size=1)
+
+
+# Credentials
+
+
+def accepts(probes: Sequence[Probed]) -> bool:
+    """Whether a push service takes a credential.
+
+    An access token alone sends nothing. A key may be limited to one environment, so one that works is enough.
+    """
+    return any(probed.is_good for probed in probes if probed.what != ACCESS_TOKEN)

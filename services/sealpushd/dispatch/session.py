@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -19,9 +19,20 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client import Counter
 
 from sealpush.v1 import common_pb2
-from sealpushd.dispatch.lanes import Lane, LaneSet, Release, Send
+from sealpushd.dispatch.lanes import PAUSED_RETRY, Lane, LaneSet, Release, Send
 from sealpushd.dispatch.providers.base import PushEnvironment, PushTarget, PushToken, WakeUp, WakeUpPriority
-from sealpushd.dispatch.rules import ATTEMPTS_MAX, Pushed, Quarantine, Retry, StopLane, TokenDead, backoff, decide, excuse_lane
+from sealpushd.dispatch.rules import (
+    ATTEMPTS_MAX,
+    Pushed,
+    Quarantine,
+    Retry,
+    StopLane,
+    TokenDead,
+    backoff,
+    decide,
+    excuse_lane,
+    excuse_new_credential,
+)
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import ServiceError
@@ -47,8 +58,6 @@ DIRECTORY_PAUSE: Final = timedelta(seconds=2)
 BUG_PAUSE: Final = timedelta(seconds=30)
 # How long the mailbox may take to end a session after the last report of a drain.
 LAST_WORD_S: Final = 1.0
-# Tokens set aside by "forget with care": a wrong environment hits some phones, not all. About 100 bytes each.
-SUSPECTS_MAX: Final = 100_000
 DETAIL_CHARACTERS_MAX: Final = 100
 
 _EPOCH: Final = datetime.fromtimestamp(0, UTC)
@@ -174,8 +183,6 @@ class Dispatcher:
             lambda tokens: directory_pb2.ReportDeadTokensRequest(dead_tokens=tokens),
             lambda answer: answer.forgotten,
         )
-        # Registrations whose token the push service did not know: (device, registered at). A new registration is another entry.
-        self._suspects: OrderedDict[tuple[bytes, datetime], str] = OrderedDict()
         self._session: _Session | None = None
         self._work: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -193,10 +200,12 @@ class Dispatcher:
         failures = 0
         try:
             while not self._draining.is_set():
-                if not any(True for _ in self._lanes):
-                    log.info("no lane is configured: nothing to do")
-                    await self._draining.wait()
-                    return
+                if not len(self._lanes):
+                    log.info("there is no credential: nothing is pushed until `sealpush providers add`")
+                    while not len(self._lanes) and not self._draining.is_set():
+                        self._changed.clear()
+                        await self._changed.wait()
+                    continue
                 started_at = asyncio.get_running_loop().time()
                 session = _Session(self._changed)
                 try:
@@ -234,8 +243,7 @@ class Dispatcher:
 
     async def _hold(self, session: _Session) -> None:
         """One session until it ends; raises what ended it."""
-        for lane in self._lanes:
-            lane.session_began()
+        self._lanes.session_began()
         call = self._stub.WakeUpSession(metadata=self._mailbox.metadata())
         _RECONNECTS.inc()
         self._session = session
@@ -301,7 +309,7 @@ class Dispatcher:
         to_push: list[_Held] = []
         # The mailbox chooses by priority and hands out in any order.
         for wake_up in sorted(wake_ups, key=lambda each: -each.priority):
-            lane = self._lanes.get(wake_up.app_id, wake_up.platform)
+            lane = self._lanes.for_wake_up(wake_up.app_id, wake_up.platform)
             if lane is None:
                 log.error("the mailbox sent a wake-up for a lane that got no credit", app=wake_up.app_id, platform=wake_up.platform)
                 continue
@@ -351,10 +359,7 @@ class Dispatcher:
             return
         wake_up, lane = held.wake_up, held.lane
         if not found.push_token or found.platform not in (common_pb2.PLATFORM_UNSPECIFIED, wake_up.platform):
-            # Only the push is given up: a device without a token keeps its mailbox.
-            held.report(
-                Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_NO_PUSH_TOKEN, detail="the device has no push token"
-            )
+            self._without_token(held, found)
             return
         try:
             target = to_target(found, lane.topic)
@@ -362,7 +367,7 @@ class Dispatcher:
             # Without its text: it might quote the token.
             held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail="unreadable-token")
             return
-        suspect = self._suspects.get((wake_up.device_id, target.registered_at))
+        suspect = lane.set_aside_for(wake_up.device_id, target.registered_at)
         if suspect is not None:
             held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail=suspect)
             return
@@ -378,22 +383,28 @@ class Dispatcher:
         lane = held.lane
         observed = False
         try:
-            ours = target.topic == lane.topic or not lane.topic
-            outcome = excuse_lane(await lane.provider.send(target, to_wake_up(held.wake_up)), topic_of_lane=ours)
+            ours = target.topic == send.provider.topic or not send.provider.topic
+            outcome = excuse_lane(await send.provider.send(target, to_wake_up(held.wake_up)), topic_of_lane=ours)
             decision = decide(outcome, held.attempt, self._clock.now(), self._random)
+            if send.provider is not lane.provider:
+                decision = excuse_new_credential(decision, held.attempt, self._clock.now())
             observed = True
             lane.observe(send, outcome, decision, topic_of_lane=ours)
             match decision:
                 case Pushed():
                     held.report(Outcome.WAKE_UP_OUTCOME_PUSHED)
-                case Retry(next_attempt_at=at, reason=reason) | StopLane(retry_at=at, reason=reason):
+                case Retry(next_attempt_at=at, reason=reason):
+                    held.report(Outcome.WAKE_UP_OUTCOME_RETRY, retry_at=at, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
+                case StopLane(reason=reason):
+                    # It waits for the lane and not for a time.
+                    at = self._clock.now() + PAUSED_RETRY
                     held.report(Outcome.WAKE_UP_OUTCOME_RETRY, retry_at=at, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
                 case TokenDead(certain=True):
                     await self._forget(held, target, decision)
                 case TokenDead(reason=reason):
                     # Forget with care: the token may be good in the other environment, so it stays stored and the delivery stays
                     # fetchable; nothing more is sent to this registration.
-                    self._set_aside(held.wake_up.device_id, target.registered_at, reason)
+                    lane.set_aside(held.wake_up.device_id, target.registered_at, reason)
                     held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail=reason)
                 case Quarantine(reason=reason):
                     held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail=reason)
@@ -414,12 +425,15 @@ class Dispatcher:
             gone = await self._dead_tokens.submit(token)
             if not gone:
                 present = await self._targets.submit(held.wake_up.device_id)
-                if present.push_token and present.push_token != target.token.reveal():
+                if not present.push_token:
+                    # Somebody else told it before, or the app took its token back.
+                    self._without_token(held, present)
+                    return
+                if present.push_token != target.token.reveal():
                     # The device registered a newer one meanwhile: try that at once.
                     self._retry(held, "new-token", self._clock.now())
                     return
-                # The same token, registered anew: the device's word is newer than the push service's.
-                gone = not present.push_token or _moment(present.registered_at) <= target.registered_at
+                # The same token, still there: the device's word is newer than the push service's.
         except ServiceError as e:
             log.warning("a dead token could not be reported; the next try will", error=e.message)
             gone = False
@@ -428,17 +442,22 @@ class Dispatcher:
         else:
             self._retry(held, dead.reason)
 
+    def _without_token(self, held: _Held, found: directory_pb2.PushTarget) -> None:
+        """Nothing to push to: what becomes of the delivery depends on why."""
+        if found.token_gone:
+            held.report(Outcome.WAKE_UP_OUTCOME_TOKEN_GONE, reason=common_pb2.REASON_CODE_TOKEN_GONE, detail="the token died before")
+        else:
+            # Only the push is given up: a device that merely has no token keeps its mailbox.
+            held.report(
+                Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_NO_PUSH_TOKEN, detail="the device has no push token"
+            )
+
     def _retry(self, held: _Held, reason: str, at: datetime | None = None) -> None:
         if held.attempt >= ATTEMPTS_MAX:
             held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail=reason)
             return
         retry_at = at or self._clock.now() + backoff(held.attempt, self._random)
         held.report(Outcome.WAKE_UP_OUTCOME_RETRY, retry_at=retry_at, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
-
-    def _set_aside(self, device_id: bytes, registered_at: datetime, reason: str) -> None:
-        self._suspects[device_id, registered_at] = reason
-        while len(self._suspects) > SUSPECTS_MAX:
-            self._suspects.popitem(last=False)
 
 
 def to_target(found: directory_pb2.PushTarget, lane_topic: str) -> PushTarget:

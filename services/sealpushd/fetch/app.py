@@ -5,6 +5,7 @@ from __future__ import annotations
 from sealpush.v1 import messages_pb2_grpc
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.mailbox import Mailbox
+from sealpushd.fetch.queues import Queues
 from sealpushd.fetch.service import MailboxServicer, MessagesServicer
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import StreamHub
@@ -19,6 +20,7 @@ async def build(runtime: Runtime) -> ServiceApp:
     hub = StreamHub(valkey, store)
     leases = Leases(store, valkey)
     mailbox = Mailbox(store, hub, leases)
+    queues = Queues(store, leases, runtime.clock)
 
     async def drain() -> None:
         await hub.drain()
@@ -27,7 +29,7 @@ async def build(runtime: Runtime) -> ServiceApp:
 
     return ServiceApp(
         public=[(messages_pb2_grpc.add_MessagesServicer_to_server, MessagesServicer(mailbox, hub))],
-        mesh=[(mailbox_pb2_grpc.add_MailboxServicer_to_server, MailboxServicer(mailbox, store, leases))],
-        tasks=[hub.listen, hub.sweep, leases.listen, leases.heartbeat, mailbox.sweep],
+        mesh=[(mailbox_pb2_grpc.add_MailboxServicer_to_server, MailboxServicer(mailbox, store, leases, queues))],
+        tasks=[hub.listen, hub.sweep, leases.listen, leases.heartbeat, mailbox.sweep, queues.watch],
         drain=drain,
     )

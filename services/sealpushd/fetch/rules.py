@@ -11,6 +11,7 @@ from typing import Final
 from sealpush.ids import ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId
 from sealpush.model import Reason, State, StopPoint
 from sealpush.proofs import AckOutcome
+from sealpushd.platform.clock import from_ms
 
 
 class Verdict(IntEnum):
@@ -36,8 +37,10 @@ _TERMINAL_ORDER: Final = (State.BLOCKED, State.UNDELIVERED, State.EXPIRED, State
 
 # A device on a live stream gets this long to acknowledge before its push leaves after all.
 LIVE_STREAM_HEAD_START: Final = timedelta(seconds=2)
-# A device whose token died may still poll for this long.
+# A device whose token is dead may still poll for this long: from the push service's answer on; for later messages, from their acceptance.
 DEAD_TOKEN_GRACE: Final = timedelta(seconds=60)
+# What a dispatcher reports of a dead token, as in `WakeUpOutcome`.
+OUTCOME_TOKEN_GONE: Final = 3
 # What one question may take at the most, less than a gRPC message with room for one more envelope and the rest.
 TAKE_BYTES_MAX: Final = 2 * 1024 * 1024
 # Sorts before every id.
@@ -223,6 +226,11 @@ def push_in(state: State, delivery: NewDelivery, *, on_live_stream: bool) -> flo
     return LIVE_STREAM_HEAD_START.total_seconds() if on_live_stream else 0.0
 
 
+def grace(delivery: NewDelivery) -> float | None:
+    """Seconds after which a new delivery ends if its device has not fetched it by then; None: its lifetime alone counts."""
+    return DEAD_TOKEN_GRACE.total_seconds() if delivery.push_reason == Reason.TOKEN_GONE else None
+
+
 @dataclass(frozen=True, slots=True)
 class WakeUp:
     """A wake-up handed to a dispatcher."""
@@ -250,6 +258,24 @@ class Report:
     retry_at: datetime | None
     reason: int
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What waits to be pushed in a lane; see `Queue` in mailbox.proto."""
+
+    app_id: str
+    platform: int
+    waiting: int
+    due: int
+    held: int
+    oldest_at: datetime | None
+    quarantined: int
+
+
+def accepted_at(message_id: MessageId) -> datetime:
+    """When publishing accepted a message, to the millisecond: its id is a UUIDv7 (RFC 9562, section 5.7)."""
+    return from_ms(int.from_bytes(message_id[:6], "big"))
 
 
 @dataclass(frozen=True, slots=True)

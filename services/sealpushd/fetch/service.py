@@ -14,6 +14,7 @@ from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc
 from sealpushd.fetch import rules
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.mailbox import Mailbox
+from sealpushd.fetch.queues import Queues
 from sealpushd.fetch.rules import AckAnswer, Position, Taken, TakeQuery, Verdict
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, LiveStream, StreamHub
@@ -21,6 +22,7 @@ from sealpushd.fetch.wire import (
     need_id,
     parse_ack,
     parse_key,
+    parse_lane,
     parse_message,
     parse_report,
     timestamp,
@@ -28,6 +30,7 @@ from sealpushd.fetch.wire import (
     to_ack_result,
     to_delivery,
     to_event,
+    to_queue,
     to_status,
     to_stopped,
     to_wake_up,
@@ -187,10 +190,11 @@ def _frames(taken: Sequence[Taken]) -> list[list[Taken]]:
 class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
     """What the other services call."""
 
-    def __init__(self, mailbox: Mailbox, store: MailboxStore, leases: Leases) -> None:
+    def __init__(self, mailbox: Mailbox, store: MailboxStore, leases: Leases, queues: Queues) -> None:
         self._mailbox = mailbox
         self._store = store
         self._leases = leases
+        self._queues = queues
 
     async def LookupAccepted(self, request: mailbox_pb2.LookupAcceptedRequest, context: Any) -> mailbox_pb2.LookupAcceptedResponse:
         keys = [parse_key(proto) for proto in _bounded(request.keys, "keys")]
@@ -300,6 +304,13 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         devices = {DeviceId(need_id(each.device_id, "device_id")): int(each.reason_code) for each in _bounded(request.devices, "devices")}
         ended = await self._mailbox.close_devices(devices)
         return mailbox_pb2.CloseDevicesResponse(closed=len(ended))
+
+    async def GetQueues(self, request: mailbox_pb2.GetQueuesRequest, context: Any) -> mailbox_pb2.GetQueuesResponse:
+        return mailbox_pb2.GetQueuesResponse(queues=[to_queue(queue) for queue in await self._queues.look()])
+
+    async def Requeue(self, request: mailbox_pb2.RequeueRequest, context: Any) -> mailbox_pb2.RequeueResponse:
+        requeued, more = await self._queues.requeue(*parse_lane(request.app_id, request.platform))
+        return mailbox_pb2.RequeueResponse(requeued=requeued, more=more)
 
 
 def _bounded(items: Any, field: str) -> Any:

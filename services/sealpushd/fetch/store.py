@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -25,6 +26,7 @@ from sealpushd.fetch.rules import (
     MessageRecord,
     NewMessage,
     Position,
+    Queue,
     Report,
     Taken,
     TakeQuery,
@@ -42,6 +44,13 @@ DEADLOCK_TRIES_MAX: Final = 3
 SWEEP_ROWS_MAX: Final = 2_000
 # A dispatcher that was not seen for this long has lost its leases. Its stream's keep-alive would have ended it before.
 SESSION_LOST_AFTER: Final = timedelta(seconds=15)
+
+# Due wake-ups of a lane and priority among which the oldest is looked for; mailbox.proto names it.
+OLDEST_AMONG: Final = 256
+# Deliveries that one turn of a requeue changes: as long as that takes, acknowledgements of one of them wait.
+REQUEUE_ROWS_MAX: Final = 1_000
+# Deliveries that one turn lets end after a grace; the same holds.
+GRACE_ROWS_MAX: Final = 1_000
 
 # Any number, the same for ever.
 ENDED_LOCK: Final = 0x5EA1_ACCE
@@ -163,9 +172,10 @@ class MailboxStore:
                         delivery.stanza,
                         wake_up_id,
                         rules.push_in(state, delivery, on_live_stream=delivery.device_id in live),
+                        rules.grace(delivery),
                     )
                 )
-        arguments = [*message_columns, *_columns(deliveries, 9)]
+        arguments = [*message_columns, *_columns(deliveries, 10)]
         replacing = [m for m, _ in ordered if m.replace_hash]
 
         async def work() -> set[MessageId]:
@@ -348,22 +358,25 @@ class MailboxStore:
 
     async def sweep(self) -> list[Ended]:
         """End what is over its time: expired, or its token dead for longer than the grace."""
-        rows = await self._db.fetch(
-            "overdue",
-            "SELECT message_id, device_id, close_reason FROM open_deliveries WHERE closes_at <= now() ORDER BY closes_at LIMIT $1",
-            SWEEP_ROWS_MAX,
-        )
-        return await self.close(
-            [
-                Ending(
-                    row["message_id"],
-                    row["device_id"],
-                    State.EXPIRED if row["close_reason"] == Reason.LIFETIME_OVER else State.UNDELIVERED,
-                    row["close_reason"],
-                )
-                for row in rows
-            ]
-        )
+
+        async def work() -> Sequence[asyncpg.Record]:
+            async with self._db.transaction() as connection:
+                overdue = await connection.fetch(self._sql["lock_overdue"], SWEEP_ROWS_MAX)
+                if not overdue:
+                    return []
+                endings = [
+                    Ending(
+                        row["message_id"],
+                        row["device_id"],
+                        State.EXPIRED if row["close_reason"] == Reason.LIFETIME_OVER else State.UNDELIVERED,
+                        row["close_reason"],
+                    )
+                    for row in overdue
+                ]
+                rows: Sequence[asyncpg.Record] = await connection.fetch(self._sql["close"], *_close_columns(endings))
+                return rows
+
+        return [_ended(row) for row in await self._retrying(work)]
 
     async def statuses(self, sender_id: SenderId, message_ids: Sequence[MessageId]) -> list[MessageRecord]:
         """Messages of the sender with their deliveries; unknown ones are left out."""
@@ -425,13 +438,67 @@ class MailboxStore:
         return [WakeUp(*row) for row in rows]
 
     async def report(self, session_id: bytes, reports: Sequence[Report]) -> None:
-        """Write down what became of wake-ups; stale reports change nothing."""
+        """Write down what became of wake-ups; stale reports change nothing. A dead token ends everything that the device has not fetched,
+        after a grace."""
         distinct = {(report.message_id, report.device_id): report for report in reports}
+        dead = [report for report in distinct.values() if report.outcome == rules.OUTCOME_TOKEN_GONE]
+        if dead:
+            # First: what fails in between is reported again, and goes on.
+            await self._give_grace(session_id, dead)
         columns = _columns(
             ((r.message_id, r.device_id, r.fence, r.outcome, r.retry_at, r.reason, r.detail[:100]) for r in distinct.values()),
             7,
         )
-        await self._locked(distinct, "report", session_id, *columns, rules.DEAD_TOKEN_GRACE)
+        await self._locked(distinct, "report", session_id, *columns)
+
+    async def _give_grace(self, session_id: bytes, dead: Sequence[Report]) -> None:
+        """Let what is open and unfetched of these reports' devices end after a grace, in turns in the order of the keys."""
+        columns = _columns(((report.message_id, report.device_id, report.fence) for report in dead), 3)
+
+        async def turn(device_id: bytes, message_id: bytes) -> Sequence[asyncpg.Record]:
+            async with self._db.transaction() as connection:
+                locked: Sequence[asyncpg.Record] = await connection.fetch(
+                    self._sql["lock_gone"], session_id, *columns, device_id, message_id, GRACE_ROWS_MAX
+                )
+                if locked:
+                    await connection.fetch(self._sql["grace"], *_columns((tuple(row) for row in locked), 2), rules.DEAD_TOKEN_GRACE)
+                return locked
+
+        last: tuple[bytes, bytes] = rules.BEFORE_ALL, rules.BEFORE_ALL
+        while True:
+            locked = await self._retrying(partial(turn, *last))
+            if len(locked) < GRACE_ROWS_MAX:
+                return
+            last = locked[-1]["device_id"], locked[-1]["message_id"]
+
+    async def queues(self) -> list[Queue]:
+        """What waits to be pushed, by lane; lanes without anything are left out."""
+        return [
+            Queue(
+                row["app_id"],
+                row["platform"],
+                row["waiting"],
+                row["due"],
+                row["held"],
+                None if row["oldest"] is None else rules.accepted_at(MessageId(row["oldest"])),
+                row["quarantined"],
+            )
+            for row in await self._fetch("queues", OLDEST_AMONG)
+        ]
+
+    async def requeue(
+        self, app_id: str, platform: int, after: tuple[DeviceId, MessageId], most: int = REQUEUE_ROWS_MAX
+    ) -> list[tuple[DeviceId, MessageId]]:
+        """Push quarantined deliveries of a lane again, in the order of their keys after one; fewer than `most` were the last."""
+
+        async def work() -> Sequence[asyncpg.Record]:
+            async with self._db.transaction() as connection:
+                locked: Sequence[asyncpg.Record] = await connection.fetch(self._sql["lock_quarantined"], app_id, platform, *after, most)
+                if locked:
+                    await connection.fetch(self._sql["requeue"], *_columns((tuple(row) for row in locked), 2))
+                return locked
+
+        return [(DeviceId(row["device_id"]), MessageId(row["message_id"])) for row in await self._retrying(work)]
 
     async def now_position(self) -> Position:
         """Where the journal's future begins: what is committed from now on comes after it."""

@@ -26,6 +26,7 @@ from sealpushd.fetch.rules import (
     MessageRecord,
     NewDelivery,
     NewMessage,
+    Queue,
     Report,
     Taken,
     WakeUp,
@@ -38,6 +39,8 @@ from sealpushd.v1 import mailbox_pb2
 AT_MS_MAX: Final = 2**63 - 1
 
 _REASON_CODES: Final = frozenset(common_pb2.ReasonCode.values())
+_PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {common_pb2.PLATFORM_UNSPECIFIED}
+APP_ID_CHARACTERS_MAX: Final = 64
 _OUTCOMES: Final = frozenset(mailbox_pb2.WakeUpOutcome.values()) - {mailbox_pb2.WAKE_UP_OUTCOME_UNSPECIFIED}
 
 
@@ -242,6 +245,26 @@ def to_wake_up(each: WakeUp) -> mailbox_pb2.WakeUp:
         muted=each.muted,
         expires_at=timestamp(each.expires_at),
         attempts=each.attempts,
+    )
+
+
+def parse_lane(app_id: str, platform: int) -> tuple[AppId, int]:
+    if not 0 < len(app_id) <= APP_ID_CHARACTERS_MAX or not app_id.isprintable():
+        raise InvalidRequest(f"an app id is 1 to {APP_ID_CHARACTERS_MAX} visible characters", field="app_id")
+    if platform not in _PLATFORMS:
+        raise InvalidRequest(f"platform {platform} is unknown to this version", field="platform")
+    return AppId(app_id), platform
+
+
+def to_queue(queue: Queue) -> mailbox_pb2.Queue:
+    return mailbox_pb2.Queue(
+        app_id=queue.app_id,
+        platform=common_pb2.Platform.ValueType(queue.platform),
+        waiting=queue.waiting,
+        due=queue.due,
+        held=queue.held,
+        oldest_at=optional_timestamp(queue.oldest_at),
+        quarantined=queue.quarantined,
     )
 
 

@@ -93,9 +93,16 @@ ACCESS: Final[dict[str, Rule]] = {
     "/sealpushd.v1.Mailbox/Cancel": _services("publishing"),
     "/sealpushd.v1.Mailbox/Block": _services("registration"),
     "/sealpushd.v1.Mailbox/CloseDevices": _services("registration"),
+    "/sealpushd.v1.Mailbox/GetQueues": _services(OPERATOR, "dispatch"),
+    "/sealpushd.v1.Mailbox/Requeue": _services(OPERATOR, "dispatch"),
     "/sealpushd.v1.Lanes/ListLanes": _services(OPERATOR),
     "/sealpushd.v1.Lanes/PauseLane": _services(OPERATOR),
     "/sealpushd.v1.Lanes/ResumeLane": _services(OPERATOR),
+    "/sealpushd.v1.Lanes/RequeueLane": _services(OPERATOR),
+    "/sealpushd.v1.Providers/PutProvider": _services(OPERATOR),
+    "/sealpushd.v1.Providers/TestProvider": _services(OPERATOR),
+    "/sealpushd.v1.Providers/ListProviders": _services(OPERATOR),
+    "/sealpushd.v1.Providers/RemoveProvider": _services(OPERATOR),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
+from sealpush.v1 import common_pb2
+
 # The time a series was made at doubles what is scraped, and tells nothing that the start of the process does not.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the one function of the package without types
 
@@ -35,6 +37,14 @@ VALKEY_ERRORS = Counter("sealpush_valkey_errors", "Calls to Valkey that failed a
 for _use in ("publish", "presence", "limit", "listen"):
     VALKEY_ERRORS.labels(_use)
 STREAMS_OPEN = Gauge("sealpush_streams_open", "Device streams that are open.")
+
+
+def platform_label(platform: int) -> str:
+    """A platform as metrics name it, "ios"; its number when it is newer than this program."""
+    try:
+        return common_pb2.Platform.Name(common_pb2.Platform.ValueType(platform)).removeprefix("PLATFORM_").lower()
+    except ValueError:
+        return str(platform)
 
 
 def serve_metrics(host: str, port: int) -> int:

@@ -80,16 +80,18 @@ class Settings(BaseSettings):
     # Sealing.
     platform_key: Path | None = Field(None, description="File with the platform's sealing key (64 hex digits). keys only.")
 
-    # Dispatch: the APNs lane of one app. More apps and providers are rows of the provider table.
-    apns_app_id: str = Field("", description="App whose iOS wake-ups go through APNs; empty: no APNs lane.")
-    apns_key_id: str = Field("", description="Key id of the APNs provider key.")
-    apns_team_id: str = Field("", description="Apple team id.")
-    apns_private_key: Path | None = Field(None, description="APNs provider key, a .p8 file.")
-    apns_topic: str = Field("", description="APNs topic used where an installation names none.")
+    # Dispatch. The credentials of the push services are put by `sealpush providers`.
+    credentials: Path | None = Field(None, description="Folder of credential files that `sealpush providers add --mounted` may name.")
     apns_production_url: str = Field("https://api.push.apple.com", description="APNs for production tokens.")
     apns_sandbox_url: str = Field("https://api.sandbox.push.apple.com", description="APNs for sandbox tokens.")
-    apns_ca: Path | None = Field(None, description="PEM of a private authority to trust instead of the public ones.")
-    proxy: str | None = Field(None, description="CONNECT proxy towards the push services: http://host:port")
+    fcm_url: str = Field("https://fcm.googleapis.com", description="FCM. Its access tokens come from the service account's token_uri.")
+    hms_url: str = Field("https://push-api.cloud.huawei.com", description="Huawei Push Kit.")
+    hms_token_url: str = Field("https://oauth-login.cloud.huawei.com/oauth2/v3/token", description="Where Huawei gives access tokens.")
+    push_ca: Path | None = Field(None, description="PEM of a private authority to trust towards the push services, beside the public ones.")
+    proxy: SecretStr | None = Field(None, description="CONNECT proxy towards the push services: http://host:port")
+    receipts_port: int | None = Field(
+        None, ge=0, le=65535, description="Port for delivery receipts from Huawei, HTTPS with SEALPUSH_TLS_CERTIFICATE. Not set: none."
+    )
     push_concurrency: int = Field(256, ge=1, le=1000, description="Wake-ups in flight a lane.")
 
     @classmethod

@@ -301,7 +301,12 @@ TERMINAL: Final = frozenset(
 
 # The app instance is gone, or the sender itself took the message back: nothing to assume then.
 _NOT_ASSUMED_REASONS: Final = frozenset(
-    {common_pb2.REASON_CODE_UNREGISTERED, common_pb2.REASON_CODE_NUMBER_REBOUND, common_pb2.REASON_CODE_NO_APPLICATION}
+    {
+        common_pb2.REASON_CODE_UNREGISTERED,
+        common_pb2.REASON_CODE_NUMBER_REBOUND,
+        common_pb2.REASON_CODE_NO_APPLICATION,
+        common_pb2.REASON_CODE_TOKEN_GONE,
+    }
 )
 _NOT_ASSUMED_STATES: Final = frozenset({common_pb2.STATE_CANCELLED, common_pb2.STATE_REPLACED})
 

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.errors import KeyRefused
-from sealpush.ids import ID_BYTES, DeviceId, RegistrationId, SenderId
+from sealpush.ids import ID_BYTES, DeviceId, RegistrationId, SenderId, is_app_id
 from sealpush.keys import PrekeyKind, SignedPrekey, verify_prekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2
@@ -154,7 +154,7 @@ def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query 
     scope = ""
     if len(asked.sender_id) != ID_BYTES:
         return "sender_id must be 16 bytes"
-    if not rules.is_app_id(asked.app_id):
+    if not is_app_id(asked.app_id):
         return "app_id is not an app id"
     if kind == "phone":
         phone = parse_phone(recipient.phone)

@@ -62,7 +62,6 @@ IOS: Final = 1
 _IOS_TOKEN = re.compile(r"[0-9A-Fa-f]{64,200}", re.ASCII)
 # Printable ASCII without spaces.
 _VISIBLE = re.compile(r"[!-~]*", re.ASCII)
-_APP_ID = re.compile(r"[a-z0-9.-]{1,64}", re.ASCII)
 _LOCALE = re.compile(r"[A-Za-z0-9-]*", re.ASCII)
 
 
@@ -320,11 +319,6 @@ def _check_text(text: str | None, characters_max: int, pattern: re.Pattern[str],
         raise InvalidRequest(f"{field} has at most {characters_max} characters, none of them unusual", field=field)
 
 
-def is_app_id(text: str) -> bool:
-    """Whether the text can be an app id at all."""
-    return _APP_ID.fullmatch(text) is not None
-
-
 def check_locale(locale: str) -> str:
     _check_text(locale, LOCALE_CHARACTERS_MAX, _LOCALE, "locale")
     return locale
@@ -376,6 +370,7 @@ class Row(NamedTuple):
     push_allowed_by_os: bool
     push_allowed_by_app: bool
     has_token: bool
+    token_gone: bool
 
 
 class Target(NamedTuple):
@@ -438,14 +433,19 @@ def _resolve_known(query: Query, rows: list[Any]) -> Resolved | Reason:
         active = [row for row in active if asked.issubset(row[9])]
         if not active:
             return Reason.SUBSCRIPTION_FAILED
-    devices = [Target(row[5], row[6], 0 if row[10] and row[11] and row[12] else push_reason(row[10], row[11], row[12])) for row in active]
+    devices = [Target(row[5], row[6], 0 if row[10] and row[11] and row[12] else push_reason(*row[10:14])) for row in active]
     return Resolved(first[1], devices, bool(first[2]), bool(first[3]), bool(first[4]))
 
 
-def push_reason(allowed_by_os: bool, allowed_by_app: bool, has_token: bool) -> Reason:
-    """Why an installation is not pushed; NONE: it is. What its user forbade comes before what is missing."""
+def push_reason(allowed_by_os: bool, allowed_by_app: bool, has_token: bool, token_gone: bool) -> Reason:
+    """Why an installation is not pushed; NONE: it is. What its user forbade comes before what is missing.
+
+    A token that the push service called dead says that the app was removed; one that was never there, that it asks by itself.
+    """
     if not allowed_by_os:
         return Reason.PUSH_OS_DISABLED
     if not allowed_by_app:
         return Reason.PUSH_DISABLED
-    return Reason.UNSPECIFIED if has_token else Reason.NO_PUSH_TOKEN
+    if has_token:
+        return Reason.UNSPECIFIED
+    return Reason.TOKEN_GONE if token_gone else Reason.NO_PUSH_TOKEN

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from sealpush.ids import ID_BYTES, AppId, DeviceId, RegistrationId, SubscriberId, uuid7
+from sealpush.ids import ID_BYTES, AppId, DeviceId, RegistrationId, SubscriberId, is_app_id, uuid7
 from sealpush.keys import SignedPrekey
 from sealpush.model import Reason
 from sealpush.proofs import challenge_proof, registration_proof, verify_proof
@@ -101,7 +101,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         return response
 
     async def _known_app(self, app_id: str) -> App:
-        app = await self._apps.get(AppId(app_id)) if rules.is_app_id(app_id) else None
+        app = await self._apps.get(AppId(app_id)) if is_app_id(app_id) else None
         if app is None:
             raise InvalidRequest("no such app", field="app_id")
         return app
@@ -309,6 +309,7 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
                 topic=target.topic,
                 platform=target.platform,
                 app_id=target.app_id,
+                token_gone=target.token_gone,
             )
             if target.registered_at is not None:
                 entry.registered_at.CopyFrom(parsing.timestamp(target.registered_at))

@@ -123,6 +123,7 @@ class PushTarget(NamedTuple):
     registered_at: datetime | None
     platform: int
     app_id: str
+    token_gone: bool
 
 
 class Answered(NamedTuple):
@@ -399,11 +400,11 @@ class RegistrationStore:
         rows = await self._db.fetch("push_targets", PUSH_TARGETS, device_ids)
         decrypt = self._vault.decrypt
         found: dict[bytes, PushTarget] = {}
-        for device_id, stored, environment, topic, registered_at, platform, app_id in rows:
+        for device_id, stored, environment, topic, registered_at, platform, app_id, token_gone in rows:
             token = rules.NO_TOKEN if stored is None else PushToken(decrypt(stored, f"push token {device_id.hex()}").decode())
-            found[device_id] = PushTarget(device_id, token, environment, topic, registered_at, platform, app_id)
+            found[device_id] = PushTarget(device_id, token, environment, topic, registered_at, platform, app_id, token_gone)
         unknown = rules.NO_TOKEN
-        return [found.get(device_id) or PushTarget(device_id, unknown, 0, "", None, 0, "") for device_id in device_ids]
+        return [found.get(device_id) or PushTarget(device_id, unknown, 0, "", None, 0, "", False) for device_id in device_ids]
 
     async def forget_tokens(self, dead: Sequence[DeadToken], now: datetime) -> list[bool]:
         """Whether each token was forgotten, in order, from one statement. A report that stands twice is true twice."""

@@ -1,1 +1,1 @@
-"""Runnable peers with scriptable faults: a strict APNs and an SMS gateway that keeps what it delivers in memory."""
+"""Runnable peers with scriptable faults: strict APNs, FCM and HMS, and an SMS gateway that keeps what it delivers in memory."""

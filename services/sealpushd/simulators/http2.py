@@ -1,17 +1,12 @@
-"""An HTTP/2 server for simulated push services: h2 (sans-IO) on an asyncio protocol.
-
-It knows nothing of any vendor. A `Peer` decides what to answer; it gets each request whole and may answer later, never,
-or break the connection in the ways a real service does.
-"""
+"""HTTP/2 of a simulated push service: h2 (sans-IO) on an asyncio protocol. It knows nothing of any vendor."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import ssl
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -28,62 +23,7 @@ from h2.events import (
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 
-# A push payload has at most 4096 bytes; twice that is kept to show what came, the rest is counted and thrown away.
-BODY_BYTES_KEPT_MAX = 8192
-# One provider needs a handful; more means that it opens one per message.
-CONNECTIONS_MAX = 256
-
-
-@dataclass(frozen=True, slots=True)
-class HttpRequest:
-    """One request, whole. Header names are lower case, pseudo headers stand apart."""
-
-    method: str
-    scheme: str
-    path: str
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-    body_bytes: int
-
-    def header(self, name: str) -> str | None:
-        """The first value of this header; None: absent."""
-        return next((value for known, value in self.headers if known == name), None)
-
-
-class Peer(Protocol):
-    """The vendor's side: what to do with a request."""
-
-    streams_max: int
-
-    def connection_opened(self, connection: Http2Connection) -> None:
-        """A client connected; `connection.number` counts from 1."""
-
-    def stream_refused(self, connection: Http2Connection) -> None:
-        """A stream came above the announced limit, before the client could know it, and was refused."""
-
-    def request_received(self, exchange: Exchange) -> None:
-        """A request is complete: answer it now, later or never."""
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One request and the means to answer it. Answering after the connection is gone does nothing."""
-
-    connection: Http2Connection
-    stream_id: int
-    request: HttpRequest
-
-    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes = b"", *, truncated: bool = False) -> None:
-        """Send the whole answer. `truncated` announces one byte more, then resets the stream."""
-        self.connection.send_answer(self.stream_id, status, headers, body, truncated=truncated)
-
-
-@dataclass(slots=True)
-class _Incoming:
-    pseudo: dict[str, str]
-    headers: tuple[tuple[str, str], ...]
-    body: bytearray = field(default_factory=bytearray)
-    body_bytes: int = 0
+from sealpushd.simulators.exchange import Exchange, Incoming, Peer
 
 
 @dataclass(slots=True)
@@ -93,28 +33,24 @@ class _Outgoing:
 
 
 class Http2Connection(asyncio.Protocol):
-    """One connection of a provider."""
+    """One connection of a provider. `ended` is called when it is gone."""
 
-    def __init__(self, peer: Peer, server: Http2Server) -> None:
+    def __init__(self, peer: Peer, number: int, ended: Callable[[], None]) -> None:
         self._peer = peer
-        self._server = server
+        self._ended = ended
         self._h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
-        self._incoming: dict[int, _Incoming] = {}
+        self._incoming: dict[int, Incoming] = {}
         self._outgoing: dict[int, _Outgoing] = {}
         self._open_streams: set[int] = set()
         self._transport: asyncio.Transport | None = None
         self._streams_max = peer.streams_max
-        self.number = 0
+        self.number = number
 
     # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # create_server gives stream transports; uvloop's share no base class with asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        tls = transport.get_extra_info("ssl_object")
-        if tls is None or tls.selected_alpn_protocol() != "h2" or not self._server.admit(self):
-            self.drop()
-            return
         self._h2.initiate_connection()
         self._h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: self._streams_max})
         self._flush()
@@ -130,8 +66,8 @@ class Http2Connection(asyncio.Protocol):
             for event in events:
                 if not (isinstance(event, RequestReceived) and event.stream_id in reset):
                     self._handle(event)
-        except H2Error:
-            # h2 has put the GOAWAY that says why into its buffer.
+        except (H2Error, UnicodeDecodeError):
+            # h2 has put the GOAWAY that says why into its buffer; of headers that are no text it says nothing.
             self._flush()
             self.drop(gently=True)
             return
@@ -139,7 +75,7 @@ class Http2Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._server.forget(self)
+        self._ended()
 
     # the peer's side
 
@@ -197,8 +133,7 @@ class Http2Connection(asyncio.Protocol):
                 self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
                 incoming = self._incoming.get(event.stream_id)
                 if incoming is not None:
-                    incoming.body_bytes += len(event.data)
-                    incoming.body += event.data[: BODY_BYTES_KEPT_MAX - len(incoming.body)]
+                    incoming.take(event.data, self._peer.body_bytes_max)
             case StreamEnded():
                 self._complete(event.stream_id)
             case WindowUpdated():
@@ -215,24 +150,18 @@ class Http2Connection(asyncio.Protocol):
             return
         fields = [(str(name), str(value)) for name, value in event.headers]
         self._open_streams.add(event.stream_id)
-        self._incoming[event.stream_id] = _Incoming(
-            pseudo={name: value for name, value in fields if name.startswith(":")},
+        pseudo = {name: value for name, value in fields if name.startswith(":")}
+        self._incoming[event.stream_id] = Incoming(
+            method=pseudo.get(":method", ""),
+            scheme=pseudo.get(":scheme", ""),
+            path=pseudo.get(":path", ""),
             headers=tuple((name, value) for name, value in fields if not name.startswith(":")),
         )
 
     def _complete(self, stream_id: int) -> None:
         incoming = self._incoming.pop(stream_id, None)
-        if incoming is None:
-            return
-        request = HttpRequest(
-            method=incoming.pseudo.get(":method", ""),
-            scheme=incoming.pseudo.get(":scheme", ""),
-            path=incoming.pseudo.get(":path", ""),
-            headers=incoming.headers,
-            body=bytes(incoming.body),
-            body_bytes=incoming.body_bytes,
-        )
-        self._peer.request_received(Exchange(self, stream_id, request))
+        if incoming is not None:
+            self._peer.request_received(Exchange(self, stream_id, incoming.whole()))
 
     def _pump(self, stream_id: int) -> None:
         """Send as much of an answer's body as the client's windows allow."""
@@ -258,52 +187,3 @@ class Http2Connection(asyncio.Protocol):
         data = self._h2.data_to_send()
         if data and self._transport is not None:
             self._transport.write(data)
-
-
-class Http2Server:
-    """The listening side: TLS 1.2 or later, ALPN h2 only."""
-
-    def __init__(self, peer: Peer) -> None:
-        self._peer = peer
-        self._connections: set[Http2Connection] = set()
-        self._deserted = asyncio.Event()
-        self._deserted.set()
-        self._accepted = 0
-        self._listener: asyncio.Server | None = None
-
-    async def start(self, *, host: str, port: int, certificate: Path, private_key: Path) -> int:
-        """Listen; gives the real port. Raises OSError when it cannot, ssl.SSLError on a bad certificate."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["h2"])
-        context.load_cert_chain(certificate, private_key)
-        loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: Http2Connection(self._peer, self), host, port, ssl=context)
-        bound: int = self._listener.sockets[0].getsockname()[1]
-        return bound
-
-    async def close(self) -> None:
-        """Stop listening and drop every connection. Idempotent."""
-        if self._listener is not None:
-            self._listener.close()
-            for connection in list(self._connections):
-                connection.drop()
-            await self._listener.wait_closed()
-            # Aborted transports report their end in the next turns of the loop.
-            await self._deserted.wait()
-
-    def admit(self, connection: Http2Connection) -> bool:
-        """Count a new connection; False: too many."""
-        if len(self._connections) >= CONNECTIONS_MAX:
-            return False
-        self._connections.add(connection)
-        self._deserted.clear()
-        self._accepted += 1
-        connection.number = self._accepted
-        return True
-
-    def forget(self, connection: Http2Connection) -> None:
-        """A connection ended."""
-        self._connections.discard(connection)
-        if not self._connections:
-            self._deserted.set()

@@ -1,4 +1,4 @@
-"""The demo's organisation, app and senders: their keys on disk, their rows through the Administration API.
+"""The demo's organisation, app, senders and push credentials: their keys on disk, their rows through the operators' APIs.
 
 demo/root.key               the platform's root, which apps pin; here beside everything else, in earnest kept offline
 demo/<sender>.key           what the sender signs contents with when it seals by itself
@@ -11,6 +11,7 @@ demo/password               of the demo organisation's login
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import secrets as randomness
 from collections.abc import Callable
@@ -20,16 +21,21 @@ from typing import Final
 
 from sealpush.ids import SenderId, uuid7
 from sealpush.keys import ContentSigningKey, RootKey, SenderMode
+from sealpush.v1 import common_pb2
 from sealpushd.certify import certify_platform, certify_sender
 from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.errors import AlreadyExists
 from sealpushd.platform.tls import write_secret
 from sealpushd.platform.tokens import ServiceKey
 from sealpushd.up.ports import HOST, Ports
 from sealpushd.up.secrets import Secrets, load_root
-from sealpushd.up.stack import APNS_TOPIC, APP_ID
+from sealpushd.up.stack import APP_ID
+from sealpushd.up.vendors import VENDORS, Vendor
 from sealpushd.v1 import administration_pb2 as administration
+from sealpushd.v1 import providers_pb2
 from sealpushd.v1 import sealing_pb2 as sealing
 from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+from sealpushd.v1.providers_pb2_grpc import ProvidersStub
 from sealpushd.v1.sealing_pb2_grpc import SealingStub
 
 LOGIN: Final = "demo"
@@ -61,10 +67,28 @@ async def set_up(ports: Ports, secrets: Secrets) -> Demo:
     operator = ServiceKey.load("operator", secrets.service_key("operator"))
     accounts = MeshChannel("accounts", f"{HOST}:{ports.of('accounts', 'mesh')}", operator)
     keys = MeshChannel("keys", f"{HOST}:{ports.of('keys', 'mesh')}", operator)
+    dispatch = MeshChannel("dispatch", f"{HOST}:{ports.of('dispatch', 'mesh')}", operator)
     try:
-        return await _set_up(folder, root, AdministrationStub(accounts.channel), SealingStub(keys.channel), accounts, keys)
+        made, _ = await asyncio.gather(
+            _set_up(folder, root, AdministrationStub(accounts.channel), SealingStub(keys.channel), accounts, keys),
+            asyncio.gather(*(_add_credential(vendor, dispatch) for vendor in VENDORS)),
+        )
+        return made
     finally:
-        await asyncio.gather(accounts.aclose(), keys.aclose())
+        await asyncio.gather(accounts.aclose(), keys.aclose(), dispatch.aclose())
+
+
+async def _add_credential(vendor: Vendor, dispatch: MeshChannel) -> None:
+    """What `sealpush providers add --mounted` does. One that somebody put is left alone."""
+    request = providers_pb2.PutProviderRequest(
+        app_id=APP_ID,
+        platform=common_pb2.Platform.ValueType(vendor.platform),
+        push_service=vendor.kind,
+        settings=vendor.settings,
+        secret_file=vendor.file,
+    )
+    with contextlib.suppress(AlreadyExists):
+        await dispatch.call(ProvidersStub(dispatch.channel).PutProvider, request)
 
 
 async def _set_up(
@@ -75,7 +99,7 @@ async def _set_up(
         accounts.call(admin.PutOrganisation, administration.PutOrganisationRequest(login=LOGIN, password=password, name="Demo")),
         accounts.call(
             admin.PutApp,
-            administration.PutAppRequest(app_id=APP_ID, name="Demo Bank", root_public_key=root.public_key, apns_topic=APNS_TOPIC),
+            administration.PutAppRequest(app_id=APP_ID, name="Demo Bank", root_public_key=root.public_key),
         ),
         keys.call(sealer.GetPlatformKey, sealing.GetPlatformKeyRequest()),
     )

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 from sealpushd.platform.tls import write_secret
 from sealpushd.up.errors import UpError
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _FILE: Final = Path("run") / "endpoints.json"
 
 
@@ -29,7 +29,8 @@ class Endpoints:
     public: Mapping[str, str]
     mesh: Mapping[str, str]
     simulators: str
-    apns: str
+    push_services: Mapping[str, str]
+    """The simulated ones, by name."""
     postgres_url: str = field(repr=False)
     valkey_url: str = field(repr=False)
     operator_key: str
@@ -76,7 +77,7 @@ class Endpoints:
 
     def listeners(self) -> dict[str, str]:
         """What listens besides the mesh: public listeners and simulators."""
-        return {**self.public, "simulators": self.simulators, "APNs": self.apns}
+        return {**self.public, "simulators": self.simulators, **self.push_services}
 
 
 def _is_running(pid: int) -> bool:

@@ -1,8 +1,8 @@
-"""Simulated iPhones: the SDK's Device over a keystore in the data directory, woken by the simulated push service.
+"""Simulated phones: the SDK's Device over a keystore in the data directory, woken by the simulated push services.
 
-They do what an app does and nothing else. Phone 1 is in use: its app is open and holds a stream. Phone 2 lies on the table: it hears
-of a message only when a push wakes it. Both belong to one person. Phone 3 is another person's, switched off and never allowed to
-receive pushes.
+They do what an app does and nothing else. Phone 1, an iPhone, is in use: its app is open and holds a stream. Phones 2 (iPhone),
+4 (Android) and 5 (Huawei) lie on the table: they hear of a message only when a push wakes them. All four belong to one person. Phone 3
+is another person's, switched off and never allowed to receive pushes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,20 +25,26 @@ from sealpush.device import Device, Installation, Message
 from sealpush.errors import KeystoreError, Overloaded, SealpushError, Unauthenticated
 from sealpush.ids import MessageId
 from sealpush.keystore import SqliteKeystore
-from sealpush.model import Platform, PushEnvironment
+from sealpush.model import PushEnvironment
 from sealpush.transport import Channels
 from sealpushd.up.demo import OFFLINE_PHONE
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
 from sealpushd.up.sdk import public_endpoints
-from sealpushd.up.stack import APNS_TOPIC
+from sealpushd.up.vendors import APNS, FCM, HMS, Vendor
 from sealpushd.v1 import simulator_pb2 as simulator
-from sealpushd.v1.simulator_pb2_grpc import SimulatedApnsStub, SimulatedSmsStub
+from sealpushd.v1.simulator_pb2_grpc import SimulatedPushStub, SimulatedSmsStub
 
 if TYPE_CHECKING:
-    from sealpushd.v1.simulator_pb2_grpc import SimulatedApnsAsyncStub, SimulatedSmsAsyncStub
+    from sealpushd.v1.simulator_pb2_grpc import SimulatedPushAsyncStub, SimulatedSmsAsyncStub
 
 log = structlog.get_logger()
+
+_PUSH_SERVICES: Final = {
+    "apns": simulator.SIMULATED_PUSH_SERVICE_APNS,
+    "fcm": simulator.SIMULATED_PUSH_SERVICE_FCM,
+    "hms": simulator.SIMULATED_PUSH_SERVICE_HMS,
+}
 
 _CODE_TIMEOUT_S: Final = 20.0
 _CODE = re.compile(r"\b(\d{4,8})\b")
@@ -64,6 +70,7 @@ class Handset:
 
     name: str
     number: str
+    vendor: Vendor
     device: Device
     keystore: SqliteKeystore = field(repr=False)
     shown: dict[MessageId, Shown] = field(default_factory=dict)
@@ -94,8 +101,13 @@ class Handset:
 @dataclass(frozen=True, slots=True)
 class Handsets:
     in_use: Handset
-    asleep: Handset
+    asleep: tuple[Handset, ...]
     switched_off: Handset
+
+    @property
+    def reachable(self) -> tuple[Handset, ...]:
+        """Those that can receive: all of one person."""
+        return (self.in_use, *self.asleep)
 
 
 @asynccontextmanager
@@ -108,35 +120,38 @@ async def open_phones(endpoints: Endpoints, data_dir: Path) -> AsyncIterator[Han
         grpc.aio.insecure_channel(endpoints.simulators, options=[("grpc.max_reconnect_backoff_ms", 500)]) as simulators,
         contextlib.AsyncExitStack() as stack,
     ):
-        apns, sms = SimulatedApnsStub(simulators), SimulatedSmsStub(simulators)
+        push, sms = SimulatedPushStub(simulators), SimulatedSmsStub(simulators)
 
-        def handset(name: str, number: str) -> Handset:
+        def handset(name: str, number: str, vendor: Vendor) -> Handset:
             file = folder / f"{name.replace(' ', '-')}.sqlite"
             try:
                 keystore = stack.enter_context(SqliteKeystore(file))
             except KeystoreError as e:
                 raise UpError(f"{file} cannot be used ({e}). Remove {folder}: the phones then register anew.") from e
             root = bytes.fromhex(endpoints.root_public_key)
-            return Handset(
-                name, number, Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=Platform.IOS), keystore
-            )
+            device = Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=vendor.platform)
+            return Handset(name, number, vendor, device, keystore)
 
-        phones = Handsets(handset("phone 1", endpoints.phone), handset("phone 2", endpoints.phone), handset("phone 3", OFFLINE_PHONE))
-        pushed = [_Pushed(phone, apns) for phone in (phones.in_use, phones.asleep)]
+        phones = Handsets(
+            handset("phone 1", endpoints.phone, APNS),
+            (handset("phone 2", endpoints.phone, APNS), handset("phone 4", endpoints.phone, FCM), handset("phone 5", endpoints.phone, HMS)),
+            handset("phone 3", OFFLINE_PHONE, APNS),
+        )
+        pushed = [_Pushed(phone, push) for phone in phones.reachable]
 
-        async def register_both() -> None:
+        async def register_all() -> None:
             # One after the other: the number gets one code at a time.
             for each in pushed:
                 await _register(each.phone, sms, await each.new_token())
 
-        await _all(register_both(), _register(phones.switched_off, sms, ""))
+        await _all(register_all(), _register(phones.switched_off, sms, ""))
         streaming = asyncio.Event()
         tasks = [asyncio.create_task(each.run(), name=f"pushes of {each.phone.name}") for each in pushed]
-        tasks.append(asyncio.create_task(_stream(phones.in_use, streaming), name="stream of phone 1"))
+        tasks.append(asyncio.create_task(_stream(phones.in_use, streaming), name=f"stream of {phones.in_use.name}"))
         try:
             try:
                 async with asyncio.timeout(_ONLINE_TIMEOUT_S):
-                    await asyncio.gather(streaming.wait(), phones.in_use.online.wait(), phones.asleep.online.wait())
+                    await asyncio.gather(streaming.wait(), *(phone.online.wait() for phone in phones.reachable))
             except TimeoutError as e:
                 raise UpError(f"the simulated phones do not come online: look into {data_dir / 'log'}") from e
             yield phones
@@ -157,16 +172,16 @@ async def _all(*works: Awaitable[object]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _pushed_with(phone: Handset, push_token: str) -> Installation:
+    """What the service must know to push to the phone."""
+    environment = PushEnvironment.SANDBOX if phone.vendor is APNS else PushEnvironment.PRODUCTION
+    return Installation(push_token=push_token, push_environment=environment, push_topic=phone.vendor.topic)
+
+
 async def _register(phone: Handset, sms: SimulatedSmsAsyncStub, push_token: str) -> None:
     """Register the phone, or, where it is registered already, tell its new push token."""
-    installation = Installation(
-        push_token=push_token,
-        push_environment=PushEnvironment.SANDBOX,
-        push_topic=APNS_TOPIC,
-        push_allowed_by_os=bool(push_token),
-        push_allowed_by_app=True,
-        app_version="1.0.0",
-        locale="en",
+    installation = replace(
+        _pushed_with(phone, push_token), push_allowed_by_os=bool(push_token), push_allowed_by_app=True, app_version="1.0.0", locale="en"
     )
     if await phone.device.registration() is not None:
         try:
@@ -222,15 +237,17 @@ async def _stream(phone: Handset, caught_up: asyncio.Event) -> None:
 class _Pushed:
     """The phone's side of the push service: a token, and pushes that wake the app."""
 
-    def __init__(self, phone: Handset, apns: SimulatedApnsAsyncStub) -> None:
+    def __init__(self, phone: Handset, push: SimulatedPushAsyncStub) -> None:
         self.phone = phone
-        self._apns = apns
+        self._push = push
+        self._push_service = _PUSH_SERVICES[phone.vendor.kind]
         self._token = ""
         # Whether the registration service has this token.
         self._registered = True
 
     async def new_token(self) -> str:
-        made = await self._apns.CreateDevice(simulator.CreateDeviceRequest(topic=APNS_TOPIC), wait_for_ready=True, timeout=20)
+        request = simulator.CreateDeviceRequest(push_service=self._push_service, topic=self.phone.vendor.topic)
+        made = await self._push.CreateDevice(request, wait_for_ready=True, timeout=20)
         self._token = made.device_token
         return self._token
 
@@ -241,8 +258,7 @@ class _Pushed:
             try:
                 if not self._registered:
                     await self.new_token()
-                    installation = Installation(push_token=self._token, push_environment=PushEnvironment.SANDBOX, push_topic=APNS_TOPIC)
-                    await self.phone.device.update_installation(installation)
+                    await self.phone.device.update_installation(_pushed_with(self.phone, self._token))
                     self._registered = True
                     pause = _RETRY_FIRST_S
                 self._registered = await self._connected()
@@ -253,10 +269,10 @@ class _Pushed:
 
     async def _connected(self) -> bool:
         """Receive pushes until the connection ends; whether the token is still good. Raises AioRpcError."""
-        call = self._apns.Connect()
+        call = self._push.Connect()
         wakes: set[asyncio.Task[None]] = set()
         try:
-            await call.write(simulator.ConnectRequest(online_device_tokens=[self._token]))
+            await call.write(simulator.ConnectRequest(push_service=self._push_service, online_device_tokens=[self._token]))
             async for response in call:
                 if response.WhichOneof("frame") == "presence":
                     if response.presence.unknown_device_tokens:

@@ -27,6 +27,10 @@ class Ports:
         self.base = base
         self.control = base + 90
         self.apns = base + 91
+        self.fcm = base + 92
+        self.hms = base + 93
+        # Where dispatch takes Huawei's delivery receipts.
+        self.receipts = base + 94
 
     def of(self, service: str, listener: Literal["public", "mesh", "metrics"]) -> int:
         return default_port(service, listener, self.base)
@@ -34,7 +38,13 @@ class Ports:
     def all(self) -> Mapping[int, str]:
         """Port to what it is for."""
         ports = {self.of(service, listener): f"{service}, {listener}" for listener in LISTENERS for service in SERVICES}
-        return ports | {self.control: "simulators, control", self.apns: "simulated APNs"}
+        return ports | {
+            self.control: "simulators, control",
+            self.apns: "simulated APNs",
+            self.fcm: "simulated FCM",
+            self.hms: "simulated HMS",
+            self.receipts: "dispatch, receipts",
+        }
 
     def check_free(self, patience_s: float = _PATIENCE_S) -> None:
         """Raises UpError that names the first port somebody listens on. Waits a moment for those of a killed run."""

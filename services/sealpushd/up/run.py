@@ -21,7 +21,7 @@ from sealpushd.engines.datadir import DataDir
 from sealpushd.platform import logging
 from sealpushd.platform.errors import ServiceError
 from sealpushd.platform.migrate import migrate
-from sealpushd.up import demo, secrets
+from sealpushd.up import demo, secrets, vendors
 from sealpushd.up.children import bound_log
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.maintenance import maintain
@@ -79,7 +79,8 @@ async def _run(options: Options, started_at: float, say: Callable[..., None]) ->
     with DataDir.open(options.data_dir) as data:
         _log_to(data.log / "up.log", options.log_level)
         ports.check_free()
-        made = secrets.prepare(options.data_dir / "secrets", ["services", "apns-simulator"])
+        made = secrets.prepare(options.data_dir / "secrets", ["services", "simulators"])
+        accounts = vendors.prepare(made.folder / "push", f"https://localhost:{ports.fcm}/token")
         first_time = data.postgres_major() is None
         log_folder = data.log
 
@@ -92,7 +93,9 @@ async def _run(options: Options, started_at: float, say: Callable[..., None]) ->
         applied = await migrate(engines.postgres_dsn, passwords)
         if applied:
             log.info("migrated", applied=applied)
-        async with Stack.open(ports, made, engines.postgres_dsn, engines.valkey_url, log_folder, options.log_level, restarted) as stack:
+        async with Stack.open(
+            ports, made, accounts, engines.postgres_dsn, engines.valkey_url, log_folder, options.log_level, restarted
+        ) as stack:
             # Imported while the services import theirs.
             from sealpushd.up import phones, show
 
@@ -143,7 +146,7 @@ def _endpoints(data_dir: Path, ports: Ports, made: secrets.Secrets, engines: Eng
         public={service: f"localhost:{ports.of(service, 'public')}" for service in PUBLIC},
         mesh={service: f"{HOST}:{ports.of(service, 'mesh')}" for service in SERVICES},
         simulators=f"{HOST}:{ports.control}",
-        apns=f"{HOST}:{ports.apns}",
+        push_services={"APNs": f"{HOST}:{ports.apns}", "FCM": f"{HOST}:{ports.fcm}", "HMS": f"{HOST}:{ports.hms}"},
         postgres_url=engines.postgres_dsn,
         valkey_url=engines.valkey_url,
         operator_key=str(made.service_key("operator")),

@@ -6,7 +6,6 @@
     platform.key            the platform seals with it when a sender does not seal by itself
     role-passwords.json     PostgreSQL's login roles
     tls/                    a certificate authority of this machine, and the services' certificates
-    apns/provider.p8, .pem  the key that dispatch signs its APNs tokens with, and its public half for the simulated APNs
     demo/…                  for the show only, see `up.demo`
     complete                says that all of the above were there once
 
@@ -27,9 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
-
 from sealpush.keys import RootKey
 from sealpushd.platform.access import OPERATOR
 from sealpushd.platform.migrate import MAINTENANCE_ROLE, SERVICES
@@ -37,8 +33,6 @@ from sealpushd.platform.tls import LocalAuthority, write_secret
 from sealpushd.platform.tokens import ServiceKey
 from sealpushd.up.errors import UpError
 
-APNS_TEAM_ID: Final = "SEALPUSH01"
-APNS_KEY_ID: Final = "SEALKEY001"
 _KEY_BYTES: Final = 32
 
 
@@ -51,8 +45,6 @@ class Secrets:
     vault_key: Path
     platform_key: Path
     ca: Path
-    apns_private_key: Path
-    apns_public_key: Path
     role_passwords: dict[str, str]
 
     def service_key(self, service: str) -> Path:
@@ -75,7 +67,7 @@ def prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
 
 
 def _prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
-    for part in (folder, folder / "keys", folder / "apns", folder / "tls"):
+    for part in (folder, folder / "keys", folder / "tls"):
         part.mkdir(mode=0o700, parents=True, exist_ok=True)
     complete = folder / "complete"
     once = _Once(made_before=complete.exists())
@@ -88,13 +80,7 @@ def _prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
     once.make(folder / "vault.key", _random_key, _check_key)
     once.make(folder / "platform.key", _random_key, _check_key)
     once.make(folder / "role-passwords.json", _random_passwords, _check_passwords)
-    once.make(folder / "apns" / "provider.p8", _random_p256, _check_p256)
-    # What follows from the above is written anew each time.
-    p8 = (folder / "apns" / "provider.p8").read_bytes()
-    write_secret(
-        folder / "apns" / "provider.pem",
-        load_pem_private_key(p8, None).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
-    )
+    # This follows from the above: it is written anew each time.
     write_secret(folder / "trust.json", json.dumps(trusted, indent=1).encode())
     try:
         authority = LocalAuthority(folder / "tls")
@@ -112,8 +98,6 @@ def _prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
         vault_key=folder / "vault.key",
         platform_key=folder / "platform.key",
         ca=authority.certificate_path,
-        apns_private_key=folder / "apns" / "provider.p8",
-        apns_public_key=folder / "apns" / "provider.pem",
         role_passwords=json.loads((folder / "role-passwords.json").read_text()),
     )
 
@@ -179,15 +163,6 @@ def _check_passwords(content: bytes) -> None:
         raise ValueError("it does not name every role")
 
 
-def _random_p256() -> bytes:
-    return ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _check_p256(content: bytes) -> None:
-    if not isinstance(load_pem_private_key(content, None), ec.EllipticCurvePrivateKey):
-        raise ValueError("it holds no P-256 key")
-
-
 def load_root(path: Path) -> RootKey:
     """A platform root key in a file, made when it is not there. For one machine: a real one never lies on a server."""
     if not path.exists():
@@ -198,6 +173,3 @@ def load_root(path: Path) -> RootKey:
     except ValueError as e:
         raise UpError(f"{path} is damaged ({e}). Restore it from a back-up of the data directory.") from e
     return RootKey.from_seed(bytes.fromhex(path.read_text().strip()))
-
-
-__all__ = ["APNS_KEY_ID", "APNS_TEAM_ID", "Secrets", "load_root", "prepare"]

@@ -68,7 +68,10 @@ class Result:
 
 async def run(endpoints: Endpoints, demo: Demo, phones: Handsets, say: Say) -> Result:
     """Send the messages one after the other and tell what became of each. Raises SealpushError."""
-    say(f"One person, {PHONE}, has two phones: phone 1 is in use (live stream), phone 2 is asleep (pushes wake it).\n")
+    say(
+        f"One person, {PHONE}, has four phones. Phone 1 is in use (live stream); an iPhone, an Android and a Huawei are asleep,\n"
+        "until the push services of Apple, Google and Huawei wake them.\n"
+    )
     result = Result()
     async with Channels(public_endpoints(endpoints)) as channels:
         bank = Sender(channels, LOGIN, demo.password, sender_name=BANK, signing_key=demo.content_keys[BANK])
@@ -158,49 +161,49 @@ def _accepted(outcome: PublishOutcome) -> Accepted:
 
 async def _delivered(sender: Sender, phones: Handsets, sender_name: str, sealed: str, publish: Awaitable[PublishOutcome]) -> Told:
     started = time.monotonic()
-    pushes_before = [len(phone.pushes) for phone in (phones.in_use, phones.asleep)]
+    pushes_before = [len(phone.pushes) for phone in phones.reachable]
     message_id = _accepted(await publish).message_id
     state = await _ended(sender, message_id)
     took = _ms_since(started)
-    shown = await asyncio.gather(*(phone.wait_for(message_id, _PATIENCE_S) for phone in (phones.in_use, phones.asleep)))
-    pushes = [
-        payload for phone, before in zip((phones.in_use, phones.asleep), pushes_before, strict=True) for payload in phone.pushes[before:]
-    ]
-    details = [sealed, _pushed_line(pushes)]
+    shown = await asyncio.gather(*(phone.wait_for(message_id, _PATIENCE_S) for phone in phones.reachable))
+    pushes = [(phone, payload) for phone, before in zip(phones.reachable, pushes_before, strict=True) for payload in phone.pushes[before:]]
+    details = [sealed, *_pushed_lines(pushes)]
     title = ""
-    for phone, one in zip((phones.in_use, phones.asleep), shown, strict=True):
+    for phone, one in zip(phones.reachable, shown, strict=True):
         if one is None:
             details.append(f"{phone.name} showed nothing")
         else:
             title = one.message.content.title
-            details.append(f"{phone.name} showed “{one.message.content.body}” after {(one.at - started) * 1000:.0f} ms ({one.brought_by})")
+            took_it = (one.at - started) * 1000
+            phone_name = f"{phone.name} ({phone.vendor.model})"
+            details.append(f"{phone_name} showed “{one.message.content.body}” after {took_it:.0f} ms ({one.brought_by})")
     well = state == State.DELIVERED and None not in shown and _opaque(pushes)
     return Told(f"{sender_name} → {PHONE}: {title}", state.name, "DELIVERED", well, took, tuple(details))
 
 
-def _opaque(pushes: list[bytes]) -> bool:
-    """Whether nothing but a wake-up id passed the push service."""
-    return all(set(json.loads(payload)) <= _PUSHED_KEYS for payload in pushes)
+def _opaque(pushes: list[tuple[Handset, bytes]]) -> bool:
+    """Whether nothing but a wake-up id passed the push services."""
+    return all(set(json.loads(payload)) <= _PUSHED_KEYS for _, payload in pushes)
 
 
-def _pushed_line(pushes: list[bytes]) -> str:
+def _pushed_lines(pushes: list[tuple[Handset, bytes]]) -> list[str]:
     if not pushes:
-        return "nothing passed the push service"
-    return "through the push service went only " + ", ".join(payload.decode() for payload in pushes)
+        return ["nothing passed the push services"]
+    return [f"through {phone.vendor.name} went only {payload.decode()}" for phone, payload in pushes]
 
 
 async def _blocked(shop: Sender, phones: Handsets, demo: Demo) -> Told:
     await phones.in_use.device.set_preference(demo.sender_ids[SHOP], block_advertising=True)
     started = time.monotonic()
-    pushes_before = _pushes(phones.in_use, phones.asleep)
+    pushes_before = _pushes(*phones.reachable)
     content = _content("Sale", "Everything for half the price!", ContentClass.ADVERTISING)
     message_id = _accepted(await shop.publish(PHONE, content)).message_id
     state = await _ended(shop, message_id)
     took = _ms_since(started)
     reason = (await shop.status(message_id)).reason
-    shown = [phone.name for phone in (phones.in_use, phones.asleep) if message_id in phone.shown]
-    well = state == State.BLOCKED and not shown and _pushes(phones.in_use, phones.asleep) == pushes_before
-    details = (explanation(reason).happened, "nothing passed the push service, no phone showed anything" if well else f"shown by: {shown}")
+    shown = [phone.name for phone in phones.reachable if message_id in phone.shown]
+    well = state == State.BLOCKED and not shown and _pushes(*phones.reachable) == pushes_before
+    details = (explanation(reason).happened, "nothing passed the push services, no phone showed anything" if well else f"shown by: {shown}")
     return Told(f"Demo Shop → {PHONE}: Sale (advertising)", state.name, "BLOCKED", well, took, details)
 
 

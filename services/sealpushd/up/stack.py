@@ -17,10 +17,10 @@ from sealpushd.platform.migrate import MAINTENANCE_ROLE
 from sealpushd.up import health
 from sealpushd.up.children import Child, Liveness, Restarted, stop_in_order
 from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
-from sealpushd.up.secrets import APNS_KEY_ID, APNS_TEAM_ID, Secrets
+from sealpushd.up.secrets import Secrets
+from sealpushd.up.vendors import APNS_KEY_ID, APNS_TEAM_ID, FCM, HMS, Accounts
 
 APP_ID: Final = "demo-bank"
-APNS_TOPIC: Final = "ua.demo.bank"
 # Enough for six Pythons to start on a machine that does something else as well.
 READY_TIMEOUT_S: Final = 60.0
 # Calls last at most 10 s, but here nobody is left who waits for their answers.
@@ -45,7 +45,9 @@ def maintenance_url(admin_url: str, secrets: Secrets) -> str:
     return role_url(admin_url, MAINTENANCE_ROLE, secrets.role_passwords[MAINTENANCE_ROLE])
 
 
-def environment(service: str, ports: Ports, secrets: Secrets, postgres_url: str, valkey_url: str, log_level: str) -> dict[str, str]:
+def environment(
+    service: str, ports: Ports, secrets: Secrets, accounts: Accounts, postgres_url: str, valkey_url: str, log_level: str
+) -> dict[str, str]:
     """The settings of a service, as environment. Each gets its own secrets and no other's."""
     certificate, private_key = secrets.certificate("services")
     own = {
@@ -69,16 +71,17 @@ def environment(service: str, ports: Ports, secrets: Secrets, postgres_url: str,
     if service == "keys":
         own |= {"PLATFORM_KEY": secrets.platform_key}
     if service == "dispatch":
-        apns_url = f"https://localhost:{ports.apns}"
         own |= {
-            "APNS_APP_ID": APP_ID,
-            "APNS_KEY_ID": APNS_KEY_ID,
-            "APNS_TEAM_ID": APNS_TEAM_ID,
-            "APNS_PRIVATE_KEY": secrets.apns_private_key,
-            "APNS_TOPIC": APNS_TOPIC,
-            "APNS_PRODUCTION_URL": apns_url,
-            "APNS_SANDBOX_URL": apns_url,
-            "APNS_CA": secrets.ca,
+            "CREDENTIALS": accounts.folder,
+            "APNS_PRODUCTION_URL": f"https://localhost:{ports.apns}",
+            "APNS_SANDBOX_URL": f"https://localhost:{ports.apns}",
+            "FCM_URL": f"https://localhost:{ports.fcm}",
+            "HMS_URL": f"https://localhost:{ports.hms}",
+            "HMS_TOKEN_URL": f"https://localhost:{ports.hms}/oauth2/v3/token",
+            "PUSH_CA": secrets.ca,
+            "RECEIPTS_PORT": ports.receipts,
+            "TLS_CERTIFICATE": certificate,
+            "TLS_PRIVATE_KEY": private_key,
         }
     return {**_inherited(os.environ), **{f"SEALPUSH_{name}": str(value) for name, value in own.items()}}
 
@@ -116,6 +119,7 @@ class Stack:
         cls,
         ports: Ports,
         secrets: Secrets,
+        accounts: Accounts,
         postgres_url: str,
         valkey_url: str,
         log_folder: Path,
@@ -131,14 +135,17 @@ class Stack:
 
         python = ["-m", "sealpushd"]
         children: dict[str, Child] = {}
-        certificate, private_key = secrets.certificate("apns-simulator")
+        certificate, private_key = secrets.certificate("simulators")
         simulators = [
-            *(*python, "simulate", "apns", "--apns-port", str(ports.apns), "--control-port", str(ports.control)),
+            *(*python, "simulate", "all", "--control-port", str(ports.control)),
+            *("--apns-port", str(ports.apns), "--fcm-port", str(ports.fcm), "--hms-port", str(ports.hms)),
             *("--certificate", str(certificate), "--private-key", str(private_key)),
-            *("--provider-key", f"{APNS_TEAM_ID}:{APNS_KEY_ID}:{secrets.apns_public_key}"),
+            *("--provider-key", f"{APNS_TEAM_ID}:{APNS_KEY_ID}:{accounts.apns_public_key}"),
+            *("--service-account", str(accounts.of(FCM)), "--client", str(accounts.of(HMS))),
+            *("--receipt-url", f"https://localhost:{ports.receipts}/hms/{APP_ID}", "--receipt-ca", str(secrets.ca)),
         ]
         for service in SERVICES:
-            settings = environment(service, ports, secrets, postgres_url, valkey_url, log_level)
+            settings = environment(service, ports, secrets, accounts, postgres_url, valkey_url, log_level)
             children[service] = child(service, [*python, "serve", service], settings, f"{HOST}:{ports.of(service, 'mesh')}")
         children["simulators"] = child("simulators", simulators, _inherited(os.environ), f"{HOST}:{ports.control}")
         try:

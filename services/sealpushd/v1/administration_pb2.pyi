@@ -154,26 +154,22 @@ class PutAppRequest(_message.Message):
     APP_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     ROOT_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
-    APNS_TOPIC_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
     """≤ 64 characters of a-z 0-9 - ."""
     name: _builtins.str
     """For people, also in the SMS with the code; 1 to 128 characters."""
     root_public_key: _builtins.bytes
     """Root the app pins, Ed25519, 32 bytes."""
-    apns_topic: _builtins.str
-    """Default APNs topic."""
     def __init__(
         self,
         *,
         app_id: _builtins.str = ...,
         name: _builtins.str = ...,
         root_public_key: _builtins.bytes = ...,
-        apns_topic: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apns_topic", b"apns_topic", "app_id", b"app_id", "name", b"name", "root_public_key", b"root_public_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "name", b"name", "root_public_key", b"root_public_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,23 +365,19 @@ class App(_message.Message):
 
     APP_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
-    APNS_TOPIC_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
     """≤ 64 characters of a-z 0-9 - ."""
     name: _builtins.str
     """For people, ≤ 128 characters."""
-    apns_topic: _builtins.str
-    """Default APNs topic, ≤ 255 characters; empty: none."""
     def __init__(
         self,
         *,
         app_id: _builtins.str = ...,
         name: _builtins.str = ...,
-        apns_topic: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apns_topic", b"apns_topic", "app_id", b"app_id", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -200,7 +200,9 @@ class ResolvedDevice(_message.Message):
     platform: _common_pb2.Platform.ValueType
     """Decides the push lane."""
     push_reason: _common_pb2.ReasonCode.ValueType
-    """Unspecified: can be pushed. Else why it cannot; its deliveries go to the mailbox only."""
+    """Unspecified: can be pushed. Else why it cannot; its deliveries go to the mailbox only. With TOKEN_GONE they end there after a short
+    grace, with any other reason at the end of their lifetime.
+    """
     def __init__(
         self,
         *,
@@ -273,6 +275,7 @@ class PushTarget(_message.Message):
     REGISTERED_AT_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     APP_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_GONE_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
     """16 bytes, as asked for."""
     push_token: _builtins.str
@@ -285,6 +288,10 @@ class PushTarget(_message.Message):
     """Unspecified: the device is unknown."""
     app_id: _builtins.str
     """The app the installation belongs to; empty: the device is unknown."""
+    token_gone: _builtins.bool
+    """There is no token because the push service called it dead, and the app named no other since: what is not pushed for that is to be
+    reported as TOKEN_GONE.
+    """
     @_builtins.property
     def registered_at(self) -> _timestamp_pb2.Timestamp:
         """When the token was stored; an older report of its death does not count. Absent: no token."""
@@ -299,10 +306,11 @@ class PushTarget(_message.Message):
         registered_at: _timestamp_pb2.Timestamp | None = ...,
         platform: _common_pb2.Platform.ValueType = ...,
         app_id: _builtins.str = ...,
+        token_gone: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["registered_at", b"registered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "device_id", b"device_id", "environment", b"environment", "platform", b"platform", "push_token", b"push_token", "registered_at", b"registered_at", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "device_id", b"device_id", "environment", b"environment", "platform", b"platform", "push_token", b"push_token", "registered_at", b"registered_at", "token_gone", b"token_gone", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -71,7 +71,8 @@ class DirectoryServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReportDeadTokens(self, request, context):
-        """The push service called these tokens dead. Forgotten only where the token is still the same and older. A result each. Dispatch.
+        """The push service called these tokens dead. Forgotten only where the token is still the same and older; from then on, until the app
+        names another, Resolve gives TOKEN_GONE as the reason that the device is not pushed. A result each. Dispatch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,9 @@ class DirectoryStub:
     GetPushTargets: _grpc.UnaryUnaryMultiCallable[_directory_pb2.GetPushTargetsRequest, _directory_pb2.GetPushTargetsResponse]
     """Where to push. Devices without a token are answered without one. A result each, in their order. Dispatch."""
     ReportDeadTokens: _grpc.UnaryUnaryMultiCallable[_directory_pb2.ReportDeadTokensRequest, _directory_pb2.ReportDeadTokensResponse]
-    """The push service called these tokens dead. Forgotten only where the token is still the same and older. A result each. Dispatch."""
+    """The push service called these tokens dead. Forgotten only where the token is still the same and older; from then on, until the app
+    names another, Resolve gives TOKEN_GONE as the reason that the device is not pushed. A result each. Dispatch.
+    """
 
 @_typing.type_check_only
 class DirectoryAsyncStub(DirectoryStub):
@@ -50,7 +52,9 @@ class DirectoryAsyncStub(DirectoryStub):
     GetPushTargets: _aio.UnaryUnaryMultiCallable[_directory_pb2.GetPushTargetsRequest, _directory_pb2.GetPushTargetsResponse]  # type: ignore[assignment]
     """Where to push. Devices without a token are answered without one. A result each, in their order. Dispatch."""
     ReportDeadTokens: _aio.UnaryUnaryMultiCallable[_directory_pb2.ReportDeadTokensRequest, _directory_pb2.ReportDeadTokensResponse]  # type: ignore[assignment]
-    """The push service called these tokens dead. Forgotten only where the token is still the same and older. A result each. Dispatch."""
+    """The push service called these tokens dead. Forgotten only where the token is still the same and older; from then on, until the app
+    names another, Resolve gives TOKEN_GONE as the reason that the device is not pushed. A result each. Dispatch.
+    """
 
 class DirectoryServicer(metaclass=_abc_1.ABCMeta):
     """Who a recipient is and where its devices are. Mesh listener of registration; everything comes in batches of ≤ 512."""
@@ -77,6 +81,8 @@ class DirectoryServicer(metaclass=_abc_1.ABCMeta):
         request: _directory_pb2.ReportDeadTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_directory_pb2.ReportDeadTokensResponse, _abc.Awaitable[_directory_pb2.ReportDeadTokensResponse]]:
-        """The push service called these tokens dead. Forgotten only where the token is still the same and older. A result each. Dispatch."""
+        """The push service called these tokens dead. Forgotten only where the token is still the same and older; from then on, until the app
+        names another, Resolve gives TOKEN_GONE as the reason that the device is not pushed. A result each. Dispatch.
+        """
 
 def add_DirectoryServicer_to_server(servicer: DirectoryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,29 +26,39 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sealpush.v1 import common_pb2 as sealpush_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sealpushd/v1/lanes.proto\x12\x0csealpushd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\"\x88\x02\n\x04Lane\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\'\n\x08platform\x18\x02 \x01(\x0e\x32\x15.sealpush.v1.Platform\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.sealpushd.v1.LaneState\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x06 \x01(\x04\x12\x0f\n\x07retried\x18\x07 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bquarantined\x18\t \x01(\x04\x12/\n\x0bnext_try_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x12\n\x10ListLanesRequest\"6\n\x11ListLanesResponse\x12!\n\x05lanes\x18\x01 \x03(\x0b\x32\x12.sealpushd.v1.Lane\"K\n\x10PauseLaneRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\'\n\x08platform\x18\x02 \x01(\x0e\x32\x15.sealpush.v1.Platform\"\x13\n\x11PauseLaneResponse\"L\n\x11ResumeLaneRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\'\n\x08platform\x18\x02 \x01(\x0e\x32\x15.sealpush.v1.Platform\"\x14\n\x12ResumeLaneResponse*\x88\x01\n\tLaneState\x12\x1a\n\x16LANE_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLANE_STATE_OPEN\x10\x01\x12\x15\n\x11LANE_STATE_PAUSED\x10\x02\x12\x15\n\x11LANE_STATE_BROKEN\x10\x03\x12\x1c\n\x18LANE_STATE_MISCONFIGURED\x10\x04\x32\xf4\x01\n\x05Lanes\x12L\n\tListLanes\x12\x1e.sealpushd.v1.ListLanesRequest\x1a\x1f.sealpushd.v1.ListLanesResponse\x12L\n\tPauseLane\x12\x1e.sealpushd.v1.PauseLaneRequest\x1a\x1f.sealpushd.v1.PauseLaneResponse\x12O\n\nResumeLane\x12\x1f.sealpushd.v1.ResumeLaneRequest\x1a .sealpushd.v1.ResumeLaneResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sealpushd/v1/lanes.proto\x12\x0csealpushd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\"\x87\x04\n\x04Lane\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\'\n\x08platform\x18\x02 \x01(\x0e\x32\x15.sealpush.v1.Platform\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.sealpushd.v1.LaneState\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x06 \x01(\x04\x12\x0f\n\x07retried\x18\x07 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bquarantined\x18\t \x01(\x04\x12/\n\x0bnext_try_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cpush_service\x18\x0b \x01(\t\x12\x17\n\x0frate_per_second\x18\x0c \x01(\x01\x12\'\n\x06\x65rrors\x18\r \x03(\x0b\x32\x17.sealpushd.v1.LaneError\x12\x0e\n\x06window\x18\x0e \x01(\r\x12\x19\n\x11\x66\x61ilures_in_a_row\x18\x0f \x01(\r\x12\x32\n\x08receipts\x18\x10 \x03(\x0b\x32 .sealpushd.v1.Lane.ReceiptsEntry\x12\x15\n\ris_suspicious\x18\x11 \x01(\x08\x1a/\n\rReceiptsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"g\n\tLaneError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0e\n\x06\x61\x64vice\x18\x03 \x01(\t\x12+\n\x07last_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x12\n\x10ListLanesRequest\"6\n\x11ListLanesResponse\x12!\n\x05lanes\x18\x01 \x03(\x0b\x32\x12.sealpushd.v1.Lane\"K\n\x10PauseLaneRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\'\n\x08platform\x18\x02 \x01(\x0e\x32\x15.sealpush.v1.Platform\"\x13\n\x11PauseLaneResponse\"L\n\x11ResumeLaneRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\'\n\x08platform\x18\x02 \x01(\x0e\x32\x15.sealpush.v1.Platform\"\x14\n\x12ResumeLaneResponse\"M\n\x12RequeueLaneRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\'\n\x08platform\x18\x02 \x01(\x0e\x32\x15.sealpush.v1.Platform\"5\n\x13RequeueLaneResponse\x12\x10\n\x08requeued\x18\x01 \x01(\x04\x12\x0c\n\x04more\x18\x02 \x01(\x08*\x88\x01\n\tLaneState\x12\x1a\n\x16LANE_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fLANE_STATE_OPEN\x10\x01\x12\x15\n\x11LANE_STATE_PAUSED\x10\x02\x12\x15\n\x11LANE_STATE_BROKEN\x10\x03\x12\x1c\n\x18LANE_STATE_MISCONFIGURED\x10\x04\x32\xc8\x02\n\x05Lanes\x12L\n\tListLanes\x12\x1e.sealpushd.v1.ListLanesRequest\x1a\x1f.sealpushd.v1.ListLanesResponse\x12L\n\tPauseLane\x12\x1e.sealpushd.v1.PauseLaneRequest\x1a\x1f.sealpushd.v1.PauseLaneResponse\x12O\n\nResumeLane\x12\x1f.sealpushd.v1.ResumeLaneRequest\x1a .sealpushd.v1.ResumeLaneResponse\x12R\n\x0bRequeueLane\x12 .sealpushd.v1.RequeueLaneRequest\x1a!.sealpushd.v1.RequeueLaneResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sealpushd.v1.lanes_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LANESTATE']._serialized_start=643
-  _globals['_LANESTATE']._serialized_end=779
+  _globals['_LANE_RECEIPTSENTRY']._loaded_options = None
+  _globals['_LANE_RECEIPTSENTRY']._serialized_options = b'8\001'
+  _globals['_LANESTATE']._serialized_start=1137
+  _globals['_LANESTATE']._serialized_end=1273
   _globals['_LANE']._serialized_start=102
-  _globals['_LANE']._serialized_end=366
-  _globals['_LISTLANESREQUEST']._serialized_start=368
-  _globals['_LISTLANESREQUEST']._serialized_end=386
-  _globals['_LISTLANESRESPONSE']._serialized_start=388
-  _globals['_LISTLANESRESPONSE']._serialized_end=442
-  _globals['_PAUSELANEREQUEST']._serialized_start=444
-  _globals['_PAUSELANEREQUEST']._serialized_end=519
-  _globals['_PAUSELANERESPONSE']._serialized_start=521
-  _globals['_PAUSELANERESPONSE']._serialized_end=540
-  _globals['_RESUMELANEREQUEST']._serialized_start=542
-  _globals['_RESUMELANEREQUEST']._serialized_end=618
-  _globals['_RESUMELANERESPONSE']._serialized_start=620
-  _globals['_RESUMELANERESPONSE']._serialized_end=640
-  _globals['_LANES']._serialized_start=782
-  _globals['_LANES']._serialized_end=1026
+  _globals['_LANE']._serialized_end=621
+  _globals['_LANE_RECEIPTSENTRY']._serialized_start=574
+  _globals['_LANE_RECEIPTSENTRY']._serialized_end=621
+  _globals['_LANEERROR']._serialized_start=623
+  _globals['_LANEERROR']._serialized_end=726
+  _globals['_LISTLANESREQUEST']._serialized_start=728
+  _globals['_LISTLANESREQUEST']._serialized_end=746
+  _globals['_LISTLANESRESPONSE']._serialized_start=748
+  _globals['_LISTLANESRESPONSE']._serialized_end=802
+  _globals['_PAUSELANEREQUEST']._serialized_start=804
+  _globals['_PAUSELANEREQUEST']._serialized_end=879
+  _globals['_PAUSELANERESPONSE']._serialized_start=881
+  _globals['_PAUSELANERESPONSE']._serialized_end=900
+  _globals['_RESUMELANEREQUEST']._serialized_start=902
+  _globals['_RESUMELANEREQUEST']._serialized_end=978
+  _globals['_RESUMELANERESPONSE']._serialized_start=980
+  _globals['_RESUMELANERESPONSE']._serialized_end=1000
+  _globals['_REQUEUELANEREQUEST']._serialized_start=1002
+  _globals['_REQUEUELANEREQUEST']._serialized_end=1079
+  _globals['_REQUEUELANERESPONSE']._serialized_start=1081
+  _globals['_REQUEUELANERESPONSE']._serialized_end=1134
+  _globals['_LANES']._serialized_start=1276
+  _globals['_LANES']._serialized_end=1604
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,26 @@ class Lane(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ReceiptsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     APP_ID_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -69,6 +89,13 @@ class Lane(_message.Message):
     DEAD_TOKENS_FIELD_NUMBER: _builtins.int
     QUARANTINED_FIELD_NUMBER: _builtins.int
     NEXT_TRY_AT_FIELD_NUMBER: _builtins.int
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
+    RATE_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    FAILURES_IN_A_ROW_FIELD_NUMBER: _builtins.int
+    RECEIPTS_FIELD_NUMBER: _builtins.int
+    IS_SUSPICIOUS_FIELD_NUMBER: _builtins.int
     app_id: _builtins.str
     """≤ 64 characters."""
     platform: _common_pb2.Platform.ValueType
@@ -87,9 +114,27 @@ class Lane(_message.Message):
     """Wake-ups whose token was dead."""
     quarantined: _builtins.int
     """Wake-ups that were given up for push."""
+    push_service: _builtins.str
+    """Which push service: apns, fcm, hms."""
+    rate_per_second: _builtins.float
+    """Wake-ups that the push service took in the last minute, a second."""
+    window: _builtins.int
+    """How many wake-ups may be on the way at once now; grows to the capacity with success, falls when the push service asks for less."""
+    failures_in_a_row: _builtins.int
+    """Failures in a row that the breaker has counted since the last success."""
+    is_suspicious: _builtins.bool
+    """It takes wake-ups, and something is wrong nevertheless: `detail` says what."""
     @_builtins.property
     def next_try_at(self) -> _timestamp_pb2.Timestamp:
         """When a broken or misconfigured lane tries again; absent: it is open or paused."""
+
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LaneError]:
+        """What was not accepted, most frequent first; at most 32 reasons, the rest count as "other"."""
+
+    @_builtins.property
+    def receipts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """What the push service told of deliveries afterwards, by its word; only some do. Information, never a confirmation."""
 
     def __init__(
         self,
@@ -104,14 +149,57 @@ class Lane(_message.Message):
         dead_tokens: _builtins.int = ...,
         quarantined: _builtins.int = ...,
         next_try_at: _timestamp_pb2.Timestamp | None = ...,
+        push_service: _builtins.str = ...,
+        rate_per_second: _builtins.float = ...,
+        errors: _abc.Iterable[Global___LaneError] | None = ...,
+        window: _builtins.int = ...,
+        failures_in_a_row: _builtins.int = ...,
+        receipts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        is_suspicious: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["next_try_at", b"next_try_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "app_id", b"app_id", "dead_tokens", b"dead_tokens", "detail", b"detail", "in_flight", b"in_flight", "next_try_at", b"next_try_at", "platform", b"platform", "quarantined", b"quarantined", "retried", b"retried", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "app_id", b"app_id", "dead_tokens", b"dead_tokens", "detail", b"detail", "errors", b"errors", "failures_in_a_row", b"failures_in_a_row", "in_flight", b"in_flight", "is_suspicious", b"is_suspicious", "next_try_at", b"next_try_at", "platform", b"platform", "push_service", b"push_service", "quarantined", b"quarantined", "rate_per_second", b"rate_per_second", "receipts", b"receipts", "retried", b"retried", "state", b"state", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Lane: _TypeAlias = Lane  # noqa: Y015
+
+@_typing.final
+class LaneError(_message.Message):
+    """One reason for which wake-ups of a lane were not accepted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    LAST_AT_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """The push service's word, or one of ours; ≤ 64 letters, digits, `.`, `_`, `-`."""
+    count: _builtins.int
+    """How often since the process started."""
+    advice: _builtins.str
+    """What it means and what to do about it."""
+    @_builtins.property
+    def last_at(self) -> _timestamp_pb2.Timestamp:
+        """When it came last."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+        advice: _builtins.str = ...,
+        last_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_at", b"last_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "count", b"count", "last_at", b"last_at", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LaneError: _TypeAlias = LaneError  # noqa: Y015
 
 @_typing.final
 class ListLanesRequest(_message.Message):
@@ -227,3 +315,51 @@ class ResumeLaneResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResumeLaneResponse: _TypeAlias = ResumeLaneResponse  # noqa: Y015
+
+@_typing.final
+class RequeueLaneRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_ID_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
+    app_id: _builtins.str
+    """≤ 64 characters."""
+    platform: _common_pb2.Platform.ValueType
+    """With the app id, the name of the lane."""
+    def __init__(
+        self,
+        *,
+        app_id: _builtins.str = ...,
+        platform: _common_pb2.Platform.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "platform", b"platform"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequeueLaneRequest: _TypeAlias = RequeueLaneRequest  # noqa: Y015
+
+@_typing.final
+class RequeueLaneResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEUED_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    requeued: _builtins.int
+    """Wake-ups that are pushed again."""
+    more: _builtins.bool
+    """A call takes 20,000 at the most: there may be more, call again."""
+    def __init__(
+        self,
+        *,
+        requeued: _builtins.int = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "requeued", b"requeued"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequeueLaneResponse: _TypeAlias = RequeueLaneResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class LanesStub:
                 request_serializer=sealpushd_dot_v1_dot_lanes__pb2.ResumeLaneRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_lanes__pb2.ResumeLaneResponse.FromString,
                 _registered_method=True)
+        self.RequeueLane = channel.unary_unary(
+                '/sealpushd.v1.Lanes/RequeueLane',
+                request_serializer=sealpushd_dot_v1_dot_lanes__pb2.RequeueLaneRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_lanes__pb2.RequeueLaneResponse.FromString,
+                _registered_method=True)
 
 
 class LanesServicer:
@@ -77,6 +82,13 @@ class LanesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RequeueLane(self, request, context):
+        """Pushes again what was given up for push in a lane, and forgets which tokens were set aside. NOT_FOUND: no such lane. Operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LanesServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_LanesServicer_to_server(servicer, server):
                     servicer.ResumeLane,
                     request_deserializer=sealpushd_dot_v1_dot_lanes__pb2.ResumeLaneRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_lanes__pb2.ResumeLaneResponse.SerializeToString,
+            ),
+            'RequeueLane': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequeueLane,
+                    request_deserializer=sealpushd_dot_v1_dot_lanes__pb2.RequeueLaneRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_lanes__pb2.RequeueLaneResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class Lanes:
             '/sealpushd.v1.Lanes/ResumeLane',
             sealpushd_dot_v1_dot_lanes__pb2.ResumeLaneRequest.SerializeToString,
             sealpushd_dot_v1_dot_lanes__pb2.ResumeLaneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequeueLane(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Lanes/RequeueLane',
+            sealpushd_dot_v1_dot_lanes__pb2.RequeueLaneRequest.SerializeToString,
+            sealpushd_dot_v1_dot_lanes__pb2.RequeueLaneResponse.FromString,
             options,
             channel_credentials,
             insecure,

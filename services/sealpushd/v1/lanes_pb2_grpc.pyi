@@ -39,6 +39,8 @@ class LanesStub:
     """Stops taking wake-ups for a lane until it is resumed; what waits stays queued. NOT_FOUND: no such lane."""
     ResumeLane: _grpc.UnaryUnaryMultiCallable[_lanes_pb2.ResumeLaneRequest, _lanes_pb2.ResumeLaneResponse]
     """Takes wake-ups again, and forgets what broke the lane. NOT_FOUND: no such lane. Operators."""
+    RequeueLane: _grpc.UnaryUnaryMultiCallable[_lanes_pb2.RequeueLaneRequest, _lanes_pb2.RequeueLaneResponse]
+    """Pushes again what was given up for push in a lane, and forgets which tokens were set aside. NOT_FOUND: no such lane. Operators."""
 
 @_typing.type_check_only
 class LanesAsyncStub(LanesStub):
@@ -51,6 +53,8 @@ class LanesAsyncStub(LanesStub):
     """Stops taking wake-ups for a lane until it is resumed; what waits stays queued. NOT_FOUND: no such lane."""
     ResumeLane: _aio.UnaryUnaryMultiCallable[_lanes_pb2.ResumeLaneRequest, _lanes_pb2.ResumeLaneResponse]  # type: ignore[assignment]
     """Takes wake-ups again, and forgets what broke the lane. NOT_FOUND: no such lane. Operators."""
+    RequeueLane: _aio.UnaryUnaryMultiCallable[_lanes_pb2.RequeueLaneRequest, _lanes_pb2.RequeueLaneResponse]  # type: ignore[assignment]
+    """Pushes again what was given up for push in a lane, and forgets which tokens were set aside. NOT_FOUND: no such lane. Operators."""
 
 class LanesServicer(metaclass=_abc_1.ABCMeta):
     """The lanes of dispatch: one a platform of an app. Mesh listener of dispatch; operators."""
@@ -78,5 +82,13 @@ class LanesServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_lanes_pb2.ResumeLaneResponse, _abc.Awaitable[_lanes_pb2.ResumeLaneResponse]]:
         """Takes wake-ups again, and forgets what broke the lane. NOT_FOUND: no such lane. Operators."""
+
+    @_abc_1.abstractmethod
+    def RequeueLane(
+        self,
+        request: _lanes_pb2.RequeueLaneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_lanes_pb2.RequeueLaneResponse, _abc.Awaitable[_lanes_pb2.RequeueLaneResponse]]:
+        """Pushes again what was given up for push in a lane, and forgets which tokens were set aside. NOT_FOUND: no such lane. Operators."""
 
 def add_LanesServicer_to_server(servicer: LanesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

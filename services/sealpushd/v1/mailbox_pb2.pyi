@@ -37,7 +37,9 @@ class _WakeUpOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WakeUpO
     WAKE_UP_OUTCOME_TOKEN_GONE: _WakeUpOutcome.ValueType  # 3
     """The token is dead: ends after a grace in which the device may still fetch."""
     WAKE_UP_OUTCOME_QUARANTINED: _WakeUpOutcome.ValueType  # 4
-    """Given up for push; stays fetchable."""
+    """Given up for push; stays fetchable. With the reason PUSH_QUARANTINED, or none, until it is requeued; with any other, such as
+    NO_PUSH_TOKEN, there is nothing to requeue.
+    """
     WAKE_UP_OUTCOME_RELEASED: _WakeUpOutcome.ValueType  # 5
     """Was not tried: the lane stopped. Does not count as an attempt."""
 
@@ -53,7 +55,9 @@ WAKE_UP_OUTCOME_RETRY: WakeUpOutcome.ValueType  # 2
 WAKE_UP_OUTCOME_TOKEN_GONE: WakeUpOutcome.ValueType  # 3
 """The token is dead: ends after a grace in which the device may still fetch."""
 WAKE_UP_OUTCOME_QUARANTINED: WakeUpOutcome.ValueType  # 4
-"""Given up for push; stays fetchable."""
+"""Given up for push; stays fetchable. With the reason PUSH_QUARANTINED, or none, until it is requeued; with any other, such as
+NO_PUSH_TOKEN, there is nothing to requeue.
+"""
 WAKE_UP_OUTCOME_RELEASED: WakeUpOutcome.ValueType  # 5
 """Was not tried: the lane stopped. Does not count as an attempt."""
 Global___WakeUpOutcome: _TypeAlias = WakeUpOutcome  # noqa: Y015
@@ -975,3 +979,142 @@ class CloseDevicesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseDevicesResponse: _TypeAlias = CloseDevicesResponse  # noqa: Y015
+
+@_typing.final
+class GetQueuesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQueuesRequest: _TypeAlias = GetQueuesRequest  # noqa: Y015
+
+@_typing.final
+class GetQueuesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___Queue]:
+        """One a lane, by app id and platform. A lane of which nothing waits, is held or is quarantined is left out."""
+
+    def __init__(
+        self,
+        *,
+        queues: _abc.Iterable[Global___Queue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queues", b"queues"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQueuesResponse: _TypeAlias = GetQueuesResponse  # noqa: Y015
+
+@_typing.final
+class Queue(_message.Message):
+    """The open deliveries of a lane that are to be pushed or were given up for push, at one moment. What has just expired is counted until
+    it is swept, about a second later.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_ID_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    DUE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    OLDEST_AT_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    app_id: _builtins.str
+    """≤ 64 characters."""
+    platform: _common_pb2.Platform.ValueType
+    """With the app id, the name of the lane."""
+    waiting: _builtins.int
+    """To be pushed, and not held by a dispatcher."""
+    due: _builtins.int
+    """Of those that wait: could be handed out now. The others wait for their time to be tried again."""
+    held: _builtins.int
+    """Leased to a dispatcher."""
+    quarantined: _builtins.int
+    """Given up for push, and still fetchable."""
+    @_builtins.property
+    def oldest_at(self) -> _timestamp_pb2.Timestamp:
+        """When the oldest of those that are due or held was accepted, by publishing's clock, in milliseconds; absent: none is. Of those that
+        are due, only the next 256 of each priority are looked at: where more are due, an older one that is tried again may stand behind them.
+        """
+
+    def __init__(
+        self,
+        *,
+        app_id: _builtins.str = ...,
+        platform: _common_pb2.Platform.ValueType = ...,
+        waiting: _builtins.int = ...,
+        due: _builtins.int = ...,
+        held: _builtins.int = ...,
+        oldest_at: _timestamp_pb2.Timestamp | None = ...,
+        quarantined: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_at", b"oldest_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "due", b"due", "held", b"held", "oldest_at", b"oldest_at", "platform", b"platform", "quarantined", b"quarantined", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Queue: _TypeAlias = Queue  # noqa: Y015
+
+@_typing.final
+class RequeueRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_ID_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
+    app_id: _builtins.str
+    """1 to 64 characters."""
+    platform: _common_pb2.Platform.ValueType
+    """With the app id, the name of the lane; never unspecified."""
+    def __init__(
+        self,
+        *,
+        app_id: _builtins.str = ...,
+        platform: _common_pb2.Platform.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "platform", b"platform"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequeueRequest: _TypeAlias = RequeueRequest  # noqa: Y015
+
+@_typing.final
+class RequeueResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEUED_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    requeued: _builtins.int
+    """Deliveries that this call put back into the queue, due at once and with all their tries ahead; 0 also when there is no such lane.
+    What has expired is left alone.
+    """
+    more: _builtins.bool
+    """A call takes 20,000 at the most: there may be more, call again."""
+    def __init__(
+        self,
+        *,
+        requeued: _builtins.int = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "requeued", b"requeued"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequeueResponse: _TypeAlias = RequeueResponse  # noqa: Y015

@@ -75,6 +75,16 @@ class MailboxStub:
                 request_serializer=sealpushd_dot_v1_dot_mailbox__pb2.CloseDevicesRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.CloseDevicesResponse.FromString,
                 _registered_method=True)
+        self.GetQueues = channel.unary_unary(
+                '/sealpushd.v1.Mailbox/GetQueues',
+                request_serializer=sealpushd_dot_v1_dot_mailbox__pb2.GetQueuesRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.GetQueuesResponse.FromString,
+                _registered_method=True)
+        self.Requeue = channel.unary_unary(
+                '/sealpushd.v1.Mailbox/Requeue',
+                request_serializer=sealpushd_dot_v1_dot_mailbox__pb2.RequeueRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.RequeueResponse.FromString,
+                _registered_method=True)
 
 
 class MailboxServicer:
@@ -137,6 +147,20 @@ class MailboxServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetQueues(self, request, context):
+        """How much waits to be pushed, by lane. Costs what the waiting ones cost, about 0.1 s a million. Dispatch, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Requeue(self, request, context):
+        """Pushes again what was given up for push in a lane, with the same wake-up ids. Repeating it is harmless. Dispatch, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MailboxServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +203,16 @@ def add_MailboxServicer_to_server(servicer, server):
                     servicer.CloseDevices,
                     request_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.CloseDevicesRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_mailbox__pb2.CloseDevicesResponse.SerializeToString,
+            ),
+            'GetQueues': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQueues,
+                    request_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.GetQueuesRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_mailbox__pb2.GetQueuesResponse.SerializeToString,
+            ),
+            'Requeue': grpc.unary_unary_rpc_method_handler(
+                    servicer.Requeue,
+                    request_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.RequeueRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_mailbox__pb2.RequeueResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +432,60 @@ class Mailbox:
             '/sealpushd.v1.Mailbox/CloseDevices',
             sealpushd_dot_v1_dot_mailbox__pb2.CloseDevicesRequest.SerializeToString,
             sealpushd_dot_v1_dot_mailbox__pb2.CloseDevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQueues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Mailbox/GetQueues',
+            sealpushd_dot_v1_dot_mailbox__pb2.GetQueuesRequest.SerializeToString,
+            sealpushd_dot_v1_dot_mailbox__pb2.GetQueuesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Requeue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Mailbox/Requeue',
+            sealpushd_dot_v1_dot_mailbox__pb2.RequeueRequest.SerializeToString,
+            sealpushd_dot_v1_dot_mailbox__pb2.RequeueResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,10 @@ class MailboxStub:
     """Ends the open deliveries of a sender that a recipient blocks now. Registration."""
     CloseDevices: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.CloseDevicesRequest, _mailbox_pb2.CloseDevicesResponse]
     """Ends the open deliveries of installations that are gone. Registration."""
+    GetQueues: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.GetQueuesRequest, _mailbox_pb2.GetQueuesResponse]
+    """How much waits to be pushed, by lane. Costs what the waiting ones cost, about 0.1 s a million. Dispatch, operators."""
+    Requeue: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.RequeueRequest, _mailbox_pb2.RequeueResponse]
+    """Pushes again what was given up for push in a lane, with the same wake-up ids. Repeating it is harmless. Dispatch, operators."""
 
 @_typing.type_check_only
 class MailboxAsyncStub(MailboxStub):
@@ -71,6 +75,10 @@ class MailboxAsyncStub(MailboxStub):
     """Ends the open deliveries of a sender that a recipient blocks now. Registration."""
     CloseDevices: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.CloseDevicesRequest, _mailbox_pb2.CloseDevicesResponse]  # type: ignore[assignment]
     """Ends the open deliveries of installations that are gone. Registration."""
+    GetQueues: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.GetQueuesRequest, _mailbox_pb2.GetQueuesResponse]  # type: ignore[assignment]
+    """How much waits to be pushed, by lane. Costs what the waiting ones cost, about 0.1 s a million. Dispatch, operators."""
+    Requeue: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.RequeueRequest, _mailbox_pb2.RequeueResponse]  # type: ignore[assignment]
+    """Pushes again what was given up for push in a lane, with the same wake-up ids. Repeating it is harmless. Dispatch, operators."""
 
 class MailboxServicer(metaclass=_abc_1.ABCMeta):
     """Where accepted messages live: their deliveries, states and journal. Mesh listener of fetch; batches of ≤ 512."""
@@ -138,5 +146,21 @@ class MailboxServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_mailbox_pb2.CloseDevicesResponse, _abc.Awaitable[_mailbox_pb2.CloseDevicesResponse]]:
         """Ends the open deliveries of installations that are gone. Registration."""
+
+    @_abc_1.abstractmethod
+    def GetQueues(
+        self,
+        request: _mailbox_pb2.GetQueuesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_mailbox_pb2.GetQueuesResponse, _abc.Awaitable[_mailbox_pb2.GetQueuesResponse]]:
+        """How much waits to be pushed, by lane. Costs what the waiting ones cost, about 0.1 s a million. Dispatch, operators."""
+
+    @_abc_1.abstractmethod
+    def Requeue(
+        self,
+        request: _mailbox_pb2.RequeueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_mailbox_pb2.RequeueResponse, _abc.Awaitable[_mailbox_pb2.RequeueResponse]]:
+        """Pushes again what was given up for push in a lane, with the same wake-up ids. Repeating it is harmless. Dispatch, operators."""
 
 def add_MailboxServicer_to_server(servicer: MailboxServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

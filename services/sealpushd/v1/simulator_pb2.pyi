@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,21 +21,77 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SimulatedPushService:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SimulatedPushServiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SimulatedPushService.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIMULATED_PUSH_SERVICE_UNSPECIFIED: _SimulatedPushService.ValueType  # 0
+    SIMULATED_PUSH_SERVICE_APNS: _SimulatedPushService.ValueType  # 1
+    """Apple Push Notification service."""
+    SIMULATED_PUSH_SERVICE_FCM: _SimulatedPushService.ValueType  # 2
+    """Firebase Cloud Messaging, HTTP v1."""
+    SIMULATED_PUSH_SERVICE_HMS: _SimulatedPushService.ValueType  # 3
+    """Huawei Push Kit."""
+
+class SimulatedPushService(_SimulatedPushService, metaclass=_SimulatedPushServiceEnumTypeWrapper):
+    """Whose push service is meant."""
+
+SIMULATED_PUSH_SERVICE_UNSPECIFIED: SimulatedPushService.ValueType  # 0
+SIMULATED_PUSH_SERVICE_APNS: SimulatedPushService.ValueType  # 1
+"""Apple Push Notification service."""
+SIMULATED_PUSH_SERVICE_FCM: SimulatedPushService.ValueType  # 2
+"""Firebase Cloud Messaging, HTTP v1."""
+SIMULATED_PUSH_SERVICE_HMS: SimulatedPushService.ValueType  # 3
+"""Huawei Push Kit."""
+Global___SimulatedPushService: _TypeAlias = SimulatedPushService  # noqa: Y015
+
+class _SimulatedFaultScope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SimulatedFaultScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SimulatedFaultScope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIMULATED_FAULT_SCOPE_UNSPECIFIED: _SimulatedFaultScope.ValueType  # 0
+    """As SENDS."""
+    SIMULATED_FAULT_SCOPE_SENDS: _SimulatedFaultScope.ValueType  # 1
+    """Requests that send."""
+    SIMULATED_FAULT_SCOPE_TOKENS: _SimulatedFaultScope.ValueType  # 2
+    """Requests for an access token. APNs has none."""
+
+class SimulatedFaultScope(_SimulatedFaultScope, metaclass=_SimulatedFaultScopeEnumTypeWrapper):
+    """Which requests a fault is for."""
+
+SIMULATED_FAULT_SCOPE_UNSPECIFIED: SimulatedFaultScope.ValueType  # 0
+"""As SENDS."""
+SIMULATED_FAULT_SCOPE_SENDS: SimulatedFaultScope.ValueType  # 1
+"""Requests that send."""
+SIMULATED_FAULT_SCOPE_TOKENS: SimulatedFaultScope.ValueType  # 2
+"""Requests for an access token. APNs has none."""
+Global___SimulatedFaultScope: _TypeAlias = SimulatedFaultScope  # noqa: Y015
+
 @_typing.final
 class CreateDeviceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
     TOPIC_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Whose device. Required."""
     topic: _builtins.str
-    """Bundle id of the app, for example "ua.bank.app". Required."""
+    """The app. APNs: its bundle id, for example "ua.bank.app". FCM: the id of its project. HMS: its app id, digits.
+    Required.
+    """
     def __init__(
         self,
         *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
         topic: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["push_service", b"push_service", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -46,7 +103,7 @@ class CreateDeviceResponse(_message.Message):
 
     DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
     device_token: _builtins.str
-    """64 lower-case hex digits."""
+    """APNs: 64 lower-case hex digits. FCM: 22 characters, a colon, 140 characters. HMS: 130 characters."""
     def __init__(
         self,
         *,
@@ -64,8 +121,11 @@ Global___CreateDeviceResponse: _TypeAlias = CreateDeviceResponse  # noqa: Y015
 class ConnectRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
     ONLINE_DEVICE_TOKENS_FIELD_NUMBER: _builtins.int
     OFFLINE_DEVICE_TOKENS_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Whose phones. Required in the first frame; later frames name the same or none."""
     @_builtins.property
     def online_device_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tokens that come online, at most 10,000 a frame. What waited for them is delivered at once."""
@@ -77,12 +137,13 @@ class ConnectRequest(_message.Message):
     def __init__(
         self,
         *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
         online_device_tokens: _abc.Iterable[_builtins.str] | None = ...,
         offline_device_tokens: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offline_device_tokens", b"offline_device_tokens", "online_device_tokens", b"online_device_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offline_device_tokens", b"offline_device_tokens", "online_device_tokens", b"online_device_tokens", "push_service", b"push_service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -100,7 +161,7 @@ class ConnectResponse(_message.Message):
 
     @_builtins.property
     def batch(self) -> Global___SimulatedNotificationBatch:
-        """What APNs delivers."""
+        """What the push service delivers."""
 
     def __init__(
         self,
@@ -200,12 +261,18 @@ class SimulatedNotification(_message.Message):
     HEADERS_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     device_token: _builtins.str
-    """The addressed device, 64 hex digits."""
+    """The addressed device."""
     payload: _builtins.bytes
-    """The payload: a JSON object of at most 4096 bytes."""
+    """APNs: the payload, a JSON object of at most 4096 bytes. FCM: `data`, a JSON object of strings. HMS: `data`, any text."""
     @_builtins.property
     def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The apns-* headers of the request, lower-case names."""
+        """What came beside the payload, lower-case names.
+        APNs: the apns-* headers of the request.
+        FCM: "message_id", "priority" (NORMAL or HIGH), "ttl" (seconds) and, where given, "collapse_key", "notification"
+        (JSON). The notice that waiting messages were deleted has "message_type" = "deleted_messages", "total_deleted".
+        HMS: "request_id", "urgency" (NORMAL or HIGH), "ttl" (seconds), "collapse_key" and, where given, "bi_tag",
+        "notification" (JSON).
+        """
 
     def __init__(
         self,
@@ -226,17 +293,21 @@ Global___SimulatedNotification: _TypeAlias = SimulatedNotification  # noqa: Y015
 class UninstallAppRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
     DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Whose device. Required."""
     device_token: _builtins.str
-    """64 hex digits."""
+    """The token of the app on its device."""
     def __init__(
         self,
         *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
         device_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_token", b"device_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_token", b"device_token", "push_service", b"push_service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,7 +329,49 @@ class UninstallAppResponse(_message.Message):
 Global___UninstallAppResponse: _TypeAlias = UninstallAppResponse  # noqa: Y015
 
 @_typing.final
-class RegisterProviderKeyRequest(_message.Message):
+class RegisterCredentialRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
+    APNS_PROVIDER_KEY_FIELD_NUMBER: _builtins.int
+    FCM_SERVICE_ACCOUNT_FIELD_NUMBER: _builtins.int
+    HMS_CLIENT_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Who shall trust it; must fit the credential. Required."""
+    @_builtins.property
+    def apns_provider_key(self) -> Global___SimulatedProviderKey:
+        """For APNs."""
+
+    @_builtins.property
+    def fcm_service_account(self) -> Global___SimulatedServiceAccount:
+        """For FCM."""
+
+    @_builtins.property
+    def hms_client(self) -> Global___SimulatedHmsClient:
+        """For HMS."""
+
+    def __init__(
+        self,
+        *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
+        apns_provider_key: Global___SimulatedProviderKey | None = ...,
+        fcm_service_account: Global___SimulatedServiceAccount | None = ...,
+        hms_client: Global___SimulatedHmsClient | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["apns_provider_key", b"apns_provider_key", "credential", b"credential", "fcm_service_account", b"fcm_service_account", "hms_client", b"hms_client"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apns_provider_key", b"apns_provider_key", "credential", b"credential", "fcm_service_account", b"fcm_service_account", "hms_client", b"hms_client", "push_service", b"push_service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_credential: _TypeAlias = _typing.Literal["apns_provider_key", "fcm_service_account", "hms_client"]  # noqa: Y015
+    _WhichOneofArgType_credential: _TypeAlias = _typing.Literal["credential", b"credential"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_credential) -> _WhichOneofReturnType_credential | None: ...
+
+Global___RegisterCredentialRequest: _TypeAlias = RegisterCredentialRequest  # noqa: Y015
+
+@_typing.final
+class SimulatedProviderKey(_message.Message):
+    """The public half of a key that signs provider tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEAM_ID_FIELD_NUMBER: _builtins.int
@@ -289,10 +402,78 @@ class RegisterProviderKeyRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RegisterProviderKeyRequest: _TypeAlias = RegisterProviderKeyRequest  # noqa: Y015
+Global___SimulatedProviderKey: _TypeAlias = SimulatedProviderKey  # noqa: Y015
 
 @_typing.final
-class RegisterProviderKeyResponse(_message.Message):
+class SimulatedServiceAccount(_message.Message):
+    """A service account and the public half of one of its keys. An account may have several keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_EMAIL_FIELD_NUMBER: _builtins.int
+    PRIVATE_KEY_ID_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_PEM_FIELD_NUMBER: _builtins.int
+    project_id: _builtins.str
+    """The project it may send for."""
+    client_email: _builtins.str
+    """The `iss` of its assertions."""
+    private_key_id: _builtins.str
+    """The `kid` of its assertions."""
+    public_key_pem: _builtins.str
+    """PEM SubjectPublicKeyInfo, RSA. Public; the private half never comes here."""
+    def __init__(
+        self,
+        *,
+        project_id: _builtins.str = ...,
+        client_email: _builtins.str = ...,
+        private_key_id: _builtins.str = ...,
+        public_key_pem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_email", b"client_email", "private_key_id", b"private_key_id", "project_id", b"project_id", "public_key_pem", b"public_key_pem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatedServiceAccount: _TypeAlias = SimulatedServiceAccount  # noqa: Y015
+
+@_typing.final
+class SimulatedHmsClient(_message.Message):
+    """An app of Push Kit, as its OAuth client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_SECRET_FIELD_NUMBER: _builtins.int
+    RECEIPT_USER_FIELD_NUMBER: _builtins.int
+    RECEIPT_KEY_FIELD_NUMBER: _builtins.int
+    app_id: _builtins.str
+    """Digits; the client_id at the token endpoint and part of the path of a send."""
+    client_secret: _builtins.str
+    """The client_secret, at least 1 character."""
+    receipt_user: _builtins.str
+    """User name of the receipts; empty: they are not signed."""
+    receipt_key: _builtins.str
+    """Key of the receipts, as text; empty: they are not signed."""
+    def __init__(
+        self,
+        *,
+        app_id: _builtins.str = ...,
+        client_secret: _builtins.str = ...,
+        receipt_user: _builtins.str = ...,
+        receipt_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "client_secret", b"client_secret", "receipt_key", b"receipt_key", "receipt_user", b"receipt_user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SimulatedHmsClient: _TypeAlias = SimulatedHmsClient  # noqa: Y015
+
+@_typing.final
+class RegisterCredentialResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -304,22 +485,67 @@ class RegisterProviderKeyResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RegisterProviderKeyResponse: _TypeAlias = RegisterProviderKeyResponse  # noqa: Y015
+Global___RegisterCredentialResponse: _TypeAlias = RegisterCredentialResponse  # noqa: Y015
+
+@_typing.final
+class RevokeCredentialRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
+    CREDENTIAL_ID_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Who shall trust it no more. Required."""
+    credential_id: _builtins.str
+    """APNs: the key id. FCM: the client_email, with all its keys. HMS: the app id."""
+    def __init__(
+        self,
+        *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
+        credential_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credential_id", b"credential_id", "push_service", b"push_service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeCredentialRequest: _TypeAlias = RevokeCredentialRequest  # noqa: Y015
+
+@_typing.final
+class RevokeCredentialResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeCredentialResponse: _TypeAlias = RevokeCredentialResponse  # noqa: Y015
 
 @_typing.final
 class SetFaultRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
     NEXT_REQUESTS_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     DEVICE_TOKEN_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Who shall play it. Required."""
+    scope: Global___SimulatedFaultScope.ValueType
+    """For which requests."""
     next_requests: _builtins.int
     """The next N requests, at least 1."""
     device_token: _builtins.str
-    """Only requests to this device; absent: all."""
+    """Only requests that address this device; absent: all."""
     @_builtins.property
-    def fault(self) -> Global___ApnsFault:
+    def fault(self) -> Global___SimulatedFault:
         """What goes wrong. Required."""
 
     @_builtins.property
@@ -329,14 +555,16 @@ class SetFaultRequest(_message.Message):
     def __init__(
         self,
         *,
-        fault: Global___ApnsFault | None = ...,
+        push_service: Global___SimulatedPushService.ValueType = ...,
+        fault: Global___SimulatedFault | None = ...,
+        scope: Global___SimulatedFaultScope.ValueType = ...,
         next_requests: _builtins.int = ...,
         duration: _duration_pb2.Duration | None = ...,
         device_token: _builtins.str | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_device_token", b"_device_token", "device_token", b"device_token", "duration", b"duration", "extent", b"extent", "fault", b"fault", "next_requests", b"next_requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_token", b"_device_token", "device_token", b"device_token", "duration", b"duration", "extent", b"extent", "fault", b"fault", "next_requests", b"next_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_token", b"_device_token", "device_token", b"device_token", "duration", b"duration", "extent", b"extent", "fault", b"fault", "next_requests", b"next_requests", "push_service", b"push_service", "scope", b"scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__device_token: _TypeAlias = _typing.Literal["device_token"]  # noqa: Y015
     _WhichOneofArgType__device_token: _TypeAlias = _typing.Literal["_device_token", b"_device_token"]  # noqa: Y015
@@ -350,8 +578,10 @@ class SetFaultRequest(_message.Message):
 Global___SetFaultRequest: _TypeAlias = SetFaultRequest  # noqa: Y015
 
 @_typing.final
-class ApnsFault(_message.Message):
-    """One way to go wrong. Faults play after the provider token was checked, so that a 429 finds an open connection."""
+class SimulatedFault(_message.Message):
+    """One way to go wrong. Faults of sends play after the caller was recognised, so that a 429 finds an open connection;
+    faults of the token endpoint play before the assertion or the secret is looked at.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -363,9 +593,11 @@ class ApnsFault(_message.Message):
     DEAD_TOKEN_FIELD_NUMBER: _builtins.int
     EXPIRED_PROVIDER_TOKEN_FIELD_NUMBER: _builtins.int
     goaway_reason: _builtins.str
-    """Sends GOAWAY with {"reason": this} instead of processing the request, then closes the connection."""
+    """Sends GOAWAY with {"reason": this} instead of processing the request, then closes the connection. HTTP/1.1 has no
+    GOAWAY: the connection is closed.
+    """
     @_builtins.property
-    def answer(self) -> Global___ApnsAnswer:
+    def answer(self) -> Global___SimulatedAnswer:
         """Answers with this and delivers nothing."""
 
     @_builtins.property
@@ -373,31 +605,31 @@ class ApnsFault(_message.Message):
         """Does everything right, this much later."""
 
     @_builtins.property
-    def black_hole(self) -> Global___ApnsBlackHole:
+    def black_hole(self) -> Global___SimulatedBlackHole:
         """Never answers, delivers nothing."""
 
     @_builtins.property
-    def lost_answer(self) -> Global___ApnsLostAnswer:
+    def lost_answer(self) -> Global___SimulatedLostAnswer:
         """Delivers, then drops the connection before the answer."""
 
     @_builtins.property
-    def dead_token(self) -> Global___ApnsDeadToken:
-        """The device token dies: 410 Unregistered, now and later."""
+    def dead_token(self) -> Global___SimulatedDeadToken:
+        """The addressed device token dies, now and later. Not at the token endpoint."""
 
     @_builtins.property
-    def expired_provider_token(self) -> Global___ApnsExpiredProviderToken:
-        """403 ExpiredProviderToken, and a new provider token is welcome."""
+    def expired_provider_token(self) -> Global___SimulatedExpiredToken:
+        """What the provider shows has expired, and a new one is welcome. Not at the token endpoint."""
 
     def __init__(
         self,
         *,
-        answer: Global___ApnsAnswer | None = ...,
+        answer: Global___SimulatedAnswer | None = ...,
         delay: _duration_pb2.Duration | None = ...,
-        black_hole: Global___ApnsBlackHole | None = ...,
-        lost_answer: Global___ApnsLostAnswer | None = ...,
+        black_hole: Global___SimulatedBlackHole | None = ...,
+        lost_answer: Global___SimulatedLostAnswer | None = ...,
         goaway_reason: _builtins.str = ...,
-        dead_token: Global___ApnsDeadToken | None = ...,
-        expired_provider_token: Global___ApnsExpiredProviderToken | None = ...,
+        dead_token: Global___SimulatedDeadToken | None = ...,
+        expired_provider_token: Global___SimulatedExpiredToken | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "black_hole", b"black_hole", "dead_token", b"dead_token", "delay", b"delay", "expired_provider_token", b"expired_provider_token", "goaway_reason", b"goaway_reason", "kind", b"kind", "lost_answer", b"lost_answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -407,10 +639,10 @@ class ApnsFault(_message.Message):
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
-Global___ApnsFault: _TypeAlias = ApnsFault  # noqa: Y015
+Global___SimulatedFault: _TypeAlias = SimulatedFault  # noqa: Y015
 
 @_typing.final
-class ApnsAnswer(_message.Message):
+class SimulatedAnswer(_message.Message):
     """A scripted answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -424,7 +656,10 @@ class ApnsAnswer(_message.Message):
     status: _builtins.int
     """HTTP status, 200 to 599."""
     reason: _builtins.str
-    """The `reason` of the JSON body; absent: see raw_body."""
+    """The vendor's word, rendered as the vendor does; absent: see raw_body. APNs: the `reason`. FCM: an errorCode of
+    FcmError, or the status of google.rpc alone (UNAUTHENTICATED, PERMISSION_DENIED). HMS: the `code`. Token endpoint: the
+    `error`.
+    """
     raw_body: _builtins.bytes
     """The body instead of the JSON, at most 16 MiB; for HTML, garbage and giants."""
     truncated: _builtins.bool
@@ -435,7 +670,7 @@ class ApnsAnswer(_message.Message):
 
     @_builtins.property
     def timestamp(self) -> _timestamp_pb2.Timestamp:
-        """The `timestamp` of the JSON body; absent: none."""
+        """The `timestamp` of the JSON body, APNs only; absent: none."""
 
     def __init__(
         self,
@@ -468,10 +703,10 @@ class ApnsAnswer(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timestamp) -> _WhichOneofReturnType__timestamp | None: ...
 
-Global___ApnsAnswer: _TypeAlias = ApnsAnswer  # noqa: Y015
+Global___SimulatedAnswer: _TypeAlias = SimulatedAnswer  # noqa: Y015
 
 @_typing.final
-class ApnsBlackHole(_message.Message):
+class SimulatedBlackHole(_message.Message):
     """The request disappears."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -485,10 +720,10 @@ class ApnsBlackHole(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ApnsBlackHole: _TypeAlias = ApnsBlackHole  # noqa: Y015
+Global___SimulatedBlackHole: _TypeAlias = SimulatedBlackHole  # noqa: Y015
 
 @_typing.final
-class ApnsLostAnswer(_message.Message):
+class SimulatedLostAnswer(_message.Message):
     """The answer disappears, its effect does not."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -502,10 +737,10 @@ class ApnsLostAnswer(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ApnsLostAnswer: _TypeAlias = ApnsLostAnswer  # noqa: Y015
+Global___SimulatedLostAnswer: _TypeAlias = SimulatedLostAnswer  # noqa: Y015
 
 @_typing.final
-class ApnsDeadToken(_message.Message):
+class SimulatedDeadToken(_message.Message):
     """The app was uninstalled."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -519,11 +754,11 @@ class ApnsDeadToken(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ApnsDeadToken: _TypeAlias = ApnsDeadToken  # noqa: Y015
+Global___SimulatedDeadToken: _TypeAlias = SimulatedDeadToken  # noqa: Y015
 
 @_typing.final
-class ApnsExpiredProviderToken(_message.Message):
-    """The provider's JWT is too old."""
+class SimulatedExpiredToken(_message.Message):
+    """APNs: the provider's JWT is too old. FCM and HMS: the access token is refused as expired from now on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -536,7 +771,7 @@ class ApnsExpiredProviderToken(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ApnsExpiredProviderToken: _TypeAlias = ApnsExpiredProviderToken  # noqa: Y015
+Global___SimulatedExpiredToken: _TypeAlias = SimulatedExpiredToken  # noqa: Y015
 
 @_typing.final
 class SetFaultResponse(_message.Message):
@@ -557,12 +792,17 @@ Global___SetFaultResponse: _TypeAlias = SetFaultResponse  # noqa: Y015
 class ClearFaultsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Whose. Required."""
     def __init__(
         self,
+        *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["push_service", b"push_service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,8 +827,11 @@ Global___ClearFaultsResponse: _TypeAlias = ClearFaultsResponse  # noqa: Y015
 class ListReceivedRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Whose. Required."""
     page_size: _builtins.int
     """1 to 1,000; 0: 100."""
     page_token: _builtins.str
@@ -596,12 +839,13 @@ class ListReceivedRequest(_message.Message):
     def __init__(
         self,
         *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "push_service", b"push_service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,13 +860,13 @@ class ListReceivedResponse(_message.Message):
     next_page_token: _builtins.str
     """Empty: nothing more for now."""
     @_builtins.property
-    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReceivedApnsRequest]:
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReceivedPushRequest]:
         """Oldest first."""
 
     def __init__(
         self,
         *,
-        requests: _abc.Iterable[Global___ReceivedApnsRequest] | None = ...,
+        requests: _abc.Iterable[Global___ReceivedPushRequest] | None = ...,
         next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -634,7 +878,7 @@ class ListReceivedResponse(_message.Message):
 Global___ListReceivedResponse: _TypeAlias = ListReceivedResponse  # noqa: Y015
 
 @_typing.final
-class ReceivedApnsRequest(_message.Message):
+class ReceivedPushRequest(_message.Message):
     """One request as it arrived, whatever became of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -647,13 +891,13 @@ class ReceivedApnsRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CONNECTION_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """The :path."""
+    """The path."""
     body: _builtins.bytes
-    """The body, cut after 8192 bytes."""
+    """The body, cut after 8192 bytes. At the token endpoint, assertion and client_secret are replaced by their SHA-256 in hex."""
     status: _builtins.int
     """The status answered; 0: none."""
     reason: _builtins.str
-    """The reason answered; empty: none."""
+    """The vendor's word answered: reason, errorCode, code or error; empty: none."""
     connection: _builtins.int
     """Which connection it came on, counted from 1."""
     @_builtins.property
@@ -681,7 +925,7 @@ class ReceivedApnsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ReceivedApnsRequest: _TypeAlias = ReceivedApnsRequest  # noqa: Y015
+Global___ReceivedPushRequest: _TypeAlias = ReceivedPushRequest  # noqa: Y015
 
 @_typing.final
 class ReceivedHeader(_message.Message):
@@ -713,12 +957,17 @@ Global___ReceivedHeader: _TypeAlias = ReceivedHeader  # noqa: Y015
 class CountersRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PUSH_SERVICE_FIELD_NUMBER: _builtins.int
+    push_service: Global___SimulatedPushService.ValueType
+    """Whose. Required."""
     def __init__(
         self,
+        *,
+        push_service: Global___SimulatedPushService.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["push_service", b"push_service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -736,22 +985,33 @@ class CountersResponse(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     EARLY_STREAMS_FIELD_NUMBER: _builtins.int
     PROVIDER_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_REQUESTS_FIELD_NUMBER: _builtins.int
+    ACCESS_TOKENS_FIELD_NUMBER: _builtins.int
+    RECEIPTS_FIELD_NUMBER: _builtins.int
     connections: _builtins.int
     """Connections accepted."""
     requests: _builtins.int
-    """Requests received whole."""
+    """Sends received whole."""
     accepted: _builtins.int
-    """Requests answered 200."""
+    """Sends answered with success; HMS: for at least one token."""
     refused: _builtins.int
-    """Requests answered with an error."""
+    """Sends answered with an error."""
     delivered: _builtins.int
     """Notifications handed to a phone."""
     dropped: _builtins.int
-    """Notifications replaced by a newer one, expired, or sent with lifetime 0 to a phone that was offline."""
+    """Notifications replaced by a newer one, expired, crowded out, lost with their app, or sent with lifetime 0 to a phone
+    that was offline.
+    """
     early_streams: _builtins.int
-    """Streams refused because the connection had not shown a valid provider token yet."""
+    """Streams refused because they came above the announced limit; APNs: before a valid provider token was shown."""
     provider_tokens: _builtins.int
-    """Different provider tokens seen."""
+    """Different provider tokens seen. APNs only."""
+    token_requests: _builtins.int
+    """Requests to the token endpoint received whole."""
+    access_tokens: _builtins.int
+    """Access tokens issued."""
+    receipts: _builtins.int
+    """Receipts that the receiver took. HMS only."""
     def __init__(
         self,
         *,
@@ -763,10 +1023,13 @@ class CountersResponse(_message.Message):
         dropped: _builtins.int = ...,
         early_streams: _builtins.int = ...,
         provider_tokens: _builtins.int = ...,
+        token_requests: _builtins.int = ...,
+        access_tokens: _builtins.int = ...,
+        receipts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "connections", b"connections", "delivered", b"delivered", "dropped", b"dropped", "early_streams", b"early_streams", "provider_tokens", b"provider_tokens", "refused", b"refused", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "access_tokens", b"access_tokens", "connections", b"connections", "delivered", b"delivered", "dropped", b"dropped", "early_streams", b"early_streams", "provider_tokens", b"provider_tokens", "receipts", b"receipts", "refused", b"refused", "requests", b"requests", "token_requests", b"token_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,17 +25,20 @@ if _version_not_supported:
     )
 
 
-class SimulatedApnsStub:
-    """The peers that stand in for Apple and for an SMS gateway on one machine and in tests.
+class SimulatedPushStub:
+    """The peers that stand in for Apple, Google, Huawei and an SMS gateway on one machine and in tests.
 
-    Both services listen on loopback only and ask for no credentials: they hold no secret and no user data. Nothing but
-    the command line and the tests calls them; no service of the mesh depends on them, except that the registration
-    service may be told to hand its one-time codes to SimulatedSms.
+    Both services listen on loopback only and ask for no credentials: they hold no user data, and no secret but what a
+    test gave them. Nothing but the command line and the tests calls them; no service of the mesh depends on them, except
+    that the registration service may be told to hand its one-time codes to SimulatedSms.
 
     Nothing here carries a request_id: what these calls create is thrown away with the process, and a repeated call
     makes one more device or one more SMS, as a real gateway would.
 
-    The phones of a simulated APNs and the faults it plays. The provider side of it speaks HTTP/2, as Apple does.
+    The phones of the simulated push services and the faults they play. The provider side of each speaks as its vendor
+    does: APNs over HTTP/2, FCM and HMS over HTTP/2 and HTTP/1.1, each with TLS.
+
+    Every request names its vendor. INVALID_ARGUMENT: it names none. FAILED_PRECONDITION: this process does not run it.
     """
 
     def __init__(self, channel):
@@ -45,63 +48,71 @@ class SimulatedApnsStub:
             channel: A grpc.Channel.
         """
         self.CreateDevice = channel.unary_unary(
-                '/sealpushd.v1.SimulatedApns/CreateDevice',
+                '/sealpushd.v1.SimulatedPush/CreateDevice',
                 request_serializer=sealpushd_dot_v1_dot_simulator__pb2.CreateDeviceRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.CreateDeviceResponse.FromString,
                 _registered_method=True)
         self.Connect = channel.stream_stream(
-                '/sealpushd.v1.SimulatedApns/Connect',
+                '/sealpushd.v1.SimulatedPush/Connect',
                 request_serializer=sealpushd_dot_v1_dot_simulator__pb2.ConnectRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.ConnectResponse.FromString,
                 _registered_method=True)
         self.UninstallApp = channel.unary_unary(
-                '/sealpushd.v1.SimulatedApns/UninstallApp',
+                '/sealpushd.v1.SimulatedPush/UninstallApp',
                 request_serializer=sealpushd_dot_v1_dot_simulator__pb2.UninstallAppRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.UninstallAppResponse.FromString,
                 _registered_method=True)
-        self.RegisterProviderKey = channel.unary_unary(
-                '/sealpushd.v1.SimulatedApns/RegisterProviderKey',
-                request_serializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterProviderKeyRequest.SerializeToString,
-                response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterProviderKeyResponse.FromString,
+        self.RegisterCredential = channel.unary_unary(
+                '/sealpushd.v1.SimulatedPush/RegisterCredential',
+                request_serializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterCredentialRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterCredentialResponse.FromString,
+                _registered_method=True)
+        self.RevokeCredential = channel.unary_unary(
+                '/sealpushd.v1.SimulatedPush/RevokeCredential',
+                request_serializer=sealpushd_dot_v1_dot_simulator__pb2.RevokeCredentialRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.RevokeCredentialResponse.FromString,
                 _registered_method=True)
         self.SetFault = channel.unary_unary(
-                '/sealpushd.v1.SimulatedApns/SetFault',
+                '/sealpushd.v1.SimulatedPush/SetFault',
                 request_serializer=sealpushd_dot_v1_dot_simulator__pb2.SetFaultRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.SetFaultResponse.FromString,
                 _registered_method=True)
         self.ClearFaults = channel.unary_unary(
-                '/sealpushd.v1.SimulatedApns/ClearFaults',
+                '/sealpushd.v1.SimulatedPush/ClearFaults',
                 request_serializer=sealpushd_dot_v1_dot_simulator__pb2.ClearFaultsRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.ClearFaultsResponse.FromString,
                 _registered_method=True)
         self.ListReceived = channel.unary_unary(
-                '/sealpushd.v1.SimulatedApns/ListReceived',
+                '/sealpushd.v1.SimulatedPush/ListReceived',
                 request_serializer=sealpushd_dot_v1_dot_simulator__pb2.ListReceivedRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.ListReceivedResponse.FromString,
                 _registered_method=True)
         self.Counters = channel.unary_unary(
-                '/sealpushd.v1.SimulatedApns/Counters',
+                '/sealpushd.v1.SimulatedPush/Counters',
                 request_serializer=sealpushd_dot_v1_dot_simulator__pb2.CountersRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_simulator__pb2.CountersResponse.FromString,
                 _registered_method=True)
 
 
-class SimulatedApnsServicer:
-    """The peers that stand in for Apple and for an SMS gateway on one machine and in tests.
+class SimulatedPushServicer:
+    """The peers that stand in for Apple, Google, Huawei and an SMS gateway on one machine and in tests.
 
-    Both services listen on loopback only and ask for no credentials: they hold no secret and no user data. Nothing but
-    the command line and the tests calls them; no service of the mesh depends on them, except that the registration
-    service may be told to hand its one-time codes to SimulatedSms.
+    Both services listen on loopback only and ask for no credentials: they hold no user data, and no secret but what a
+    test gave them. Nothing but the command line and the tests calls them; no service of the mesh depends on them, except
+    that the registration service may be told to hand its one-time codes to SimulatedSms.
 
     Nothing here carries a request_id: what these calls create is thrown away with the process, and a repeated call
     makes one more device or one more SMS, as a real gateway would.
 
-    The phones of a simulated APNs and the faults it plays. The provider side of it speaks HTTP/2, as Apple does.
+    The phones of the simulated push services and the faults they play. The provider side of each speaks as its vendor
+    does: APNs over HTTP/2, FCM and HMS over HTTP/2 and HTTP/1.1, each with TLS.
+
+    Every request names its vendor. INVALID_ARGUMENT: it names none. FAILED_PRECONDITION: this process does not run it.
     """
 
     def CreateDevice(self, request, context):
         """Makes a device with one app installed on it and gives its token. INVALID_ARGUMENT: no topic.
-        RESOURCE_EXHAUSTED: 1,000,000 devices exist.
+        RESOURCE_EXHAUSTED: 1,000,000 devices of this vendor exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,44 +121,52 @@ class SimulatedApnsServicer:
     def Connect(self, request_iterator, context):
         """Keeps phones online. The client names the device tokens that come online or go offline; the server answers each
         frame with what is online now, and streams notifications in frames of up to 512. The end of the stream takes all
-        its phones offline. A token named on a second stream moves there.
+        its phones offline. A token named on a second stream moves there. One stream serves one vendor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UninstallApp(self, request, context):
-        """Uninstalls the app: from now on its token answers 410 Unregistered. Idempotent. NOT_FOUND: no such token.
+        """Uninstalls the app: from now on its token answers as gone (APNs 410 Unregistered, FCM 404 UNREGISTERED, HMS an
+        illegal token). What waited for it is lost; HMS sends receipts that say so. Idempotent. NOT_FOUND: no such token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def RegisterProviderKey(self, request, context):
-        """Trusts a provider's signing key, as uploading it to the vendor's portal would. Replaces a key of the same ids.
-        INVALID_ARGUMENT: not a PEM public key on P-256.
+    def RegisterCredential(self, request, context):
+        """Trusts a provider's credential, as the vendor's console would. Replaces a credential of the same ids.
+        INVALID_ARGUMENT: not of this vendor, or not a key of the kind it asks for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeCredential(self, request, context):
+        """Trusts a credential no more: neither what it signs nor the access tokens it has got. NOT_FOUND: no such credential.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetFault(self, request, context):
-        """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64.
-        INVALID_ARGUMENT: no fault or no extent.
+        """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64 a
+        vendor. INVALID_ARGUMENT: no fault, no extent, or one that the token endpoint cannot play.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClearFaults(self, request, context):
-        """Ends every fault at once. Requests already swallowed by a black hole stay unanswered.
+        """Ends every fault of a vendor at once. Requests already swallowed by a black hole stay unanswered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListReceived(self, request, context):
-        """What providers sent, oldest first: the last 10,000 requests with every header and byte.
+        """What providers sent, to the token endpoint too, oldest first: the last 10,000 requests of a vendor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,7 +180,7 @@ class SimulatedApnsServicer:
         raise NotImplementedError('Method not implemented!')
 
 
-def add_SimulatedApnsServicer_to_server(servicer, server):
+def add_SimulatedPushServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'CreateDevice': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateDevice,
@@ -178,10 +197,15 @@ def add_SimulatedApnsServicer_to_server(servicer, server):
                     request_deserializer=sealpushd_dot_v1_dot_simulator__pb2.UninstallAppRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_simulator__pb2.UninstallAppResponse.SerializeToString,
             ),
-            'RegisterProviderKey': grpc.unary_unary_rpc_method_handler(
-                    servicer.RegisterProviderKey,
-                    request_deserializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterProviderKeyRequest.FromString,
-                    response_serializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterProviderKeyResponse.SerializeToString,
+            'RegisterCredential': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterCredential,
+                    request_deserializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterCredentialRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_simulator__pb2.RegisterCredentialResponse.SerializeToString,
+            ),
+            'RevokeCredential': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeCredential,
+                    request_deserializer=sealpushd_dot_v1_dot_simulator__pb2.RevokeCredentialRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_simulator__pb2.RevokeCredentialResponse.SerializeToString,
             ),
             'SetFault': grpc.unary_unary_rpc_method_handler(
                     servicer.SetFault,
@@ -205,23 +229,26 @@ def add_SimulatedApnsServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'sealpushd.v1.SimulatedApns', rpc_method_handlers)
+            'sealpushd.v1.SimulatedPush', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('sealpushd.v1.SimulatedApns', rpc_method_handlers)
+    server.add_registered_method_handlers('sealpushd.v1.SimulatedPush', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class SimulatedApns:
-    """The peers that stand in for Apple and for an SMS gateway on one machine and in tests.
+class SimulatedPush:
+    """The peers that stand in for Apple, Google, Huawei and an SMS gateway on one machine and in tests.
 
-    Both services listen on loopback only and ask for no credentials: they hold no secret and no user data. Nothing but
-    the command line and the tests calls them; no service of the mesh depends on them, except that the registration
-    service may be told to hand its one-time codes to SimulatedSms.
+    Both services listen on loopback only and ask for no credentials: they hold no user data, and no secret but what a
+    test gave them. Nothing but the command line and the tests calls them; no service of the mesh depends on them, except
+    that the registration service may be told to hand its one-time codes to SimulatedSms.
 
     Nothing here carries a request_id: what these calls create is thrown away with the process, and a repeated call
     makes one more device or one more SMS, as a real gateway would.
 
-    The phones of a simulated APNs and the faults it plays. The provider side of it speaks HTTP/2, as Apple does.
+    The phones of the simulated push services and the faults they play. The provider side of each speaks as its vendor
+    does: APNs over HTTP/2, FCM and HMS over HTTP/2 and HTTP/1.1, each with TLS.
+
+    Every request names its vendor. INVALID_ARGUMENT: it names none. FAILED_PRECONDITION: this process does not run it.
     """
 
     @staticmethod
@@ -238,7 +265,7 @@ class SimulatedApns:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sealpushd.v1.SimulatedApns/CreateDevice',
+            '/sealpushd.v1.SimulatedPush/CreateDevice',
             sealpushd_dot_v1_dot_simulator__pb2.CreateDeviceRequest.SerializeToString,
             sealpushd_dot_v1_dot_simulator__pb2.CreateDeviceResponse.FromString,
             options,
@@ -265,7 +292,7 @@ class SimulatedApns:
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/sealpushd.v1.SimulatedApns/Connect',
+            '/sealpushd.v1.SimulatedPush/Connect',
             sealpushd_dot_v1_dot_simulator__pb2.ConnectRequest.SerializeToString,
             sealpushd_dot_v1_dot_simulator__pb2.ConnectResponse.FromString,
             options,
@@ -292,7 +319,7 @@ class SimulatedApns:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sealpushd.v1.SimulatedApns/UninstallApp',
+            '/sealpushd.v1.SimulatedPush/UninstallApp',
             sealpushd_dot_v1_dot_simulator__pb2.UninstallAppRequest.SerializeToString,
             sealpushd_dot_v1_dot_simulator__pb2.UninstallAppResponse.FromString,
             options,
@@ -306,7 +333,7 @@ class SimulatedApns:
             _registered_method=True)
 
     @staticmethod
-    def RegisterProviderKey(request,
+    def RegisterCredential(request,
             target,
             options=(),
             channel_credentials=None,
@@ -319,9 +346,36 @@ class SimulatedApns:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sealpushd.v1.SimulatedApns/RegisterProviderKey',
-            sealpushd_dot_v1_dot_simulator__pb2.RegisterProviderKeyRequest.SerializeToString,
-            sealpushd_dot_v1_dot_simulator__pb2.RegisterProviderKeyResponse.FromString,
+            '/sealpushd.v1.SimulatedPush/RegisterCredential',
+            sealpushd_dot_v1_dot_simulator__pb2.RegisterCredentialRequest.SerializeToString,
+            sealpushd_dot_v1_dot_simulator__pb2.RegisterCredentialResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeCredential(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.SimulatedPush/RevokeCredential',
+            sealpushd_dot_v1_dot_simulator__pb2.RevokeCredentialRequest.SerializeToString,
+            sealpushd_dot_v1_dot_simulator__pb2.RevokeCredentialResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -346,7 +400,7 @@ class SimulatedApns:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sealpushd.v1.SimulatedApns/SetFault',
+            '/sealpushd.v1.SimulatedPush/SetFault',
             sealpushd_dot_v1_dot_simulator__pb2.SetFaultRequest.SerializeToString,
             sealpushd_dot_v1_dot_simulator__pb2.SetFaultResponse.FromString,
             options,
@@ -373,7 +427,7 @@ class SimulatedApns:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sealpushd.v1.SimulatedApns/ClearFaults',
+            '/sealpushd.v1.SimulatedPush/ClearFaults',
             sealpushd_dot_v1_dot_simulator__pb2.ClearFaultsRequest.SerializeToString,
             sealpushd_dot_v1_dot_simulator__pb2.ClearFaultsResponse.FromString,
             options,
@@ -400,7 +454,7 @@ class SimulatedApns:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sealpushd.v1.SimulatedApns/ListReceived',
+            '/sealpushd.v1.SimulatedPush/ListReceived',
             sealpushd_dot_v1_dot_simulator__pb2.ListReceivedRequest.SerializeToString,
             sealpushd_dot_v1_dot_simulator__pb2.ListReceivedResponse.FromString,
             options,
@@ -427,7 +481,7 @@ class SimulatedApns:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sealpushd.v1.SimulatedApns/Counters',
+            '/sealpushd.v1.SimulatedPush/Counters',
             sealpushd_dot_v1_dot_simulator__pb2.CountersRequest.SerializeToString,
             sealpushd_dot_v1_dot_simulator__pb2.CountersResponse.FromString,
             options,

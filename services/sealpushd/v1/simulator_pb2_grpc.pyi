@@ -26,101 +26,118 @@ class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ig
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
-class SimulatedApnsStub:
-    """The peers that stand in for Apple and for an SMS gateway on one machine and in tests.
+class SimulatedPushStub:
+    """The peers that stand in for Apple, Google, Huawei and an SMS gateway on one machine and in tests.
 
-    Both services listen on loopback only and ask for no credentials: they hold no secret and no user data. Nothing but
-    the command line and the tests calls them; no service of the mesh depends on them, except that the registration
-    service may be told to hand its one-time codes to SimulatedSms.
+    Both services listen on loopback only and ask for no credentials: they hold no user data, and no secret but what a
+    test gave them. Nothing but the command line and the tests calls them; no service of the mesh depends on them, except
+    that the registration service may be told to hand its one-time codes to SimulatedSms.
 
     Nothing here carries a request_id: what these calls create is thrown away with the process, and a repeated call
     makes one more device or one more SMS, as a real gateway would.
 
-    The phones of a simulated APNs and the faults it plays. The provider side of it speaks HTTP/2, as Apple does.
+    The phones of the simulated push services and the faults they play. The provider side of each speaks as its vendor
+    does: APNs over HTTP/2, FCM and HMS over HTTP/2 and HTTP/1.1, each with TLS.
+
+    Every request names its vendor. INVALID_ARGUMENT: it names none. FAILED_PRECONDITION: this process does not run it.
     """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
-    def __new__(cls, channel: _aio.Channel) -> SimulatedApnsAsyncStub: ...
+    def __new__(cls, channel: _aio.Channel) -> SimulatedPushAsyncStub: ...
     CreateDevice: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.CreateDeviceRequest, _simulator_pb2.CreateDeviceResponse]
     """Makes a device with one app installed on it and gives its token. INVALID_ARGUMENT: no topic.
-    RESOURCE_EXHAUSTED: 1,000,000 devices exist.
+    RESOURCE_EXHAUSTED: 1,000,000 devices of this vendor exist.
     """
     Connect: _grpc.StreamStreamMultiCallable[_simulator_pb2.ConnectRequest, _simulator_pb2.ConnectResponse]
     """Keeps phones online. The client names the device tokens that come online or go offline; the server answers each
     frame with what is online now, and streams notifications in frames of up to 512. The end of the stream takes all
-    its phones offline. A token named on a second stream moves there.
+    its phones offline. A token named on a second stream moves there. One stream serves one vendor.
     """
     UninstallApp: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.UninstallAppRequest, _simulator_pb2.UninstallAppResponse]
-    """Uninstalls the app: from now on its token answers 410 Unregistered. Idempotent. NOT_FOUND: no such token."""
-    RegisterProviderKey: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.RegisterProviderKeyRequest, _simulator_pb2.RegisterProviderKeyResponse]
-    """Trusts a provider's signing key, as uploading it to the vendor's portal would. Replaces a key of the same ids.
-    INVALID_ARGUMENT: not a PEM public key on P-256.
+    """Uninstalls the app: from now on its token answers as gone (APNs 410 Unregistered, FCM 404 UNREGISTERED, HMS an
+    illegal token). What waited for it is lost; HMS sends receipts that say so. Idempotent. NOT_FOUND: no such token.
     """
+    RegisterCredential: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.RegisterCredentialRequest, _simulator_pb2.RegisterCredentialResponse]
+    """Trusts a provider's credential, as the vendor's console would. Replaces a credential of the same ids.
+    INVALID_ARGUMENT: not of this vendor, or not a key of the kind it asks for.
+    """
+    RevokeCredential: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.RevokeCredentialRequest, _simulator_pb2.RevokeCredentialResponse]
+    """Trusts a credential no more: neither what it signs nor the access tokens it has got. NOT_FOUND: no such credential."""
     SetFault: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.SetFaultRequest, _simulator_pb2.SetFaultResponse]
-    """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64.
-    INVALID_ARGUMENT: no fault or no extent.
+    """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64 a
+    vendor. INVALID_ARGUMENT: no fault, no extent, or one that the token endpoint cannot play.
     """
     ClearFaults: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.ClearFaultsRequest, _simulator_pb2.ClearFaultsResponse]
-    """Ends every fault at once. Requests already swallowed by a black hole stay unanswered."""
+    """Ends every fault of a vendor at once. Requests already swallowed by a black hole stay unanswered."""
     ListReceived: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.ListReceivedRequest, _simulator_pb2.ListReceivedResponse]
-    """What providers sent, oldest first: the last 10,000 requests with every header and byte."""
+    """What providers sent, to the token endpoint too, oldest first: the last 10,000 requests of a vendor."""
     Counters: _grpc.UnaryUnaryMultiCallable[_simulator_pb2.CountersRequest, _simulator_pb2.CountersResponse]
     """How much happened since the start."""
 
 @_typing.type_check_only
-class SimulatedApnsAsyncStub(SimulatedApnsStub):
-    """The peers that stand in for Apple and for an SMS gateway on one machine and in tests.
+class SimulatedPushAsyncStub(SimulatedPushStub):
+    """The peers that stand in for Apple, Google, Huawei and an SMS gateway on one machine and in tests.
 
-    Both services listen on loopback only and ask for no credentials: they hold no secret and no user data. Nothing but
-    the command line and the tests calls them; no service of the mesh depends on them, except that the registration
-    service may be told to hand its one-time codes to SimulatedSms.
+    Both services listen on loopback only and ask for no credentials: they hold no user data, and no secret but what a
+    test gave them. Nothing but the command line and the tests calls them; no service of the mesh depends on them, except
+    that the registration service may be told to hand its one-time codes to SimulatedSms.
 
     Nothing here carries a request_id: what these calls create is thrown away with the process, and a repeated call
     makes one more device or one more SMS, as a real gateway would.
 
-    The phones of a simulated APNs and the faults it plays. The provider side of it speaks HTTP/2, as Apple does.
+    The phones of the simulated push services and the faults they play. The provider side of each speaks as its vendor
+    does: APNs over HTTP/2, FCM and HMS over HTTP/2 and HTTP/1.1, each with TLS.
+
+    Every request names its vendor. INVALID_ARGUMENT: it names none. FAILED_PRECONDITION: this process does not run it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateDevice: _aio.UnaryUnaryMultiCallable[_simulator_pb2.CreateDeviceRequest, _simulator_pb2.CreateDeviceResponse]  # type: ignore[assignment]
     """Makes a device with one app installed on it and gives its token. INVALID_ARGUMENT: no topic.
-    RESOURCE_EXHAUSTED: 1,000,000 devices exist.
+    RESOURCE_EXHAUSTED: 1,000,000 devices of this vendor exist.
     """
     Connect: _aio.StreamStreamMultiCallable[_simulator_pb2.ConnectRequest, _simulator_pb2.ConnectResponse]  # type: ignore[assignment]
     """Keeps phones online. The client names the device tokens that come online or go offline; the server answers each
     frame with what is online now, and streams notifications in frames of up to 512. The end of the stream takes all
-    its phones offline. A token named on a second stream moves there.
+    its phones offline. A token named on a second stream moves there. One stream serves one vendor.
     """
     UninstallApp: _aio.UnaryUnaryMultiCallable[_simulator_pb2.UninstallAppRequest, _simulator_pb2.UninstallAppResponse]  # type: ignore[assignment]
-    """Uninstalls the app: from now on its token answers 410 Unregistered. Idempotent. NOT_FOUND: no such token."""
-    RegisterProviderKey: _aio.UnaryUnaryMultiCallable[_simulator_pb2.RegisterProviderKeyRequest, _simulator_pb2.RegisterProviderKeyResponse]  # type: ignore[assignment]
-    """Trusts a provider's signing key, as uploading it to the vendor's portal would. Replaces a key of the same ids.
-    INVALID_ARGUMENT: not a PEM public key on P-256.
+    """Uninstalls the app: from now on its token answers as gone (APNs 410 Unregistered, FCM 404 UNREGISTERED, HMS an
+    illegal token). What waited for it is lost; HMS sends receipts that say so. Idempotent. NOT_FOUND: no such token.
     """
+    RegisterCredential: _aio.UnaryUnaryMultiCallable[_simulator_pb2.RegisterCredentialRequest, _simulator_pb2.RegisterCredentialResponse]  # type: ignore[assignment]
+    """Trusts a provider's credential, as the vendor's console would. Replaces a credential of the same ids.
+    INVALID_ARGUMENT: not of this vendor, or not a key of the kind it asks for.
+    """
+    RevokeCredential: _aio.UnaryUnaryMultiCallable[_simulator_pb2.RevokeCredentialRequest, _simulator_pb2.RevokeCredentialResponse]  # type: ignore[assignment]
+    """Trusts a credential no more: neither what it signs nor the access tokens it has got. NOT_FOUND: no such credential."""
     SetFault: _aio.UnaryUnaryMultiCallable[_simulator_pb2.SetFaultRequest, _simulator_pb2.SetFaultResponse]  # type: ignore[assignment]
-    """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64.
-    INVALID_ARGUMENT: no fault or no extent.
+    """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64 a
+    vendor. INVALID_ARGUMENT: no fault, no extent, or one that the token endpoint cannot play.
     """
     ClearFaults: _aio.UnaryUnaryMultiCallable[_simulator_pb2.ClearFaultsRequest, _simulator_pb2.ClearFaultsResponse]  # type: ignore[assignment]
-    """Ends every fault at once. Requests already swallowed by a black hole stay unanswered."""
+    """Ends every fault of a vendor at once. Requests already swallowed by a black hole stay unanswered."""
     ListReceived: _aio.UnaryUnaryMultiCallable[_simulator_pb2.ListReceivedRequest, _simulator_pb2.ListReceivedResponse]  # type: ignore[assignment]
-    """What providers sent, oldest first: the last 10,000 requests with every header and byte."""
+    """What providers sent, to the token endpoint too, oldest first: the last 10,000 requests of a vendor."""
     Counters: _aio.UnaryUnaryMultiCallable[_simulator_pb2.CountersRequest, _simulator_pb2.CountersResponse]  # type: ignore[assignment]
     """How much happened since the start."""
 
-class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
-    """The peers that stand in for Apple and for an SMS gateway on one machine and in tests.
+class SimulatedPushServicer(metaclass=_abc_1.ABCMeta):
+    """The peers that stand in for Apple, Google, Huawei and an SMS gateway on one machine and in tests.
 
-    Both services listen on loopback only and ask for no credentials: they hold no secret and no user data. Nothing but
-    the command line and the tests calls them; no service of the mesh depends on them, except that the registration
-    service may be told to hand its one-time codes to SimulatedSms.
+    Both services listen on loopback only and ask for no credentials: they hold no user data, and no secret but what a
+    test gave them. Nothing but the command line and the tests calls them; no service of the mesh depends on them, except
+    that the registration service may be told to hand its one-time codes to SimulatedSms.
 
     Nothing here carries a request_id: what these calls create is thrown away with the process, and a repeated call
     makes one more device or one more SMS, as a real gateway would.
 
-    The phones of a simulated APNs and the faults it plays. The provider side of it speaks HTTP/2, as Apple does.
+    The phones of the simulated push services and the faults they play. The provider side of each speaks as its vendor
+    does: APNs over HTTP/2, FCM and HMS over HTTP/2 and HTTP/1.1, each with TLS.
+
+    Every request names its vendor. INVALID_ARGUMENT: it names none. FAILED_PRECONDITION: this process does not run it.
     """
 
     @_abc_1.abstractmethod
@@ -130,7 +147,7 @@ class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_simulator_pb2.CreateDeviceResponse, _abc.Awaitable[_simulator_pb2.CreateDeviceResponse]]:
         """Makes a device with one app installed on it and gives its token. INVALID_ARGUMENT: no topic.
-        RESOURCE_EXHAUSTED: 1,000,000 devices exist.
+        RESOURCE_EXHAUSTED: 1,000,000 devices of this vendor exist.
         """
 
     @_abc_1.abstractmethod
@@ -141,7 +158,7 @@ class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_simulator_pb2.ConnectResponse], _abc.AsyncIterator[_simulator_pb2.ConnectResponse]]:
         """Keeps phones online. The client names the device tokens that come online or go offline; the server answers each
         frame with what is online now, and streams notifications in frames of up to 512. The end of the stream takes all
-        its phones offline. A token named on a second stream moves there.
+        its phones offline. A token named on a second stream moves there. One stream serves one vendor.
         """
 
     @_abc_1.abstractmethod
@@ -150,17 +167,27 @@ class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
         request: _simulator_pb2.UninstallAppRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_simulator_pb2.UninstallAppResponse, _abc.Awaitable[_simulator_pb2.UninstallAppResponse]]:
-        """Uninstalls the app: from now on its token answers 410 Unregistered. Idempotent. NOT_FOUND: no such token."""
+        """Uninstalls the app: from now on its token answers as gone (APNs 410 Unregistered, FCM 404 UNREGISTERED, HMS an
+        illegal token). What waited for it is lost; HMS sends receipts that say so. Idempotent. NOT_FOUND: no such token.
+        """
 
     @_abc_1.abstractmethod
-    def RegisterProviderKey(
+    def RegisterCredential(
         self,
-        request: _simulator_pb2.RegisterProviderKeyRequest,
+        request: _simulator_pb2.RegisterCredentialRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_simulator_pb2.RegisterProviderKeyResponse, _abc.Awaitable[_simulator_pb2.RegisterProviderKeyResponse]]:
-        """Trusts a provider's signing key, as uploading it to the vendor's portal would. Replaces a key of the same ids.
-        INVALID_ARGUMENT: not a PEM public key on P-256.
+    ) -> _typing.Union[_simulator_pb2.RegisterCredentialResponse, _abc.Awaitable[_simulator_pb2.RegisterCredentialResponse]]:
+        """Trusts a provider's credential, as the vendor's console would. Replaces a credential of the same ids.
+        INVALID_ARGUMENT: not of this vendor, or not a key of the kind it asks for.
         """
+
+    @_abc_1.abstractmethod
+    def RevokeCredential(
+        self,
+        request: _simulator_pb2.RevokeCredentialRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_simulator_pb2.RevokeCredentialResponse, _abc.Awaitable[_simulator_pb2.RevokeCredentialResponse]]:
+        """Trusts a credential no more: neither what it signs nor the access tokens it has got. NOT_FOUND: no such credential."""
 
     @_abc_1.abstractmethod
     def SetFault(
@@ -168,8 +195,8 @@ class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
         request: _simulator_pb2.SetFaultRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_simulator_pb2.SetFaultResponse, _abc.Awaitable[_simulator_pb2.SetFaultResponse]]:
-        """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64.
-        INVALID_ARGUMENT: no fault or no extent.
+        """Plays a fault for the next requests or for a while. Faults play in the order in which they were set, at most 64 a
+        vendor. INVALID_ARGUMENT: no fault, no extent, or one that the token endpoint cannot play.
         """
 
     @_abc_1.abstractmethod
@@ -178,7 +205,7 @@ class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
         request: _simulator_pb2.ClearFaultsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_simulator_pb2.ClearFaultsResponse, _abc.Awaitable[_simulator_pb2.ClearFaultsResponse]]:
-        """Ends every fault at once. Requests already swallowed by a black hole stay unanswered."""
+        """Ends every fault of a vendor at once. Requests already swallowed by a black hole stay unanswered."""
 
     @_abc_1.abstractmethod
     def ListReceived(
@@ -186,7 +213,7 @@ class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
         request: _simulator_pb2.ListReceivedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_simulator_pb2.ListReceivedResponse, _abc.Awaitable[_simulator_pb2.ListReceivedResponse]]:
-        """What providers sent, oldest first: the last 10,000 requests with every header and byte."""
+        """What providers sent, to the token endpoint too, oldest first: the last 10,000 requests of a vendor."""
 
     @_abc_1.abstractmethod
     def Counters(
@@ -196,7 +223,7 @@ class SimulatedApnsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_simulator_pb2.CountersResponse, _abc.Awaitable[_simulator_pb2.CountersResponse]]:
         """How much happened since the start."""
 
-def add_SimulatedApnsServicer_to_server(servicer: SimulatedApnsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+def add_SimulatedPushServicer_to_server(servicer: SimulatedPushServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class SimulatedSmsStub:
     """An SMS gateway that delivers at once and into memory."""

@@ -93,7 +93,7 @@ def test_a_named_sender_speaks_else_the_default_else_the_only_one() -> None:
 
 
 def test_apps_of_one_sender_share_their_root() -> None:
-    one, two = App(AppId("one"), "One", "", b"r" * 32), App(AppId("two"), "Two", "", b"s" * 32)
+    one, two = App(AppId("one"), "One", b"r" * 32), App(AppId("two"), "Two", b"s" * 32)
     assert rules.common_root([AppId("one")], [one, two]) == b"r" * 32
     for asked in ([AppId("one"), AppId("two")], [AppId("three")]):
         with pytest.raises(InvalidRequest):

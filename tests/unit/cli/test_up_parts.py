@@ -13,12 +13,12 @@ import pytest
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.settings import Settings
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
-from sealpushd.up import children, ports, secrets, stack
+from sealpushd.up import children, ports, secrets, stack, vendors
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
 from sealpushd.up.ports import Ports
 
-CERTIFICATES = ["services", "apns-simulator"]
+CERTIFICATES = ["services", "simulators"]
 
 
 def secret_files(folder: Path) -> dict[str, bytes]:
@@ -43,7 +43,7 @@ def test_the_services_trust_each_other_and_nobody_else(tmp_path: Path) -> None:
     assert set(json.loads(made.trust.read_text())) == {*SERVICES, "operator"}
 
 
-@pytest.mark.parametrize("name", ["keys/fetch.key", "vault.key", "platform.key", "role-passwords.json", "apns/provider.p8"])
+@pytest.mark.parametrize("name", ["keys/fetch.key", "vault.key", "platform.key", "role-passwords.json"])
 def test_a_half_made_folder_is_completed_and_a_lost_secret_never_replaced(name: str, tmp_path: Path) -> None:
     secrets.prepare(tmp_path, CERTIFICATES)
     (tmp_path / "complete").unlink()
@@ -55,7 +55,7 @@ def test_a_half_made_folder_is_completed_and_a_lost_secret_never_replaced(name: 
         secrets.prepare(tmp_path, CERTIFICATES)
 
 
-@pytest.mark.parametrize("name", ["keys/fetch.key", "vault.key", "role-passwords.json", "apns/provider.p8"])
+@pytest.mark.parametrize("name", ["keys/fetch.key", "vault.key", "role-passwords.json"])
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}"])
 def test_a_damaged_secret_is_named_and_its_content_is_not(name: str, content: bytes, tmp_path: Path) -> None:
     secrets.prepare(tmp_path, CERTIFICATES)
@@ -80,7 +80,7 @@ def test_the_root_key_stays_the_same(tmp_path: Path) -> None:
 
 
 def test_no_two_listeners_share_a_port() -> None:
-    assert len(Ports(7100).all()) == 3 * len(SERVICES) + 2
+    assert len(Ports(7100).all()) == 3 * len(SERVICES) + 5
     assert ports.SERVICES == SERVICES
 
 
@@ -101,7 +101,7 @@ def endpoints() -> Endpoints:
         public={"accounts": "localhost:1"},
         mesh={"accounts": "127.0.0.1:2"},
         simulators="127.0.0.1:3",
-        apns="127.0.0.1:4",
+        push_services={"APNs": "127.0.0.1:4"},
         postgres_url="postgresql://hidden",
         valkey_url="redis://hidden",
         operator_key="/k",
@@ -135,7 +135,7 @@ def test_endpoints_of_a_killed_run_say_so(tmp_path: Path) -> None:
         Endpoints.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 2}'])
 def test_damaged_endpoints_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "endpoints.json").write_text(content)
@@ -154,7 +154,8 @@ def test_each_service_gets_settings_that_exist_and_only_its_own_secrets(
 ) -> None:
     monkeypatch.setenv("SEALPUSH_CONFIG", "/elsewhere.toml")
     made = secrets.prepare(tmp_path, CERTIFICATES)
-    environment = stack.environment(service, Ports(7100), made, "postgresql://postgres:x@/sealpush", "redis://x", "info")
+    accounts = vendors.prepare(tmp_path / "push", "https://localhost:1/token")
+    environment = stack.environment(service, Ports(7100), made, accounts, "postgresql://postgres:x@/sealpush", "redis://x", "info")
     ours = {name for name in environment if name.startswith("SEALPUSH_")}
     assert ours <= {f"SEALPUSH_{name.upper()}" for name in Settings.model_fields}
     assert environment["PATH"] == os.environ["PATH"]
@@ -162,7 +163,7 @@ def test_each_service_gets_settings_that_exist_and_only_its_own_secrets(
         assert made.role_passwords[f"{other}_app"] not in str(environment)
         assert f"/{other}.key" not in str(environment)
     assert ("SEALPUSH_PLATFORM_KEY" in ours) == (service == "keys")
-    assert ("SEALPUSH_APNS_PRIVATE_KEY" in ours) == (service == "dispatch")
+    assert ("SEALPUSH_CREDENTIALS" in ours) == (service == "dispatch")
 
 
 def test_a_log_is_bounded_while_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,15 @@ from datetime import UTC, datetime, timedelta
 
 import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sealpushd.dispatch.providers.apns import (
+    ADVICE,
     ERRORS,
+    ApnsProvider,
     ApnsSettings,
     ProviderTokens,
     build_headers,
@@ -19,6 +21,8 @@ from sealpushd.dispatch.providers.apns import (
     classify,
 )
 from sealpushd.dispatch.providers.base import (
+    COMMON_ADVICE,
+    RARE_ADVICE,
     Accepted,
     Bug,
     HttpAnswer,
@@ -32,7 +36,9 @@ from sealpushd.dispatch.providers.base import (
     TokenSuspect,
     WakeUp,
     WakeUpPriority,
+    advise_common,
 )
+from sealpushd.dispatch.providers.http import HttpSettings
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = PushTarget(PushToken("3f" * 32), PushEnvironment.PRODUCTION, "ua.bank.app", NOW)
@@ -53,7 +59,7 @@ def wake_up(*, muted: bool = False, priority: WakeUpPriority = WakeUpPriority.HI
     return WakeUp(bytes(range(16)), muted=muted, priority=priority, expires_at=NOW + timedelta(hours=1))
 
 
-def settings(private_key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> ApnsSettings:
+def settings(private_key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey) -> ApnsSettings:
     pem = private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return ApnsSettings(key_id="KEY1234567", team_id="TEAM123456", private_key_pem=pem)
 
@@ -157,14 +163,45 @@ def test_expired_provider_token_is_renewed_once_for_all_who_learn_of_it() -> Non
     assert tokens.replace_expired(second) not in (None, second)
 
 
-def test_key_of_another_kind_is_refused_at_the_start() -> None:
+@pytest.mark.parametrize(
+    "private_key",
+    [ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(65537, 2048)],
+    ids=["Ed25519", "P-384", "RSA"],
+)
+def test_key_of_another_kind_is_refused_at_the_start(
+    private_key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey,
+) -> None:
     with pytest.raises(ValueError, match="P-256"):
-        ProviderTokens(settings(ed25519.Ed25519PrivateKey.generate()), FakeClock())
-    with pytest.raises(ValueError, match="P-256"):
-        ProviderTokens(settings(ec.generate_private_key(ec.SECP384R1())), FakeClock())
+        ApnsProvider(settings(private_key), FakeClock())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfehunter2",
+        b"hunter2",
+        b"-----BEGIN PRIVATE KEY-----\nhunter2\n-----END PRIVATE KEY-----\n",
+        b'{"type":"service_account","private_key":"hunter2"}',
+    ],
+)
+def test_garbage_instead_of_a_key_is_refused_without_quoting_it(content: bytes) -> None:
+    with pytest.raises(ValueError, match="P-256") as refusal:
+        ApnsProvider(ApnsSettings("KEY1234567", "TEAM123456", content), FakeClock())
+    told = "".join(str(error) for error in (refusal.value, refusal.value.__cause__, refusal.value.__context__) if error is not None)
+    assert "hunter2" not in told
+
+
+def test_every_reason_of_the_table_has_advice() -> None:
+    reasons = {reason for _, reason in ERRORS if reason != "*"} | {"accepted-without-echo", "gone-before-registration"}
+    assert reasons <= ADVICE.keys()
+    provider = ApnsProvider(settings(ec.generate_private_key(ec.SECP256R1())), FakeClock())
+    for reason in (*ADVICE, *COMMON_ADVICE, *RARE_ADVICE, "status-403", "network-PoolTimeoutError"):
+        assert provider.advise(reason) != advise_common("SomethingNew"), reason
+    assert "sealpush providers rotate" in provider.advise("InvalidProviderToken")
 
 
 def test_settings_never_print_the_key_or_the_proxys_password() -> None:
-    private = ApnsSettings("k", "t", b"-----BEGIN PRIVATE KEY-----", proxy_url="http://user:pass@proxy:3128")
+    private = ApnsSettings("k", "t", b"-----BEGIN PRIVATE KEY-----", http=HttpSettings(proxy_url="http://user:pass@proxy:3128"))
     assert "PRIVATE" not in repr(private)
     assert "pass" not in repr(private)

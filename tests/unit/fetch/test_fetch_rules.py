@@ -84,6 +84,7 @@ def test_numbers_are_those_of_the_protos() -> None:
         assert common_pb2.StopPoint.Name(common_pb2.StopPoint.ValueType(point)) == f"STOP_POINT_{point.name}"
     for verdict in Verdict:
         assert messages_pb2.AckVerdict.Name(messages_pb2.AckVerdict.ValueType(verdict)) == f"ACK_VERDICT_{verdict.name}"
+    assert rules.OUTCOME_TOKEN_GONE == mailbox_pb2.WAKE_UP_OUTCOME_TOKEN_GONE
     for outcome in AckOutcome:
         assert messages_pb2.AckOutcome.Name(messages_pb2.AckOutcome.ValueType(outcome)) == f"ACK_OUTCOME_{outcome.name}"
 
@@ -110,7 +111,7 @@ def test_a_message_does_not_go_back_when_its_farthest_delivery_ends(farthest: St
     assert after >= before
 
 
-@given(st.sampled_from([0, 100, 101]), st.binary(max_size=2), st.sampled_from([0, 111, 109]), st.booleans())
+@given(st.sampled_from([0, 100, 101]), st.binary(max_size=2), st.sampled_from([0, 111, 109, 105]), st.booleans())
 def test_a_delivery_starts_where_the_semantics_say(blocked: int, stanza: bytes, push_reason: int, live: bool) -> None:
     new = NewDelivery(DeviceId(bytes(16)), stanza, 1, push_reason)
     state, reason = rules.initial_state(blocked, new)
@@ -123,6 +124,7 @@ def test_a_delivery_starts_where_the_semantics_say(blocked: int, stanza: bytes, 
     push = rules.push_in(state, new, on_live_stream=live)
     assert (push is None) == (state is not State.QUEUED or push_reason != 0)
     assert push in (None, 2.0 if live else 0.0)
+    assert rules.grace(new) == (60.0 if push_reason == Reason.TOKEN_GONE else None)
 
 
 def test_reading_asks_for_no_state() -> None:

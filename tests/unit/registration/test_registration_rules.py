@@ -242,6 +242,7 @@ def row(n: int, **fields: Any) -> Row:
         "push_allowed_by_os": True,
         "push_allowed_by_app": True,
         "has_token": True,
+        "token_gone": False,
     }
     return Row(n=n, **{**values, **fields})
 
@@ -289,7 +290,9 @@ def test_what_is_missing_is_named(asked: dict[str, Any], stored: dict[str, Any],
     [
         ({}, Reason.UNSPECIFIED),
         ({"has_token": False}, Reason.NO_PUSH_TOKEN),
+        ({"has_token": False, "token_gone": True}, Reason.TOKEN_GONE),
         ({"push_allowed_by_app": False, "has_token": False}, Reason.PUSH_DISABLED),
+        ({"push_allowed_by_app": False, "has_token": False, "token_gone": True}, Reason.PUSH_DISABLED),
         ({"push_allowed_by_os": False, "push_allowed_by_app": False}, Reason.PUSH_OS_DISABLED),
     ],
 )

@@ -6,13 +6,15 @@ A provider turns (target, wake-up) into an `Outcome`. It never decides what foll
 from __future__ import annotations
 
 import base64
+import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import Enum
+from types import MappingProxyType
 from typing import Protocol
 
 WAKE_UP_ID_BYTES = 16
@@ -163,9 +165,13 @@ class TokenSuspect(_Outcome):
 
 @dataclass(frozen=True, slots=True)
 class RetryAt(_Outcome):
-    """Not now. `retry_after`: not earlier than this, as the push service asked; None: it did not."""
+    """Not now. `retry_after`: not earlier than this, as the push service asked; None: it did not.
+
+    `of_device`: patience with this device is asked for; it says nothing of the push service as a whole.
+    """
 
     retry_after: timedelta | None = None
+    of_device: bool = False
 
     def __post_init__(self) -> None:
         _Outcome.__post_init__(self)
@@ -191,12 +197,42 @@ class Bug(_Outcome):
 Outcome = Accepted | TokenGone | TokenSuspect | RetryAt | RefreshAuth | Misconfigured | Bug
 
 
+# The first of two steps, where a push service has two.
+ACCESS_TOKEN = "access token"  # noqa: S105 - the name of a step
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What a push service thinks of a credential. `what`: which part of it was tried: ACCESS_TOKEN, "send" or an environment."""
+
+    what: str
+    outcome: Outcome
+
+    @property
+    def is_good(self) -> bool | None:
+        """Whether the credential works here; None: the push service could not be asked.
+
+        The probe's token is nobody's: that it is refused as a token shows that the credential was taken.
+        """
+        match self.outcome:
+            case Accepted() | TokenGone() | TokenSuspect():
+                return True
+            case RefreshAuth() | Misconfigured() | Bug():
+                return False
+            case RetryAt():
+                return None
+
+
 class Provider(Protocol):
     """One push service for one app's credentials. Safe for many concurrent sends on one event loop."""
 
     @property
     def name(self) -> str:
         """ "apns", "fcm" or "hms"; a label for logs and metrics."""
+
+    @property
+    def topic(self) -> str:
+        """Where installations belong that name no topic of their own: bundle id, project, app id."""
 
     async def send(self, target: PushTarget, wake_up: WakeUp) -> Outcome:
         """Hand one wake-up over.
@@ -206,8 +242,59 @@ class Provider(Protocol):
         through; whether the push left is then unknown.
         """
 
+    async def probe(self) -> Sequence[Probed]:
+        """Ask the push service what it thinks of the credential, without waking any device. Raises as little as `send`."""
+
+    def advise(self, reason: str) -> str:
+        """What the reason of an outcome means and what to do about it: a sentence for an operator."""
+
     async def aclose(self) -> None:
         """Close connections; sends under way end as `RetryAt`. Idempotent."""
+
+
+# What a reason means that is ours and not a vendor's, and what to do about it.
+COMMON_ADVICE: Mapping[str, str] = MappingProxyType(
+    {
+        "timeout": "it did not answer in time: look at the network, the proxy and the vendor's status page",
+        "network-dns": "its host name cannot be resolved: look at this machine's DNS and at the URL in the settings",
+        "network-certificate": "its certificate is not trusted: does something open TLS on the way? Name its authority in SEALPUSH_PUSH_CA",
+        "network-refused": "nothing takes connections there: look at the URL in the settings, the proxy and the firewall",
+        "network-proxy": "the proxy refuses the connection: look at SEALPUSH_PROXY and the proxy's rules for CONNECT",
+        "network-broken": "the connection broke: look at the network and the vendor's status page",
+        "closed": "the credential was replaced or the service ends; it is sent again by the next one",
+        "clock-wrong": "this machine's clock differs from the vendor's by more than 5 minutes, so what it signs is refused: set it by NTP",
+        "unreadable-answer": "something between answers in the vendor's place (a proxy, a captive page): look at SEALPUSH_PROXY",
+        "malformed-token": "the app registered something that is no token of this push service: look at the app",
+        "other-topic": "the installation belongs to another app or project than the credential: it is pushed to once it registers anew",
+    }
+)
+
+# Likewise, for what should not come to pass.
+RARE_ADVICE: Mapping[str, str] = MappingProxyType(
+    {
+        "unreadable": "it names a reason that is no word of a vendor's: does something answer in its place? Look at SEALPUSH_PROXY",
+        "malformed-request": "the topic or the URL in the settings cannot stand in a request: look at `sealpush providers list`",
+        "oauth-no-token": "the access token ended before it could be used: is this machine's clock steady?",
+        "oauth-token-refused-again": "an access token that was fetched just now is refused: was the credential revoked?",
+    }
+)
+
+
+def advise_common(reason: str) -> str:
+    """What a reason means that is not in a provider's own table: ours, an HTTP status, the network's, or the token endpoint's."""
+    advice = COMMON_ADVICE.get(reason) or RARE_ADVICE.get(reason)
+    if advice is not None:
+        return advice
+    if reason.startswith("oauth-"):
+        return f"the token endpoint was asked for an access token: {advise_common(reason.removeprefix('oauth-'))}"
+    if reason.startswith("status-"):
+        return (
+            f"HTTP {reason.removeprefix('status-')} without the error that the push service would name: it has a fault (look at its "
+            "status page), or something between answers in its place (look at SEALPUSH_PROXY)"
+        )
+    if reason.startswith("network-"):
+        return COMMON_ADVICE["network-broken"]
+    return "look at the vendor's documentation and status page"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +304,28 @@ class HttpAnswer:
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = b""
+
+    def json(self) -> dict[str, object]:
+        """The body as an object; empty when it is none."""
+        try:
+            content = json.loads(self.body or b"")
+        except (ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+# What one answer of a push service means: (reason, answer, now) → outcome.
+Row = Callable[[str, HttpAnswer, datetime], "Outcome"]
+
+
+def plain(outcome: type[TokenSuspect] | type[TokenGone] | type[RefreshAuth] | type[Misconfigured] | type[Bug]) -> Row:
+    """The outcome with the reason alone."""
+    return lambda reason, answer, now: outcome(reason)
+
+
+def retry(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
+    """Again later, as late as the answer asks for."""
+    return RetryAt(reason, parse_retry_after(answer.headers.get("retry-after"), now))
 
 
 def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:

@@ -3,7 +3,8 @@
 --   $10 expires, $11 order, $12 leg, $13 channel, $14 group, $15 traffic type, $16 tag, $17 originator requested, $18 effective,
 --   $19 muted, $20 content id, $21 head, $22 tail, $23 devices, $24 replace hash.
 -- In, an element a delivery: $25 message id, $26 device, $27 state, $28 reason, $29 push reason, $30 platform, $31 stanza,
---   $32 wake-up id, $33 seconds until the push (null: none).
+--   $32 wake-up id, $33 seconds until the push (null: none), $34 seconds after which it ends if its device has not fetched it, because
+--   that device's token is dead (null: at the end of its lifetime).
 -- Out: the message ids that were stored now; a key that exists already stores nothing of its message.
 WITH given AS (
     SELECT * FROM unnest(
@@ -15,8 +16,9 @@ WITH given AS (
             head, tail, devices, replace_hash)
 ), given_deliveries AS (
     SELECT * FROM unnest(
-        $25::uuid[], $26::uuid[], $27::int2[], $28::int2[], $29::int2[], $30::int2[], $31::bytea[], $32::uuid[], $33::float8[]
-    ) AS t (message_id, device_id, state, reason, push_reason, platform, stanza, wake_up_id, push_in_s)
+        $25::uuid[], $26::uuid[], $27::int2[], $28::int2[], $29::int2[], $30::int2[], $31::bytea[], $32::uuid[], $33::float8[],
+        $34::float8[]
+    ) AS t (message_id, device_id, state, reason, push_reason, platform, stanza, wake_up_id, push_in_s, grace_s)
 ), keys AS (
     INSERT INTO accepted_requests (sender_id, request_id, request_mac, message_id, devices, message_expires_at)
     SELECT sender_id, request_id, request_mac, message_id, devices, expires_at FROM given
@@ -38,9 +40,13 @@ WITH given AS (
     FROM given_deliveries d JOIN keys USING (message_id)
 ), open AS (
     INSERT INTO open_deliveries (device_id, message_id, wake_up_id, sender_id, subscriber_id, content_class, app_id, platform, priority,
-                                 muted, bytes, replace_hash, expires_at, closes_at, next_attempt_at)
+                                 muted, bytes, replace_hash, expires_at, closes_at, close_reason, next_attempt_at)
     SELECT d.device_id, d.message_id, d.wake_up_id, g.sender_id, g.subscriber_id, g.content_class, g.app_id, d.platform, g.priority,
-           g.muted, length(g.head) + length(d.stanza) + length(g.tail), nullif(g.replace_hash, ''), g.expires_at, g.expires_at, now() + d.push_in_s * interval '1 second'
+           g.muted, length(g.head) + length(d.stanza) + length(g.tail), nullif(g.replace_hash, ''), g.expires_at,
+           -- A null counts for nothing in both.
+           least(g.expires_at, now() + d.grace_s * interval '1 second'),
+           CASE WHEN now() + d.grace_s * interval '1 second' < g.expires_at THEN 105 ELSE 102 END,
+           now() + d.push_in_s * interval '1 second'
     FROM given_deliveries d JOIN keys USING (message_id) JOIN given g USING (message_id)
     WHERE d.state < 4
 ), journal AS (

@@ -3,7 +3,9 @@
 WITH asked AS (
     SELECT * FROM unnest($1::int4[], $2::uuid[], $3::uuid[]) AS t (question, device_id, message_id)
 ), taken AS (
-    UPDATE deliveries d SET state = 3, changed_at = now(), fetched_at = now()
+    -- A device that asks is alive, if without a token.
+    UPDATE deliveries d SET
+        state = 3, changed_at = now(), fetched_at = now(), push_reason = CASE d.push_reason WHEN 105 THEN 111 ELSE d.push_reason END
     FROM (SELECT DISTINCT device_id, message_id FROM asked) a
     WHERE d.message_id = a.message_id AND d.device_id = a.device_id AND d.state < 3
     RETURNING d.message_id, d.device_id

@@ -8,6 +8,8 @@ SET change_counter = $2, updated_at = $3, last_seen_at = $3,
     push_token = CASE WHEN $7::boolean THEN $8::bytea ELSE push_token END,
     push_token_lookup = CASE WHEN $7::boolean THEN $9::bytea ELSE push_token_lookup END,
     token_registered_at = CASE WHEN NOT $7::boolean THEN token_registered_at WHEN $9::bytea IS NULL THEN NULL ELSE $3 END,
+    -- An app that speaks of its token is installed, also when it says that it has none.
+    token_gone_at = CASE WHEN $7::boolean THEN NULL ELSE token_gone_at END,
     push_allowed_by_os = COALESCE($10, push_allowed_by_os), push_allowed_by_app = COALESCE($11, push_allowed_by_app),
     is_primary = COALESCE($12, is_primary), subscriptions = COALESCE($13::text[], subscriptions),
     app_version = COALESCE($14, app_version), locale = COALESCE($15, locale)

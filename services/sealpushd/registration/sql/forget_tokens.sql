@@ -1,5 +1,5 @@
 -- Arrays of one length: $1 device ids, $2 token hashes, $3 times of death; $4 now. Forgets a token where it is still the same and
--- was registered before it died. Returns device ids and hashes of the tokens that were forgotten.
+-- was registered before it died, and remembers that it is gone. Returns device ids and hashes of the tokens that were forgotten.
 WITH dead AS (
     SELECT i.device_id, i.push_token_lookup
     FROM unnest($1::uuid[], $2::bytea[], $3::timestamptz[]) AS q (device_id, push_token_lookup, dead_at)
@@ -10,7 +10,7 @@ WITH dead AS (
     FOR UPDATE OF i
 )
 UPDATE installations i
-SET push_token = NULL, push_token_lookup = NULL, token_registered_at = NULL, updated_at = $4
+SET push_token = NULL, push_token_lookup = NULL, token_registered_at = NULL, token_gone_at = $4, updated_at = $4
 FROM dead
 WHERE i.device_id = dead.device_id
 RETURNING i.device_id, dead.push_token_lookup

@@ -10,7 +10,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, CASE WHEN $8::bytea IS NULL THEN NULL EL
 ON CONFLICT (device_id) DO UPDATE
 SET subscriber_id = excluded.subscriber_id, app_id = excluded.app_id, platform = excluded.platform,
     push_environment = excluded.push_environment, push_topic = excluded.push_topic, push_token = excluded.push_token,
-    push_token_lookup = excluded.push_token_lookup, token_registered_at = excluded.token_registered_at,
+    push_token_lookup = excluded.push_token_lookup, token_registered_at = excluded.token_registered_at, token_gone_at = NULL,
     push_allowed_by_os = excluded.push_allowed_by_os, push_allowed_by_app = excluded.push_allowed_by_app, state = 1,
     held = installations.held OR excluded.held, is_primary = excluded.is_primary, subscriptions = excluded.subscriptions,
     app_version = excluded.app_version, locale = excluded.locale, registration_id = excluded.registration_id,

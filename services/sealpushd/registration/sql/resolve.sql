@@ -4,7 +4,7 @@
 -- The order of the columns is the order of rules.Row.
 SELECT q.n, i.subscriber_id, p.block_all, p.block_advertising, p.mute,
        d.device_id, d.platform, d.state = 1 AND NOT d.held, d.is_primary, d.subscriptions,
-       d.push_allowed_by_os, d.push_allowed_by_app, d.push_token_lookup IS NOT NULL
+       d.push_allowed_by_os, d.push_allowed_by_app, d.push_token_lookup IS NOT NULL, d.token_gone_at IS NOT NULL
 FROM unnest($1::smallint[], $2::text[], $3::bytea[], $4::text[], $5::uuid[])
      WITH ORDINALITY AS q (kind, scope, lookup_hmac, app_id, sender_id, n)
 JOIN identifiers i ON i.kind = q.kind AND i.scope = q.scope AND i.lookup_hmac = q.lookup_hmac

@@ -1,0 +1,114 @@
+"""A database of an earlier version, with rows in it, becomes one of this version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sealpush.ids import DeviceId, uuid7
+from sealpush.model import Reason, State
+from sealpushd.fetch import rules
+from sealpushd.fetch.store import MailboxStore
+from sealpushd.platform import migrate as migrations
+from sealpushd.platform.db import Connection, Database, connect, load_sql
+from sealpushd.platform.migrate import Migration, check_schema, migrate
+from sealpushd.registration import store as registration_store
+from tests.contract.harness import Migrated
+from tests.contract.mailboxes import IOS, QUARANTINED, TOKEN_GONE, a_session, an_id, claim, delivery, message, put, report
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+# Sorts before the keys of all deliveries.
+FIRST = DeviceId(bytes(16)), rules.BEFORE_ALL
+
+
+async def at_version(migrated: Migrated, monkeypatch: pytest.MonkeyPatch, service: str, version: int) -> dict[str, str]:
+    """A database as a program of this version of the schema made it."""
+
+    def known_then(service: str) -> Sequence[Migration]:
+        return [each for each in known(service) if each.version <= version]
+
+    known = migrations.migrations_of
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "migrations_of", known_then)
+        return await migrated(service)
+
+
+async def to_now(urls: dict[str, str], service: str) -> Sequence[str]:
+    """Migrate; what was applied."""
+    applied = await migrate(urls["admin"], {}, [service])
+    await check_schema(urls[service], service)
+    return applied
+
+
+async def test_a_mailbox_with_rows_gets_its_index_and_goes_on(migrated: Migrated, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = await at_version(migrated, monkeypatch, "fetch", 1)
+    db = Database(urls["fetch"], "fetch", 1)
+    await db.open()
+    sql = await connect(urls["admin"], search_path="fetch")
+    try:
+        assert await sql.fetchval("SELECT to_regclass('open_deliveries_quarantined')") is None
+        store, device = MailboxStore(db), an_id()
+        failed, waiting = message(delivery(device)), message(delivery(device))
+        await put(store, failed)
+        session = await a_session(store)
+        (wake_up,) = await claim(store, session, failed)
+        await store.report(session, [report(wake_up, QUARANTINED)])
+        await put(store, waiting)
+        assert "fetch/0002_quarantined" in await to_now(urls, "fetch")
+        assert await sql.fetchval("SELECT to_regclass('open_deliveries_quarantined')") is not None
+        assert await store.requeue(failed.app_id, IOS, FIRST) == [(device, failed.message_id)]
+        (wake_up,) = await claim(store, session, waiting)
+        await store.report(session, [report(wake_up, TOKEN_GONE)])
+        await sql.execute("UPDATE open_deliveries SET closes_at = now() WHERE close_reason = 105")
+        assert {each.message_id for each in await store.sweep()} == {failed.message_id, waiting.message_id}
+        (record,) = await store.statuses(failed.key.sender_id, [failed.message_id])
+        assert (record.deliveries[0].state, record.deliveries[0].reason) == (State.UNDELIVERED, Reason.TOKEN_GONE)
+    finally:
+        await sql.close()
+        await db.aclose()
+
+
+async def test_installations_of_before_are_not_dead_and_can_die(migrated: Migrated, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = await at_version(migrated, monkeypatch, "registration", 1)
+    sql = await connect(urls["admin"], search_path="registration")
+    try:
+        subscriber, with_token, without = uuid7(), uuid7(), uuid7()
+        await rows_of_version_1(sql, subscriber, with_token, without)
+        assert "registration/0002_dead_tokens" in await to_now(urls, "registration")
+
+        async def resolved() -> dict[bytes, tuple[bool, bool]]:
+            """Whether each installation has a token, and whether one of it died."""
+            rows = await sql.fetch(registration_store.RESOLVE, [1], [""], [b"number"], ["bank"], [an_id()])
+            return {row[5]: (row[12], row[13]) for row in rows}
+
+        assert await resolved() == {with_token: (True, False), without: (False, False)}
+        now = await sql.fetchval("SELECT now()")
+        dead = await sql.fetch(load_sql(Path(registration_store.__file__).parent, "forget_tokens"), [with_token], [b"hash"], [now], now)
+        assert [row["device_id"] for row in dead] == [with_token]
+        assert await resolved() == {with_token: (False, True), without: (False, False)}
+    finally:
+        await sql.close()
+
+
+async def rows_of_version_1(sql: Connection, subscriber: bytes, with_token: bytes, without: bytes) -> None:
+    await sql.execute("INSERT INTO subscribers VALUES ($1, now())", subscriber)
+    await sql.execute(
+        "INSERT INTO identifiers (kind, scope, lookup_hmac, ciphertext, subscriber_id, bound_at) VALUES (1, '', $1, $1, $2, now())",
+        b"number",
+        subscriber,
+    )
+    for device, token in ((with_token, b"hash"), (without, None)):
+        await sql.execute(
+            "INSERT INTO installations (device_id, subscriber_id, app_id, platform, push_environment, push_topic, push_token,"
+            " push_token_lookup, token_registered_at, push_allowed_by_os, push_allowed_by_app, state, is_primary, subscriptions,"
+            " app_version, locale, identity_public_key, registration_id, created_at, updated_at, last_seen_at)"
+            " VALUES ($1, $2, 'bank', 1, 1, '', $3, $3, CASE WHEN $3::bytea IS NULL THEN NULL ELSE now() - interval '1 day' END, true,"
+            " true, 1, false, '{}', '', '', $4, $1, now(), now(), now())",
+            device,
+            subscriber,
+            token,
+            bytes(32),
+        )
