@@ -517,3 +517,12 @@ async def test_probe_tells_which_step_fails(keys: Keys, running: RunningSimulato
         assert [(probed.what, probed.is_good) for probed in probes] == verdicts
         assert all(provider.advise(probed.outcome.reason) for probed in probes)
         await provider.aclose()
+
+
+async def test_one_token_that_google_does_not_find_does_not_stop_a_credential_that_works(
+    running: RunningSimulators, provider: FcmProvider, target: PushTarget, clock: FakeClock
+) -> None:
+    assert await provider.send(target, new_wake_up(clock)) == Accepted()
+    not_found = b'{"error":{"code":404,"status":"NOT_FOUND","message":"Requested entity was not found."}}'
+    running.fcm.set_fault(simulated.Answer(404, raw_body=not_found), requests=1)
+    assert await provider.send(target, new_wake_up(clock)) == TokenSuspect("NOT_FOUND")

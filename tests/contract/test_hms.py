@@ -250,6 +250,14 @@ async def test_dead_token_is_gone_only_once_the_credential_has_had_a_wake_up_acc
     assert await provider.send(dead, new_wake_up(clock)) == TokenGone("80300007")
 
 
+async def test_one_token_that_may_not_be_pushed_to_does_not_stop_a_credential_that_works(
+    running: RunningSimulators, provider: HmsProvider, target: PushTarget, clock: FakeClock
+) -> None:
+    assert await provider.send(target, new_wake_up(clock)) == Accepted()
+    running.hms.set_fault(simulated.Answer(200, "80300002"), requests=1)
+    assert await provider.send(new_target(running, clock), new_wake_up(clock)) == TokenSuspect("80300002")
+
+
 async def test_credential_of_another_app_erases_no_token(settings: HmsSettings, target: PushTarget, clock: FakeClock) -> None:
     provider = HmsProvider(replace(settings, app_id=OTHER_APP), clock)
     for _ in range(3):

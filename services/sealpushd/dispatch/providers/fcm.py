@@ -377,6 +377,7 @@ class FcmProvider:
         self.topic = settings.project or account.project_id
         _check_project_id(self.topic)
         self._clock = clock
+        self._has_accepted = False
         self._sends = AuthorizedSends(
             HttpClient(settings.http, http2_only=True),
             Connection(settings.base_url, settings.http.streams_max, clock, _any_answer_proves),
@@ -392,7 +393,13 @@ class FcmProvider:
         """See `Provider.send`. A refused access token is replaced and the send repeated once."""
         if target.topic not in ("", self.topic):
             return TokenSuspect("other-topic")
-        return await self._sends.send(build_message(target, wake_up, self._clock.now()))
+        outcome = await self._sends.send(build_message(target, wake_up, self._clock.now()))
+        if isinstance(outcome, Accepted):
+            self._has_accepted = True
+        if isinstance(outcome, Misconfigured) and outcome.reason == "NOT_FOUND" and self._has_accepted:
+            # The project is there. Google's own libraries read this as a token that is not.
+            return TokenSuspect(outcome.reason)
+        return outcome
 
     async def probe(self) -> Sequence[Probed]:
         """See `Provider.probe`. FCM has a dry run: a message that is only looked at, to nobody's token."""

@@ -131,6 +131,9 @@ SUCCESS = "80000000"
 # The token is not valid for this app: gone, nonsense, or of another app.
 INVALID_TOKEN = frozenset({"80100000", "80300007"})
 
+# "The app has no permission", which Huawei may also say of a token of another project. A credential that works is not stopped by one.
+NOT_PERMITTED = "80300002"
+
 # code → outcome; "*" is every other code.
 ERRORS: Mapping[str, Row] = MappingProxyType(
     {
@@ -286,6 +289,8 @@ class HmsProvider:
         outcome = await self._sends.send(build_message(target, wake_up, self._clock.now()))
         if isinstance(outcome, Accepted):
             self._has_accepted = True
+        if isinstance(outcome, Misconfigured) and outcome.reason == NOT_PERMITTED and self._has_accepted:
+            return TokenSuspect(outcome.reason)
         if isinstance(outcome, TokenSuspect) and outcome.reason in INVALID_TOKEN and self._has_accepted:
             return TokenGone(outcome.reason)
         return outcome
