@@ -31,7 +31,7 @@ from sealpushd.dispatch.providers.base import (
     WakeUp,
     WakeUpPriority,
 )
-from sealpushd.dispatch.providers.hms import ERRORS, HmsProvider, HmsSettings
+from sealpushd.dispatch.providers.hms import ERRORS, REACHED_MIN, HmsProvider, HmsSettings
 from sealpushd.dispatch.providers.http import HttpSettings
 from sealpushd.dispatch.providers.oauth import FAILURE_KEPT, REPLACE_MIN
 from sealpushd.dispatch.receipts import BadSignature, Receipt, ReceiptKey, Signatures, parse_receipts
@@ -234,20 +234,36 @@ async def test_flow_control_and_gateway_errors_are_retries(
     running: RunningSimulators, provider: HmsProvider, target: PushTarget, clock: FakeClock, status: int
 ) -> None:
     running.hms.set_fault(simulated.Answer(status, retry_after=timedelta(seconds=7)), requests=1)
-    assert await provider.send(target, new_wake_up(clock)) == RetryAt(f"status-{status}", timedelta(seconds=7))
+    assert await provider.send(target, new_wake_up(clock)) == RetryAt(f"status-{status}")
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
 
 
-async def test_dead_token_is_gone_only_once_the_credential_has_had_a_wake_up_accepted(
-    running: RunningSimulators, provider: HmsProvider, target: PushTarget, clock: FakeClock
+async def test_dead_token_is_gone_only_once_the_credential_has_reached_enough_devices(
+    running: RunningSimulators, provider: HmsProvider, clock: FakeClock
 ) -> None:
     dead = new_target(running, clock)
     running.hms.uninstall(dead.token.reveal())
-    assert await provider.send(dead, new_wake_up(clock)) == TokenSuspect("80300007")
     await provider.probe()
-    assert await provider.send(dead, new_wake_up(clock)) == TokenSuspect("80300007"), "a probe is not a wake-up"
-    assert await provider.send(target, new_wake_up(clock)) == Accepted()
+    one = new_target(running, clock)
+    for _ in range(REACHED_MIN):
+        assert await provider.send(one, new_wake_up(clock)) == Accepted()
+    assert await provider.send(dead, new_wake_up(clock)) == TokenSuspect("80300007"), "one phone, however often, is not many"
+    for _ in range(REACHED_MIN - 1):
+        assert await provider.send(new_target(running, clock), new_wake_up(clock)) == Accepted()
     assert await provider.send(dead, new_wake_up(clock)) == TokenGone("80300007")
+
+
+async def test_credential_that_reaches_fewer_devices_than_it_does_not_erases_no_token(
+    running: RunningSimulators, provider: HmsProvider, clock: FakeClock
+) -> None:
+    for _ in range(REACHED_MIN):
+        assert await provider.send(new_target(running, clock), new_wake_up(clock)) == Accepted()
+    outcomes = []
+    for _ in range(2 * REACHED_MIN):
+        stranger = new_target(running, clock)
+        running.hms.uninstall(stranger.token.reveal())
+        outcomes.append(await provider.send(stranger, new_wake_up(clock)))
+    assert outcomes[REACHED_MIN:] == [TokenSuspect("80300007")] * REACHED_MIN
 
 
 async def test_one_token_that_may_not_be_pushed_to_does_not_stop_a_credential_that_works(

@@ -18,8 +18,22 @@ def test_every_benchmark_gives_its_figure_and_floor() -> None:
         "publish to opened, push",
         "whole path, push",
         "whole path, live stream",
+        "APNs provider, simulated push service",
+        "APNs provider, minimal push service",
+        "FCM provider, simulated push service",
+        "FCM provider, minimal push service",
+        "HMS provider, simulated push service",
+        "HMS provider, minimal push service",
+        "APNs dispatch, queued to PUSHED",
+        "FCM dispatch, queued to PUSHED",
+        "HMS dispatch, queued to PUSHED",
+        "two lanes beside a black hole",
+        "storm: FCM 429 QUOTA_EXCEEDED, Retry-After",
+        "storm: HMS 503",
     ]
     for figure in figures:
         assert figure["value"] > 0
         assert figure["floor_value"] > 0
         assert figure["ratio"] > 0
+    # What a storm delays is not lost.
+    assert all(figure["pushed"] == figure["wake_ups"] for figure in figures if "pushed" in figure)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from sealpushd.v1.lanes_pb2 import Lane
+    from sealpushd.v1.mailbox_pb2 import Queue
     from sealpushd.v1.providers_pb2 import StoredProvider
 
 # Fewer weeks than this ahead mean that maintenance does not run: it keeps six.
@@ -178,26 +179,43 @@ async def check_postgres(url: str) -> list[Check]:
         return [Check(False, "postgres", str(e))]
 
 
-async def check_push(address: str, operator_key: Path, log: Path) -> list[Check]:
-    """A check for each lane and each credential that dispatch has. `log` is where to look when it does not answer."""
+async def check_push(dispatch: str, fetch: str, operator_key: Path, log: Path) -> list[Check]:
+    """A check for each credential and each lane, also for what waits without one. `log` is where to look when nobody answers."""
     from sealpushd.platform.access import OPERATOR
     from sealpushd.platform.clients import MeshChannel
     from sealpushd.platform.errors import ServiceError
     from sealpushd.platform.tokens import ServiceKey
-    from sealpushd.v1 import lanes_pb2, providers_pb2
+    from sealpushd.v1 import lanes_pb2, mailbox_pb2, providers_pb2
     from sealpushd.v1.lanes_pb2_grpc import LanesStub
+    from sealpushd.v1.mailbox_pb2_grpc import MailboxStub
     from sealpushd.v1.providers_pb2_grpc import ProvidersStub
 
-    channel = MeshChannel("dispatch", address, ServiceKey.load(OPERATOR, operator_key))
+    key = ServiceKey.load(OPERATOR, operator_key)
+    channel, mailbox = MeshChannel("dispatch", dispatch, key), MeshChannel("fetch", fetch, key)
     try:
         listed = await channel.call(ProvidersStub(channel.channel).ListProviders, providers_pb2.ListProvidersRequest(), timeout_s=3)
-        lanes = await channel.call(LanesStub(channel.channel).ListLanes, lanes_pb2.ListLanesRequest(), timeout_s=3)
+        lanes = (await channel.call(LanesStub(channel.channel).ListLanes, lanes_pb2.ListLanesRequest(), timeout_s=3)).lanes
+        queues = (await mailbox.call(MailboxStub(mailbox.channel).GetQueues, mailbox_pb2.GetQueuesRequest(), timeout_s=3)).queues
     except ServiceError as e:
-        return [Check(False, "lanes", f"dispatch does not tell ({e.message}): {_LOOK.format(log)}")]
+        return [Check(False, "lanes", f"dispatch or fetch does not tell ({e.message}): {_LOOK.format(log)}")]
     finally:
-        await channel.aclose()
+        await asyncio.gather(channel.aclose(), mailbox.aclose())
     now = datetime.now(UTC)
-    return [*(judge_credential(each, now) for each in listed.providers), *(judge_lane(each) for each in lanes.lanes)]
+    known = {(lane.app_id, lane.platform) for lane in lanes}
+    return [
+        *(judge_credential(each, now) for each in listed.providers),
+        *(judge_lane(each) for each in lanes),
+        *(judge_queue_without_lane(each) for each in queues if (each.app_id, each.platform) not in known),
+    ]
+
+
+def judge_queue_without_lane(queue: Queue) -> Check:
+    """What waits where nothing pushes."""
+    from sealpushd.platform.metrics import platform_label
+
+    lane = f"{queue.app_id} {platform_label(queue.platform)}"
+    waiting = queue.waiting + queue.held
+    return Check(False, f"lane {lane}", f"{waiting} wait and nothing pushes them: put a credential with `sealpush providers add {lane}`")
 
 
 def judge_credential(stored: StoredProvider, now: datetime) -> Check:
@@ -207,7 +225,7 @@ def judge_credential(stored: StoredProvider, now: datetime) -> Check:
     lane = f"{stored.app_id} {platform_label(stored.platform)}"
     name = f"credential {lane}"
     if stored.problem:
-        return Check(False, name, f"is not in use: {stored.problem}")
+        return Check(False, name, f"what is stored is not in use: {stored.problem}")
     if not stored.HasField("expires_at"):
         return Check(True, name, f"{stored.push_service}, in use; nobody said when it ends (--expires)")
     ends_at = stored.expires_at.ToDatetime(UTC)

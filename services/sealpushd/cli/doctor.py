@@ -30,7 +30,7 @@ def doctor(data_dir: Path) -> None:
         postgres, valkey, push, services, ports = await asyncio.gather(
             check_postgres(endpoints.postgres_url),
             check_valkey(endpoints.valkey_url, log / "valkey.log"),
-            check_push(endpoints.mesh["dispatch"], Path(endpoints.operator_key), log_of("dispatch")),
+            check_push(endpoints.mesh["dispatch"], endpoints.mesh["fetch"], Path(endpoints.operator_key), log_of("dispatch")),
             asyncio.gather(*(check_health(name, address, log_of(name)) for name, address in endpoints.mesh.items())),
             asyncio.gather(
                 *(check_port(f"port {name}", *_split(address), log_of(name)) for name, address in endpoints.listeners().items())

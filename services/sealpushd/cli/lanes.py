@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from sealpushd.cli.errors import WronglyCalled
 from sealpushd.cli.installation import Installation, installation_of
 from sealpushd.cli.providers import app_argument, platform_argument, platform_name, platform_number
 from sealpushd.cli.tables import table
@@ -28,7 +29,12 @@ def lanes(installation: Installation, as_json: bool) -> None:
     QUEUED wait for their push, OLDEST for how long; SENT/S is the rate of the last minute; WINDOW is how many may be on the
     way at once now. Rates and errors are those of the dispatch process that is asked, the queues are everybody's.
     """
-    if click.get_current_context().invoked_subcommand is not None:
+    context = click.get_current_context()
+    if context.invoked_subcommand is not None:
+        # They would be lost, and the command would go to another installation.
+        given = [name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+        if given:
+            raise WronglyCalled(f"write the options behind `{context.invoked_subcommand}`: `sealpush lanes {context.invoked_subcommand} …`")
         return
     from sealpushd.v1 import lanes_pb2, mailbox_pb2
     from sealpushd.v1.lanes_pb2_grpc import LanesStub
@@ -102,7 +108,10 @@ def resume(installation: Installation, app_id: str, platform: str) -> None:
 @platform_argument
 @installation_of("dispatch")
 def requeue(installation: Installation, app_id: str, platform: str) -> None:
-    """Push again what was given up for APP_ID on PLATFORM (QUARANTINED), with eight new tries each. Resumes the lane as well."""
+    """Push again what was given up for APP_ID on PLATFORM (QUARANTINED), with eight new tries each.
+
+    Resumes the lane as well, unless it is paused: then they wait for `resume`.
+    """
     from sealpushd.v1 import lanes_pb2
     from sealpushd.v1.lanes_pb2_grpc import LanesStub
 
@@ -180,6 +189,7 @@ def _to_json(lane: lanes_pb2.Lane, queue: mailbox_pb2.Queue | None, now: datetim
         "platform": platform_name(lane.platform),
         "push_service": lane.push_service or None,
         "state": _state(lane),
+        "suspicious": lane.is_suspicious,
         "detail": lane.detail,
         **_queue_json(queue, now),
         "in_flight": lane.in_flight,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from sealpushd.cli.errors import CommandFailed, WronglyCalled
+from sealpushd.cli.checks import CREDENTIAL_DAYS_LEFT_MIN
+from sealpushd.cli.errors import WronglyCalled
 from sealpushd.cli.installation import Installation, Service, installation_of
 from sealpushd.cli.tables import table
 
@@ -30,7 +32,7 @@ def platform_number(text: str) -> int:
     """The platform that "ios" or a newer one's number means. Raises WronglyCalled."""
     from sealpush.v1 import common_pb2
 
-    if text.isdecimal() and 0 < int(text) < 32768:
+    if re.fullmatch("[0-9]{1,5}", text) and 0 < int(text) < 32768:
         return int(text)
     try:
         number = common_pb2.Platform.Value(f"PLATFORM_{text.upper()}")
@@ -81,7 +83,7 @@ def add(installation: Installation, app_id: str, platform: str, **given: Any) ->
     encrypted. A secret file of hms holds {"app_id": …, "client_secret": …}, and for delivery receipts also "receipt_user"
     and "receipt_key".
     """
-    kind = given["push_service"] or PUSH_SERVICES.get(platform)
+    kind = given["push_service"] or PUSH_SERVICES.get(platform_name(platform_number(platform)))
     if kind is None:
         raise WronglyCalled(f"say with --push-service what pushes to {platform}")
     _put(installation.service("dispatch"), app_id, platform, kind, given, replace=False)
@@ -93,7 +95,7 @@ def add(installation: Installation, app_id: str, platform: str, **given: Any) ->
 @_credential_options
 @installation_of("dispatch")
 def rotate(installation: Installation, app_id: str, platform: str, **given: Any) -> None:
-    """Replace the credential of APP_ID on PLATFORM. What is not given stays as it is.
+    """Replace the credential of APP_ID on PLATFORM. What is not given stays as it is, but a new secret without --expires has no end.
 
     The new one is tried first; the old one is used until the new one is stored, and no wake-up is lost in between. Revoke
     the old one in the vendor's console afterwards.
@@ -156,7 +158,7 @@ def test(installation: Installation, app_id: str, platform: str, as_json: bool) 
         click.echo(json.dumps({"works": answer.works, "verdicts": [_to_json(each) for each in answer.verdicts]}))
     else:
         _show(answer.verdicts)
-        click.echo("the credential works" if answer.works else "the credential does not work")
+        click.echo(_conclusion(answer))
     if not answer.works:
         raise click.exceptions.Exit(1)
 
@@ -184,7 +186,7 @@ def list_(installation: Installation, as_json: bool) -> None:
             ", ".join(f"{name}={value}" for name, value in sorted(one.settings.items())) or "-",
             f"file {one.secret_file}" if one.secret_file else "stored",
             one.fingerprint or "-",
-            f"{one.expires_at.ToDatetime():%Y-%m-%d}" if one.HasField("expires_at") else "-",
+            _expiry(one),
             f"{one.updated_at.ToDatetime():%Y-%m-%d %H:%M}",
         )
         for one in answer.providers
@@ -192,7 +194,7 @@ def list_(installation: Installation, as_json: bool) -> None:
     click.echo(table(("APP", "PLATFORM", "SERVICE", "SETTINGS", "SECRET", "FINGERPRINT", "EXPIRES", "CHANGED (UTC)"), rows))
     for one in answer.providers:
         if one.problem:
-            click.echo(f"\n{one.app_id} on {platform_name(one.platform)} is not in use: {one.problem}")
+            click.echo(f"\n{one.app_id} on {platform_name(one.platform)}: what is stored is not in use: {one.problem}")
 
 
 @providers.command("remove", short_help="Forget a credential.")
@@ -219,17 +221,34 @@ def platform_name(number: int) -> str:
     return platform_label(number)
 
 
+def _expiry(one: providers_pb2.StoredProvider) -> str:
+    if not one.HasField("expires_at"):
+        return "-"
+    left = one.expires_at.ToDatetime(UTC) - datetime.now(UTC)
+    warning = " ENDED" if left <= timedelta(0) else " SOON" if left < timedelta(days=CREDENTIAL_DAYS_LEFT_MIN) else ""
+    return f"{one.expires_at.ToDatetime():%Y-%m-%d}{warning}"
+
+
 def _date(text: str) -> datetime:
     try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC)
+        # To the end of that day.
+        return datetime.strptime(text, "%Y-%m-%d").replace(hour=23, minute=59, second=59, tzinfo=UTC)
     except ValueError as e:
-        raise CommandFailed(f"{text!r} is no date; write it as 2027-01-31") from e
+        raise WronglyCalled(f"{text!r} is no date; write it as 2027-01-31") from e
 
 
 def _verdict(verdict: providers_pb2.ProviderVerdict) -> str:
     from sealpushd.v1 import providers_pb2
 
     return {providers_pb2.VERDICT_GOOD: "good", providers_pb2.VERDICT_REFUSED: "refused"}.get(verdict.verdict, "unknown")
+
+
+def _conclusion(answer: providers_pb2.TestProviderResponse) -> str:
+    if answer.works:
+        return "the credential works"
+    if any(_verdict(each) == "refused" for each in answer.verdicts):
+        return "the credential does not work"
+    return "the push service cannot be asked: whether the credential works is unknown"
 
 
 def _show(verdicts: Sequence[providers_pb2.ProviderVerdict]) -> None:

@@ -72,7 +72,8 @@ REASONS: Final[dict[int, Explanation]] = {
         "The installed app is too old for what was asked.", "Send without the new feature, or use another channel."
     ),
     common.REASON_CODE_PROVIDER_ERROR: Explanation(
-        "The push service answered with an error.", "The message can still be fetched; operators find the answer in the log of dispatch."
+        "The push service answered with an error.",
+        "The message can still be fetched; operators see what the push service answers with `sealpush lanes`.",
     ),
     common.REASON_CODE_UNROUTED_ACCOUNT: Explanation(
         "The outside account has no configuration.", "Ask the platform's operator to configure it."
@@ -113,7 +114,8 @@ REASONS: Final[dict[int, Explanation]] = {
         "The phone has no usable key, so nothing could be sealed for it: the app was not opened for three months.", _ANOTHER_CHANNEL
     ),
     common.REASON_CODE_PUSH_QUARANTINED: Explanation(
-        "The push was given up after too many tries.", "The message can still be fetched; operators may put it into the queue again."
+        "The push was given up after too many tries, or the push service does not know the phone's token.",
+        "The message can still be fetched; operators see why with `sealpush lanes`, and may put it into the queue again.",
     ),
     common.REASON_CODE_NO_PUSH_TOKEN: Explanation(
         "The installation has no push token, so it must ask by itself.", "The message waits to be fetched when the app is opened."

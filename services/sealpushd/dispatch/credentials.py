@@ -15,12 +15,10 @@ import structlog
 from prometheus_client import Gauge
 
 from sealpush.ids import uuid7
-from sealpush.v1 import common_pb2
 from sealpushd.dispatch.lanes import LaneKey, LaneSet
 from sealpushd.dispatch.makers import Config, CredentialError, PushServices, make, receipt_key_of
-from sealpushd.dispatch.providers.base import Probed, Provider
+from sealpushd.dispatch.providers.base import Probed, Provider, accepts
 from sealpushd.dispatch.receipts import ReceiptKey
-from sealpushd.dispatch.rules import accepts
 from sealpushd.dispatch.store import LaneStore, StoredCredential
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidRequest, NotFound
@@ -31,6 +29,8 @@ log = structlog.get_logger()
 
 # Somebody waits for the verdict, in a call that lasts 10 s at the most, and there may be two steps.
 PROBE_STEP: Final = timedelta(seconds=4)
+# A changed file that was refused is tried again: perhaps the console of the vendor comes after the file.
+REFUSED_RETRY: Final = timedelta(minutes=1)
 SECRET_BYTES_MAX: Final = 64 * 1024
 _FILE_NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9._\-]{0,127}")
 
@@ -80,7 +80,9 @@ class Credentials:
         self._folder = folder
         self._clock = clock
         self._sources: dict[LaneKey, _Source] = {}
-        self._receipt_keys: dict[str, ReceiptKey] = {}
+        # What a push service refused, and when it is asked again.
+        self._refused: dict[LaneKey, tuple[_Source, datetime]] = {}
+        self._receipt_keys: dict[LaneKey, ReceiptKey] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._refreshing = asyncio.Lock()
 
@@ -94,12 +96,11 @@ class Credentials:
             states = await self._store.lane_states()
             changed = False
             for key, row in stored.items():
-                changed = self._take_over(key, row) or changed
+                changed = await self._take_over(key, row) or changed
             for lane in [lane for lane in self._lanes if lane.key not in stored]:
                 self._close_later(self._lanes.remove(lane))
-                self._sources.pop(lane.key, None)
-                if lane.platform == common_pb2.PLATFORM_HUAWEI:
-                    self._receipt_keys.pop(lane.app_id, None)
+                for kept in (self._sources, self._refused, self._receipt_keys):
+                    kept.pop(lane.key, None)
                 for gauge in (_EXPIRES, _USABLE):
                     gauge.remove(*_labels(lane.key))
                 log.info("a credential was removed", app=lane.app_id, platform=lane.platform)
@@ -180,9 +181,9 @@ class Credentials:
             shown.append(Shown(row, fingerprint, lane.problem if lane is not None else ""))
         return shown
 
-    def receipt_key(self, app_id: str) -> ReceiptKey | None:
-        """What signs the receipts of the app's Huawei phones; None: none are expected."""
-        return self._receipt_keys.get(app_id)
+    def receipt_key(self, app_id: str) -> tuple[LaneKey, ReceiptKey] | None:
+        """The lane of the app whose push service sends receipts, and what signs them; None: none are expected."""
+        return next(((key, receipt_key) for key, receipt_key in self._receipt_keys.items() if key[0] == app_id), None)
 
     async def aclose(self) -> None:
         """Close every provider at once. Idempotent."""
@@ -194,7 +195,7 @@ class Credentials:
 
     # Taking over
 
-    def _take_over(self, key: LaneKey, row: StoredCredential) -> bool:
+    async def _take_over(self, key: LaneKey, row: StoredCredential) -> bool:
         """Use the credential if it is another one than before; returns whether it is."""
         lane = self._lanes.put(row.app_id, row.platform)
         labels = _labels(key)
@@ -202,10 +203,19 @@ class Credentials:
         try:
             # A look at the file, before it is read: what changes in between is seen the next time.
             source: _Source = (row.provider_id, row.version, self._stat(row))
-            if self._sources.get(key) == source:
+            in_use = self._sources.get(key)
+            if in_use == source:
+                # Also when a file that was gone, or another one, is the old one again.
+                lane.problem = ""
+                _USABLE.labels(*labels).set(1)
                 return False
-            secret = self._read(row)
-            config = Config(row.kind, row.settings, secret)
+            refused, until = self._refused.get(key, (None, self._clock.now()))
+            if refused == source and self._clock.now() < until:
+                return False
+            config = Config(row.kind, row.settings, self._read(row))
+            if in_use is not None and in_use[:2] == source[:2] and lane.provider is not None:
+                # Nobody tried it: a mounted file was replaced.
+                await self._try(config, key, source)
             provider = make(config, self._services, self._clock)
         except CredentialError as e:
             if lane.problem != str(e):
@@ -215,17 +225,27 @@ class Credentials:
             else:
                 lane.problem = str(e)
             _USABLE.labels(*labels).set(0)
-            self._sources.pop(key, None)
             return False
         self._sources[key] = source
-        if row.platform == common_pb2.PLATFORM_HUAWEI:
-            self._receipt_keys.pop(row.app_id, None)
-            if (receipt_key := receipt_key_of(config)) is not None:
-                self._receipt_keys[row.app_id] = receipt_key
+        self._refused.pop(key, None)
+        self._receipt_keys.pop(key, None)
+        if (receipt_key := receipt_key_of(config)) is not None:
+            self._receipt_keys[key] = receipt_key
         self._close_later(lane.use(provider))
         _USABLE.labels(*labels).set(1)
         log.info("a credential is in use", app=row.app_id, platform=row.platform, push_service=row.kind, version=row.version)
         return True
+
+    async def _try(self, config: Config, key: LaneKey, source: _Source) -> None:
+        """Raises CredentialError when the push service refuses a credential; one that cannot be asked is taken."""
+        provider = make(config, self._asking, self._clock)
+        try:
+            probes = await provider.probe()
+        finally:
+            await provider.aclose()
+        if not accepts(probes) and any(probed.is_good is False for probed in probes):
+            self._refused[key] = source, self._clock.now() + REFUSED_RETRY
+            raise CredentialError(f"{config.kind} does not take the new file. {_told(provider, probes)}")
 
     def _close_later(self, provider: Provider | None) -> None:
         """Close it once the sends that are under way have ended."""
@@ -333,10 +353,15 @@ def _labels(key: LaneKey) -> tuple[str, str]:
 
 
 def _refusal(provider: Provider, probes: Sequence[Probed]) -> str:
-    told = "; ".join(
+    told = _told(provider, probes)
+    return f"nothing was stored, because {provider.name} does not take the credential. {told}. To store it nevertheless: --untested"
+
+
+def _told(provider: Provider, probes: Sequence[Probed]) -> str:
+    """What became of the probes that were not good, and what to do about each."""
+    return "; ".join(
         f"{probed.what}: {'refused' if probed.is_good is False else 'cannot be asked'} ({probed.outcome.reason}), "
         f"{provider.advise(probed.outcome.reason)}"
         for probed in probes
         if not probed.is_good
     )
-    return f"nothing was stored, because {provider.name} does not take the credential. {told}. To store it nevertheless: --untested"

@@ -17,19 +17,20 @@ from typing import Final
 import structlog
 from prometheus_client import Counter, Gauge
 
-from sealpushd.dispatch.providers.base import COMMON_ADVICE, Misconfigured, Outcome, Provider, RefreshAuth, RetryAt
+from sealpushd.dispatch.providers.base import COMMON_ADVICE, Outcome, Provider, RetryAt
 from sealpushd.dispatch.rules import (
     STRANGERS_MAX,
     Breaker,
     Circuit,
     Decision,
+    Evidence,
     Pushed,
     Quarantine,
     Retry,
     StopLane,
     TokenDead,
     Window,
-    fails_lane,
+    evidence,
 )
 from sealpushd.dispatch.store import LaneRow
 from sealpushd.platform.clock import Clock
@@ -163,8 +164,8 @@ class Lane:
         self._misconfigured = False
         # Registrations whose token is not of this app or environment: (device, registered at). A new registration is another entry.
         self._suspects: OrderedDict[tuple[bytes, datetime], str] = OrderedDict()
-        # Of those without an accepted one in between, the number and the last reason.
-        self._strangers = 0
+        # Devices whose tokens the push service did not take, since the last one that it took, and its last reason.
+        self._strangers: set[bytes] = set()
         self._estranged_by = ""
         self._labels = (app_id, platform_label(platform))
         # Label look-ups cost more than counting: remember the children.
@@ -204,11 +205,17 @@ class Lane:
 
     # Tokens that are set aside
 
-    def set_aside(self, device_id: bytes, registered_at: datetime, reason: str) -> None:
-        """Send nothing more to this registration until the device registers again."""
+    def set_aside(self, device_id: bytes, registered_at: datetime, reason: str, *, asked: bool) -> None:
+        """Send nothing more to this registration until the device registers again. `asked`: the push service said so, not we."""
         self._suspects[device_id, registered_at] = reason
         while len(self._suspects) > SUSPECTS_MAX:
             self._suspects.popitem(last=False)
+        if not asked or self._is_estranged:
+            return
+        self._strangers.add(device_id)
+        self._estranged_by = reason
+        if self._is_estranged:
+            log.error("no token of a lane belongs to its credential", app=self.app_id, platform=self.platform, reason=reason)
 
     def set_aside_for(self, device_id: bytes, registered_at: datetime) -> str | None:
         """Why this registration is set aside; None: it is not."""
@@ -217,7 +224,7 @@ class Lane:
     def take_back(self) -> None:
         """Try again what was set aside: somebody repaired something."""
         self._suspects.clear()
-        self._strangers = 0
+        self._strangers.clear()
 
     def _forgive(self) -> None:
         self._probing = False
@@ -304,8 +311,8 @@ class Lane:
         if send.probe and send.provider is self.provider:
             self._probing = False
 
-    def observe(self, send: Send, outcome: Outcome, decision: Decision, *, topic_of_lane: bool) -> None:
-        """Take the outcome of a send into account."""
+    def observe(self, send: Send, outcome: Outcome, decision: Decision) -> None:
+        """Take the outcome of a send, as the provider gave it, into account."""
         self.abandon(send)
         before = self._breaker
         now = self._clock.now()
@@ -315,17 +322,8 @@ class Lane:
         elif isinstance(decision, StopLane):
             self._breaker = before.stopped(decision.retry_at)
             self._misconfigured = True
-        elif fails_lane(outcome, topic_of_lane=topic_of_lane):
-            retry_after = outcome.retry_after if isinstance(outcome, RetryAt) else None
-            self._breaker = before.failed(now, self._random, probe=send.probe, retry_after=retry_after)
-            self._window = self._window.halved(now)
-            if self._breaker.open_until != before.open_until:
-                self._misconfigured = False
-                self._window = self._window.shut()
-        elif not isinstance(outcome, Misconfigured | RefreshAuth):
-            # (Those two were quarantined after the last attempt: neither for nor against the lane.)
-            self._breaker = before.succeeded(probe=send.probe)
-            self._window = self._window.grown()
+        else:
+            self._weigh(send, outcome, now)
         if self._breaker.open_until is not None and self._breaker.open_until != before.open_until:
             self._broken_by = outcome.reason
             if before.open_until is None:
@@ -338,18 +336,33 @@ class Lane:
             case Pushed():
                 self.counts.accepted += 1
                 self.rate.add()
-                self._strangers = 0
+                self._strangers.clear()
                 return
             case Retry() | StopLane():
                 self.counts.retried += 1
             case TokenDead(certain=True):
                 self.counts.dead_tokens += 1
-            case TokenDead():
-                self.counts.quarantined += 1
-                self._count_stranger(outcome.reason)
-            case Quarantine():
+            case TokenDead() | Quarantine():
                 self.counts.quarantined += 1
         self._count_error(outcome.reason, now)
+
+    def _weigh(self, send: Send, outcome: Outcome, now: datetime) -> None:
+        """What the outcome says for or against the push service."""
+        before = self._breaker
+        match evidence(outcome):
+            case Evidence.FAILS:
+                retry_after = outcome.retry_after if isinstance(outcome, RetryAt) else None
+                self._breaker = before.failed(now, self._random, probe=send.probe, retry_after=retry_after)
+                self._window = self._window.halved(now)
+                if self._breaker.open_until != before.open_until:
+                    self._misconfigured = False
+                    self._window = self._window.shut()
+            case Evidence.WORKS:
+                self._breaker = before.succeeded(probe=send.probe)
+                self._window = self._window.grown()
+            case Evidence.NOTHING:
+                # A half-open lane tries another one.
+                pass
 
     def _count_error(self, reason: str, now: datetime) -> None:
         if reason not in self.errors and len(self.errors) >= ERRORS_MAX:
@@ -361,18 +374,13 @@ class Lane:
             counter = self._error_counters[reason] = _ERRORS.labels(*self._labels, reason)
         counter.inc()
 
-    def _count_stranger(self, reason: str) -> None:
-        self._strangers += 1
-        self._estranged_by = reason
-        if self._strangers == STRANGERS_MAX:
-            log.error("no token of a lane belongs to its credential", app=self.app_id, platform=self.platform, reason=reason)
-
     # The operator's switch
 
     def apply(self, row: LaneRow) -> bool:
         """Take over what operators decided; returns whether that changed something."""
         changed = False
-        if row.resumed_at is not None and (self._resumed_at is None or row.resumed_at > self._resumed_at):
+        # Another time and not a later one: it is the clock of whichever process was asked.
+        if row.resumed_at is not None and row.resumed_at != self._resumed_at:
             # The first row seen is history: nothing is broken yet that it could repair.
             self._resumed_at = row.resumed_at
             self._forgive()
@@ -417,7 +425,7 @@ class Lane:
 
     @property
     def _is_estranged(self) -> bool:
-        return self._strangers >= STRANGERS_MAX
+        return len(self._strangers) >= STRANGERS_MAX
 
     @property
     def detail(self) -> str:
@@ -425,7 +433,7 @@ class Lane:
         if self._paused:
             return f"{self._pause_detail or 'paused'}; wake-ups stay queued until the lane is resumed"
         if self.provider is None:
-            return f"{self.problem}; wake-ups stay queued until then"
+            return f"there is no credential that can be used: {self.problem}. Wake-ups stay queued until there is one"
         match self.state:
             case LaneState.BROKEN:
                 text = (
@@ -439,12 +447,17 @@ class Lane:
                 )
             case _ if self._is_estranged:
                 text = (
-                    f"takes wake-ups, but the last {self._strangers} tokens were none of this credential's ({self._estranged_by}): "
+                    f"takes wake-ups, but the tokens of the last {len(self._strangers)} devices were none of this credential's "
+                    f"({self._estranged_by}): "
                     f"{self.advise(self._estranged_by)}. Nothing was forgotten; repair it, then `sealpush lanes requeue`"
                 )
             case _:
                 text = "takes wake-ups"
-        return f"{text}. The stored credential is not in use: {self.problem}" if self.problem else text
+        return (
+            f"{text}. It pushes with the credential before, until its next restart; the stored one: {self.problem}"
+            if self.problem
+            else text
+        )
 
     def advise(self, reason: str) -> str:
         """What a reason means and what to do about it."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
+from cryptography import x509
+
 from sealpushd.dispatch.providers.apns import ApnsProvider, ApnsSettings
 from sealpushd.dispatch.providers.base import Clock, Provider
 from sealpushd.dispatch.providers.fcm import FcmProvider, FcmSettings
@@ -42,17 +44,19 @@ class PushServices:
         """Raises SettingsError that names the setting that is wrong."""
         if settings.push_ca is not None and not settings.push_ca.is_file():
             raise SettingsError(f"SEALPUSH_PUSH_CA: {settings.push_ca} is not a file")
+        http = HttpSettings(
+            private_ca_file=settings.push_ca,
+            proxy_url=settings.proxy.get_secret_value() if settings.proxy is not None else None,
+            streams_max=settings.push_concurrency,
+        )
+        _check_http(http)
         return cls(
             _base_url(settings.apns_production_url, "SEALPUSH_APNS_PRODUCTION_URL"),
             _base_url(settings.apns_sandbox_url, "SEALPUSH_APNS_SANDBOX_URL"),
             _base_url(settings.fcm_url, "SEALPUSH_FCM_URL"),
             _base_url(settings.hms_url, "SEALPUSH_HMS_URL"),
             _url(settings.hms_token_url, "SEALPUSH_HMS_TOKEN_URL"),
-            HttpSettings(
-                private_ca_file=settings.push_ca,
-                proxy_url=settings.proxy.get_secret_value() if settings.proxy is not None else None,
-                streams_max=settings.push_concurrency,
-            ),
+            http,
         )
 
 
@@ -139,10 +143,30 @@ def receipt_key_of(config: Config) -> ReceiptKey | None:
     return ReceiptKey(credential.receipt_user, credential.receipt_key) if credential.receipt_key else None
 
 
+def _check_http(http: HttpSettings) -> None:
+    """Raises SettingsError once, where else every credential would be blamed. The text quotes no URL: a proxy's may hold a password."""
+    if http.private_ca_file is not None:
+        try:
+            certificates = x509.load_pem_x509_certificates(http.private_ca_file.read_bytes())
+        except (ValueError, OSError):
+            certificates = []
+        if not certificates:
+            raise SettingsError(f"SEALPUSH_PUSH_CA: {http.private_ca_file} holds no certificate in PEM")
+    if http.proxy_url is not None:
+        try:
+            parts = urlsplit(http.proxy_url)
+            is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        except ValueError:
+            is_one = False
+        if not is_one:
+            raise SettingsError("SEALPUSH_PROXY: must be http://host:port")
+
+
 def _base_url(url: str, variable: str) -> str:
-    if urlsplit(url).path not in ("", "/"):
+    checked = _url(url, variable)
+    if urlsplit(checked).path not in ("", "/"):
         raise SettingsError(f"{variable}: must be https://host or https://host:port")
-    return _url(url, variable).rstrip("/")
+    return checked.rstrip("/")
 
 
 def _url(url: str, variable: str) -> str:
@@ -151,6 +175,6 @@ def _url(url: str, variable: str) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError as e:
         raise SettingsError(f"{variable}: not a URL: {e}") from e
-    if parts.scheme != "https" or not host or parts.query or parts.fragment or parts.username:
-        raise SettingsError(f"{variable}: must begin with https:// and a host, and have no query")
+    if parts.scheme != "https" or not host or parts.query or parts.fragment or "@" in parts.netloc:
+        raise SettingsError(f"{variable}: must begin with https:// and a host, and have neither a user nor a query")
     return url

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import assert_never
 
 from sealpushd.dispatch.providers.base import (
-    ACCESS_TOKEN,
     Accepted,
     Bug,
     Misconfigured,
     Outcome,
-    Probed,
     RefreshAuth,
     RetryAt,
     TokenGone,
     TokenSuspect,
 )
 
-# After so many sends a delivery is quarantined for push; it stays fetchable (DELIVERY, "Dispatch").
+# After so many sends a delivery is quarantined for push; it stays fetchable.
 ATTEMPTS_MAX = 8
 # Full jitter between 0 and 5 s · 2^(attempt-1), so the eighth attempt comes within about ten minutes. An outage longer
 # than that is the circuit breaker's business: while a lane is broken, no attempts are spent.
 BACKOFF_BASE = timedelta(seconds=5)
-BACKOFF_MAX = timedelta(minutes=15)
 # A stopped lane tries one delivery again after this; whoever repairs the settings resumes it by hand earlier.
 LANE_RETRY = timedelta(minutes=5)
 # So many failures in a row open a lane's breaker: more than a dropped connection under a few sends, less than a frame.
@@ -110,9 +107,9 @@ def decide(outcome: Outcome, attempt: int, now: datetime, random: Callable[[], f
 
 
 def backoff(attempt: int, random: Callable[[], float]) -> timedelta:
-    """Full jitter: uniform between nothing and a ceiling that doubles with each attempt, at most 15 minutes."""
-    doublings = min(max(attempt - 1, 0), 16)
-    return min(BACKOFF_BASE * (1 << doublings), BACKOFF_MAX) * random()
+    """Full jitter: uniform between nothing and a ceiling that doubles with each attempt, about 11 minutes before the last."""
+    doublings = min(max(attempt - 1, 0), ATTEMPTS_MAX - 1)
+    return BACKOFF_BASE * (1 << doublings) * random()
 
 
 def excuse_lane(outcome: Outcome, *, topic_of_lane: bool) -> Outcome:
@@ -138,13 +135,29 @@ def excuse_new_credential(decision: Decision, attempt: int, now: datetime) -> De
             return decision
 
 
-def fails_lane(outcome: Outcome, *, topic_of_lane: bool) -> bool:
-    """Whether the outcome speaks against the push service or the way to it, and not only of one device."""
+class Evidence(Enum):
+    """What an outcome says of the push service and the way to it."""
+
+    WORKS = "works"
+    FAILS = "fails"
+    NOTHING = "nothing"
+
+
+def evidence(outcome: Outcome) -> Evidence:
+    """What an outcome, as the provider gave it, says of the push service.
+
+    Nothing, where the push service was not asked or where credentials or a topic are at fault: what a registration can bring
+    about must neither break a lane nor make a broken one look well.
+    """
+    if not outcome.asked:
+        return Evidence.NOTHING
     match outcome:
-        case RetryAt(of_device=of_device):
-            return topic_of_lane and not of_device
+        case RetryAt(of_device=False):
+            return Evidence.FAILS
+        case Misconfigured() | RefreshAuth():
+            return Evidence.NOTHING
         case _:
-            return False
+            return Evidence.WORKS
 
 
 # Circuit breaker
@@ -229,14 +242,3 @@ class Window:
     def shut(self) -> Window:
         """After the breaker opened."""
         return replace(self, size=1)
-
-
-# Credentials
-
-
-def accepts(probes: Sequence[Probed]) -> bool:
-    """Whether a push service takes a credential.
-
-    An access token alone sends nothing. A key may be limited to one environment, so one that works is enough.
-    """
-    return any(probed.is_good for probed in probes if probed.what != ACCESS_TOKEN)

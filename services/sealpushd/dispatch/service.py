@@ -13,8 +13,7 @@ from sealpush.ids import is_app_id
 from sealpush.v1 import common_pb2
 from sealpushd.dispatch.credentials import Credentials, NewCredential, Shown
 from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState
-from sealpushd.dispatch.providers.base import Probed, Provider
-from sealpushd.dispatch.rules import accepts
+from sealpushd.dispatch.providers.base import Probed, Provider, accepts
 from sealpushd.dispatch.store import LaneStore
 from sealpushd.platform import rpc
 from sealpushd.platform.clients import MeshChannel
@@ -121,7 +120,7 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
     def _need(self, app_id: str, platform: int) -> Lane:
         lane = self._lanes.get(app_id, platform)
         if lane is None:
-            raise NotFound("no such lane; ListLanes shows those there are")
+            raise NotFound("no such lane; `sealpush lanes` shows those there are")
         return lane
 
 

@@ -384,12 +384,12 @@ class Dispatcher:
         observed = False
         try:
             ours = target.topic == send.provider.topic or not send.provider.topic
-            outcome = excuse_lane(await send.provider.send(target, to_wake_up(held.wake_up)), topic_of_lane=ours)
-            decision = decide(outcome, held.attempt, self._clock.now(), self._random)
+            outcome = await send.provider.send(target, to_wake_up(held.wake_up))
+            decision = decide(excuse_lane(outcome, topic_of_lane=ours), held.attempt, self._clock.now(), self._random)
             if send.provider is not lane.provider:
                 decision = excuse_new_credential(decision, held.attempt, self._clock.now())
             observed = True
-            lane.observe(send, outcome, decision, topic_of_lane=ours)
+            lane.observe(send, outcome, decision)
             match decision:
                 case Pushed():
                     held.report(Outcome.WAKE_UP_OUTCOME_PUSHED)
@@ -404,7 +404,7 @@ class Dispatcher:
                 case TokenDead(reason=reason):
                     # Forget with care: the token may be good in the other environment, so it stays stored and the delivery stays
                     # fetchable; nothing more is sent to this registration.
-                    lane.set_aside(held.wake_up.device_id, target.registered_at, reason)
+                    lane.set_aside(held.wake_up.device_id, target.registered_at, reason, asked=outcome.asked)
                     held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail=reason)
                 case Quarantine(reason=reason):
                     held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail=reason)

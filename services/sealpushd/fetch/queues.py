@@ -28,7 +28,7 @@ _WAITING: Final = Gauge("sealpush_wake_ups_waiting", "Wake-ups to be pushed that
 _QUARANTINED: Final = Gauge("sealpush_wake_ups_quarantined", "Wake-ups given up until they are requeued, by lane.", ["app", "platform"])
 _OLDEST_SECONDS: Final = Gauge(
     "sealpush_wake_ups_oldest_seconds",
-    "How long ago the oldest wake-up that is due or held was accepted, by lane; 0: none is.",
+    "How long ago the oldest wake-up that waits or is held was accepted, by lane; 0: none is.",
     ["app", "platform"],
 )
 

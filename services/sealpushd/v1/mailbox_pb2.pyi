@@ -1046,8 +1046,8 @@ class Queue(_message.Message):
     """Given up for push, and still fetchable."""
     @_builtins.property
     def oldest_at(self) -> _timestamp_pb2.Timestamp:
-        """When the oldest of those that are due or held was accepted, by publishing's clock, in milliseconds; absent: none is. Of those that
-        are due, only the next 256 of each priority are looked at: where more are due, an older one that is tried again may stand behind them.
+        """When the oldest of those that wait or are held was accepted, by publishing's clock, in milliseconds; absent: none is. Of those that
+        wait, only the next 256 of each priority are looked at: where more wait, an older one that is tried again may stand behind them.
         """
 
     def __init__(

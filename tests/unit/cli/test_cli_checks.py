@@ -1,11 +1,24 @@
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sealpushd.cli.checks import check_certificate, check_health, check_port, judge_partitions
+from sealpush.v1 import common_pb2
+from sealpushd.cli.checks import (
+    check_certificate,
+    check_health,
+    check_port,
+    check_push,
+    judge_credential,
+    judge_lane,
+    judge_partitions,
+)
 from sealpushd.platform.tls import CERTIFICATE_LIFETIME, LocalAuthority
 from sealpushd.up.ports import Ports
+from sealpushd.v1 import lanes_pb2, mailbox_pb2
+from sealpushd.v1.providers_pb2 import ListProvidersResponse, StoredProvider
+from tests.unit.cli.answering import answering
 
 NOW = datetime(2026, 11, 18, 12, tzinfo=UTC)  # in ISO week 47
 
@@ -31,3 +44,76 @@ async def test_a_service_that_is_not_there_fails_its_checks(free_base_port: int)
     for check in (await check_health("fetch", f"127.0.0.1:{port}", log), await check_port("fetch", "127.0.0.1", port, log)):
         assert not check.ok
         assert str(log) in check.text
+
+
+def stored(ends_at: datetime | None = None, problem: str = "") -> StoredProvider:
+    made = StoredProvider(app_id="bank", platform=common_pb2.PLATFORM_HUAWEI, push_service="hms", problem=problem)
+    if ends_at is not None:
+        made.expires_at.FromDatetime(ends_at)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("credential", "ok", "text"),
+    [
+        (stored(), True, "hms, in use; nobody said when it ends (--expires)"),
+        (stored(NOW + timedelta(days=31)), True, "hms, in use, good until 2026-12-19"),
+        (stored(NOW + timedelta(days=29)), False, "ends on 2026-12-17: put a new one with `sealpush providers rotate bank huawei`"),
+        (stored(NOW), False, "ended on 2026-11-18: put a new one with `sealpush providers rotate bank huawei`"),
+        (stored(NOW - timedelta(days=400)), False, "ended on 2025-10-14: put a new one with `sealpush providers rotate bank huawei`"),
+        (stored(NOW + timedelta(days=400), "the file cannot be read"), False, "what is stored is not in use: the file cannot be read"),
+    ],
+    ids=["endless", "long", "short", "now", "over", "unusable"],
+)
+def test_a_credential_must_be_in_use_and_last_for_a_month(credential: StoredProvider, ok: bool, text: str) -> None:
+    check = judge_credential(credential, NOW)
+    assert (check.ok, check.name, check.text) == (ok, "credential bank huawei", text)
+    assert check.line.startswith("ok  " if ok else "FAIL")
+
+
+@pytest.mark.parametrize(
+    ("state", "suspicious", "ok"),
+    [
+        (lanes_pb2.LANE_STATE_OPEN, False, True),
+        (lanes_pb2.LANE_STATE_OPEN, True, False),
+        (lanes_pb2.LANE_STATE_PAUSED, False, True),
+        (lanes_pb2.LANE_STATE_BROKEN, False, False),
+        (lanes_pb2.LANE_STATE_MISCONFIGURED, False, False),
+        # What a newer dispatch says and this program does not know is no good news.
+        (lanes_pb2.LANE_STATE_UNSPECIFIED, False, False),
+        (77, False, False),
+    ],
+)
+def test_a_lane_is_well_when_it_pushes_or_somebody_paused_it(state: Any, suspicious: bool, ok: bool) -> None:
+    lane = lanes_pb2.Lane(app_id="bank", platform=common_pb2.PLATFORM_IOS, state=state, is_suspicious=suspicious, detail="how it is")
+    check = judge_lane(lane)
+    assert (check.ok, check.name, check.text) == (ok, "lane bank ios", "how it is")
+
+
+async def test_a_dispatch_that_is_not_there_fails_the_check_of_the_lanes(free_base_port: int, tmp_path: Path) -> None:
+    key, log = tmp_path / "operator.key", Path("data/log/dispatch.log")
+    key.write_text("07" * 32)
+    [check] = await check_push(f"127.0.0.1:{free_base_port}", f"127.0.0.1:{free_base_port}", key, log)
+    assert (check.ok, check.name) == (False, "lanes")
+    assert str(log) in check.text
+
+
+async def test_every_credential_and_lane_is_checked(tmp_path: Path) -> None:
+    with answering(tmp_path) as installation:
+        installation.answers.given |= {
+            "ListProviders": ListProvidersResponse(providers=[stored(problem="the file cannot be read")]),
+            "ListLanes": lanes_pb2.ListLanesResponse(lanes=[lanes_pb2.Lane(app_id="bank", platform=common_pb2.PLATFORM_HUAWEI)]),
+            "GetQueues": mailbox_pb2.GetQueuesResponse(
+                queues=[
+                    mailbox_pb2.Queue(app_id="bank", platform=common_pb2.PLATFORM_HUAWEI, waiting=1),
+                    mailbox_pb2.Queue(app_id="bank", platform=common_pb2.PLATFORM_RUSTORE, waiting=3),
+                ]
+            ),
+        }
+        checks = await check_push(installation.address, installation.address, installation.key, tmp_path / "log")
+    assert [(check.ok, check.name) for check in checks] == [
+        (False, "credential bank huawei"),
+        (False, "lane bank huawei"),
+        (False, "lane bank rustore"),
+    ]
+    assert "3 wait and nothing pushes them" in checks[2].text

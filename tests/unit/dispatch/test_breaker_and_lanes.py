@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState, Release, Send
+from sealpushd.dispatch.lanes import PAUSED_RETRY, Lane, LaneSet, LaneState, Release, Send
 from sealpushd.dispatch.providers.base import (
     Accepted,
     Bug,
@@ -32,10 +32,11 @@ from sealpushd.dispatch.rules import (
     STRANGERS_MAX,
     Breaker,
     Circuit,
+    Evidence,
     Window,
     decide,
+    evidence,
     excuse_lane,
-    fails_lane,
 )
 from sealpushd.dispatch.store import LaneRow
 from sealpushd.platform.metrics import platform_label
@@ -76,8 +77,8 @@ def new_lane(clock: FakeClock, capacity: int = 256, die: float = 0.5) -> Lane:
 
 
 def settle(lane: Lane, send: Send, outcome: Outcome, clock: FakeClock, *, attempt: int = 1, topic_of_lane: bool = True) -> None:
-    outcome = excuse_lane(outcome, topic_of_lane=topic_of_lane)
-    lane.observe(send, outcome, decide(outcome, attempt, clock.now(), lambda: 0.5), topic_of_lane=topic_of_lane)
+    excused = excuse_lane(outcome, topic_of_lane=topic_of_lane)
+    lane.observe(send, outcome, decide(excused, attempt, clock.now(), lambda: 0.5))
     lane.settled()
 
 
@@ -294,7 +295,7 @@ def test_installation_with_a_topic_of_its_own_cannot_stop_the_lane() -> None:
     "outcome", [RetryAt("TooManyRequests", of_device=True), Accepted(), Bug("PayloadTooLarge"), TokenGone("Unregistered")]
 )
 def test_what_concerns_one_device_never_breaks_the_lane(outcome: Outcome) -> None:
-    assert not fails_lane(outcome, topic_of_lane=True)
+    assert evidence(outcome) is Evidence.WORKS
 
 
 def test_pause_is_taken_over_at_once_and_only_changes_are_told() -> None:
@@ -444,25 +445,53 @@ def test_removed_lane_takes_back_what_comes_on_old_credit_and_lives_again_with_a
 def test_many_strangers_in_a_row_are_told_and_one_good_token_ends_the_suspicion() -> None:
     clock = FakeClock()
     lane = new_lane(clock)
+    for number in range(STRANGERS_MAX):
+        assert lane.detail == "takes wake-ups"
+        # The same phone again and again, and what we ourselves refuse, say nothing of the credential.
+        for _ in range(3):
+            lane.set_aside(b"device %d" % number, NOW, "DeviceTokenNotForTopic", asked=True)
+        lane.set_aside(b"other %d" % number, NOW, "other-topic", asked=False)
+    assert lane.state is LaneState.OPEN
+    assert lane.is_suspicious
+    assert "advice on DeviceTokenNotForTopic" in lane.detail
+    lane.took()
+    send = lane.admit()
+    assert isinstance(send, Send)
+    settle(lane, send, Accepted(), clock)
+    assert lane.detail == "takes wake-ups"
+
+
+NOT_ASKED = [TokenSuspect("malformed-token", asked=False), Bug("malformed-request", asked=False), RetryAt("closed", asked=False)]
+
+
+@pytest.mark.parametrize("nothing", [*NOT_ASKED, Misconfigured("TopicDisallowed")])
+def test_what_a_registration_brings_about_neither_mends_a_broken_lane_nor_spares_one(nothing: Outcome) -> None:
+    clock = FakeClock()
+    lane = new_lane(clock)
 
     def send_one(outcome: Outcome) -> None:
         lane.took()
         send = lane.admit()
         assert isinstance(send, Send)
-        settle(lane, send, outcome, clock)
+        settle(lane, send, outcome, clock, topic_of_lane=False)
 
-    for _ in range(STRANGERS_MAX):
-        assert lane.detail == "takes wake-ups"
-        send_one(TokenSuspect("DeviceTokenNotForTopic"))
-    assert lane.state is LaneState.OPEN
-    assert "advice on DeviceTokenNotForTopic" in lane.detail
+    for _ in range(FAILURES_MAX):
+        assert lane.state is LaneState.OPEN
+        send_one(nothing)
+        send_one(RetryAt("ServiceUnavailable"))
+    assert lane.closed_until is not None
+    clock.time = lane.closed_until
+    # Half-open: these decide nothing, and the next one is tried at once.
+    for _ in range(3):
+        send_one(nothing)
+        assert lane.closed_until is not None
     send_one(Accepted())
-    assert lane.detail == "takes wake-ups"
+    assert lane.closed_until is None
 
 
 def test_tokens_that_were_set_aside_are_tried_again_after_a_resume() -> None:
     lane = new_lane(FakeClock())
-    lane.set_aside(b"device", NOW, "BadDeviceToken")
+    lane.set_aside(b"device", NOW, "BadDeviceToken", asked=True)
     assert lane.set_aside_for(b"device", NOW) == "BadDeviceToken"
     assert lane.set_aside_for(b"device", NOW + timedelta(seconds=1)) is None
     lane.apply(LaneRow("bank", 1, False, "resumed", NOW))
@@ -497,3 +526,28 @@ def test_error_reasons_are_bounded() -> None:
         settle(lane, send, Bug(f"reason-{number}"), clock)
     assert len(lane.errors) <= 33
     assert sum(seen.count for seen in lane.errors.values()) == 100
+
+
+def test_what_a_broken_lane_gives_back_waits_for_the_lane_and_not_for_its_time() -> None:
+    """A push service may ask for a day; whoever repairs it, or resumes the lane, has it all pushed at once."""
+    clock = FakeClock()
+    lane = new_lane(clock)
+    for _ in range(FAILURES_MAX):
+        lane.took()
+        send = lane.admit()
+        assert isinstance(send, Send)
+        settle(lane, send, RetryAt("ServiceUnavailable", timedelta(days=1)), clock)
+    assert lane.closed_until is not None
+    assert lane.closed_until > NOW + timedelta(minutes=14)
+    assert lane.admit() == Release(NOW + PAUSED_RETRY, "lane-broken")
+    assert lane.take_credit() == 0
+
+
+def test_resume_through_a_process_whose_clock_is_behind_counts() -> None:
+    clock = FakeClock()
+    lane = new_lane(clock)
+    assert lane.apply(LaneRow("bank", 1, False, "resumed", clock.now()))
+    break_(lane, clock)
+    assert lane.apply(LaneRow("bank", 1, False, "resumed", clock.now() - timedelta(seconds=3)))
+    assert lane.state is LaneState.OPEN
+    assert not lane.apply(LaneRow("bank", 1, False, "resumed", clock.now() - timedelta(seconds=3)))

@@ -163,7 +163,8 @@ def classify(answer: HttpAnswer, request_id: str, now: datetime) -> Outcome:
         return Accepted() if echoed else RetryAt("accepted-without-echo")
     reason = _reason(answer)
     if reason is None:
-        return retry(f"status-{answer.status}", answer, now)
+        # Not Apple's, so neither is what it asks for.
+        return RetryAt(f"status-{answer.status}")
     if answer.status == 403 and clock_is_wrong(answer, now):
         return Misconfigured("clock-wrong")
     row = ERRORS.get((answer.status, reason)) or ERRORS.get((answer.status, "*"), retry)
@@ -281,7 +282,7 @@ class ApnsProvider:
         """See `Provider.send`. An expired provider token is renewed and the send repeated once."""
         if not target.token.reveal().isalnum():
             # APNs tokens are hexadecimal; anything else would change the path. Not ours to ask about.
-            return TokenSuspect("malformed-token")
+            return TokenSuspect("malformed-token", asked=False)
         return await self._client.guard(self._send(target, wake_up))
 
     async def probe(self) -> Sequence[Probed]:
@@ -320,7 +321,7 @@ class ApnsProvider:
             answer = await connection.run(lambda: self._client.post(url, headers, build_payload(wake_up)))
         except ValueError:
             # A topic that cannot stand in a header.
-            return Bug("malformed-request")
+            return Bug("malformed-request", asked=False)
         return classify(answer, headers["apns-id"], self._clock.now())
 
 

@@ -21,7 +21,7 @@ WAKE_UP_ID_BYTES = 16
 # Vendors' reasons are short words ("TooManyProviderTokenUpdates"); a longer one is not one of theirs.
 REASON_CHARACTERS_MAX = 64
 # An honest push service asks for seconds or minutes; a mistaken one must not park a delivery for ever.
-RETRY_AFTER_MAX = timedelta(hours=24)
+RETRY_AFTER_MAX = timedelta(minutes=15)
 # No vendor's token is longer than about 4 KiB (FCM reserves the right to that size).
 PUSH_TOKEN_CHARACTERS_MAX = 4096
 
@@ -75,7 +75,7 @@ class WakeUpPriority(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PushTarget:
-    """Where a wake-up goes. `topic` is the app (bundle id, package); `registered_at` the token's registration."""
+    """Where a wake-up goes. `topic` is what the token belongs to (bundle id, project, app id), `registered_at` its registration."""
 
     token: PushToken
     environment: PushEnvironment
@@ -91,7 +91,7 @@ class PushTarget:
 class WakeUp:
     """What is sent: an opaque random id and nothing that says who sent what.
 
-    `muted` wakes the app without showing anything (V11). After `expires_at` the push service drops it.
+    `muted` wakes the app without showing anything. After `expires_at` the push service drops it.
     """
 
     wake_up_id: bytes
@@ -131,7 +131,10 @@ def clean_reason(text: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
+    """`asked`: the push service was; False: decided here, which says nothing of the push service."""
+
     reason: str = ""
+    asked: bool = field(default=True, kw_only=True, compare=False)
 
     def __post_init__(self) -> None:
         if self.reason:
@@ -221,6 +224,14 @@ class Probed:
                 return False
             case RetryAt():
                 return None
+
+
+def accepts(probes: Sequence[Probed]) -> bool:
+    """Whether a push service takes a credential.
+
+    An access token alone sends nothing. A key may be limited to one environment, so one that works is enough.
+    """
+    return any(probed.is_good for probed in probes if probed.what != ACCESS_TOKEN)
 
 
 class Provider(Protocol):
@@ -329,7 +340,7 @@ def retry(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
 
 
 def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
-    """The Retry-After header, seconds or an HTTP date; None: absent or unreadable. Bounded to 24 hours."""
+    """The Retry-After header, seconds or an HTTP date; None: absent or unreadable. Bounded by `RETRY_AFTER_MAX`."""
     if value is None:
         return None
     if re.fullmatch(r"\s*[0-9]{1,9}\s*", value):

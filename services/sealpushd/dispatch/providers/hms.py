@@ -9,8 +9,8 @@ V1 reaches Android and HarmonyOS up to 4; HarmonyOS 5 and later asks for V3, wit
 
 HTTP 200 is not success: the `code` decides. That a token is not valid for this app has one code, whether the app was
 removed, the token is nonsense or it belongs to another app; and Huawei names no time. Under the credential of another app
-every token of the app would answer so. Hence such a token is `TokenGone` only once this credential has had a wake-up accepted,
-and `TokenSuspect` until then.
+every token of the app would answer so, except those of the few phones that have both. Hence such a token is `TokenGone` only while this
+credential has had wake-ups accepted by ten devices and by as many as it was refused by, and `TokenSuspect` else.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from sealpushd.dispatch.providers.base import (
     TokenSuspect,
     WakeUp,
     WakeUpPriority,
+    accepts,
     advise_common,
     plain,
     retry,
@@ -131,6 +132,10 @@ SUCCESS = "80000000"
 # The token is not valid for this app: gone, nonsense, or of another app.
 INVALID_TOKEN = frozenset({"80100000", "80300007"})
 
+# So many devices must have been reached before a refused one is believed to be gone.
+REACHED_MIN = 10
+# Devices that are remembered of either kind.
+REMEMBERED_MAX = 10_000
 # "The app has no permission", which Huawei may also say of a token of another project. A credential that works is not stopped by one.
 NOT_PERMITTED = "80300002"
 
@@ -162,8 +167,8 @@ ERRORS: Mapping[str, Row] = MappingProxyType(
 FAULT_OF_OURS = "Push Kit does not understand a wake-up: this is a fault of Sealpush, report it"
 NOT_VALID_HERE = (
     "the app was removed from the device, or the device token is of another app: is this the credential of the app? If not, put that one "
-    "with `sealpush providers rotate`. Until this credential has had a wake-up accepted, tokens are kept and pushed to again once the "
-    "device has registered again; after that they are forgotten"
+    "with `sealpush providers rotate`. Until the credential has reached ten devices, and more than it did not, tokens are kept and pushed "
+    "to again once the device has registered again; after that they are forgotten"
 )
 
 ADVICE: Mapping[str, str] = MappingProxyType(
@@ -218,11 +223,13 @@ def classify(answer: HttpAnswer, now: datetime) -> Outcome:
     of eight digits, and a success names the request. Anything else comes from something in between and is tried again, as
     is everything in the 5xx: 503 is Huawei's flow control.
     """
-    code = answer.json().get("code")
+    content = answer.json()
+    code = content.get("code")
     if answer.status >= 500 or not isinstance(code, str) or not re.fullmatch(r"[0-9]{8}", code):
-        return retry("unreadable-answer" if answer.status == 200 else f"status-{answer.status}", answer, now)
+        # Not Huawei's, so neither is what it asks for; its flow control names no time.
+        return RetryAt("unreadable-answer" if answer.status == 200 else f"status-{answer.status}")
     if code == SUCCESS:
-        request_id = answer.json().get("requestId")
+        request_id = content.get("requestId")
         is_ours = answer.status == 200 and isinstance(request_id, str) and request_id
         return Accepted() if is_ours else RetryAt("accepted-without-request-id")
     row = ERRORS.get(code) or ERRORS["*"]
@@ -240,20 +247,13 @@ def build_message(target: PushTarget, wake_up: WakeUp, now: datetime, *, validat
     """
     is_urgent = not wake_up.muted and wake_up.priority is WakeUpPriority.HIGH
     ttl = min(max(wake_up.expires_at - now, TTL_MIN), TTL_MAX)
-    body = {
-        "validate_only": validate_only,
-        "message": {
-            "data": json.dumps({"id": wake_up.wire_id}, separators=(",", ":")),
-            "android": {
-                "urgency": "HIGH" if is_urgent else "NORMAL",
-                "ttl": f"{int(ttl.total_seconds())}s",
-                "collapse_key": URGENT_GROUP if is_urgent else NORMAL_GROUP,
-                "bi_tag": wake_up.wire_id,
-            },
-            "token": [target.token.reveal()],
-        },
-    }
-    return json.dumps(body, separators=(",", ":")).encode()
+    urgency, group = ("HIGH", URGENT_GROUP) if is_urgent else ("NORMAL", NORMAL_GROUP)
+    # Only the token can hold what JSON escapes. Written out, because a json.dumps of the whole costs more than the rest of a send.
+    data = f'"{{\\"id\\":\\"{wake_up.wire_id}\\"}}"'
+    ttl_s = int(ttl.total_seconds())
+    android = f'{{"urgency":"{urgency}","ttl":"{ttl_s}s","collapse_key":{group},"bi_tag":"{wake_up.wire_id}"}}'
+    message = f'{{"data":{data},"android":{android},"token":[{json.dumps(target.token.reveal())}]}}'
+    return f'{{"validate_only":{"true" if validate_only else "false"},"message":{message}}}'.encode()
 
 
 class HmsProvider:
@@ -268,7 +268,9 @@ class HmsProvider:
             raise ValueError("the URL of Huawei's token endpoint must be an https URL")
         self.topic = settings.app_id
         self._clock = clock
-        self._has_accepted = False
+        # Devices, by the hash of their tokens, that took a wake-up and that did not, since this credential is in use.
+        self._reached: set[int] = set()
+        self._refused: set[int] = set()
         form = {"grant_type": "client_credentials", "client_id": settings.app_id, "client_secret": settings.client_secret}
         self._sends = AuthorizedSends(
             # Huawei promises no HTTP/2.
@@ -285,20 +287,30 @@ class HmsProvider:
     async def send(self, target: PushTarget, wake_up: WakeUp) -> Outcome:
         """See `Provider.send`. A refused access token is replaced and the send repeated once."""
         if target.topic not in ("", self.topic):
-            return TokenSuspect("other-topic")
+            return TokenSuspect("other-topic", asked=False)
         outcome = await self._sends.send(build_message(target, wake_up, self._clock.now()))
         if isinstance(outcome, Accepted):
-            self._has_accepted = True
-        if isinstance(outcome, Misconfigured) and outcome.reason == NOT_PERMITTED and self._has_accepted:
+            self._remember(self._reached, target)
+        if isinstance(outcome, Misconfigured) and outcome.reason == NOT_PERMITTED and await self._works():
             return TokenSuspect(outcome.reason)
-        if isinstance(outcome, TokenSuspect) and outcome.reason in INVALID_TOKEN and self._has_accepted:
-            return TokenGone(outcome.reason)
+        if isinstance(outcome, TokenSuspect) and outcome.reason in INVALID_TOKEN:
+            self._remember(self._refused, target)
+            if len(self._reached) >= max(REACHED_MIN, len(self._refused)):
+                return TokenGone(outcome.reason)
         return outcome
 
+    def _remember(self, devices: set[int], target: PushTarget) -> None:
+        if len(devices) < REMEMBERED_MAX:
+            devices.add(hash(target.token))
+
+    async def _works(self) -> bool:
+        """Whether the credential itself is in order, as far as is known or can be asked."""
+        return bool(self._reached) or accepts(await self.probe())
+
     async def probe(self) -> Sequence[Probed]:
-        """See `Provider.probe`. Push Kit has a dry run: a message that is only looked at, to nobody's token."""
+        """See `Provider.probe`. Push Kit has a dry run: an urgent message that is only looked at, to nobody's token."""
         now = self._clock.now()
-        wake_up = WakeUp(bytes(16), muted=True, priority=WakeUpPriority.NORMAL, expires_at=now)
+        wake_up = WakeUp(bytes(16), muted=False, priority=WakeUpPriority.HIGH, expires_at=now)
         nobody = PushTarget(NOBODYS_TOKEN, PushEnvironment.PRODUCTION, self.topic, now)
         return await self._sends.probe(build_message(nobody, wake_up, now, validate_only=True))
 

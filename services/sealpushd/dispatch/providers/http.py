@@ -10,7 +10,7 @@ never logged, chained or printed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -26,6 +26,8 @@ from sealpushd.dispatch.providers.base import Clock, HttpAnswer, RetryAt
 
 # Push services answer in tens of bytes; whoever sends more is none, and his answer must not eat memory.
 ANSWER_BYTES_MAX = 64 * 1024
+# Of an answer's headers, those that any provider reads.
+HEADERS_READ = ("apns-id", "retry-after", "date")
 # After so long without traffic the next send goes alone again: the server may have closed the connection.
 IDLE_BEFORE_PROBE = timedelta(seconds=60)
 # Vendors take tokens that are a few minutes old or young; what differs by more is a clock that is not set.
@@ -61,9 +63,9 @@ class HttpClient:
         self._client = _build_client(settings, http2_only=http2_only)
         self._total_s = settings.total_timeout.total_seconds()
 
-    async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> HttpAnswer:
+    async def post(self, url: str, headers: dict[str, str], body: bytes) -> HttpAnswer:
         """The answer, its body at most 64 KiB. Raises PyreqwestError, and ValueError when the request cannot be one."""
-        request = self._client.post(url).headers(dict(headers)).body_bytes(body)
+        request = self._client.post(url).headers(headers).body_bytes(body)
         async with request.build_streamed() as response:
             return await _read(response)
 
@@ -82,7 +84,8 @@ class HttpClient:
         except TimeoutError:
             result = RetryAt("timeout")
         except PyreqwestError as e:
-            result = RetryAt(network_reason(e))
+            reason = network_reason(e)
+            result = RetryAt(reason, asked=reason != "closed")
         if task is not None and task.cancelling() > cancellations:
             raise asyncio.CancelledError
         return result
@@ -173,7 +176,8 @@ def _causes(error: PyreqwestError) -> str:
 
 async def _read(response: Response) -> HttpAnswer:
     """The answer with its body; a longer one is cut off and None."""
-    headers = {str(name).lower(): str(value) for name, value in response.headers.items()}
+    found = response.headers
+    headers = {name: value for name in HEADERS_READ if (value := found.get(name)) is not None}
     body = bytearray()
     while True:
         chunk = await response.body_reader.read_chunk()

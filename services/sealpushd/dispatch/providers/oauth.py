@@ -98,7 +98,7 @@ class AccessTokens:
                 # Many wait for it, and the one whose time is over must not end it for the others.
                 await asyncio.wait([fetching])
                 if fetching.cancelled():
-                    return RetryAt("closed")
+                    return RetryAt("closed", asked=False)
         return self._token if self._clock.now() < self._ends_at else (self._failure or RetryAt("oauth-no-token"))
 
     async def replace(self, refused: str) -> str | Outcome:

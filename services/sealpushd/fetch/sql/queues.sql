@@ -1,7 +1,7 @@
--- How much waits to be pushed. In: $1 how many due ones of a lane and priority are looked at for the oldest: those due for the longest.
--- Out: a row a lane: waiting, of those due, held, the oldest message that is due or held (null: none), quarantined.
+-- How much waits to be pushed. In: $1 how many of a lane and priority are looked at for the oldest: those whose turn comes first.
+-- Out: a row a lane: waiting, of those due, held, the oldest message that waits or is held (null: none), quarantined.
 -- Costs what is queued, not what is open, most of which was pushed and waits for its device: the counts come from the entries of the
--- indexes of what can be claimed and of the quarantined; rows are read only of what is held and of $1 due ones of each lane and
+-- indexes of what can be claimed and of the quarantined; rows are read only of what is held and of $1 waiting ones of each lane and
 -- priority, since the oldest of all would need every row. With a million open: 4 ms where 10,000 wait, 70 ms where all do, 5 s
 -- at the worst, right after a million changes, when no page is known as visible to all and every row is looked at.
 WITH waiting AS MATERIALIZED (
@@ -16,7 +16,8 @@ WITH waiting AS MATERIALIZED (
         SELECT min(o.message_id::text COLLATE "C") AS oldest
         FROM (
             SELECT message_id FROM open_deliveries
-            WHERE app_id = w.app_id AND platform = w.platform AND priority = w.priority AND session_id IS NULL AND next_attempt_at <= now()
+            WHERE app_id = w.app_id AND platform = w.platform AND priority = w.priority AND session_id IS NULL
+              AND next_attempt_at IS NOT NULL
             ORDER BY next_attempt_at LIMIT $1
         ) o
     ) head
