@@ -214,9 +214,30 @@ def test_the_show_ends_as_it_should_and_again_on_the_same_directory(own_data_dir
         assert 0 < summary["ready_seconds"] <= summary["seconds"]
         assert not (own_data_dir / "run" / "endpoints.json").exists()
     # What people read says what passed the push service, and the texts are not in it.
-    pushed = [line for line in done.stdout.splitlines() if "push service went only" in line]
-    assert len(pushed) == 2
+    pushed = [line for line in done.stdout.splitlines() if " went only " in line]
+    assert [line.split()[1] for line in pushed] == ["APNs", "FCM", "HMS"] * 2
     assert not any(word in line for line in pushed for word in ("UAH", "4071", PHONE))
+
+
+def test_an_operator_sees_and_steers_the_lanes(up: Up) -> None:
+    where = ("--data-dir", up.data_dir)
+    for platform in ("ios", "android", "huawei"):
+        tested = run("providers", "test", "demo-bank", platform, *where)
+        assert (tested.returncode, tested.stdout.splitlines()[-1]) == (0, "the credential works"), tested.stdout
+    assert run("lanes", "pause", "demo-bank", "android", *where).returncode == 0
+    sent = run("send", PHONE, "while a lane is paused", "--wait", "30s", "--json", *where)
+    assert last_json(sent.stdout)["state"] == "DELIVERED", "the other lanes go on"
+
+    def lanes() -> dict[str, Any]:
+        return {lane["platform"]: lane for lane in json.loads(run("lanes", "--json", *where).stdout)}
+
+    paused = lanes()["android"]
+    assert (paused["state"], paused["queued"]) == ("paused", 1)
+    assert paused["oldest_seconds"] >= 0
+    assert run("lanes", "resume", "demo-bank", "android", *where).returncode == 0
+    eventually(lambda: lanes()["android"]["queued"] == 0, "the queue is worked off")
+    assert {lane["state"] for lane in lanes().values()} == {"open"}
+    assert run("doctor", *where).stdout.splitlines()[-1] == "all is well"
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["sealed by the server", "sealed by the sender"])
@@ -226,7 +247,7 @@ def test_a_message_sent_from_a_second_terminal_arrives(up: Up, sealed: bool) -> 
     sent = run("send", PHONE, text, "--wait", "30s", "--json", "--tag", "t1", *options, "--data-dir", up.data_dir)
     assert sent.returncode == 0, sent.stderr
     status = last_json(sent.stdout)
-    assert (status["state"], status["tag"], len(status["deliveries"])) == ("DELIVERED", "t1", 2)
+    assert (status["state"], status["tag"], len(status["deliveries"])) == ("DELIVERED", "t1", 4)
 
     again = run("status", status["message_id"], "--watch", "--data-dir", up.data_dir)
     assert again.returncode == 0
