@@ -5,11 +5,10 @@ A lane knows how many more wake-ups it can take (`take_credit`) and whether the 
 
 from __future__ import annotations
 
-import collections
 import contextlib
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final
@@ -25,14 +24,12 @@ from sealpushd.dispatch.rules import (
     Decision,
     Evidence,
     Pushed,
-    Quarantine,
-    Retry,
     StopLane,
-    TokenDead,
     Window,
     evidence,
 )
 from sealpushd.dispatch.store import LaneRow
+from sealpushd.dispatch.tally import Tally
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.metrics import WAKE_UPS, platform_label
 
@@ -49,19 +46,12 @@ PROBING_RETRY: Final = timedelta(seconds=1)
 
 # Tokens set aside by "forget with care": a wrong environment hits some phones, not all. About 100 bytes each.
 SUSPECTS_MAX: Final = 100_000
-# Different reasons that are counted apart; vendors have about 30 each.
-ERRORS_MAX: Final = 32
-OTHER_ERROR: Final = "other"
-RATE_SECONDS: Final = 60
-
 # Credit is given back by this part of the capacity at the least.
 CREDIT_SHARE: Final = 4
 
 _HELD = Gauge("sealpush_lane_held", "Wake-ups that dispatch holds, by lane.", ["app", "platform"])
 _SENDING = Gauge("sealpush_lane_in_flight", "Wake-ups on the way to the push service, by lane.", ["app", "platform"])
 _OPEN = Gauge("sealpush_lane_open", "1: the lane takes wake-ups; 0: paused, broken or misconfigured.", ["app", "platform"])
-
-_ERRORS = Counter("sealpush_lane_errors", "Wake-ups that were not accepted, by lane and reason.", ["app", "platform", "reason"])
 
 
 class LaneState(Enum):
@@ -89,50 +79,6 @@ class Release:
     reason: str
 
 
-@dataclass(slots=True)
-class Counts:
-    """Since the process started."""
-
-    accepted: int = 0
-    retried: int = 0
-    dead_tokens: int = 0
-    quarantined: int = 0
-    # What push services told of deliveries afterwards, by its word.
-    receipts: collections.Counter[str] = field(default_factory=collections.Counter)
-
-
-@dataclass(slots=True)
-class SeenError:
-    """One reason for which wake-ups were not accepted."""
-
-    count: int
-    last_at: datetime
-
-
-class Rate:
-    """How many of something happened in the last minute, by the second."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._seconds: deque[list[int]] = deque()
-
-    def add(self) -> None:
-        second = int(self._clock.now().timestamp())
-        if self._seconds and self._seconds[-1][0] == second:
-            self._seconds[-1][1] += 1
-        else:
-            self._seconds.append([second, 1])
-            self._forget(second)
-
-    def per_second(self) -> float:
-        self._forget(int(self._clock.now().timestamp()))
-        return sum(count for _, count in self._seconds) / RATE_SECONDS
-
-    def _forget(self, second: int) -> None:
-        while self._seconds and self._seconds[0][0] <= second - RATE_SECONDS:
-            self._seconds.popleft()
-
-
 class Lane:
     """One lane; `capacity` bounds what it holds. It pushes with a provider, and waits while it has none (`problem` says why)."""
 
@@ -143,9 +89,6 @@ class Lane:
         self.provider: Provider | None = None
         # Why the stored credential is not used; it may be that an older one still is.
         self.problem = ""
-        self.counts = Counts()
-        self.rate = Rate(clock)
-        self.errors: dict[str, SeenError] = {}
         # Received and not yet reported, and of those: being sent.
         self.held = 0
         self.sending = 0
@@ -168,9 +111,9 @@ class Lane:
         self._strangers: set[bytes] = set()
         self._estranged_by = ""
         self._labels = (app_id, platform_label(platform))
+        self.counts = Tally(self._labels)
         # Label look-ups cost more than counting: remember the children.
         self._wake_ups: dict[str, Counter] = {}
-        self._error_counters: dict[str, Counter] = {}
         self.show_metrics()
 
     # The credential
@@ -332,19 +275,9 @@ class Lane:
         elif before.open_until is not None and self._breaker.open_until is None:
             self._broken_by, self._misconfigured = "", False
             log.info("a lane works again", app=self.app_id, platform=self.platform)
-        match decision:
-            case Pushed():
-                self.counts.accepted += 1
-                self.rate.add()
-                self._strangers.clear()
-                return
-            case Retry() | StopLane():
-                self.counts.retried += 1
-            case TokenDead(certain=True):
-                self.counts.dead_tokens += 1
-            case TokenDead() | Quarantine():
-                self.counts.quarantined += 1
-        self._count_error(outcome.reason, now)
+        if isinstance(decision, Pushed):
+            self._strangers.clear()
+        self.counts.take(decision, outcome.reason, now)
 
     def _weigh(self, send: Send, outcome: Outcome, now: datetime) -> None:
         """What the outcome says for or against the push service."""
@@ -363,16 +296,6 @@ class Lane:
             case Evidence.NOTHING:
                 # A half-open lane tries another one.
                 pass
-
-    def _count_error(self, reason: str, now: datetime) -> None:
-        if reason not in self.errors and len(self.errors) >= ERRORS_MAX:
-            reason = OTHER_ERROR
-        seen = self.errors.setdefault(reason, SeenError(0, now))
-        seen.count, seen.last_at = seen.count + 1, now
-        counter = self._error_counters.get(reason)
-        if counter is None:
-            counter = self._error_counters[reason] = _ERRORS.labels(*self._labels, reason)
-        counter.inc()
 
     # The operator's switch
 

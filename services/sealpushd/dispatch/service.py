@@ -37,7 +37,7 @@ def _timestamp(moment: datetime) -> Timestamp:
     return stamp
 
 
-def to_lane(lane: Lane) -> lanes_pb2.Lane:
+def to_lane(lane: Lane, now: datetime) -> lanes_pb2.Lane:
     next_try_at = _timestamp(lane.closed_until) if lane.closed_until is not None else None
     return lanes_pb2.Lane(
         app_id=lane.app_id,
@@ -51,10 +51,10 @@ def to_lane(lane: Lane) -> lanes_pb2.Lane:
         quarantined=lane.counts.quarantined,
         next_try_at=next_try_at,
         push_service=lane.provider.name if lane.provider is not None else "",
-        rate_per_second=lane.rate.per_second(),
+        rate_per_second=lane.counts.rate.per_second(now),
         errors=[
             lanes_pb2.LaneError(reason=reason, count=seen.count, advice=lane.advise(reason), last_at=_timestamp(seen.last_at))
-            for reason, seen in sorted(lane.errors.items(), key=lambda item: -item[1].count)
+            for reason, seen in lane.counts.by_frequency()
         ],
         window=lane.window,
         failures_in_a_row=lane.failures_in_a_row,
@@ -75,7 +75,8 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
         self._clock = clock
 
     async def ListLanes(self, request: lanes_pb2.ListLanesRequest, context: Any) -> lanes_pb2.ListLanesResponse:
-        return lanes_pb2.ListLanesResponse(lanes=[to_lane(lane) for lane in self._lanes])
+        now = self._clock.now()
+        return lanes_pb2.ListLanesResponse(lanes=[to_lane(lane, now) for lane in self._lanes])
 
     async def PauseLane(self, request: lanes_pb2.PauseLaneRequest, context: Any) -> lanes_pb2.PauseLaneResponse:
         lane, now = self._need(request.app_id, request.platform), self._clock.now()

@@ -505,15 +505,15 @@ def test_rate_is_that_of_the_last_minute() -> None:
     clock = FakeClock()
     lane = new_lane(clock)
     for _ in range(120):
-        lane.rate.add()
-    assert lane.rate.per_second() == 2.0
+        lane.counts.rate.add(clock.now())
+    assert lane.counts.rate.per_second(clock.now()) == 2.0
     clock.time += timedelta(seconds=59)
-    lane.rate.add()
-    assert lane.rate.per_second() == 121 / 60
+    lane.counts.rate.add(clock.now())
+    assert lane.counts.rate.per_second(clock.now()) == 121 / 60
     clock.time += timedelta(seconds=1)
-    assert lane.rate.per_second() == 1 / 60
+    assert lane.counts.rate.per_second(clock.now()) == 1 / 60
     clock.time += timedelta(minutes=2)
-    assert lane.rate.per_second() == 0
+    assert lane.counts.rate.per_second(clock.now()) == 0
 
 
 def test_error_reasons_are_bounded() -> None:
@@ -524,8 +524,8 @@ def test_error_reasons_are_bounded() -> None:
         send = lane.admit()
         assert isinstance(send, Send)
         settle(lane, send, Bug(f"reason-{number}"), clock)
-    assert len(lane.errors) <= 33
-    assert sum(seen.count for seen in lane.errors.values()) == 100
+    assert len(lane.counts.errors) <= 33
+    assert sum(seen.count for seen in lane.counts.errors.values()) == 100
 
 
 def test_what_a_broken_lane_gives_back_waits_for_the_lane_and_not_for_its_time() -> None:
