@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test bench check format protos clean
+.PHONY: run test bench fuzz check format protos clean
 
 run: $(VENV)/.run
 	@$(BIN)/sealpush up $(ARGS)
@@ -21,6 +21,11 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)
+
+# Coverage-guided, a minute a target: make fuzz SECONDS=3600 for an hour each. Needs Linux on x86-64 (atheris).
+SECONDS ?= 60
+fuzz: $(VENV)/.dev
+	@for target in parse open resigned entry; do $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1; done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
