@@ -26,6 +26,7 @@ from bench.lanes import measure as lanes
 from bench.latency import measure as latency
 from bench.path import measure as path
 from bench.publish import measure as publish
+from bench.sealing import measure as sealing
 from bench.storms import measure as storms
 from bench.suite import Suite
 
@@ -34,6 +35,7 @@ FIGURES: dict[str, Callable[[Suite, bool], Awaitable[list[dict[str, Any]]]]] = {
     "batch": batch,
     "latency": latency,
     "path": path,
+    "sealing": sealing,
     "lanes": lanes,
     "isolation": isolation,
     "storms": storms,
