@@ -35,7 +35,7 @@ protos: $(VENV)/.dev
 	$(BIN)/python scripts/generate_protos.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis sdk/reference/node/node_modules
 
 # The stamps make an environment once, and again when the dependencies change.
 $(BIN)/python:

@@ -132,8 +132,8 @@ class Device:
 
     `endpoints` may be a `Channels` shared by many devices; then whoever made it closes it. `root_public_key` is the
     platform's root that the app ships; it is pinned in the keystore. `on_message` gets each message that `run_stream()`
-    brings. `one_time_prekeys` is how many to keep at the service; 0: none. Until the service
-    hands them out, content is sealed to the signed prekey, without forward secrecy within its week.
+    brings. `one_time_prekeys` is how many to bring to the service at a time; 0: none.
+    Without one, content is sealed to the signed prekey, without forward secrecy within its week.
     """
 
     def __init__(

@@ -29,7 +29,9 @@ from sealpush.v1 import keys_pb2
 
 MAINTENANCE_S_MIN: Final = 2.0  # not begun with less time than this
 MAINTENANCE_PERIOD_MS: Final = DAY_MS
-ONE_TIME_PRIVATE_MAX: Final = 1000  # stop making more when uploads keep failing
+# Stop making more when uploads keep failing. Of those that were handed out and never used, which stay 90 + 35 days, each sender
+# can leave 10 a day here: enough for four that do nothing else, in 1 MB.
+ONE_TIME_PRIVATE_MAX: Final = 5000
 
 _UPLOADED_PREKEY: Final = "prekey.uploaded"  # a fact in the store: the id of the signed prekey that the service has
 _MAINTAINED_AT: Final = "maintained.at"

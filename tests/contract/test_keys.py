@@ -36,7 +36,7 @@ from sealpushd.keys import rules
 from sealpushd.keys.app import build
 from sealpushd.keys.store import KeyStore
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Database
+from sealpushd.platform.db import Database, connect
 from sealpushd.platform.errors import Aborted
 from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller, ServiceKey
@@ -254,7 +254,7 @@ async def world(
     await db.open()
     closing.append(db.aclose)
     sealing = sealing_pb2_grpc.SealingStub(mesh_channel("keys", served.mesh_address, "publishing").channel)
-    return World(clock, keys_pb2_grpc.KeysStub(served.public), sealing, directory, KeyStore(db), mesh.keys)
+    return World(clock, keys_pb2_grpc.KeysStub(served.public), sealing, directory, KeyStore(db, 10), mesh.keys)
 
 
 @pytest.fixture
@@ -741,9 +741,11 @@ async def test_each_query_has_its_own_answer(world: World, phone: Phone, subscri
         query("+380501110002", request_id=""),
         query("+380501110002", request_id="r" * 65),
         keys_pb2.RecipientKeysQuery(request_id="request-1"),
+        query("+380501110002", request_id="request\0"),
+        query("+380501110002", request_id="запит"),
     )
     outcomes = [each.WhichOneof("outcome") for each in results]
-    assert outcomes == ["not_registered", "refused", "keys", "refused", "not_registered", "refused", "refused", "refused"]
+    assert outcomes == ["not_registered", "refused", "keys", "refused", "not_registered", *["refused"] * 5]
     assert results[0].not_registered == common_pb2.REASON_CODE_CONSUMER_PHONE_NOT_FOUND
     assert "somebody-else's" in results[1].refused
     assert "international" in results[3].refused
@@ -766,3 +768,318 @@ async def test_a_sender_without_an_app_and_too_many_queries_are_refused(world: W
     assert "no app" in answer.results[0].refused
     assert (await refused(ask(world, SenderId(uuid7()), *[query("+380501110004")] * 101)))[1] == "queries"
     assert await ask(world, SenderId(uuid7())) == []
+
+
+# One-time prekeys are handed out.
+
+
+def keys_of(result: keys_pb2.RecipientKeysResult) -> dict[DeviceId, int | None]:
+    """Which one-time prekey each device of an answer has; None: the signed prekey alone."""
+    assert all(each.HasField("signed_prekey") for each in result.keys.devices)
+    return {
+        DeviceId(each.device_id): each.one_time_prekey.prekey_id if each.HasField("one_time_prekey") else None
+        for each in result.keys.devices
+    }
+
+
+async def key_of(world: World, sender_id: SenderId, number: str, request_id: str) -> int | None:
+    """The one-time prekey that a sender gets for a recipient with one device."""
+    [result] = await ask(world, sender_id, query(number, request_id=request_id))
+    [prekey_id] = keys_of(result).values()
+    return prekey_id
+
+
+async def stock(world: World, phone: Phone, count: int, **options: Any) -> list[SignedPrekey]:
+    """Gives a phone that is known one-time prekeys."""
+    prekeys = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME, **options) for _ in range(count)]
+    await world.keys.UploadPrekeys(phone.upload(*prekeys), metadata=world.device(phone))
+    return prekeys
+
+
+async def left(world: World, phone: Phone) -> int:
+    state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+    return state.one_time_prekeys_left
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def number(world: World, phone: Phone, subscriber: SubscriberId) -> str:
+    """Of a recipient with one device, that is known and has no one-time prekeys yet."""
+    await world.put(phone.new_device(subscriber))
+    world.directory.people["+380502220001", APP] = subscriber, [phone.device_id]
+    return "+380502220001"
+
+
+async def test_a_request_gets_a_one_time_prekey_of_its_own_and_the_same_when_it_asks_again(world: World, phone: Phone, number: str) -> None:
+    prekeys = await stock(world, phone, 30)
+    bank, shop = SenderId(uuid7()), SenderId(uuid7())
+    results = await ask(world, bank, query(number, request_id="a"), query(number, request_id="b"), query(number, request_id="a"))
+    assert results[0] == results[2]
+    assert from_message(results[0].keys.devices[0].one_time_prekey) == prekeys[0]
+    assert from_message(results[1].keys.devices[0].one_time_prekey) == prekeys[1]
+    assert await key_of(world, shop, number, "a") == prekeys[2].prekey_id
+    assert await ask(world, bank, query(number, request_id="a")) == [results[0]]
+    assert await key_of(world, bank, number, "b") == prekeys[1].prekey_id
+    assert await left(world, phone) == 27
+
+
+async def test_a_crash_before_the_commit_hands_out_nothing_and_after_it_the_same_again(world: World, phone: Phone, number: str) -> None:
+    prekeys = await stock(world, phone, 5)
+    bank = SenderId(uuid7())
+    wanted = [rules.Wanted("a", phone.device_id, 1, 1)]
+
+    async def crash_before_commit() -> None:
+        async with world.store._db.transaction() as connection:
+            found = await world.store._hand_out(connection, SenderId(uuid7()), wanted, world.clock.now())
+            assert [prekey for prekey, _ in found.values()] == [prekeys[0]]
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        await crash_before_commit()
+    assert await left(world, phone) == 5
+    # Committed, and nobody heard of it.
+    assert await world.store.hand_out(bank, wanted, world.clock.now()) == {("a", phone.device_id): prekeys[0]}
+    assert await key_of(world, bank, number, "a") == prekeys[0].prekey_id
+    assert await left(world, phone) == 4
+
+
+async def test_no_key_is_given_twice_and_no_request_gets_two_however_many_ask_at_once(world: World) -> None:
+    people: dict[str, list[Phone]] = {f"+38050333000{n}": [Phone(world.now_ms) for _ in range(2)] for n in range(3)}
+    phones = [phone for each in people.values() for phone in each]
+    for number, devices in people.items():
+        owner = SubscriberId(uuid7())
+        await world.put(*(phone.new_device(owner) for phone in devices))
+        world.directory.people[number, APP] = owner, [phone.device_id for phone in devices]
+    for phone in phones:
+        await stock(world, phone, 100)
+    chance = random.Random(11)  # noqa: S311 - an order, not a secret
+    senders = [SenderId(uuid7()) for _ in range(25)]
+
+    async def call(sender_id: SenderId) -> dict[tuple[SenderId, str, DeviceId], int | None]:
+        # Two requests for everybody, in an order of its own: locks must not cross.
+        names = [(number, f"{number}/{n}") for number in people for n in range(2)]
+        chance.shuffle(names)
+        results = await ask(world, sender_id, *(query(number, request_id=request_id) for number, request_id in names))
+        return {
+            (sender_id, request_id, device_id): prekey_id
+            for (_, request_id), result in zip(names, results, strict=True)
+            for device_id, prekey_id in keys_of(result).items()
+        }
+
+    # Each sender asks three times at once: identical calls, as after a lost answer.
+    answers = await asyncio.gather(*(call(each) for each in senders * 3))
+    given: dict[tuple[SenderId, str, DeviceId], int | None] = {}
+    for answer in answers:
+        for name, prekey_id in answer.items():
+            assert given.setdefault(name, prekey_id) == prekey_id
+    assert len(given) == 25 * 6 * 2
+    for phone in phones:
+        mine = [prekey_id for (_, _, device_id), prekey_id in given.items() if device_id == phone.device_id]
+        assert None not in mine
+        assert len(set(mine)) == len(mine) == 50
+        assert await left(world, phone) == 50
+
+
+async def test_the_last_key_goes_to_one_and_the_others_seal_to_the_signed_prekey(world: World, phone: Phone, number: str) -> None:
+    await stock(world, phone, 3)
+    senders = [SenderId(uuid7()) for _ in range(12)]
+    got = await asyncio.gather(*(key_of(world, each, number, "a") for each in senders))
+    assert sorted(each is not None for each in got) == [False] * 9 + [True] * 3
+    assert await left(world, phone) == 0
+    more = await stock(world, phone, 20)
+    # Who got none may get one now; who got one keeps it.
+    again = [await key_of(world, each, number, "a") for each in senders]
+    assert [b for a, b in zip(got, again, strict=True) if a is not None] == [a for a in got if a is not None]
+    assert [b for a, b in zip(got, again, strict=True) if a is None] == [each.prekey_id for each in more[:9]]
+
+
+async def test_keys_that_expired_are_passed_over_and_one_that_expires_later_is_not_given_again(
+    world: World, phone: Phone, number: str
+) -> None:
+    bank = SenderId(uuid7())
+    await stock(world, phone, 2, lifetime_ms=DAY_MS)
+    [good] = await stock(world, phone, 1, lifetime_ms=3 * DAY_MS)
+    await stock(world, phone, 2, lifetime_ms=DAY_MS)
+    world.clock.advance(timedelta(days=1))
+    assert await key_of(world, bank, number, "a") == good.prekey_id
+    assert await key_of(world, bank, number, "b") is None
+    assert await left(world, phone) == 0
+    world.clock.advance(timedelta(days=2))
+    await stock(world, phone, 1)
+    # The request had its key; what is sealed for it now goes to the signed prekey.
+    assert await key_of(world, bank, number, "a") is None
+
+
+async def test_a_sender_gets_ten_keys_of_a_device_a_day_and_leaves_the_rest_to_others(world: World, phone: Phone, number: str) -> None:
+    await stock(world, phone, 100)
+    greedy, other = SenderId(uuid7()), SenderId(uuid7())
+    results = await ask(world, greedy, *(query(number, request_id=f"{n}") for n in range(12)))
+    got = [key for result in results for key in keys_of(result).values()]
+    assert [each is not None for each in got] == [True] * 10 + [False] * 2
+    assert await key_of(world, greedy, number, "more") is None
+    # What it has it may ask for as often as it likes.
+    assert await key_of(world, greedy, number, "3") == got[3]
+    assert await key_of(world, other, number, "a") is not None
+    world.clock.advance(timedelta(days=1) - timedelta(milliseconds=1))
+    assert await key_of(world, greedy, number, "more") is None
+    world.clock.advance(timedelta(milliseconds=1))
+    assert await key_of(world, greedy, number, "more") is not None
+    assert await left(world, phone) == 88
+
+
+async def test_at_once_a_sender_gets_no_more_than_one_after_the_other(world: World, phone: Phone, number: str) -> None:
+    await stock(world, phone, 100)
+    greedy = SenderId(uuid7())
+    got = await asyncio.gather(*(key_of(world, greedy, number, f"{n}") for n in range(40)))
+    assert sum(each is not None for each in got) == 10
+
+
+async def test_a_repeated_upload_does_not_bring_back_what_was_handed_out(world: World, phone: Phone, number: str) -> None:
+    prekeys = await stock(world, phone, 3)
+    bank = SenderId(uuid7())
+    for n in range(2):
+        assert await key_of(world, bank, number, f"{n}") == prekeys[n].prekey_id
+    # As after a lost answer: the same keys under a new counter.
+    answer = await world.keys.UploadPrekeys(phone.upload(*prekeys), metadata=world.device(phone))
+    assert answer.one_time_prekeys_left == 1
+    assert await key_of(world, bank, number, "2") == prekeys[2].prekey_id
+    answer = await world.keys.UploadPrekeys(phone.upload(*prekeys), metadata=world.device(phone))
+    assert answer.one_time_prekeys_left == 0
+    assert await key_of(world, bank, number, "3") is None
+
+
+async def test_an_upload_and_handouts_at_the_same_time_lose_no_key_and_double_none(world: World, phone: Phone, number: str) -> None:
+    await stock(world, phone, 20)
+    senders = [SenderId(uuid7()) for _ in range(30)]
+    uploads = [phone.upload(*(phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(10)), counter=n) for n in range(2, 7)]
+
+    async def upload() -> None:
+        for each in uploads:
+            await world.keys.UploadPrekeys(each, metadata=world.device(phone))
+
+    got, _ = await asyncio.gather(asyncio.gather(*(key_of(world, each, number, "a") for each in senders)), upload())
+    given = [each for each in got if each is not None]
+    assert len(set(given)) == len(given)
+    assert await left(world, phone) == 20 + 50 - len(given)
+
+
+async def test_a_removed_device_takes_its_handouts_along(world: World, phone: Phone, number: str, subscriber: SubscriberId) -> None:
+    [prekey] = await stock(world, phone, 1)
+    bank = SenderId(uuid7())
+    assert await key_of(world, bank, number, "a") == prekey.prekey_id
+    await world.remove((subscriber, phone.device_id))
+    await world.put(phone.new_device(subscriber))
+    assert await key_of(world, bank, number, "a") is None
+    assert await stale(world, bank, subscriber, phone, prekey)
+
+
+async def test_a_raised_lowest_suite_takes_back_what_was_handed_out_below_it(world: World, phone: Phone, number: str) -> None:
+    await stock(world, phone, 2)
+    bank = SenderId(uuid7())
+    wanted = rules.Wanted("a", phone.device_id, 1, 1)
+    assert await world.store.hand_out(bank, [wanted], world.clock.now())
+    device = await world.store.device(phone.device_id)
+    assert device is not None
+    await world.store.upload(device, 5, 2, rules.Upload((), 2), world.clock.now())
+    assert await world.store.hand_out(bank, [wanted], world.clock.now()) == {}
+
+
+async def test_devices_without_one_time_prekeys_are_not_locked(world: World, phone: Phone, number: str, urls: dict[str, str]) -> None:
+    other = await connect(urls["keys"], search_path="keys")
+    try:
+        async with other.transaction():
+            await other.fetch("SELECT FROM devices WHERE device_id = $1 FOR UPDATE", phone.device_id)
+            assert await key_of(world, SenderId(uuid7()), number, "a") is None
+    finally:
+        await other.close()
+
+
+async def test_handing_out_takes_the_same_number_of_statements_for_one_device_and_for_many(world: World, subscriber: SubscriberId) -> None:
+    phones = [Phone(world.now_ms) for _ in range(20)]
+    await world.put(*(each.new_device(subscriber) for each in phones))
+    for each in phones:
+        await stock(world, each, 6)
+    bank = SenderId(uuid7())
+    # The first time a connection also asks for types.
+    await world.store.hand_out(bank, [rules.Wanted("first", phones[0].device_id, 1, 1)], world.clock.now())
+    statements: list[str] = []
+    async with world.store._db.connection() as connection:
+        pass
+    with connection.query_logger(lambda record: statements.append(record.query)):
+        for some, requests in ((phones[:1], 1), (phones, 4)):
+            wanted = [rules.Wanted(f"{len(some)}/{n}", each.device_id, 1, 1) for each in some for n in range(requests)]
+            for _ in range(2):
+                assert len(await world.store.hand_out(bank, wanted, world.clock.now())) == len(wanted)
+                # Marks the end: the log runs a little behind.
+                await world.store.device(phones[0].device_id)
+    marks = [n for n, statement in enumerate(statements) if statement.startswith("-- One device.")]
+    first, first_again, many = marks[0], marks[1] - marks[0] - 1, marks[2] - marks[1] - 1
+    # With BEGIN and COMMIT; who asks again costs one.
+    assert (first, first_again, many) == (9, 1, 9)
+
+
+async def test_handouts_that_are_over_are_swept_a_bounded_number_at_a_time(
+    world: World, phone: Phone, number: str, urls: dict[str, str]
+) -> None:
+    await stock(world, phone, 10)
+    bank = SenderId(uuid7())
+    for n in range(5):
+        await key_of(world, bank, number, f"{n}")
+    admin = await connect(urls["admin"])
+    try:
+        mine = "SELECT count(*) FROM keys.handouts WHERE sender_id = $1"
+        just_before = world.clock.now() + timedelta(days=35) - timedelta(milliseconds=1)
+        # Those of tests before this one may go too.
+        while await admin.fetchval("SELECT keys.sweep_handouts(1000, $1)", just_before):
+            pass
+        assert await admin.fetchval(mine, bank) == 5
+        over = just_before + timedelta(milliseconds=1)
+        assert [await admin.fetchval("SELECT keys.sweep_handouts(2, $1)", over) for _ in range(4)] == [2, 2, 1, 0]
+        assert await admin.fetchval(mine, bank) == 0
+    finally:
+        await admin.close()
+
+
+# What was sealed to them is accepted from whom they were handed to.
+
+
+async def stale(world: World, sender_id: SenderId, subscriber: SubscriberId, phone: Phone, prekey: SignedPrekey) -> bool:
+    check = sealing_pb2.StanzaCheck(
+        sender_id=sender_id, subscriber_id=subscriber, device_ids=[phone.device_id], stanzas=[phone.stanza(prekey)]
+    )
+    [verdict] = await world.check(check)
+    assert not verdict.missing_device_ids
+    assert not verdict.surplus_device_ids
+    return bool(verdict.stale_device_ids)
+
+
+async def test_a_one_time_prekey_is_accepted_from_whom_it_was_handed_to_and_again_when_the_publish_is_repeated(
+    world: World, phone: Phone, number: str, subscriber: SubscriberId
+) -> None:
+    given, kept = await stock(world, phone, 2)
+    bank, shop = SenderId(uuid7()), SenderId(uuid7())
+    assert await stale(world, bank, subscriber, phone, given)
+    assert await key_of(world, bank, number, "a") == given.prekey_id
+    assert [await stale(world, bank, subscriber, phone, given) for _ in range(3)] == [False] * 3
+    assert await stale(world, shop, subscriber, phone, given)
+    assert await stale(world, bank, subscriber, phone, kept)
+    assert await stale(world, bank, subscriber, phone, replace(given, kind=PrekeyKind.SIGNED))
+    assert await stale(world, bank, subscriber, phone, replace(given, suite=2))
+    assert await stale(world, bank, subscriber, phone, replace(given, suite=70_000, prekey_id=(1 << 32) - 1))
+    assert await stale(world, bank, SubscriberId(uuid7()), phone, given)
+    # Used up does not matter here: the handout says whose it is.
+    assert await key_of(world, shop, number, "a") == kept.prekey_id
+    assert not await stale(world, bank, subscriber, phone, given)
+    world.clock.advance(timedelta(days=35) - timedelta(milliseconds=1))
+    assert not await stale(world, bank, subscriber, phone, given)
+    world.clock.advance(timedelta(milliseconds=1))
+    assert await stale(world, bank, subscriber, phone, given)
+
+
+async def test_a_one_time_prekey_that_expired_is_stale(world: World, phone: Phone, number: str, subscriber: SubscriberId) -> None:
+    [prekey] = await stock(world, phone, 1, lifetime_ms=DAY_MS)
+    bank = SenderId(uuid7())
+    await key_of(world, bank, number, "a")
+    world.clock.advance(timedelta(days=1) - timedelta(milliseconds=1))
+    assert not await stale(world, bank, subscriber, phone, prekey)
+    world.clock.advance(timedelta(milliseconds=1))
+    assert await stale(world, bank, subscriber, phone, prekey)

@@ -31,7 +31,7 @@ from google.rpc import error_details_pb2, status_pb2
 from sealpush.device import Device, Installation, Message, Preference, SealedBy
 from sealpush.entries import PROFILE_FAILED_PAUSE_S
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
-from sealpush.errors import NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
+from sealpush.errors import KeystoreError, NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, uuid7
 from sealpush.keys import (
     DAY_MS,
@@ -1162,6 +1162,89 @@ async def test_a_stream_of_an_ended_installation_ends(service: Service, make: Ma
     service.phones.clear()
     with pytest.raises(Unauthenticated):
         await device.run_stream()
+
+
+# --- one-time prekeys ---
+
+
+async def test_a_one_time_prekey_opens_one_message_and_is_gone(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore, one_time_prekeys=3))
+    await device.drain()
+    prekey = service.phone().one_time[min(service.phone().one_time)]
+    name = (prekey.suite, prekey.prekey_id, prekey.kind)
+    assert keystore.prekey(*name) is not None
+    first = service.send("once", one_time=True)
+    assert texts(await device.drain()) == ["once"]
+    assert keystore.prekey(*name) is None
+    assert keystore.prekey_count(PrekeyKind.ONE_TIME) == 2
+    # The same envelope again is a duplicate: acknowledged, not shown.
+    service.put(first.envelope)
+    assert await device.drain() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+    # Another message to the used key: nothing is left to open it with.
+    service.phone().one_time[prekey.prekey_id] = prekey
+    service.send("twice", one_time=True)
+    assert await device.drain() == []
+    assert service.reasons()[2:] == [(AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)]
+    assert texts(await device.inbox()) == ["once"]
+    # What comes after it arrives.
+    service.send("next", one_time=True)
+    service.send("shared")
+    assert sorted(texts(await device.drain())) == ["next", "shared"]
+
+
+async def test_a_phone_whose_store_failed_in_the_middle_of_a_message_still_opens_it(service: Service, make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "keys.db"
+    with SqliteKeystore(path) as failing:
+        device = await register(make(failing, one_time_prekeys=1))
+        await device.drain()
+        service.send("kept", one_time=True)
+
+        connection = failing._connection
+        assert connection is not None
+
+        def fail_at_the_message(statement: str) -> None:
+            if statement.startswith("INSERT INTO messages"):
+                connection.interrupt()
+
+        # What was opened is not stored, and so the key that opened it stays: both or neither.
+        connection.set_trace_callback(fail_at_the_message)
+        with pytest.raises(KeystoreError):
+            await device.drain()
+        connection.set_trace_callback(None)
+        assert failing.prekey_count(PrekeyKind.ONE_TIME) == 1
+    with SqliteKeystore(path) as store:
+        assert texts(await make(store, one_time_prekeys=1).drain()) == ["kept"]
+        assert store.prekey_count(PrekeyKind.ONE_TIME) == 0
+
+
+async def test_one_time_prekeys_are_topped_up_below_twenty_a_hundred_at_a_time(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore, one_time_prekeys=100))
+    await device.drain()
+    phone = service.phone()
+    assert len(phone.one_time) == 100
+    for prekey_id in sorted(phone.one_time)[:80]:
+        del phone.one_time[prekey_id]
+    await device.maintain()
+    assert len(phone.one_time) == 20
+    del phone.one_time[min(phone.one_time)]
+    await device.maintain()
+    assert len(phone.one_time) == 119
+    assert keystore.prekey_count(PrekeyKind.ONE_TIME) == 200
+
+
+async def test_one_time_prekeys_that_nobody_used_are_forgotten_after_their_retention(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    device = await register(make(keystore, one_time_prekeys=5))
+    await device.drain()
+    # Handed out and never used: the service asks for no more of them.
+    clock.ahead_s = service.time_ahead_s = (90 + 35) * 86_400 - 60
+    await device.maintain()
+    assert keystore.prekey_count(PrekeyKind.ONE_TIME) == 5
+    clock.ahead_s = service.time_ahead_s = (90 + 35) * 86_400 + 60
+    await device.maintain()
+    assert keystore.prekey_count(PrekeyKind.ONE_TIME) == 0
 
 
 # --- upkeep ---

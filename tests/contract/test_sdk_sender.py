@@ -19,8 +19,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
-from sealpush.envelope import Envelope, open_envelope
-from sealpush.errors import InvalidRequest, KeyRefused, NotFound, PermissionDenied, Unauthenticated, Unavailable
+from sealpush.envelope import Envelope, Stanza, open_envelope
+from sealpush.errors import EnvelopeRefused, InvalidRequest, KeyRefused, NotFound, PermissionDenied, Unauthenticated, Unavailable
 from sealpush.ids import DeviceId, MessageId, uuid7
 from sealpush.keys import ContentSigningKey, IdentityKey, PrekeyKind, PrekeyPrivate, SignedPrekey, generate_prekey
 from sealpush.model import ContentClass, Platform, Priority, Reason, Recipient, State, StopPoint
@@ -103,29 +103,60 @@ class Phone:
         self.private, self.public = generate_prekey(
             self.identity, self.device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=time.time_ns() // 1_000_000
         )
+        self.privates = {(1, 1, PrekeyKind.SIGNED): self.private}
+        self.one_time: list[SignedPrekey] = []
+        self.handed_out: dict[str, SignedPrekey] = {}
 
-    def to_wire(self) -> keys_pb2.DeviceKeys:
-        prekey = keys_pb2.Prekey(
-            suite=1,
-            prekey_id=1,
-            kind=keys_pb2.PREKEY_KIND_SIGNED,
-            public_key=self.public.public_key,
-            created_at_ms=self.public.created_at_ms,
-            expires_at_ms=self.public.expires_at_ms,
-            signature=self.public.signature,
-        )
+    def stock(self, count: int) -> None:
+        """Makes one-time prekeys."""
+        for prekey_id in range(len(self.privates) + 1, len(self.privates) + 1 + count):
+            private, public = generate_prekey(
+                self.identity, self.device_id, prekey_id=prekey_id, kind=PrekeyKind.ONE_TIME, now_ms=time.time_ns() // 1_000_000
+            )
+            self.privates[1, prekey_id, PrekeyKind.ONE_TIME] = private
+            self.one_time.append(public)
+
+    def to_wire(self, request_id: str) -> keys_pb2.DeviceKeys:
+        if request_id not in self.handed_out and self.one_time:
+            self.handed_out[request_id] = self.one_time.pop(0)
+        one_time = self.handed_out.get(request_id)
         return keys_pb2.DeviceKeys(
-            device_id=self.device_id, identity_public_key=self.identity.public_key, signed_prekey=prekey, min_suite=1
+            device_id=self.device_id,
+            identity_public_key=self.identity.public_key,
+            signed_prekey=to_message(self.public),
+            one_time_prekey=None if one_time is None else to_message(one_time),
+            min_suite=1,
         )
+
+    def accepts(self, stanza: Stanza) -> bool:
+        given = {each.prekey_id for each in self.handed_out.values()}
+        return stanza.prekey_id in given if stanza.kind == PrekeyKind.ONE_TIME else stanza.prekey_id == self.public.prekey_id
 
     def open(self, envelope: bytes) -> str:
         plaintext = open_envelope(
             Envelope.parse(envelope).for_device(self.device_id),
             device_id=self.device_id,
-            private_prekey_lookup=lambda *_: self.private,
+            private_prekey_lookup=lambda *name: self.privates.get(name),
             sender_public_key=SIGNING_KEY.public_key,
         )
         return Content.FromString(plaintext).body
+
+
+def to_message(prekey: SignedPrekey) -> keys_pb2.Prekey:
+    return keys_pb2.Prekey(
+        suite=prekey.suite,
+        prekey_id=prekey.prekey_id,
+        kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
+        public_key=prekey.public_key,
+        created_at_ms=prekey.created_at_ms,
+        expires_at_ms=prekey.expires_at_ms,
+        signature=prekey.signature,
+    )
+
+
+def stanzas(request: publish_pb2.PublishRequest) -> dict[bytes, Stanza]:
+    """By device."""
+    return {each.device_id: each for each in Envelope.parse(request.sealed.envelope).stanzas}
 
 
 class Service(AccountsServicer, KeysServicer, PublishingServicer):
@@ -201,7 +232,9 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
             result = keys_pb2.RecipientKeysResult(refused="not a phone number")
         else:
             keys = keys_pb2.RecipientKeys(
-                recipient_ref=b"r" * 32, device_list_version=self.version(), devices=[each.to_wire() for each in self.phones]
+                recipient_ref=b"r" * 32,
+                device_list_version=self.version(),
+                devices=[each.to_wire(query.request_id) for each in self.phones],
             )
             result = keys_pb2.RecipientKeysResult(keys=keys)
         if self.joining:
@@ -227,7 +260,7 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
         elif known is not None and known[1].SerializeToString(deterministic=True) != data:
             result.refusal.code = grpc.StatusCode.ALREADY_EXISTS.value[0]
             result.refusal.reason = "ALREADY_EXISTS"
-        elif request.HasField("sealed") and request.sealed.device_list_version != self.version():
+        elif request.HasField("sealed") and not self.fits(request):
             result.outdated_devices.device_list_version = self.version()
         else:
             if known is None:
@@ -237,6 +270,10 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
             result.accepted.message_id = known[0]
             result.accepted.devices = len(self.phones)
         return result
+
+    def fits(self, request: publish_pb2.PublishRequest) -> bool:
+        sealed = stanzas(request)
+        return request.sealed.device_list_version == self.version() and all(each.accepts(sealed[each.device_id]) for each in self.phones)
 
     async def Publish(self, request: publish_pb2.PublishRequest, context: Context) -> Any:
         await self.before("Publish", context)
@@ -454,6 +491,63 @@ async def test_sealed_content_opens_on_each_device_and_nowhere_else(service: Ser
     assert header.expires_at_ms - header.created_at_ms == request.lifetime.seconds * 1000 == 3_600_000
     assert header.sender_id == SENDER_ID
     assert not header.server_sealed
+
+
+async def test_a_one_time_prekey_is_used_where_there_is_one_and_the_signed_prekey_where_there_is_none(
+    service: Service, sender: Sender
+) -> None:
+    stocked, bare = service.phones
+    stocked.stock(2)
+    kinds = []
+    for n in range(3):
+        outcome = await sender.publish_sealed(PHONE, content(f"{n}"), request_id=f"r{n}")
+        assert isinstance(outcome, Accepted)
+        request = service.stored[f"r{n}"][1]
+        sealed = stanzas(request)
+        kinds.append((sealed[stocked.device_id].kind, sealed[stocked.device_id].prekey_id, sealed[bare.device_id].kind))
+        assert [phone.open(request.sealed.envelope) for phone in service.phones] == [f"{n}"] * 2
+    signed, one_time = PrekeyKind.SIGNED, PrekeyKind.ONE_TIME
+    assert kinds == [(one_time, 2, signed), (one_time, 3, signed), (signed, 1, signed)]
+    # The private half is gone with the first message: nothing opens the second time.
+    del stocked.privates[1, 2, one_time]
+    with pytest.raises(EnvelopeRefused):
+        stocked.open(service.stored["r0"][1].sealed.envelope)
+
+
+async def test_a_lost_answer_and_sealing_again_burn_no_second_one_time_prekey(service: Service, sender: Sender) -> None:
+    (phone, _) = service.phones
+    phone.stock(10)
+    service.lose_answer["Publish"] = 2
+    assert isinstance(await sender.publish_sealed(PHONE, content(), request_id="lost"), Accepted)
+    assert len(service.received) == 3
+    assert len(set(service.received)) == 1
+    service.joining = [Phone(3), Phone(4)]
+    assert isinstance(await sender.publish_sealed(PHONE, content(), request_id="again"), Accepted)
+    assert set(phone.handed_out) == {"lost", "again"}
+    assert len(phone.one_time) == 8
+
+
+async def test_a_one_time_prekey_that_went_stale_is_replaced_by_sealing_again(service: Service, sender: Sender) -> None:
+    (phone, _) = service.phones
+    phone.stock(2)
+    prepared = await sender.prepare_sealed(PHONE, content(), request_id="r")
+    assert isinstance(prepared, SealedPublication)
+    phone.handed_out.clear()  # the device was removed and came back
+    refused = await sender.publish_prepared(prepared)
+    assert isinstance(refused, Refused)
+    assert refused.reason == "OUTDATED_DEVICES"
+    outcome = await sender.publish_sealed(PHONE, content(), request_id="r")
+    assert isinstance(outcome, Accepted)
+    assert stanzas(service.stored["r"][1])[phone.device_id].prekey_id == 3
+
+
+async def test_a_one_time_prekey_of_another_device_is_never_sealed_to(service: Service, sender: Sender) -> None:
+    one, other = service.phones
+    other.stock(1)
+    one.handed_out["r"] = other.one_time[0]
+    with pytest.raises(KeyRefused):
+        await sender.publish_sealed(PHONE, content(), request_id="r")
+    assert service.received == []
 
 
 async def test_outdated_devices_are_sealed_to_again_with_the_same_request_id(service: Service, sender: Sender) -> None:

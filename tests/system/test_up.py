@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from sealpush.keys import ContentSigningKey
+from sealpush.keys import ContentSigningKey, PrekeyKind
 from sealpush.keystore import SqliteKeystore
 from sealpush.model import ContentClass, State
 from sealpush.sender import Accepted, Sender
@@ -187,6 +188,28 @@ def has_exactly(up: Up, phone: str, prefix: str, bodies: dict[str, int]) -> bool
     return inbox(up, phone, prefix) == bodies
 
 
+async def one_time_prekeys_of(up: Up, sender_id: bytes) -> dict[bytes, list[tuple[int, int]]]:
+    """Suite and id of those that a sender got, by device."""
+    connection = await connect(up.endpoints.postgres_url)
+    try:
+        rows = await connection.fetch("SELECT device_id, suite, prekey_id FROM keys.handouts WHERE sender_id = $1", sender_id)
+    finally:
+        await connection.close()
+    return {
+        each: [(row["suite"], row["prekey_id"]) for row in rows if row["device_id"] == each] for each in {row["device_id"] for row in rows}
+    }
+
+
+def has_destroyed(up: Up, phone: str, handed_out: dict[bytes, list[tuple[int, int]]]) -> bool:
+    """Whether the private halves of what was handed out of a phone are gone."""
+    with SqliteKeystore(up.data_dir / "phones" / f"{phone}.sqlite") as keystore:
+        registration = keystore.registration()
+        assert registration is not None
+        names = handed_out[registration.device_id]
+        assert keystore.prekey_count(PrekeyKind.ONE_TIME) > 0
+        return all(keystore.prekey(suite, prekey_id, PrekeyKind.ONE_TIME) is None for suite, prekey_id in names)
+
+
 def there_is(folder: Path, pattern: str) -> bool:
     return any(folder.glob(pattern))
 
@@ -334,6 +357,16 @@ async def test_an_operator_sets_up_an_organisation_whose_sender_reaches_the_phon
             assert isinstance(outcome, Accepted), outcome
             states = [status.state async for status in sender.watch([outcome.message_id])]
             assert states[-1] is State.DELIVERED
+        # More than this sender gets one-time prekeys for: all arrive, the last ones sealed to the signed prekeys.
+        outcomes = [await sender.publish_sealed(PHONE, content, request_id=f"sealed-{n}") for n in range(12)]
+        messages = [each.message_id for each in outcomes if isinstance(each, Accepted)]
+        assert len(messages) == 12
+        async for status in sender.watch(messages):
+            assert not status.state.terminal or status.state is State.DELIVERED
+    handed_out = await one_time_prekeys_of(up, uuid.UUID(sender_id).bytes)
+    assert sorted(map(len, handed_out.values())) == [10] * 4
+    for phone in ("phone-1", "phone-2", "phone-4", "phone-5"):
+        await asyncio.to_thread(eventually, partial(has_destroyed, up, phone, handed_out), f"{phone} has destroyed what was used")
     elsewhere = ("--display-name", "x", *certified, "--sender-key", sender_key, "--app", "no-such-app")
     refused = run("accounts", "put-sender", organisation_id, "two", *elsewhere, "--data-dir", up.data_dir)
     assert refused.returncode == 1

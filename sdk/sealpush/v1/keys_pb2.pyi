@@ -242,7 +242,7 @@ class RecipientKeysQuery(_message.Message):
     RECIPIENT_FIELD_NUMBER: _builtins.int
     APP_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request id of the publish the keys are for, ≤ 64 characters."""
+    """The request id of the publish the keys are for, 1 to 64 printable ASCII characters."""
     app_id: _builtins.str
     """Empty: the sender's default app."""
     @_builtins.property
@@ -381,7 +381,9 @@ class DeviceKeys(_message.Message):
 
     @_builtins.property
     def one_time_prekey(self) -> Global___Prekey:
-        """Absent: none left; seal to the signed prekey."""
+        """Seal to it: it is this sender's alone, for the request id of the query. Absent: none left, or this sender got 10 of this device within
+        a day; seal to the signed prekey.
+        """
 
     def __init__(
         self,

@@ -64,14 +64,15 @@ class KeysServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetPrekeyState(self, request, context):
-        """How many prekeys of the calling device are left.
+        """How many prekeys of the calling device are left. Below 20 one-time prekeys: upload more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRecipientKeys(self, request, context):
-        """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same keys.
+        """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same one-time
+        prekeys for 35 days, as long as they have not expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

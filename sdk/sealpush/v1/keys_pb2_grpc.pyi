@@ -36,9 +36,11 @@ class KeysStub:
     UploadPrekeys: _grpc.UnaryUnaryMultiCallable[_keys_pb2.UploadPrekeysRequest, _keys_pb2.UploadPrekeysResponse]
     """Stores prekeys of the calling device. INVALID_ARGUMENT: a signature, a time or a point is wrong. ABORTED: the counter was used."""
     GetPrekeyState: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetPrekeyStateRequest, _keys_pb2.GetPrekeyStateResponse]
-    """How many prekeys of the calling device are left."""
+    """How many prekeys of the calling device are left. Below 20 one-time prekeys: upload more."""
     GetRecipientKeys: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetRecipientKeysRequest, _keys_pb2.GetRecipientKeysResponse]
-    """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same keys."""
+    """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same one-time
+    prekeys for 35 days, as long as they have not expired.
+    """
 
 @_typing.type_check_only
 class KeysAsyncStub(KeysStub):
@@ -48,9 +50,11 @@ class KeysAsyncStub(KeysStub):
     UploadPrekeys: _aio.UnaryUnaryMultiCallable[_keys_pb2.UploadPrekeysRequest, _keys_pb2.UploadPrekeysResponse]  # type: ignore[assignment]
     """Stores prekeys of the calling device. INVALID_ARGUMENT: a signature, a time or a point is wrong. ABORTED: the counter was used."""
     GetPrekeyState: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetPrekeyStateRequest, _keys_pb2.GetPrekeyStateResponse]  # type: ignore[assignment]
-    """How many prekeys of the calling device are left."""
+    """How many prekeys of the calling device are left. Below 20 one-time prekeys: upload more."""
     GetRecipientKeys: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetRecipientKeysRequest, _keys_pb2.GetRecipientKeysResponse]  # type: ignore[assignment]
-    """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same keys."""
+    """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same one-time
+    prekeys for 35 days, as long as they have not expired.
+    """
 
 class KeysServicer(metaclass=_abc_1.ABCMeta):
     """Public keys of devices, for devices and for senders that seal by themselves. Public listener."""
@@ -69,7 +73,7 @@ class KeysServicer(metaclass=_abc_1.ABCMeta):
         request: _keys_pb2.GetPrekeyStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keys_pb2.GetPrekeyStateResponse, _abc.Awaitable[_keys_pb2.GetPrekeyStateResponse]]:
-        """How many prekeys of the calling device are left."""
+        """How many prekeys of the calling device are left. Below 20 one-time prekeys: upload more."""
 
     @_abc_1.abstractmethod
     def GetRecipientKeys(
@@ -77,6 +81,8 @@ class KeysServicer(metaclass=_abc_1.ABCMeta):
         request: _keys_pb2.GetRecipientKeysRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_keys_pb2.GetRecipientKeysResponse, _abc.Awaitable[_keys_pb2.GetRecipientKeysResponse]]:
-        """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same keys."""
+        """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same one-time
+        prekeys for 35 days, as long as they have not expired.
+        """
 
 def add_KeysServicer_to_server(servicer: KeysServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -72,7 +72,7 @@ def migrate(url: str | None, url_file: Path | None, passwords: Path | None) -> N
 @_url_file
 @click.option("--every", type=DURATION, help="Repeat after this long, until SIGTERM: 1h, 30m, …. Without: once.")
 def maintain(url: str | None, url_file: Path | None, every: timedelta | None) -> None:
-    """Make the partitions of the coming weeks and drop those past their retention."""
+    """Make the partitions of the coming weeks and drop those past their retention; forget one-time prekeys handed out long ago."""
     asyncio.run(_maintain(_chosen(url, url_file), every))
 
 

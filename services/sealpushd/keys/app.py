@@ -9,6 +9,7 @@ from sealpush.v1 import keys_pb2_grpc
 from sealpushd.keys.service import KeysService, SealingService
 from sealpushd.keys.store import KeyStore
 from sealpushd.platform.clients import BatchedCall
+from sealpushd.platform.limits import ONE_TIME_PREKEYS_PER_SENDER
 from sealpushd.platform.server import Runtime, ServiceApp
 from sealpushd.platform.settings import SettingsError
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, sealing_pb2_grpc
@@ -30,7 +31,7 @@ async def build(runtime: Runtime) -> ServiceApp:
     platform_key = load_platform_key(runtime.settings.platform_key)
     db = await runtime.database()
     vault = await runtime.vault(db)
-    store = KeyStore(db)
+    store = KeyStore(db, ONE_TIME_PREKEYS_PER_SENDER.allowed(runtime.settings))
     registration = runtime.channel("registration")
     directory = directory_pb2_grpc.DirectoryStub(registration.channel)
     resolve: BatchedCall[directory_pb2.ResolveQuery, directory_pb2.ResolveResult] = BatchedCall(

@@ -16,7 +16,7 @@ import enum
 import hashlib
 import hmac
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
@@ -42,6 +42,9 @@ ONE_TIME_PREKEYS_MAX: Final = 2 * ONE_TIME_PREKEYS_BATCH
 # A device keeps the private half of a replaced prekey for 35 days and a message lives up to 28: what was sealed within this time
 # after the replacement can surely be opened until its end.
 SUPERSEDED_GRACE_MS: Final = PREKEY_RETENTION_MS - MESSAGE_LIFETIME_MS_MAX
+# A sender may hold a prekey for a week before it seals, and what it sealed may be published, also again, until the envelope ends, 28 days
+# later: until then it must be known whose the key is.
+HANDOUT_LIFETIME_MS: Final = PREKEY_RETENTION_MS
 
 
 class EntryKind(enum.IntEnum):
@@ -338,6 +341,19 @@ def replaces(prekey: SignedPrekey, held: Sequence[SignedPrekey]) -> bool:
 _ONE_TIME_RECORD: Final = {SUITE_X25519: struct.Struct(">IQQ32s64s")}
 
 
+def to_record(prekey: SignedPrekey) -> bytes:
+    """A one-time prekey as it is kept."""
+    return _ONE_TIME_RECORD[prekey.suite].pack(
+        prekey.prekey_id, prekey.created_at_ms, prekey.expires_at_ms, prekey.public_key, prekey.signature
+    )
+
+
+def from_record(suite: int, record: bytes) -> SignedPrekey:
+    """The one-time prekey in a record."""
+    prekey_id, created_at_ms, expires_at_ms, public_key, signature = _ONE_TIME_RECORD[suite].unpack(record)
+    return SignedPrekey(suite, prekey_id, PrekeyKind.ONE_TIME, public_key, created_at_ms, expires_at_ms, signature)
+
+
 @dataclass(frozen=True, slots=True)
 class OneTimePrekeys:
     """A device's one-time prekeys of one suite; the columns of the table."""
@@ -347,18 +363,36 @@ class OneTimePrekeys:
     next_index: int
     blob: bytes = field(repr=False)
 
+    def _unpassed(self) -> Iterator[SignedPrekey]:
+        """From the next index on."""
+        size = _ONE_TIME_RECORD[self.suite].size
+        for start in range((self.next_index - self.first_index) * size, len(self.blob), size):
+            yield from_record(self.suite, self.blob[start : start + size])
+
     def left(self, now_ms: int) -> list[SignedPrekey]:
         """Those that were not handed out and have not expired, oldest first."""
-        record = _ONE_TIME_RECORD[self.suite]
-        keys = [
-            SignedPrekey(self.suite, prekey_id, PrekeyKind.ONE_TIME, public_key, created, expires, signature)
-            for prekey_id, created, expires, public_key, signature in record.iter_unpack(self.blob)
-        ]
-        return [each for each in keys[self.next_index - self.first_index :] if each.expires_at_ms > now_ms]
+        return [each for each in self._unpassed() if each.expires_at_ms > now_ms]
 
-    def refilled(self, added: Sequence[SignedPrekey], now_ms: int) -> Self:
-        """With more keys at the end, and without what was handed out or expired. Raises InvalidRequest if that is too many."""
+    def taken(self, count: int, now_ms: int) -> tuple[list[SignedPrekey], Self]:
+        """The next keys, as many as asked for if there are, and the stock without them. What has expired is passed over for good."""
+        given: list[SignedPrekey] = []
+        next_index = self.next_index
+        for each in self._unpassed():
+            if each.expires_at_ms > now_ms:
+                if len(given) == count:
+                    return given, replace(self, next_index=next_index)
+                given.append(each)
+            next_index += 1
+        # Nothing is left: the blob goes.
+        return given, replace(self, first_index=next_index, next_index=next_index, blob=b"")
+
+    def refilled(self, added: Sequence[SignedPrekey], now_ms: int, handed_out: Set[int] = frozenset()) -> Self:
+        """With more keys at the end, and without what was handed out or expired. Raises InvalidRequest if that is too many.
+
+        `handed_out` holds ids of those added that somebody has got already: an upload is repeated when its answer was lost.
+        """
         left = self.left(now_ms)
+        added = [each for each in added if each.prekey_id not in handed_out]
         for each in added:
             refusal = _refuse_reuse(each, left)
             if refusal:
@@ -369,11 +403,60 @@ class OneTimePrekeys:
                 f"{len(left)} one-time prekeys are left, and at most {ONE_TIME_PREKEYS_MAX} are kept; upload fewer",
                 field="change.prekeys",
             )
-        record = _ONE_TIME_RECORD[self.suite]
-        blob = b"".join(
-            record.pack(each.prekey_id, each.created_at_ms, each.expires_at_ms, each.public_key, each.signature) for each in keys
-        )
-        return type(self)(self.suite, self.next_index, self.next_index, blob)
+        return type(self)(self.suite, self.next_index, self.next_index, b"".join(map(to_record, keys)))
+
+
+# Of one sender's handout: the request and the device.
+HandoutName = tuple[str, DeviceId]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A one-time prekey to hand out: of this device, in the suite of its signed prekey and for its lowest suite, for a sender's request."""
+
+    request_id: str
+    device_id: DeviceId
+    suite: int
+    min_suite: int
+
+    @property
+    def name(self) -> HandoutName:
+        return self.request_id, self.device_id
+
+
+@dataclass(frozen=True, slots=True)
+class HandoutPlan:
+    """What a sender gets, and the stocks that it is taken from."""
+
+    given: Mapping[HandoutName, SignedPrekey]
+    stocks: Mapping[DeviceId, OneTimePrekeys]
+
+
+def plan_handouts(
+    wanted: Iterable[Wanted],
+    stocks: Mapping[DeviceId, OneTimePrekeys],
+    handed_out: Mapping[DeviceId, int],
+    allowed: int,
+    now_ms: int,
+) -> HandoutPlan:
+    """A key each for what is wanted and was not given before, as far as stocks and the limit go; the rest gets none.
+
+    `handed_out` is how many of a device's keys this sender got lately; it gets `allowed` in all.
+    """
+    by_device: dict[DeviceId, dict[HandoutName, None]] = {}
+    for each in wanted:
+        by_device.setdefault(each.device_id, {})[each.name] = None
+    given: dict[HandoutName, SignedPrekey] = {}
+    moved: dict[DeviceId, OneTimePrekeys] = {}
+    for device_id, names in by_device.items():
+        stock = stocks.get(device_id)
+        if stock is None:
+            continue
+        prekeys, after = stock.taken(max(0, min(len(names), allowed - handed_out.get(device_id, 0))), now_ms)
+        given.update(zip(names, prekeys, strict=False))
+        if after != stock:
+            moved[device_id] = after
+    return HandoutPlan(given, moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,10 +565,30 @@ def usable(keys: DeviceKeys | None, subscriber_id: SubscriberId, now_ms: int) ->
     return keys.current if keys.current.expires_at_ms > now_ms else None
 
 
-def accepted(stanza: StanzaKey, keys: DeviceKeys | None, subscriber_id: SubscriberId, now_ms: int) -> bool:
-    """Whether the device surely can open this stanza for as long as a message may live."""
-    if keys is None or keys.device.subscriber_id != subscriber_id or stanza.suite < keys.device.min_suite:
+@dataclass(frozen=True, slots=True)
+class Handout:
+    """Who got a one-time prekey, and until when both the key and the handout are good."""
+
+    sender_id: SenderId
+    expires_at_ms: int
+
+
+def one_time(stanzas: Iterable[StanzaKey]) -> list[StanzaKey]:
+    """Those that say they were sealed to a one-time prekey that there could be."""
+    return [each for each in stanzas if each.kind == PrekeyKind.ONE_TIME and each.suite in SUITES_SUPPORTED]
+
+
+def accepted(stanza: StanzaKey, keys: DeviceKeys | None, check: StanzaCheck, handouts: Mapping[StanzaKey, Handout], now_ms: int) -> bool:
+    """Whether the device surely can open this stanza for as long as a message may live.
+
+    A one-time prekey must have been handed out to this sender. It may be used again here: a publish that is repeated is the same as
+    before, and what else is sealed to it the device refuses, because its private half went with the first message.
+    """
+    if keys is None or keys.device.subscriber_id != check.subscriber_id or stanza.suite < keys.device.min_suite:
         return False
+    if stanza.kind == PrekeyKind.ONE_TIME:
+        handout = handouts.get(stanza)
+        return handout is not None and handout.sender_id == check.sender_id and handout.expires_at_ms > now_ms
     for each in keys.prekeys:
         prekey = each.prekey
         if (prekey.suite, prekey.prekey_id, prekey.kind.value) != (stanza.suite, stanza.prekey_id, stanza.kind):
@@ -496,8 +599,10 @@ def accepted(stanza: StanzaKey, keys: DeviceKeys | None, subscriber_id: Subscrib
     return False
 
 
-def check_stanzas(check: StanzaCheck, keys: Mapping[DeviceId, DeviceKeys], now_ms: int) -> StanzaVerdict:
-    """What is wrong with the stanzas of an envelope, given the devices and prekeys of now.
+def check_stanzas(
+    check: StanzaCheck, keys: Mapping[DeviceId, DeviceKeys], handouts: Mapping[StanzaKey, Handout], now_ms: int
+) -> StanzaVerdict:
+    """What is wrong with the stanzas of an envelope, given the devices and prekeys of now. `handouts` are those of `one_time()`.
 
     A device without a usable prekey is not missing: no sender could do better.
     """
@@ -514,7 +619,7 @@ def check_stanzas(check: StanzaCheck, keys: Mapping[DeviceId, DeviceKeys], now_m
             dict.fromkeys(
                 each.device_id
                 for each in check.stanzas
-                if each.device_id in devices and not accepted(each, keys.get(each.device_id), check.subscriber_id, now_ms)
+                if each.device_id in devices and not accepted(each, keys.get(each.device_id), check, handouts, now_ms)
             )
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
@@ -148,54 +148,54 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         sender = rpc.require_sender()
         _bounded(request.queries, RECIPIENT_QUERIES_MAX, "queries")
         refusals = [_refuse_query(query, sender) for query in request.queries]
-        asked = [
-            directory_pb2.ResolveQuery(recipient=query.recipient, app_id=query.app_id or sender.app_ids[0], sender_id=sender.sender_id)
-            for query, refusal in zip(request.queries, refusals, strict=True)
-            if not refusal
-        ]
-        answers = await self._resolve.submit_many(asked)
+        asked = [query for query, refusal in zip(request.queries, refusals, strict=True) if not refusal]
+        answers = await self._resolve.submit_many(
+            [
+                directory_pb2.ResolveQuery(recipient=query.recipient, app_id=query.app_id or sender.app_ids[0], sender_id=sender.sender_id)
+                for query in asked
+            ]
+        )
         resolved = [each.resolved for each in answers if each.WhichOneof("outcome") == "resolved"]
         keys = await self._store.device_keys([DeviceId(device.device_id) for each in resolved for device in each.devices])
+        now = self._clock.now()
+        now_ms = to_ms(now)
+        wanted = [
+            rules.Wanted(query.request_id, found.device.device_id, prekey.suite, found.device.min_suite)
+            for query, answer in zip(asked, answers, strict=True)
+            for found, prekey in _usable_devices(answer.resolved, keys, now_ms)
+        ]
+        one_time = await self._store.hand_out(sender.sender_id, wanted, now)
         # Read after the keys: a device that came in between is in the head, so that its absence shows.
         lists = await self._store.device_lists([SubscriberId(each.subscriber_id) for each in resolved])
-        now_ms = to_ms(self._clock.now())
 
-        def result(answer: directory_pb2.ResolveResult) -> keys_pb2.RecipientKeysResult:
+        def result(query: keys_pb2.RecipientKeysQuery, answer: directory_pb2.ResolveResult) -> keys_pb2.RecipientKeysResult:
             match answer.WhichOneof("outcome"):
                 case "not_registered":
                     return keys_pb2.RecipientKeysResult(not_registered=answer.not_registered)
                 case "resolved":
-                    return self._recipient_keys(sender.sender_id, answer.resolved, keys, lists, now_ms)
+                    devices = [
+                        _from_device(found, prekey, one_time.get((query.request_id, found.device.device_id)))
+                        for found, prekey in _usable_devices(answer.resolved, keys, now_ms)
+                    ]
+                    return self._recipient_keys(sender.sender_id, SubscriberId(answer.resolved.subscriber_id), devices, lists)
                 case _:
                     return keys_pb2.RecipientKeysResult(refused=answer.invalid)
 
         remaining = iter(answers)
         return keys_pb2.GetRecipientKeysResponse(
-            results=[keys_pb2.RecipientKeysResult(refused=refusal) if refusal else result(next(remaining)) for refusal in refusals]
+            results=[
+                keys_pb2.RecipientKeysResult(refused=refusal) if refusal else result(query, next(remaining))
+                for query, refusal in zip(request.queries, refusals, strict=True)
+            ]
         )
 
     def _recipient_keys(
         self,
         sender_id: SenderId,
-        resolved: directory_pb2.Resolved,
-        keys: dict[DeviceId, rules.DeviceKeys],
+        subscriber_id: SubscriberId,
+        devices: Sequence[keys_pb2.DeviceKeys],
         lists: dict[SubscriberId, DeviceList],
-        now_ms: int,
     ) -> keys_pb2.RecipientKeysResult:
-        subscriber_id = SubscriberId(resolved.subscriber_id)
-        devices = []
-        for each in resolved.devices:
-            found = keys.get(DeviceId(each.device_id))
-            prekey = rules.usable(found, subscriber_id, now_ms)
-            if found is not None and prekey is not None:
-                devices.append(
-                    keys_pb2.DeviceKeys(
-                        device_id=found.device.device_id,
-                        identity_public_key=found.device.identity_public_key,
-                        signed_prekey=_from_prekey(prekey),
-                        min_suite=found.device.min_suite,
-                    )
-                )
         device_list = lists.get(subscriber_id)
         if not devices or device_list is None:
             return keys_pb2.RecipientKeysResult(not_registered=common_pb2.REASON_CODE_NO_PREKEY)
@@ -209,10 +209,33 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         return keys_pb2.RecipientKeysResult(keys=answer)
 
 
+def _usable_devices(
+    resolved: directory_pb2.Resolved, keys: dict[DeviceId, rules.DeviceKeys], now_ms: int
+) -> Iterator[tuple[rules.DeviceKeys, SignedPrekey]]:
+    """Those of a recipient's devices that can be sealed for, each with its signed prekey."""
+    for each in resolved.devices:
+        found = keys.get(DeviceId(each.device_id))
+        prekey = rules.usable(found, SubscriberId(resolved.subscriber_id), now_ms)
+        if found is not None and prekey is not None:
+            yield found, prekey
+
+
+def _from_device(keys: rules.DeviceKeys, signed: SignedPrekey, one_time: SignedPrekey | None) -> keys_pb2.DeviceKeys:
+    return keys_pb2.DeviceKeys(
+        device_id=keys.device.device_id,
+        identity_public_key=keys.device.identity_public_key,
+        signed_prekey=_from_prekey(signed),
+        one_time_prekey=None if one_time is None else _from_prekey(one_time),
+        min_suite=keys.device.min_suite,
+    )
+
+
 def _refuse_query(query: keys_pb2.RecipientKeysQuery, sender: SenderCaller) -> str:
     """Why a query is refused; empty: it is not."""
     if not 1 <= len(query.request_id) <= REQUEST_ID_CHARS_MAX:
         return f"request_id must have 1 to {REQUEST_ID_CHARS_MAX} characters: that of the publish the keys are for"
+    if not query.request_id.isascii() or not query.request_id.isprintable():
+        return "request_id must be printable ASCII: that of the publish the keys are for"
     if query.recipient.WhichOneof("kind") is None:
         return "recipient names nobody; give a phone, an rnokpp or an external_user_id"
     if query.recipient.ByteSize() > RECIPIENT_BYTES_MAX:
@@ -291,10 +314,11 @@ class SealingService(sealing_pb2_grpc.SealingServicer):
         checks = [_to_check(each, n) for n, each in enumerate(request.checks)]
         keys = await self._store.device_keys(list({device_id: None for each in checks for device_id in each.device_ids}))
         lists = await self._store.device_lists(list({each.subscriber_id: None for each in checks}))
+        handouts = await self._store.handed_out(rules.one_time(stanza for check in checks for stanza in check.stanzas))
         now_ms = to_ms(self._clock.now())
         response = sealing_pb2.CheckStanzasResponse()
         for check in checks:
-            verdict = rules.check_stanzas(check, keys, now_ms)
+            verdict = rules.check_stanzas(check, keys, handouts, now_ms)
             device_list = lists.get(check.subscriber_id)
             response.verdicts.add(
                 missing_device_ids=verdict.missing,

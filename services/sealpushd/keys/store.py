@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
 
 from sealpush.envelope import Recipient
-from sealpush.ids import DeviceId, SubscriberId
+from sealpush.ids import DeviceId, SenderId, SubscriberId
 from sealpush.keys import PrekeyKind, SignedPrekey
 from sealpushd.keys import rules
-from sealpushd.keys.rules import Device, DeviceKeys, ListEnd, NewDevice, OneTimePrekeys, Plan, SealingKey, StoredPrekey, Upload
+from sealpushd.keys.rules import (
+    Device,
+    DeviceKeys,
+    Handout,
+    HandoutName,
+    ListEnd,
+    NewDevice,
+    OneTimePrekeys,
+    Plan,
+    SealingKey,
+    StanzaKey,
+    StoredPrekey,
+    Upload,
+    Wanted,
+)
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted
+from sealpushd.platform.limits import ONE_TIME_PREKEYS_PER_SENDER
 
 _FOLDER: Final = Path(__file__).parent
 
@@ -39,8 +54,10 @@ def _columns(rows: Iterable[Sequence[Any]], width: int) -> list[list[Any]]:
 class KeyStore:
     """Statements over the schema `keys`. Raises StoreUnavailable, and what a method names."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, one_time_allowed: int) -> None:
+        """`one_time_allowed`: how many one-time prekeys of a device a sender gets within the window of the limit."""
         self._db = db
+        self._one_time_allowed = one_time_allowed
         self._sql = {path.stem: load_sql(_FOLDER, path.stem) for path in (_FOLDER / "sql").glob("[a-z]*.sql")}
 
     async def put_devices(self, devices: Sequence[NewDevice], now: datetime) -> list[str]:
@@ -112,13 +129,17 @@ class KeyStore:
                 if rules.replaces(upload.signed, held):
                     await self._put_signed(connection, [(device.device_id, upload.signed)], now)
             stocks = _stocks(await connection.fetch(self._sql["one_time_prekeys"], device.device_id))
+            names = [(device.device_id, each.suite, each.prekey_id) for each in upload.one_time]
+            rows = await connection.fetch(self._sql["handed_out"], *_columns(names, 3)) if names else []
+            handed_out = {suite: {row["prekey_id"] for row in rows if row["suite"] == suite} for suite in {row["suite"] for row in rows}}
             if min_suite > device.min_suite:
                 # The signature of each prekey covers the lowest suite: the old ones do not verify any more.
+                await connection.execute(self._sql["forget_handouts"], device.device_id)
                 stocks = {suite: OneTimePrekeys(suite, each.next_index, each.next_index, b"") for suite, each in stocks.items()}
             now_ms = to_ms(now)
             for suite in {each.suite for each in upload.one_time} | (set(stocks) if min_suite > device.min_suite else set()):
                 added = [each for each in upload.one_time if each.suite == suite]
-                stock = stocks.get(suite, OneTimePrekeys(suite, 0, 0, b"")).refilled(added, now_ms)
+                stock = stocks.get(suite, OneTimePrekeys(suite, 0, 0, b"")).refilled(added, now_ms, handed_out.get(suite, set()))
                 await connection.execute(self._sql["put_one_time_prekeys"], device.device_id, suite, stock.first_index, stock.blob)
                 stocks[suite] = stock
             return sum(len(each.left(now_ms)) for each in stocks.values())
@@ -126,6 +147,64 @@ class KeyStore:
     async def one_time_prekeys_left(self, device_id: DeviceId, now: datetime) -> int:
         rows = await self._db.fetch("one_time_prekeys", self._sql["one_time_prekeys"], device_id)
         return sum(len(each.left(to_ms(now))) for each in _stocks(rows).values())
+
+    async def hand_out(self, sender_id: SenderId, wanted: Sequence[Wanted], now: datetime) -> dict[HandoutName, SignedPrekey]:
+        """The one-time prekeys that a sender gets: those it got before for the same request and device, and new ones.
+
+        What is not in the answer gets none: the stock is empty, the sender had its share today, or its key has expired since. Seven
+        statements at the most. Safe to repeat and to race: a device's stock moves under its lock, in the transaction that notes whose
+        its keys are.
+        """
+        if not wanted:
+            return {}
+        names = _columns([each.name for each in wanted], 2)
+        # First without a lock: who asks again holds up nobody.
+        found = _handouts(await self._db.fetch("handouts", self._sql["handouts"], sender_id, *names))
+        missing = [each for each in wanted if each.name not in found]
+        if missing:
+            async with self._db.transaction() as connection:
+                rows = await connection.fetch(self._sql["lock_stocked"], list({each.device_id: None for each in missing}))
+                min_suites = {row["device_id"]: row["min_suite"] for row in rows}
+                # A device that has raised its lowest suite since the caller looked has other keys than the caller will name.
+                missing = [each for each in missing if min_suites.get(each.device_id) == each.min_suite]
+                if missing:
+                    found |= await self._hand_out(connection, sender_id, missing, now)
+        now_ms = to_ms(now)
+        return {name: prekey for name, (prekey, ends_ms) in found.items() if min(prekey.expires_at_ms, ends_ms) > now_ms}
+
+    async def _hand_out(
+        self, connection: Connection, sender_id: SenderId, wanted: Sequence[Wanted], now: datetime
+    ) -> dict[HandoutName, tuple[SignedPrekey, int]]:
+        """Of devices that are locked."""
+        names = _columns([each.name for each in wanted], 2)
+        found = _handouts(await connection.fetch(self._sql["handouts"], sender_id, *names))
+        missing = [each for each in wanted if each.name not in found]
+        suites = {each.device_id: each.suite for each in missing}
+        ends = now + timedelta(milliseconds=rules.HANDOUT_LIFETIME_MS)
+        rows = await connection.fetch(self._sql["count_handouts"], list(suites), sender_id, ends - ONE_TIME_PREKEYS_PER_SENDER.window)
+        handed_out = {row["device_id"]: row["handed_out"] for row in rows}
+        rows = await connection.fetch(self._sql["stocks"], *_columns(suites.items(), 2))
+        stocks = {row["device_id"]: OneTimePrekeys(row["suite"], row["first_index"], row["next_index"], row["blob"]) for row in rows}
+        plan = rules.plan_handouts(missing, stocks, handed_out, self._one_time_allowed, to_ms(now))
+        if plan.stocks:
+            moved = [(device_id, each.suite, each.next_index, not each.blob) for device_id, each in plan.stocks.items()]
+            await connection.execute(self._sql["move_stocks"], *_columns(moved, 4))
+        if plan.given:
+            given = [(*name, each.suite, each.prekey_id, rules.to_record(each)) for name, each in plan.given.items()]
+            found |= _handouts(await connection.fetch(self._sql["add_handouts"], sender_id, ends, *_columns(given, 5)))
+        return found
+
+    async def handed_out(self, stanzas: Sequence[StanzaKey]) -> dict[StanzaKey, Handout]:
+        """Who holds the one-time prekeys that these stanzas name."""
+        if not stanzas:
+            return {}
+        names = [(each.device_id, each.suite, each.prekey_id) for each in dict.fromkeys(stanzas)]
+        found = {}
+        for row in await self._db.fetch("handed_out", self._sql["handed_out"], *_columns(names, 3)):
+            prekey = rules.from_record(row["suite"], row["prekey"])
+            stanza = StanzaKey(DeviceId(row["device_id"]), row["suite"], row["prekey_id"], PrekeyKind.ONE_TIME.value)
+            found[stanza] = Handout(SenderId(row["sender_id"]), min(prekey.expires_at_ms, to_ms(row["expires_at"])))
+        return found
 
     async def device_keys(self, device_ids: Sequence[DeviceId]) -> dict[DeviceId, DeviceKeys]:
         """Those of the devices that are in a list and have prekeys, with the current ones and those before."""
@@ -159,6 +238,14 @@ def _device(row: asyncpg.Record) -> Device:
 
 def _stocks(rows: Iterable[asyncpg.Record]) -> dict[int, OneTimePrekeys]:
     return {row["suite"]: OneTimePrekeys(row["suite"], row["first_index"], row["next_index"], row["blob"]) for row in rows}
+
+
+def _handouts(rows: Iterable[asyncpg.Record]) -> dict[HandoutName, tuple[SignedPrekey, int]]:
+    """The keys by request and device, each with the end of its handout."""
+    return {
+        (row["request_id"], DeviceId(row["device_id"])): (rules.from_record(row["suite"], row["prekey"]), to_ms(row["expires_at"]))
+        for row in rows
+    }
 
 
 def _device_keys(rows: Iterable[asyncpg.Record]) -> dict[DeviceId, DeviceKeys]:

@@ -102,6 +102,16 @@ SIGN_IN_FAILURES_PER_ADDRESS: Final = _limit(
     "too many failed sign-ins from this address; wait before the next",
 )
 
+# Counted in the handouts themselves, in the transaction that makes them: exact over any day, no counter beside them that could fail.
+ONE_TIME_PREKEYS_PER_SENDER: Final = _limit(
+    "one_time_prekeys_per_sender",
+    lambda _: 10,
+    _DAY,
+    "a sender that asks and never publishes drains a device for others: a device tops up daily when fewer than 20 are left, so that with "
+    "10 a day no single sender empties what another may need before that; beyond it the signed prekey serves",
+    "this sender had its share of the device's one-time prekeys today",
+)
+
 LIMITS: Final = (
     CODES_PER_NUMBER,
     CODES_PER_NUMBER_DAY,
@@ -109,6 +119,7 @@ LIMITS: Final = (
     CODES_PER_PREFIX,
     SIGN_IN_FAILURES_PER_LOGIN,
     SIGN_IN_FAILURES_PER_ADDRESS,
+    ONE_TIME_PREKEYS_PER_SENDER,
 )
 
 # $1 limit, $2 subject's hash, $3 window, $4 how many to add, $5 now, $6 when the row may go. Returns the count so far.

@@ -1,12 +1,18 @@
-"""Keeping the mailbox's partitions: those of the coming weeks made, those past their retention dropped."""
+"""Keeping the mailbox's partitions: those of the coming weeks made, those past their retention dropped. And forgetting what is over
+elsewhere."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import asyncpg
 
 from sealpushd.platform.db import connect
 from sealpushd.platform.errors import StoreUnavailable
 from sealpushd.platform.migrate import SchemaError
+
+# One statement's worth: a fraction of a second, and few rows locked meanwhile.
+SWEEP_ROWS_MAX: Final = 10_000
 
 
 async def maintain(url: str) -> tuple[int, int]:
@@ -19,6 +25,8 @@ async def maintain(url: str) -> tuple[int, int]:
         # Quoted: FETCH is a word of SQL.
         made = await connection.fetchval('SELECT "fetch".ensure_partitions()')
         dropped = await connection.fetchval('SELECT "fetch".drop_partitions()')
+        while await connection.fetchval("SELECT keys.sweep_handouts($1)", SWEEP_ROWS_MAX) == SWEEP_ROWS_MAX:
+            pass
     except (asyncpg.UndefinedFunctionError, asyncpg.InvalidSchemaNameError) as e:
         raise SchemaError("the database has no Sealpush schemas yet: run `sealpush db migrate` first") from e
     except asyncpg.InsufficientPrivilegeError as e:

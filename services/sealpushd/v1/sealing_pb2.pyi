@@ -487,7 +487,7 @@ class StanzaVerdict(_message.Message):
 
     @_builtins.property
     def stale_device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Devices whose stanza was sealed to a prekey or suite that they no longer accept."""
+        """Devices whose stanza was sealed to a prekey or suite that they no longer accept, or to a one-time prekey that this sender does not hold."""
 
     def __init__(
         self,

@@ -231,6 +231,131 @@ def test_one_time_prekeys_are_bounded_and_their_ids_their_own() -> None:
     assert "200 one-time prekeys are left" in caught.value.message
 
 
+def test_keys_are_taken_oldest_first_and_never_twice() -> None:
+    stock = OneTimePrekeys(1, 0, 0, b"").refilled(ONE_TIME[:5], NOW)
+    first, stock = stock.taken(2, NOW)
+    none, same = stock.taken(0, NOW)
+    second, stock = stock.taken(2, NOW)
+    assert (first, none, second) == (ONE_TIME[:2], [], ONE_TIME[2:4])
+    assert (same.next_index, stock.next_index) == (2, 4)
+    last, empty = stock.taken(2, NOW)
+    assert last == ONE_TIME[4:5]
+    assert empty == OneTimePrekeys(1, 5, 5, b"")
+    assert empty.taken(1, NOW) == ([], empty)
+
+
+def test_a_record_survives_its_encoding() -> None:
+    assert rules.from_record(1, rules.to_record(ONE_TIME[7])) == ONE_TIME[7]
+
+
+def test_a_repeated_upload_leaves_out_what_was_handed_out_meanwhile() -> None:
+    given, stock = OneTimePrekeys(1, 0, 0, b"").refilled(ONE_TIME[:5], NOW).taken(2, NOW)
+    again = stock.refilled(ONE_TIME[:5], NOW, {each.prekey_id for each in given})
+    assert again.left(NOW) == ONE_TIME[2:5]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("refill"), st.lists(st.integers(1, 40), max_size=12)),
+            st.tuples(st.just("take"), st.integers(0, 6)),
+            st.tuples(st.just("wait"), st.integers(1, 15)),
+        ),
+        max_size=25,
+    )
+)
+def test_whatever_is_refilled_taken_and_expires_a_stock_is_a_queue_without_the_expired(
+    steps: list[tuple[str, list[int]] | tuple[str, int]],
+) -> None:
+    """Plays steps against a plain list of keys; times in milliseconds."""
+    stock, model, now, next_id = OneTimePrekeys(1, 0, 0, b""), list[SignedPrekey](), NOW, 0
+    handed_out: set[int] = set()
+    for step, value in steps:
+        model = [each for each in model if each.expires_at_ms > now]
+        if isinstance(value, list):
+            # A key as the rule sees it: nothing here looks at signatures.
+            added = [replace(ONE_TIME[0], prekey_id=next_id + n, expires_at_ms=now + lives) for n, lives in enumerate(value)]
+            next_id += len(added)
+            if len(model) + len(added) <= rules.ONE_TIME_PREKEYS_MAX:
+                before = stock.next_index
+                stock = stock.refilled(added, now)
+                model += added
+                assert stock.first_index == stock.next_index == before
+        elif step == "take":
+            before = stock.next_index
+            given, stock = stock.taken(value, now)
+            assert given == model[:value]
+            model = model[value:]
+            assert stock.first_index <= stock.next_index
+            assert stock.next_index >= before + len(given)
+            assert handed_out.isdisjoint(each.prekey_id for each in given)
+            handed_out |= {each.prekey_id for each in given}
+            # Trimmed as soon as nothing is left.
+            assert bool(stock.blob) is bool(model)
+        else:
+            now += value
+        assert stock.left(now) == [each for each in model if each.expires_at_ms > now]
+
+
+# Handouts.
+
+
+def wanted(request_id: str, device: int = 0) -> rules.Wanted:
+    return rules.Wanted(request_id, DeviceId(bytes((device,)) * 16), 1, 1)
+
+
+def test_one_request_gets_one_key_of_a_device_however_often_it_stands_in_a_call() -> None:
+    stock = OneTimePrekeys(1, 0, 0, b"").refilled(ONE_TIME[:5], NOW)
+    plan = rules.plan_handouts([wanted("a"), wanted("b"), wanted("a")], {DeviceId(bytes(16)): stock}, {}, 10, NOW)
+    assert plan.given == {("a", DeviceId(bytes(16))): ONE_TIME[0], ("b", DeviceId(bytes(16))): ONE_TIME[1]}
+    assert plan.stocks == {DeviceId(bytes(16)): replace(stock, next_index=2)}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 2)), max_size=20),
+    st.lists(st.integers(0, 8), min_size=3, max_size=3),
+    st.lists(st.integers(0, 12), min_size=3, max_size=3),
+    st.integers(0, 10),
+)
+def test_handouts_keep_to_stock_and_limit_and_give_no_key_twice(
+    asked: list[tuple[str, int]], sizes: list[int], handed_out: list[int], allowed: int
+) -> None:
+    ids = [DeviceId(bytes((n,)) * 16) for n in range(3)]
+    stocks = {
+        device_id: OneTimePrekeys(1, 0, 0, b"").refilled(ONE_TIME[10 * n : 10 * n + size], NOW)
+        for n, (device_id, size) in enumerate(zip(ids, sizes, strict=True))
+        if size
+    }
+    plan = rules.plan_handouts([wanted(*each) for each in asked], stocks, dict(zip(ids, handed_out, strict=True)), allowed, NOW)
+    assert len({each.prekey_id for each in plan.given.values()}) == len(plan.given)
+    for n, device_id in enumerate(ids):
+        requests = {request_id for request_id, device in asked if device == n}
+        given = [prekey for (_, device), prekey in plan.given.items() if device == device_id]
+        assert len(given) == min(len(requests), sizes[n], max(0, allowed - handed_out[n]))
+        assert given == ONE_TIME[10 * n : 10 * n + len(given)]
+        assert (
+            plan.stocks.get(device_id, stocks.get(device_id, OneTimePrekeys(1, 0, 0, b""))).left(NOW)
+            == ONE_TIME[10 * n + len(given) : 10 * n + sizes[n]]
+        )
+        assert (device_id in plan.stocks) is bool(given)
+
+
+@given(st.booleans(), st.booleans(), st.integers(-2, 2))
+def test_a_one_time_prekey_is_accepted_from_its_holder_until_it_ends(held: bool, same_sender: bool, late: int) -> None:
+    key = stanza(ONE_TIME[0])
+    one = check(key)
+    holder = one.sender_id if same_sender else SenderId(uuid7())
+    handouts = {key: rules.Handout(holder, NOW - late)} if held else {}
+    verdict = rules.check_stanzas(one, {DEVICE.device_id: KEYS}, handouts, NOW)
+    assert (verdict.stale == ()) is (held and same_sender and late < 0)
+    assert rules.check_stanzas(one, {}, handouts, NOW).stale == (DEVICE.device_id,)
+
+
+def test_only_one_time_prekeys_that_there_can_be_are_looked_up() -> None:
+    key = stanza(ONE_TIME[0])
+    assert rules.one_time([key, stanza(CURRENT), replace(key, suite=2), replace(key, suite=70_000), replace(key, kind=3)]) == [key]
+
+
 # Sealing and stanzas.
 
 
@@ -257,8 +382,8 @@ def stanza(of: SignedPrekey) -> StanzaKey:
 @given(st.integers(0, 100 * DAY_MS))
 def test_a_stanza_is_good_until_its_prekey_ends_and_a_week_after_a_newer_one_came(later: int) -> None:
     now = NOW + later
-    current = rules.check_stanzas(check(stanza(CURRENT)), {DEVICE.device_id: KEYS}, now)
-    previous = rules.check_stanzas(check(stanza(PREVIOUS)), {DEVICE.device_id: KEYS}, now)
+    current = rules.check_stanzas(check(stanza(CURRENT)), {DEVICE.device_id: KEYS}, {}, now)
+    previous = rules.check_stanzas(check(stanza(PREVIOUS)), {DEVICE.device_id: KEYS}, {}, now)
     assert bool(current.stale) is (later >= 90 * DAY_MS)
     assert bool(previous.stale) is (later >= 7 * DAY_MS)
 
@@ -270,7 +395,7 @@ def test_every_device_and_every_stanza_is_judged_once(devices: set[int], sealed:
 
     keys = {device_id(n): replace(KEYS, device=replace(DEVICE, device_id=device_id(n))) for n in with_prekeys}
     stanzas = [replace(stanza(CURRENT), device_id=device_id(n)) for n in sorted(sealed)]
-    verdict = rules.check_stanzas(check(*stanzas, devices=tuple(device_id(n) for n in sorted(devices))), keys, NOW)
+    verdict = rules.check_stanzas(check(*stanzas, devices=tuple(device_id(n) for n in sorted(devices))), keys, {}, NOW)
     assert set(verdict.missing) == {device_id(n) for n in (devices & with_prekeys) - sealed}
     assert set(verdict.surplus) == {device_id(n) for n in sealed - devices}
     assert set(verdict.stale) == {device_id(n) for n in sealed & devices - with_prekeys}
@@ -278,7 +403,7 @@ def test_every_device_and_every_stanza_is_judged_once(devices: set[int], sealed:
 
 def test_a_stanza_below_the_lowest_suite_is_stale() -> None:
     strict = DeviceKeys(replace(DEVICE, min_suite=2), KEYS.prekeys)
-    assert rules.check_stanzas(check(stanza(CURRENT)), {DEVICE.device_id: strict}, NOW).stale == (DEVICE.device_id,)
+    assert rules.check_stanzas(check(stanza(CURRENT)), {DEVICE.device_id: strict}, {}, NOW).stale == (DEVICE.device_id,)
 
 
 # The platform's key.

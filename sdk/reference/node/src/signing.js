@@ -1,0 +1,28 @@
+// Ed25519, by libsodium: it refuses signatures that are not canonical and public keys of low order, as required.
+
+import sodium from 'libsodium-wrappers';
+
+import { sha256, utf8 } from './bytes.js';
+
+await sodium.ready;
+
+/** A key pair from its 32-byte seed: `{ publicKey, sign(message) }`. The secret stays in the closure. */
+export function signingKey(seed) {
+  const { publicKey, privateKey } = sodium.crypto_sign_seed_keypair(seed);
+  return Object.freeze({ publicKey, sign: (message) => sodium.crypto_sign_detached(message, privateKey) });
+}
+
+/** Whether the holder of `publicKey` signed exactly `message`. Malformed input is false. */
+export function verify(publicKey, message, signature) {
+  if (publicKey.length !== 32 || signature.length !== 64) return false;
+  try {
+    return sodium.crypto_sign_verify_detached(signature, message, publicKey);
+  } catch {
+    return false;
+  }
+}
+
+/** The 8 bytes by which an envelope names the key that signed it. */
+export const contentKeyId = (publicKey) => sha256(utf8('SPK-id'), publicKey).subarray(0, 8);
+
+export { sodium };

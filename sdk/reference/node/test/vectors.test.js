@@ -1,0 +1,200 @@
+// The test vectors that every implementation reads. docs/device-protocol.md says how they are written.
+
+import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
+import { describe, test } from 'node:test';
+
+import * as sealpush from '../src/index.js';
+import { bytes, contentOf, drawnFrom, fields, load } from './read.js';
+
+const hex = (data) => Buffer.from(data).toString('hex');
+const plain = (data) => Uint8Array.from(data); // compares by content, also for views
+
+describe('sealing', () => {
+  const file = load('seal');
+  const devices = fields(file.devices);
+
+  for (const vector of file.cases) {
+    test(vector.name, () => {
+      const signer = sealpush.signingKey(bytes(file.signers[vector.signer].seed));
+      assert.equal(hex(sealpush.contentKeyId(signer.publicKey)), file.signers[vector.signer].key_id);
+      const recipients = vector.recipients.map(({ device, kind }) => {
+        const { deviceId, prekeys } = devices[device];
+        const { suite, prekeyId, publicKey } = prekeys.find((prekey) => prekey.kind === kind);
+        return { deviceId, suite, prekeyId, kind, publicKey };
+      });
+      const content = contentOf(vector.content);
+      const random = drawnFrom(bytes(vector.random));
+      const sealed = sealpush.seal({ content, header: fields(vector.header), recipients, signer, random });
+
+      const { expect } = vector;
+      assert.equal(sealed.length, expect.bytes);
+      if (expect.envelope) assert.equal(hex(sealed), expect.envelope);
+      else {
+        const stanzas = expect.stanzas.join('');
+        assert.equal(hex(sealed.subarray(0, 126)), expect.head);
+        assert.equal(hex(sealed.subarray(128, 128 + stanzas.length / 2)), stanzas);
+        assert.equal(hex(sealed.subarray(-64)), expect.signature);
+      }
+      assert.equal(createHash('sha256').update(sealed).digest('hex'), expect.sha256);
+
+      const parsed = sealpush.parse(sealed);
+      assert.deepEqual(sealpush.encode(parsed), sealed);
+      for (const { device } of vector.recipients) {
+        const own = devices[device];
+        const alone = sealpush.parse(sealpush.forDevice(parsed, own.deviceId));
+        for (const envelope of [parsed, alone]) {
+          const opened = sealpush.openSignedBy(envelope, { device: own, senderPublicKey: signer.publicKey });
+          assert.deepEqual(plain(opened), content);
+        }
+      }
+    });
+  }
+
+  for (const vector of file.refused) {
+    test(`refused: ${vector.name}`, () => {
+      const signer = sealpush.signingKey(bytes(file.signers[vector.signer].seed));
+      const { header, recipients } = fields(vector);
+      const call = () => sealpush.seal({ content: contentOf(vector.content), header, recipients, signer });
+      assert.throws(call, (error) => error instanceof RangeError || error instanceof sealpush.KeyRefused);
+    });
+  }
+});
+
+describe('opening', () => {
+  const file = load('open');
+  const devices = fields(file.devices);
+
+  function envelopeOf({ envelope, base, changes }) {
+    if (envelope) return bytes(envelope);
+    return changes.reduce((data, { op, offset, mask, length, hex: text }) => {
+      switch (op) {
+        case 'flip':
+          data[offset] ^= mask;
+          return data;
+        case 'replace':
+          data.set(bytes(text), offset);
+          return data;
+        case 'truncate':
+          return data.slice(0, length);
+        case 'append':
+          return Uint8Array.from([...data, ...bytes(text)]);
+        default:
+          throw new Error(`an unknown change: ${op}`);
+      }
+    }, bytes(file.bases[base]));
+  }
+
+  function openAsIn(vector, onStage) {
+    const context = { ...file.context, ...vector.context };
+    return sealpush.open(envelopeOf(vector), {
+      device: { ...devices[context.device], minSuite: context.min_suite },
+      trust: {
+        rootPublicKey: bytes(context.root_public_key),
+        senderEntry: bytes(context.sender_entry),
+        platformEntry: context.platform_entry && bytes(context.platform_entry),
+      },
+      nowMs: context.now_ms,
+      skewMs: context.skew_ms,
+      seen: (senderId, contentId) => context.seen.some(([sender, content]) => sender === hex(senderId) && content === hex(contentId)),
+      onStage,
+    });
+  }
+
+  for (const vector of file.opened) {
+    test(vector.name, () => {
+      const stages = [];
+      assert.deepEqual(plain(openAsIn(vector, (stage) => stages.push(stage))), contentOf(file.content));
+      assert.deepEqual(stages, file.stages);
+    });
+  }
+
+  for (const vector of file.refused) {
+    test(`refused: ${vector.name}`, () => {
+      let reached;
+      const call = () => openAsIn(vector, (stage) => (reached = stage));
+      assert.throws(call, (error) => error instanceof sealpush.EnvelopeRefused && error.cause === undefined);
+      assert.equal(reached, vector.stage);
+    });
+  }
+});
+
+describe('signatures', () => {
+  for (const { name, public_key, message, signature, valid } of load('signatures').cases) {
+    test(name, () => assert.equal(sealpush.verify(bytes(public_key), bytes(message), bytes(signature)), valid));
+  }
+});
+
+describe('prekeys', () => {
+  const file = load('prekeys');
+  const identity = sealpush.signingKey(bytes(file.identity_seed));
+
+  for (const vector of file.verify) {
+    test(vector.name, () => {
+      const { prekey, ...rest } = fields(vector);
+      if (!vector.accepted) {
+        assert.throws(() => sealpush.verifyPrekey(prekey, rest), sealpush.KeyRefused);
+        return;
+      }
+      sealpush.verifyPrekey(prekey, rest);
+      const statement = sealpush.prekeyStatement(prekey, rest.deviceId, rest.minSuite);
+      assert.equal(hex(statement), vector.signed_bytes);
+      assert.deepEqual(identity.sign(statement), prekey.signature);
+    });
+  }
+
+  for (const vector of file.choose) {
+    test(`choosing: ${vector.name}`, () => {
+      const { signedPrekey, oneTimePrekey } = fields(vector);
+      const device = { deviceId: bytes(file.device_id), identityPublicKey: identity.publicKey, minSuite: 1, signedPrekey, oneTimePrekey };
+      if (vector.chosen === 'refused') assert.throws(() => sealpush.recipientOf(device, file.now_ms), sealpush.KeyRefused);
+      else assert.deepEqual(sealpush.choosePrekey(device, file.now_ms), fields(vector[vector.chosen]));
+    });
+  }
+});
+
+describe('sender entries', () => {
+  const file = load('entries');
+  const root = bytes(file.root_public_key);
+
+  for (const vector of file.verify) {
+    test(vector.name, () => {
+      const call = () => sealpush.verifyEntry(root, bytes(vector.blob), vector.now_ms, vector.role);
+      if (!vector.entry) {
+        assert.throws(call, sealpush.EntryRefused);
+        return;
+      }
+      const entry = call();
+      const keys = entry.keys.map((key) => ({ ...key, publicKey: plain(key.publicKey) }));
+      assert.deepEqual({ ...entry, senderId: plain(entry.senderId), keys }, fields(vector.entry));
+    });
+  }
+});
+
+describe('what a device signs', () => {
+  const file = load('proofs');
+  const identity = sealpush.signingKey(bytes(file.identity_seed));
+  const build = {
+    challenge: sealpush.challengeStatement,
+    registration: sealpush.registrationStatement,
+    acknowledgement: sealpush.acknowledgementStatement,
+    change: sealpush.changeStatement,
+  };
+
+  for (const vector of file.cases) {
+    test(vector.name, () => {
+      const statement = build[vector.statement](fields(vector.fields));
+      assert.equal(hex(statement), vector.signed_bytes);
+      assert.equal(hex(identity.sign(statement)), vector.signature);
+    });
+  }
+  for (const vector of file.refused) {
+    test(`refused: ${vector.name}`, () => assert.throws(() => build[vector.statement](fields(vector.fields)), RangeError));
+  }
+  for (const vector of file.verify) {
+    test(`checked: ${vector.name}`, () => {
+      const [publicKey, statement, signature] = [vector.public_key, vector.signed_bytes, vector.signature].map(bytes);
+      assert.equal(sealpush.verify(publicKey, statement, signature), vector.valid);
+    });
+  }
+});
