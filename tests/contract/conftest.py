@@ -22,6 +22,7 @@ from sealpushd.platform.migrate import migrate
 from sealpushd.platform.server import Build, Runtime
 from sealpushd.platform.settings import Settings
 from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, Served
+from tests.contract.push_simulators import Certificates
 
 PASSWORD = "a password of a test"
 
@@ -119,3 +120,15 @@ def mesh_channel(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Co
         return channel
 
     return make
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Of servers on localhost, and their authority."""
+    return Certificates.make(tmp_path_factory.mktemp("tls"), ["localhost"])
+
+
+@pytest.fixture(scope="session")
+def other_certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """The same, of an authority that nobody trusts."""
+    return Certificates.make(tmp_path_factory.mktemp("other-tls"), ["localhost"])

@@ -57,11 +57,6 @@ CODE = grpc.StatusCode
 each_platform = pytest.mark.parametrize("platform", PLATFORMS, ids=["apns", "fcm", "hms"])
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates.make(tmp_path_factory.mktemp("tls"), ["localhost"])
-
-
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def databases(migrated: Migrated) -> dict[str, str]:
     return await migrated("fetch", "dispatch")

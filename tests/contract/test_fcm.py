@@ -61,16 +61,6 @@ def keys() -> Keys:
     return Keys(*(rsa.generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2)))
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates.make(tmp_path_factory.mktemp("tls"), ["localhost"])
-
-
-@pytest.fixture(scope="module")
-def other_certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates.make(tmp_path_factory.mktemp("other-tls"), ["localhost"])
-
-
 @pytest.fixture
 async def running(certificates: Certificates, keys: Keys, clock: FakeClock) -> AsyncIterator[RunningSimulators]:
     accounts = [

@@ -48,16 +48,6 @@ HOUR = timedelta(hours=1)
 CLIENTS = [HmsClient(APP, SECRET, RECEIPT_KEY.user, RECEIPT_KEY.key), HmsClient(OTHER_APP, SECRET)]
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates.make(tmp_path_factory.mktemp("tls"), ["localhost"])
-
-
-@pytest.fixture(scope="module")
-def other_certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates.make(tmp_path_factory.mktemp("other-tls"), ["localhost"])
-
-
 @pytest.fixture
 async def running(certificates: Certificates, clock: FakeClock) -> AsyncIterator[RunningSimulators]:
     settings = SimulatorSettings(certificates.certificate, certificates.private_key, hms=SimulatedHms(clients=CLIENTS))

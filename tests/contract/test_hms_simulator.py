@@ -39,11 +39,6 @@ SEND = f"/v1/{APP}/messages:send"
 HMS = pb.SIMULATED_PUSH_SERVICE_HMS
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates.make(tmp_path_factory.mktemp("tls"), ["localhost"])
-
-
 @pytest.fixture
 async def running(certificates: Certificates, clock: FakeClock) -> AsyncIterator[RunningSimulators]:
     settings = SimulatorSettings(certificates.certificate, certificates.private_key, hms=SimulatedHms(clients=CLIENTS))

@@ -49,11 +49,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 CALLBACK = "X-HUAWEI-CALLBACK-ID"
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates.make(tmp_path_factory.mktemp("tls"), ["localhost"])
-
-
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def databases(migrated: Migrated) -> dict[str, str]:
     return await migrated("dispatch")

@@ -80,7 +80,7 @@ def pause(installation: Installation, app_id: str, platform: str) -> None:
 
     request = lanes_pb2.PauseLaneRequest(
         app_id=app_id,
-        platform=platform_number(platform),  # type: ignore[arg-type]  # a platform newer than this program is a number
+        platform=platform_number(platform),
     )
     installation.service("dispatch").call(LanesStub, "PauseLane", request)
     click.echo(f"paused: {app_id} on {platform}")
@@ -97,7 +97,7 @@ def resume(installation: Installation, app_id: str, platform: str) -> None:
 
     request = lanes_pb2.ResumeLaneRequest(
         app_id=app_id,
-        platform=platform_number(platform),  # type: ignore[arg-type]  # as above
+        platform=platform_number(platform),
     )
     installation.service("dispatch").call(LanesStub, "ResumeLane", request)
     click.echo(f"resumed: {app_id} on {platform}")
@@ -117,7 +117,7 @@ def requeue(installation: Installation, app_id: str, platform: str) -> None:
 
     request = lanes_pb2.RequeueLaneRequest(
         app_id=app_id,
-        platform=platform_number(platform),  # type: ignore[arg-type]  # as above
+        platform=platform_number(platform),
     )
     dispatch = installation.service("dispatch")
     requeued, more = 0, True

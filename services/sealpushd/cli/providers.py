@@ -17,6 +17,7 @@ from sealpushd.cli.installation import Installation, Service, installation_of
 from sealpushd.cli.tables import table
 
 if TYPE_CHECKING:
+    from sealpush.v1 import common_pb2
     from sealpushd.v1 import providers_pb2
 
 # Which push service a platform uses unless told otherwise.
@@ -28,12 +29,12 @@ app_argument = click.argument("app_id")
 platform_argument = click.argument("platform", type=str)
 
 
-def platform_number(text: str) -> int:
+def platform_number(text: str) -> common_pb2.Platform.ValueType:
     """The platform that "ios" or a newer one's number means. Raises WronglyCalled."""
     from sealpush.v1 import common_pb2
 
     if re.fullmatch("[0-9]{1,5}", text) and 0 < int(text) < 32768:
-        return int(text)
+        return common_pb2.Platform.ValueType(int(text))
     try:
         number = common_pb2.Platform.Value(f"PLATFORM_{text.upper()}")
     except ValueError:
@@ -113,7 +114,7 @@ def _put(dispatch: Service, app_id: str, platform: str, kind: str, given: dict[s
         raise WronglyCalled("give the credential: --secret-file or --mounted")
     request = providers_pb2.PutProviderRequest(
         app_id=app_id,
-        platform=platform_number(platform),  # type: ignore[arg-type]  # a platform newer than this program is a number
+        platform=platform_number(platform),
         push_service=kind,
         settings={name: given[name] for name in ("key_id", "team_id", "topic", "project") if given[name]},
         replace=replace,
@@ -151,7 +152,7 @@ def test(installation: Installation, app_id: str, platform: str, as_json: bool) 
 
     request = providers_pb2.TestProviderRequest(
         app_id=app_id,
-        platform=platform_number(platform),  # type: ignore[arg-type]  # as above
+        platform=platform_number(platform),
     )
     answer = installation.service("dispatch").call(ProvidersStub, "TestProvider", request)
     if as_json:
@@ -208,7 +209,7 @@ def remove(installation: Installation, app_id: str, platform: str) -> None:
 
     request = providers_pb2.RemoveProviderRequest(
         app_id=app_id,
-        platform=platform_number(platform),  # type: ignore[arg-type]  # as above
+        platform=platform_number(platform),
     )
     installation.service("dispatch").call(ProvidersStub, "RemoveProvider", request)
     click.echo(f"removed: {app_id} on {platform}")

@@ -386,7 +386,7 @@ class PushSimulator(ABC):
         """Check who sends; gives the check of what is sent. Both raise Refused. A fault may come in between."""
 
     def _grant(self, request: HttpRequest) -> Verdict:
-        """Check a request for an access token; raises Refused."""
+        """Check a request for an access token; raises Refused. Asked only of a vendor that has a `token_path`."""
         raise NotImplementedError
 
     @abstractmethod

@@ -385,7 +385,7 @@ class FcmProvider:
         self._has_accepted = False
         self._sends = AuthorizedSends(
             HttpClient(settings.http, http2_only=True),
-            Connection(settings.base_url, settings.http.streams_max, clock, _any_answer_proves),
+            Connection(settings.base_url, settings.http.streams_max, clock),
             clock,
             send_path=f"/v1/projects/{self.topic}/messages:send",
             token_url=account.token_uri,
@@ -420,8 +420,3 @@ class FcmProvider:
     async def aclose(self) -> None:
         """See `Provider.aclose`."""
         await self._sends.aclose()
-
-
-def _any_answer_proves(answer: HttpAnswer) -> bool:
-    """Whatever the answer: FCM takes many streams at once from the start."""
-    return True

@@ -275,7 +275,7 @@ class HmsProvider:
         self._sends = AuthorizedSends(
             # Huawei promises no HTTP/2.
             HttpClient(settings.http, http2_only=False),
-            Connection(settings.base_url, settings.http.streams_max, clock, _any_answer_proves),
+            Connection(settings.base_url, settings.http.streams_max, clock),
             clock,
             send_path=f"/v1/{settings.app_id}/messages:send",
             token_url=settings.token_url,
@@ -321,8 +321,3 @@ class HmsProvider:
     async def aclose(self) -> None:
         """See `Provider.aclose`."""
         await self._sends.aclose()
-
-
-def _any_answer_proves(answer: HttpAnswer) -> bool:
-    """Whatever the answer: Push Kit takes many streams at once from the start."""
-    return True

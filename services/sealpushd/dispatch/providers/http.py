@@ -105,7 +105,8 @@ class Connection:
     their early streams and the client repeats them.
     """
 
-    def __init__(self, base_url: str, streams_max: int, clock: Clock, proves: Callable[[HttpAnswer], bool]) -> None:
+    def __init__(self, base_url: str, streams_max: int, clock: Clock, proves: Callable[[HttpAnswer], bool] | None = None) -> None:
+        """`proves`: whether an answer shows that the connection takes many streams; None: any answer does."""
         self.base_url = base_url
         self.streams = asyncio.Semaphore(streams_max)
         self._clock = clock
@@ -134,7 +135,7 @@ class Connection:
         except BaseException:
             self._proved_at = None
             raise
-        self._proved_at = self._clock.now() if self._proves(answer) else None
+        self._proved_at = self._clock.now() if self._proves is None or self._proves(answer) else None
         return answer
 
 
