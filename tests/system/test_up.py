@@ -281,6 +281,36 @@ def test_a_message_sent_from_a_second_terminal_arrives(up: Up, sealed: bool) -> 
         eventually(partial(has_exactly, up, phone, text, {text: 1}), f"{phone} has the message")
 
 
+def files_with(words: str, *folders: Path) -> list[Path]:
+    """Files below these folders that hold the words. What vanishes meanwhile holds nothing."""
+    found = []
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            if path.is_file() and words.encode() in path.read_bytes():
+                found.append(path)
+    return found
+
+
+def test_a_thief_of_the_disks_finds_no_content_and_no_number(up: Up) -> None:
+    """The claim of docs/security.md, byte by byte: PostgreSQL's files and its log of writes, Valkey's, and the logs of all processes."""
+    texts = {sealed: f"secret {uuid.uuid4().hex}" for sealed in (False, True)}
+    tags = {sealed: f"tag {uuid.uuid4().hex}" for sealed in (False, True)}
+    for sealed, text in texts.items():
+        options = ["--sealed"] if sealed else []
+        # Delivered to one person's phones, and waiting for a phone that is switched off.
+        delivered = run("send", PHONE, text, "--wait", "30s", "--json", "--tag", tags[sealed], *options, "--data-dir", up.data_dir)
+        assert last_json(delivered.stdout)["state"] == "DELIVERED"
+        waiting = run("send", SWITCHED_OFF_PHONE, text, "--json", "--tag", tags[sealed], *options, "--data-dir", up.data_dir)
+        assert last_json(waiting.stdout)["message_id"], waiting.stdout
+        eventually(partial(has_exactly, up, "phone-1", text, {text: 1}), "the phone has it")
+    postgres, valkey, log = (up.data_dir / name for name in ("postgres", "valkey", "log"))
+    for sealed, text in texts.items():
+        # What the sender calls visible is found: so the search would find the rest.
+        assert files_with(tags[sealed], postgres)
+        assert files_with(text, postgres, valkey, log) == []
+    assert files_with(PHONE.removeprefix("+"), postgres, valkey, log) == []
+
+
 def test_a_message_can_be_cancelled_and_explained(up: Up) -> None:
     sent = run("send", SWITCHED_OFF_PHONE, "never read", "--json", "--data-dir", up.data_dir)
     message_id = last_json(sent.stdout)["message_id"]
