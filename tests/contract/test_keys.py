@@ -469,7 +469,10 @@ async def test_prekeys_that_nobody_should_seal_to_are_refused(world: World, phon
         "from the future": phone.resigned(replace(good, created_at_ms=now + DAY_MS, expires_at_ms=now + 2 * DAY_MS)),
         "lives too long": phone.resigned(replace(good, expires_at_ms=now + 91 * DAY_MS)),
         "ends before it begins": replace(good, expires_at_ms=now - 1),
-        "hybrid": phone.resigned(replace(good, suite=2, public_key=b"k" * 1216)),
+        "hybrid, short": phone.resigned(replace(good, suite=2, public_key=b"k" * 1215)),
+        "hybrid, ML-KEM beyond its modulus": phone.resigned(replace(good, suite=2, public_key=b"\xff" * 1184 + b"k" * 32)),
+        "hybrid, X25519 of low order": phone.resigned(replace(good, suite=2, public_key=b"k" * 1184 + bytes(32))),
+        "unknown suite": phone.resigned(replace(good, suite=3, public_key=b"k" * 1216)),
         "suite 0": replace(good, suite=0),
         "not signed": replace(good, signature=bytes(64)),
         "signature cut short": replace(good, signature=good.signature[:-1]),
@@ -497,7 +500,9 @@ async def test_what_is_no_upload_is_refused(world: World, phone: Phone, subscrib
     many = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(101)]
     for upload in (phone.upload(*many), phone.upload(many[0], many[0]), phone.upload(*[phone.new_prekey(world.now_ms) for _ in range(2)])):
         assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.prekeys"
-    for upload in (phone.upload(min_suite=2), phone.upload(min_suite=300)):
+    # Raised without a signed prekey that says so.
+    assert (await refused(world.keys.UploadPrekeys(phone.upload(min_suite=2), metadata=world.device(phone))))[1] == "change.prekeys"
+    for upload in (phone.upload(min_suite=3), phone.upload(min_suite=300)):
         assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.min_suite"
 
 

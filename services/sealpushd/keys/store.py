@@ -103,6 +103,8 @@ class KeyStore:
             await connection.execute(self._sql["forget_devices"], list(plan.removed), now)
         if plan.placed:
             await connection.execute(self._sql["place_devices"], *_columns(plan.placed.items(), 2), now)
+        if plan.raised:
+            await connection.execute(self._sql["raise_min_suites"], *_columns(plan.raised.items(), 2))
         if plan.prekeys:
             await self._put_signed(connection, list(plan.prekeys.items()), now)
 

@@ -48,6 +48,13 @@ entries = st.builds(
 )
 
 
+def hybrid(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_ms: int = NOW, min_suite: int = 2) -> SignedPrekey:
+    _, public = generate_prekey(
+        IDENTITY, DEVICE.device_id, prekey_id=prekey_id, kind=kind, now_ms=created_at_ms, suite=2, min_suite=min_suite
+    )
+    return public
+
+
 def prekey(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_ms: int = NOW, min_suite: int = 1) -> SignedPrekey:
     _, public = generate_prekey(IDENTITY, DEVICE.device_id, prekey_id=prekey_id, kind=kind, now_ms=created_at_ms, min_suite=min_suite)
     return public
@@ -111,7 +118,7 @@ phones, people = st.sampled_from(sorted(PHONES)), st.sampled_from(PEOPLE)
 
 
 def new_device(name: bytes, subscriber: SubscriberId) -> NewDevice:
-    return NewDevice(subscriber, DeviceId(name * 16), PHONES[name].public_key, PHONE_PREKEYS[name])
+    return NewDevice(subscriber, DeviceId(name * 16), PHONES[name].public_key, PHONE_PREKEYS[name], min_suite=1)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.tuples(phones, people), max_size=6)), max_size=6))
@@ -184,20 +191,26 @@ def test_no_low_order_point_is_taken_in_any_encoding(point: str, top_bit: int) -
     assert "usable X25519" in rules.refuse_prekey(signed, DEVICE, NOW, 1)
 
 
-def test_the_lowest_suite_never_goes_down_and_never_beyond_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_suite_never_goes_down_and_never_beyond_what_is_supported() -> None:
     strict = replace(DEVICE, min_suite=2)
     with pytest.raises(InvalidRequest) as caught:
         rules.check_upload(Upload((), 1), strict, NOW)
     assert "never goes down" in caught.value.message
     with pytest.raises(InvalidRequest):
-        rules.check_upload(Upload((), 2), DEVICE, NOW)
-    # When suite 2 comes: raising it needs a prekey whose signature says so.
-    monkeypatch.setattr(rules, "SUITES_SUPPORTED", frozenset({1, 2}))
+        rules.check_upload(Upload((), 3), DEVICE, NOW)
+    # Raising it needs a prekey whose signature says so.
     with pytest.raises(InvalidRequest) as caught:
         rules.check_upload(Upload((), 2), DEVICE, NOW)
     assert "signed prekey" in caught.value.message
     with pytest.raises(InvalidRequest):
         rules.check_upload(Upload((CURRENT,), 2), DEVICE, NOW)
+    with pytest.raises(InvalidRequest):
+        rules.check_upload(Upload((hybrid(min_suite=1),), 2), DEVICE, NOW)
+    assert rules.check_upload(Upload((hybrid(),), 2), DEVICE, NOW) == 2
+    # Once there, the suite may be left as it is, and nothing lower is taken.
+    assert rules.check_upload(Upload((hybrid(2, PrekeyKind.ONE_TIME),), 0), strict, NOW) == 2
+    with pytest.raises(InvalidRequest):
+        rules.check_upload(Upload((prekey(3, PrekeyKind.ONE_TIME),), 0), strict, NOW)
 
 
 def test_a_signed_prekey_held_already_is_no_news_and_its_id_is_taken() -> None:

@@ -337,28 +337,32 @@ def test_a_low_order_ephemeral_key_is_refused(point: bytes) -> None:
         PHONE.open(dataclasses.replace(envelope, stanzas=(stanza,)))
 
 
-def test_the_hybrid_suite_is_carried_but_neither_made_nor_opened() -> None:
+def test_an_unknown_suite_is_carried_but_neither_made_nor_opened() -> None:
     with pytest.raises(SuiteUnsupported, match="upgrade"):
-        seal(b"", HEADER, [dataclasses.replace(PHONE.recipient, suite=2)], BANK_KEY)
+        seal(b"", HEADER, [dataclasses.replace(PHONE.recipient, suite=3)], BANK_KEY)
     envelope = seal(b"hi", HEADER, [PHONE.recipient], BANK_KEY)
-    hybrid = Stanza(DeviceId(b"H" * 16), 2, 1, PrekeyKind.SIGNED, b"w" * 1248)
-    mixed = dataclasses.replace(envelope, stanzas=(hybrid, *envelope.stanzas))
+    unknown = Stanza(DeviceId(b"H" * 16), 3, 1, PrekeyKind.SIGNED, b"w" * 1248)
+    mixed = dataclasses.replace(envelope, stanzas=(unknown, *envelope.stanzas))
     assert Envelope.parse(mixed.encode()) == mixed
     assert PHONE.open(mixed.encode()) == b"hi"
     with pytest.raises(EnvelopeRefused):
         open_envelope(
             mixed,
-            device_id=hybrid.device_id,
+            device_id=unknown.device_id,
             private_prekey_lookup=lambda *_: PHONE.private,
             sender_public_key=BANK_KEY.public_key,
         )
+
+
+def test_a_suite_below_the_lowest_accepted_is_refused() -> None:
+    envelope = seal(b"hi", HEADER, [PHONE.recipient], BANK_KEY)
     with pytest.raises(EnvelopeRefused):
         PHONE.open(envelope, min_suite=2)
 
 
 @pytest.mark.parametrize(
     ("suite", "kind", "wrapped_bytes"),
-    [(0, 1, 112), (1, 0, 112), (1, 3, 112), (1, 1, 111), (1, 1, 113), (2, 1, 0), (2, 1, 2049)],
+    [(0, 1, 112), (1, 0, 112), (1, 3, 112), (1, 1, 111), (1, 1, 113), (2, 1, 1199), (2, 1, 1201), (2, 1, 112), (3, 1, 0), (3, 1, 2049)],
 )
 def test_malformed_stanzas_are_refused(suite: int, kind: int, wrapped_bytes: int) -> None:
     data = b"D" * 16 + bytes((suite,)) + bytes(4) + bytes((kind,)) + wrapped_bytes.to_bytes(2, "big") + bytes(wrapped_bytes)
@@ -401,7 +405,7 @@ def test_an_envelope_for_nobody_parses_and_opens_for_nobody() -> None:
 
 
 def test_prekeys_of_wrong_shape_are_refused_when_sealing() -> None:
-    with pytest.raises(KeyRefused, match="32 bytes"):
+    with pytest.raises(KeyRefused, match="usable X25519"):
         seal(b"", HEADER, [dataclasses.replace(PHONE.recipient, public_key=b"x" * 31)], BANK_KEY)
     for change in ({"device_id": b"x" * 15}, {"prekey_id": 1 << 32}, {"prekey_id": -1}):
         with pytest.raises(ValueError, match="prekey_id must fit"):

@@ -26,7 +26,6 @@ from sealpush.envelope import (
 from sealpush.errors import ContentTooLarge, EntryRefused, EnvelopeRefused, KeyRefused, SuiteUnsupported
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId
 from sealpush.keys import (
-    SUITES_SUPPORTED,
     ContentSigningKey,
     EntryRole,
     IdentityKey,
@@ -53,6 +52,7 @@ from sealpush.proofs import (
     sign_proof,
     verify_proof,
 )
+from sealpush.suites import SUITES
 
 Json = dict[str, Any]
 
@@ -233,7 +233,7 @@ def stages(data: bytes, context: Json) -> Iterator[str]:
     device = OPEN["devices"][context["device"]]
     device_id = DeviceId(unhex(device["device_id"]))
     stanza = parsed.stanza_for(device_id)
-    if stanza is None or stanza.suite not in SUITES_SUPPORTED or stanza.suite < context["min_suite"]:
+    if stanza is None or stanza.suite not in SUITES or stanza.suite < context["min_suite"]:
         return
     yield "times"
     if check_times(header, context["now_ms"], context["skew_ms"]) is not TimeCheck.OK:
