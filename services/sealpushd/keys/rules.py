@@ -26,6 +26,7 @@ from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, Subscriber
 from sealpush.keys import (
     MESSAGE_LIFETIME_MS_MAX,
     ONE_TIME_PREKEYS_BATCH,
+    ONE_TIME_PREKEYS_REFILL_BELOW,
     PREKEY_RETENTION_MS,
     TIME_MS_MAX,
     ContentSigningKey,
@@ -350,6 +351,11 @@ def replaces(prekey: SignedPrekey, held: Sequence[SignedPrekey]) -> bool:
 _ONE_TIME_RECORD: Final = {suite_id: struct.Struct(f">IQQ{suite.public_bytes}s64s") for suite_id, suite in SUITES.items()}
 
 
+def record_bytes(suite: int) -> int:
+    """What one key of a suite takes in its blob."""
+    return _ONE_TIME_RECORD[suite].size
+
+
 def to_record(prekey: SignedPrekey) -> bytes:
     """A one-time prekey as it is kept."""
     return _ONE_TIME_RECORD[prekey.suite].pack(
@@ -365,16 +371,20 @@ def from_record(suite: int, record: bytes) -> SignedPrekey:
 
 @dataclass(frozen=True, slots=True)
 class OneTimePrekeys:
-    """A device's one-time prekeys of one suite; the columns of the table."""
+    """A device's one-time prekeys of one suite; the columns of the table.
+
+    With `more`, the blob is a window from the next key on, and others follow: enough for taking keys, not for what needs them all.
+    """
 
     suite: int
     first_index: int
     next_index: int
     blob: bytes = field(repr=False)
+    more: bool = False
 
     def _unpassed(self) -> Iterator[SignedPrekey]:
         """From the next index on."""
-        size = _ONE_TIME_RECORD[self.suite].size
+        size = record_bytes(self.suite)
         for start in range((self.next_index - self.first_index) * size, len(self.blob), size):
             yield from_record(self.suite, self.blob[start : start + size])
 
@@ -383,7 +393,7 @@ class OneTimePrekeys:
         return [each for each in self._unpassed() if each.expires_at_ms > now_ms]
 
     def taken(self, count: int, now_ms: int) -> tuple[list[SignedPrekey], Self]:
-        """The next keys, as many as asked for if there are, and the stock without them. What has expired is passed over for good."""
+        """The next keys, as many as asked for if they are here, and the stock without them. What has expired is passed over for good."""
         given: list[SignedPrekey] = []
         next_index = self.next_index
         for each in self._unpassed():
@@ -392,6 +402,8 @@ class OneTimePrekeys:
                     return given, replace(self, next_index=next_index)
                 given.append(each)
             next_index += 1
+        if self.more:
+            return given, replace(self, next_index=next_index)
         # Nothing is left: the blob goes.
         return given, replace(self, first_index=next_index, next_index=next_index, blob=b"")
 
@@ -413,6 +425,10 @@ class OneTimePrekeys:
                 field="change.prekeys",
             )
         return type(self)(self.suite, self.next_index, self.next_index, b"".join(map(to_record, keys)))
+
+
+# A device refills when fewer than this are left: no more of an old batch have expired in front of a newer one, as a rule.
+WINDOW_SPARE: Final = ONE_TIME_PREKEYS_REFILL_BELOW
 
 
 # Of one sender's handout: the request and the device.
