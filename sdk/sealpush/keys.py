@@ -23,7 +23,7 @@ import enum
 import hashlib
 import struct
 import unicodedata
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -281,7 +281,7 @@ def verify_prekey(
         raise KeyRefused("the prekey is not signed by this device; do not seal to it")
 
 
-def choose_prekey(device: RecipientDevice, now_ms: int, *, suites: Container[int] = SUITES) -> SignedPrekey:
+def choose_prekey(device: RecipientDevice, now_ms: int) -> SignedPrekey:
     """The verified prekey to seal to: the one-time prekey if there is one, else the signed prekey.
 
     A one-time prekey that has expired counts as none; one that fails any other check refuses the device, since falling
@@ -302,7 +302,7 @@ def choose_prekey(device: RecipientDevice, now_ms: int, *, suites: Container[int
         now_ms=now_ms,
         min_suite=device.min_suite,
     )
-    if prekey.suite not in suites:
+    if prekey.suite not in SUITES:
         raise SuiteUnsupported(f"the device asks for suite {prekey.suite}; upgrade this SDK to seal to it")
     return prekey
 

@@ -69,7 +69,9 @@ class Receiver:
         envelope = Envelope.parse(delivery.envelope)
         header = envelope.header
         stanza = envelope.stanza_for(registration.device_id)
-        min_suite = await self._store(lambda keystore: floor(keystore).min_suite(header.created_at_ms))
+        min_suite, seen = await self._store(
+            lambda keystore: (floor(keystore).min_suite(header.created_at_ms), keystore.seen(header.sender_id, header.content_id))
+        )
         if stanza is None or stanza.suite not in SUITES or stanza.suite < min_suite:
             raise EnvelopeRefused
         # Times.
@@ -77,7 +79,7 @@ class Receiver:
             await self._refuse(delivery, Reason.LIFETIME_OVER)
             return None
         # Seen before?
-        if await self._store(lambda keystore: keystore.seen(header.sender_id, header.content_id)):
+        if seen:
             delivered = self._delivered(delivery, header)
             await self._store(lambda keystore: keystore.queue_acknowledgement(delivered))
             return None
