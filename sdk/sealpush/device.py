@@ -39,6 +39,7 @@ from sealpush.proofs import registration_proof, sign_proof
 from sealpush.receiving import Receiver
 from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, jitter
 from sealpush.session import CALL_DEADLINE_S, Session
+from sealpush.suites import SUITE_X25519, SUITES
 from sealpush.transport import Calls, Channels, Endpoints, UnaryMethod
 from sealpush.upkeep import Upkeep, first_signed_prekey, set_uploaded, wire_prekey
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
@@ -133,7 +134,8 @@ class Device:
     `endpoints` may be a `Channels` shared by many devices; then whoever made it closes it. `root_public_key` is the
     platform's root that the app ships; it is pinned in the keystore. `on_message` gets each message that `run_stream()`
     brings. `one_time_prekeys` is how many to bring to the service at a time; 0: none.
-    Without one, content is sealed to the signed prekey, without forward secrecy within its week.
+    Without one, content is sealed to the signed prekey, without forward secrecy within its week. `suite` is what prekeys are of
+    from now on, SUITE_HYBRID for those that hold against a quantum computer too; a device that had a higher one keeps it.
     """
 
     def __init__(
@@ -146,15 +148,19 @@ class Device:
         platform: Platform,
         on_message: OnMessage | None = None,
         one_time_prekeys: int = ONE_TIME_PREKEYS_BATCH,
+        suite: int = SUITE_X25519,
         clock: Clock | None = None,
         random: Random = jitter,
         policy: RetryPolicy | None = None,
     ) -> None:
         if not 0 <= one_time_prekeys <= ONE_TIME_PREKEYS_BATCH:
             raise ValueError(f"one_time_prekeys must be 0 to {ONE_TIME_PREKEYS_BATCH}")
+        if suite not in SUITES:
+            raise ValueError(f"suite must be one of {sorted(SUITES)}; upgrade this SDK for a newer one")
         self.app_id = AppId(app_id)
         self._root_public_key = root_public_key
         self._platform = platform
+        self._suite = suite
         self._on_message = on_message
         self._clock = clock or SystemClock()
         self._own_channels = isinstance(endpoints, Endpoints)
@@ -165,7 +171,7 @@ class Device:
         self._time = time = ServerTime(self._clock, store)
         self._trouble = trouble = Trouble()
         self._session = session = Session(calls, channels, store, who, time, trouble)
-        self._upkeep = upkeep = Upkeep(session, store, who, time, trouble, one_time_prekeys=one_time_prekeys)
+        self._upkeep = upkeep = Upkeep(session, store, who, time, trouble, suite=suite, one_time_prekeys=one_time_prekeys)
         self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble)
         self._inbox = inbox = Inbox(store, time, entries)
         self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble)
@@ -236,7 +242,7 @@ class Device:
             device_id = DeviceId(kept or uuid7(self._clock.now_ms()))
             if kept is None:
                 keystore.set_fact(_DEVICE_ID, device_id)
-            return device_id, first_signed_prekey(keystore, identity, device_id, self._time.now_ms())
+            return device_id, first_signed_prekey(keystore, identity, device_id, self._time.now_ms(), self._suite)
 
         device_id, prekey = await self._store(prepare)
         request = registration_pb2.ConfirmRegistrationRequest(
@@ -245,6 +251,7 @@ class Device:
             device_id=device_id,
             identity_public_key=identity.public_key,
             signed_prekey=wire_prekey(prekey),
+            min_suite=prekey.suite,
             installation=installation,
             proof=sign_proof(identity, registration_proof(registration_id, identity.public_key, self.app_id)),
         )
@@ -255,7 +262,7 @@ class Device:
         registration = DeviceRegistration(device_id, subscriber_id, self.app_id, self._time.now_ms())
 
         def keep(keystore: Keystore) -> None:
-            set_uploaded(keystore, prekey)
+            set_uploaded(keystore, prekey, registration.registered_at_ms)
             keystore.set_registration(registration)
             keystore.set_fact(_REGISTRATION_ID, None)
 

@@ -10,8 +10,8 @@ Version 1, all numbers big-endian. The bytes below are what is signed and stored
     commit    = SHA-256("SPE1-commit" | CEK | header)
 
     stanza    = device_id16 | suite1 | prekey_id4 | kind1 | len2 | wrapped
-    wrapped   = suite 1 (112 bytes): SealedBox(prekey, CEK32 | SHA-256(header | device_id | prekey_id4 | kind1))
-                suite 2: reserved for the hybrid KEM; parsed and carried, neither made nor opened by this release
+    wrapped   = CEK32 | SHA-256(header | device_id | prekey_id4 | kind1), wrapped for the prekey as suites.py says:
+                112 bytes in suite 1, 1200 in suite 2; 1 to 2048 in a suite not known here, carried and never opened
 
     tail      = content | signature64
     content   = len4 | nonce24 | ciphertext        len counts nonce and ciphertext
@@ -28,8 +28,8 @@ Why each part is there: the commitment makes a ciphertext open under one key onl
 the hash in the stanza stops a stanza from being moved to another envelope, device or prekey; the header as additional
 data ties identities and times to the content; the signature says who speaks.
 
-With injected randomness (test vectors) bytes are drawn in this order: CEK 32, nonce 24, then per recipient, in order,
-32 bytes that are the secret key of the SealedBox's ephemeral pair.
+With injected randomness (test vectors) bytes are drawn in this order: CEK 32, nonce 24, then per recipient of suite 1, in
+order, 32 bytes that are the secret key of the SealedBox's ephemeral pair. A stanza of suite 2 is different each time.
 """
 
 import enum
@@ -44,12 +44,10 @@ import nacl.utils
 from nacl import bindings
 from nacl.exceptions import CryptoError
 
-from sealpush.errors import ContentTooLarge, EnvelopeRefused, KeyRefused, SuiteUnsupported
+from sealpush.errors import ContentTooLarge, EnvelopeRefused, SuiteUnsupported
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SenderKeyId
 from sealpush.keys import (
     MESSAGE_LIFETIME_MS_MAX,
-    SUITE_X25519,
-    SUITES_SUPPORTED,
     TIME_MS_MAX,
     ContentSigningKey,
     EntryRole,
@@ -63,6 +61,7 @@ from sealpush.keys import (
     content_key_id,
     verify_ed25519,
 )
+from sealpush.suites import SUITE_X25519, SUITES, WRAPPED_BYTES_MAX, Random
 
 MAGIC: Final = b"SPE1"
 CONTENT_SUITE: Final = 1
@@ -76,8 +75,6 @@ PADDED_BYTES_MAX: Final = 64 * 1024
 CONTENT_BYTES_MAX: Final = PADDED_BYTES_MAX - 1  # the padding mark takes one byte
 HEADER_BYTES: Final = 94
 HEAD_BYTES: Final = HEADER_BYTES + 32
-WRAPPED_BYTES_X25519: Final = 64 + 48
-WRAPPED_BYTES_MAX: Final = 2048  # the hybrid needs about 1.25 kB; leaves room for a larger KEM
 # One subscriber's devices. Even with every stanza at its largest an envelope stays within the 2 MiB of a batch.
 STANZAS_MAX: Final = 512
 
@@ -95,7 +92,6 @@ TAIL_BYTES_MIN: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MIN + _TAG_BYTES + _SIGN
 TAIL_BYTES_MAX: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MAX + _TAG_BYTES + _SIGNATURE_BYTES
 ENVELOPE_BYTES_MAX: Final = HEAD_BYTES + 2 + STANZAS_MAX * STANZA_BYTES_MAX + TAIL_BYTES_MAX
 
-Random = Callable[[int], bytes]
 PrekeyLookup = Callable[[int, int, PrekeyKind], PrekeyPrivate | None]
 
 
@@ -225,8 +221,8 @@ class Stanza:
         end = wrapped_start + wrapped_bytes
         if end > len(data) or suite == 0 or kind not in _KINDS:
             raise EnvelopeRefused
-        if suite == SUITE_X25519:
-            if wrapped_bytes != WRAPPED_BYTES_X25519:
+        if suite in SUITES:
+            if wrapped_bytes != SUITES[suite].wrapped_bytes:
                 raise EnvelopeRefused
         elif not 1 <= wrapped_bytes <= WRAPPED_BYTES_MAX:
             raise EnvelopeRefused
@@ -424,21 +420,21 @@ def open_envelope(
     if isinstance(envelope, bytes):
         envelope = Envelope.parse(envelope)
     stanza = envelope.stanza_for(device_id)
-    if stanza is None or stanza.suite not in SUITES_SUPPORTED or stanza.suite < min_suite:
+    if stanza is None or stanza.suite not in SUITES or stanza.suite < min_suite:
         raise EnvelopeRefused
     verify_signature(envelope, sender_public_key)
     prekey = private_prekey_lookup(stanza.suite, stanza.prekey_id, stanza.kind)
     if prekey is None:
         raise EnvelopeRefused
     header_bytes, commit = envelope.head[:HEADER_BYTES], envelope.head[HEADER_BYTES:]
+    payload = SUITES[stanza.suite].unwrap(stanza.wrapped, prekey.public_key, prekey.private_key)
+    content_encryption_key, bound = payload[:32], payload[32:]
+    if not hmac.compare_digest(bound, _binding(header_bytes, device_id, stanza.prekey_id, stanza.kind)):
+        raise EnvelopeRefused
+    expected = hashlib.sha256(TAG_COMMIT + content_encryption_key + header_bytes).digest()
+    if not hmac.compare_digest(commit, expected):
+        raise EnvelopeRefused
     try:
-        unwrapped = bindings.crypto_box_seal_open(stanza.wrapped, prekey.public_key, prekey.private_key)
-        content_encryption_key, bound = unwrapped[:32], unwrapped[32:]
-        if not hmac.compare_digest(bound, _binding(header_bytes, device_id, stanza.prekey_id, stanza.kind)):
-            raise EnvelopeRefused
-        expected = hashlib.sha256(TAG_COMMIT + content_encryption_key + header_bytes).digest()
-        if not hmac.compare_digest(commit, expected):
-            raise EnvelopeRefused
         padded = bindings.crypto_aead_xchacha20poly1305_ietf_decrypt(
             envelope.tail[4 + _NONCE_BYTES : -_SIGNATURE_BYTES],
             header_bytes,
@@ -462,29 +458,10 @@ def _binding(header_bytes: bytes, device_id: bytes, prekey_id: int, kind: int) -
 
 def _wrap(content_encryption_key: bytes, header_bytes: bytes, each: Recipient, random: Random) -> Stanza:
     """The stanza for one recipient."""
-    if each.suite not in SUITES_SUPPORTED:
+    if each.suite not in SUITES:
         raise SuiteUnsupported(f"this release cannot seal to suite {each.suite}; upgrade this SDK")
     if len(each.device_id) != 16 or not 0 <= each.prekey_id <= _U32_MAX:
         raise ValueError("device_id must be 16 raw bytes and prekey_id must fit 32 bits")
-    if len(each.public_key) != 32:
-        raise KeyRefused("an X25519 prekey is 32 bytes; ask for the keys of this device again")
     payload = content_encryption_key + _binding(header_bytes, each.device_id, each.prekey_id, each.kind)
-    try:
-        if random is nacl.utils.random:
-            wrapped = bindings.crypto_box_seal(payload, each.public_key)
-        else:
-            wrapped = _sealed_box_from(random(32), payload, each.public_key)
-    except CryptoError:
-        # libsodium refuses points of low order, whose shared secret anybody could compute.
-        raise KeyRefused("the prekey is not a usable X25519 key; the device must make a new one") from None
+    wrapped = SUITES[each.suite].wrap(payload, each.public_key, random)
     return Stanza(each.device_id, each.suite, each.prekey_id, PrekeyKind(each.kind), wrapped)
-
-
-def _sealed_box_from(ephemeral_private_key: bytes, payload: bytes, public_key: bytes) -> bytes:
-    """A SealedBox whose ephemeral key is given instead of drawn, byte for byte as libsodium composes it.
-
-    Source: libsodium's manual, "Sealed boxes": ephemeral_pk | box(m, nonce = BLAKE2b-24(ephemeral_pk | recipient_pk)).
-    """
-    ephemeral_public_key = bindings.crypto_scalarmult_base(ephemeral_private_key)
-    nonce = hashlib.blake2b(ephemeral_public_key + public_key, digest_size=24).digest()
-    return ephemeral_public_key + bindings.crypto_box_easy(payload, nonce, public_key, ephemeral_private_key)

@@ -23,7 +23,7 @@ import enum
 import hashlib
 import struct
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -33,6 +33,7 @@ from nacl.exceptions import CryptoError
 
 from sealpush.errors import EntryRefused, KeyRefused, SuiteUnsupported
 from sealpush.ids import DeviceId, SenderId, SenderKeyId, check_id
+from sealpush.suites import PREKEY_PUBLIC_BYTES_MAX, SUITE_X25519, SUITES
 
 DAY_MS: Final = 24 * 60 * 60 * 1000
 # Times are Unix milliseconds in 64 bits on the wire, but nothing later than what a UUIDv7 can name (year 10889).
@@ -47,11 +48,6 @@ PREKEY_RETENTION_MS: Final = MESSAGE_LIFETIME_MS_MAX + 7 * DAY_MS
 ONE_TIME_PREKEYS_BATCH: Final = 100
 ONE_TIME_PREKEYS_REFILL_BELOW: Final = 20
 
-SUITE_X25519: Final = 1
-SUITE_HYBRID: Final = 2  # ML-KEM-768 + X25519: part of the format, not usable in this release
-SUITES_SUPPORTED: Final = frozenset({SUITE_X25519})
-PREKEY_PUBLIC_BYTES_MAX: Final = 2048  # the hybrid's key is about 1.2 kB; leaves room for a larger KEM
-
 ENTRY_KEYS_MAX: Final = 16  # a rotation overlaps two or three
 ENTRY_NAME_BYTES_MAX: Final = 128  # what a phone can show in a notification title
 ENTRY_BYTES_MAX: Final = 4 + 3 + 16 + 24 + 1 + ENTRY_NAME_BYTES_MAX + 1 + ENTRY_KEYS_MAX * 48 + 64
@@ -63,22 +59,6 @@ _U8_MAX: Final = (1 << 8) - 1
 _U32_MAX: Final = (1 << 32) - 1
 _U64_MAX: Final = (1 << 64) - 1
 _SIGNATURE_BYTES: Final = 64
-
-# The points of X25519 whose multiples are few (u-coordinates, little-endian, top bit cleared): a shared secret with one
-# of them is known to everybody. From "May the Fourth Be With You" (Bernstein et al.), as in libsodium. Each is also
-# refused by libsodium when sealing; the table lets a key be refused when it is uploaded, at no cost.
-_LOW_ORDER = frozenset(
-    bytes.fromhex(point)
-    for point in (
-        "0000000000000000000000000000000000000000000000000000000000000000",
-        "0100000000000000000000000000000000000000000000000000000000000000",
-        "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
-        "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
-        "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-        "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-        "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
-    )
-)
 
 
 class PrekeyKind(enum.IntEnum):
@@ -114,11 +94,6 @@ def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
     except CryptoError:
         return False
     return True
-
-
-def is_low_order(public_key: bytes) -> bool:
-    """Whether an X25519 public key of 32 bytes is one of the few that make every shared secret known."""
-    return public_key[:31] + bytes((public_key[31] & 0x7F,)) in _LOW_ORDER
 
 
 def content_key_id(public_key: bytes) -> SenderKeyId:
@@ -258,13 +233,14 @@ def generate_prekey(
 ) -> tuple[PrekeyPrivate, SignedPrekey]:
     """A fresh prekey: the private half for the keystore, the signed half for upload.
 
-    Store the private half before uploading. `random(32)` gives the X25519 secret. Raises SuiteUnsupported for a suite
-    other than X25519.
+    Store the private half before uploading. `random(32)` gives it. Raises SuiteUnsupported for a suite that this release does not
+    know, ValueError for one below `min_suite`.
     """
-    if suite not in SUITES_SUPPORTED or min_suite > suite:
-        raise SuiteUnsupported(f"prekeys of suite {suite} cannot be made by this release; use suite {SUITE_X25519}")
-    private_key = random(32)
-    public_key = bindings.crypto_scalarmult_base(private_key)
+    if suite not in SUITES:
+        raise SuiteUnsupported(f"prekeys of suite {suite} cannot be made by this release; use one of {sorted(SUITES)}")
+    if suite < min_suite:
+        raise ValueError(f"a prekey of suite {suite} is below the device's lowest suite {min_suite}")
+    private_key, public_key = SUITES[suite].key_pair(random)
     expires_at_ms = now_ms + lifetime_ms
     unsigned = SignedPrekey(suite, prekey_id, kind, public_key, now_ms, expires_at_ms, b"")
     signature = identity.sign(prekey_proof(unsigned, device_id, min_suite))
@@ -293,8 +269,8 @@ def verify_prekey(
         raise KeyRefused(f"the prekey is malformed: {error}") from None
     if prekey.suite < min_suite:
         raise KeyRefused("the prekey is weaker than its device allows; ask for the keys of this device again")
-    if prekey.suite == SUITE_X25519 and (len(prekey.public_key) != 32 or is_low_order(prekey.public_key)):
-        raise KeyRefused("the prekey is not a usable X25519 key; the device must make a new one")
+    if prekey.suite in SUITES:
+        SUITES[prekey.suite].check_public(prekey.public_key)
     if prekey.expires_at_ms - prekey.created_at_ms > PREKEY_LIFETIME_MS_MAX:
         raise KeyRefused("the prekey lives longer than 90 days; the device must make a new one")
     if prekey.created_at_ms > now_ms + skew_ms:
@@ -305,7 +281,7 @@ def verify_prekey(
         raise KeyRefused("the prekey is not signed by this device; do not seal to it")
 
 
-def choose_prekey(device: RecipientDevice, now_ms: int, *, suites: Iterable[int] = SUITES_SUPPORTED) -> SignedPrekey:
+def choose_prekey(device: RecipientDevice, now_ms: int) -> SignedPrekey:
     """The verified prekey to seal to: the one-time prekey if there is one, else the signed prekey.
 
     A one-time prekey that has expired counts as none; one that fails any other check refuses the device, since falling
@@ -326,7 +302,7 @@ def choose_prekey(device: RecipientDevice, now_ms: int, *, suites: Iterable[int]
         now_ms=now_ms,
         min_suite=device.min_suite,
     )
-    if prekey.suite not in suites:
+    if prekey.suite not in SUITES:
         raise SuiteUnsupported(f"the device asks for suite {prekey.suite}; upgrade this SDK to seal to it")
     return prekey
 

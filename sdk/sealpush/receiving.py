@@ -15,15 +15,16 @@ import contextlib
 from sealpush.entries import SenderEntries
 from sealpush.envelope import MAGIC, Envelope, Header, TimeCheck, check_times, open_envelope
 from sealpush.errors import EnvelopeRefused, KeystoreBusy
+from sealpush.floor import floor
 from sealpush.ids import ContentId, MessageId, SenderId
 from sealpush.inbox import FLAG_MUTED, Committed, Inbox, parse_content
-from sealpush.keys import SUITES_SUPPORTED
 from sealpush.keystore import InboxMessage, Keystore, PendingAcknowledgement
 from sealpush.local import EXPIRY_SKEW_MS, FUTURE_SKEW_MS, Held, ServerTime, Store, Trouble, Who
 from sealpush.model import Reason
 from sealpush.proofs import AckOutcome
 from sealpush.retry import Deadline
 from sealpush.session import Session
+from sealpush.suites import SUITES
 from sealpush.v1 import messages_pb2
 
 
@@ -68,14 +69,17 @@ class Receiver:
         envelope = Envelope.parse(delivery.envelope)
         header = envelope.header
         stanza = envelope.stanza_for(registration.device_id)
-        if stanza is None or stanza.suite not in SUITES_SUPPORTED:
+        min_suite, seen = await self._store(
+            lambda keystore: (floor(keystore).min_suite(header.created_at_ms), keystore.seen(header.sender_id, header.content_id))
+        )
+        if stanza is None or stanza.suite not in SUITES or stanza.suite < min_suite:
             raise EnvelopeRefused
         # Times.
         if await self._is_over(header, deadline):
             await self._refuse(delivery, Reason.LIFETIME_OVER)
             return None
         # Seen before?
-        if await self._store(lambda keystore: keystore.seen(header.sender_id, header.content_id)):
+        if seen:
             delivered = self._delivered(delivery, header)
             await self._store(lambda keystore: keystore.queue_acknowledgement(delivered))
             return None
@@ -89,6 +93,7 @@ class Receiver:
                 device_id=registration.device_id,
                 private_prekey_lookup=keystore.prekey,
                 sender_public_key=public_key,
+                min_suite=min_suite,
             )
             message = self._inbox_message(delivery, header, plaintext)
             result = keystore.commit_message(

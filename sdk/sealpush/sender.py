@@ -21,7 +21,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from sealpush import envelope, errors
-from sealpush.errors import CallFailed
+from sealpush.errors import CallFailed, KeyRefused, SuiteTooLow
 from sealpush.ids import (
     ContentId,
     DeviceId,
@@ -49,6 +49,7 @@ from sealpush.model import (
     wire_time,
 )
 from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, jitter, retrying
+from sealpush.suites import SUITE_X25519
 from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, publish_pb2
 from sealpush.v1.content_pb2 import Content
@@ -58,6 +59,7 @@ BATCH_BYTES_MAX: Final = 2 * 1024 * 1024 - 64 * 1024  # the service's 2 MiB, les
 BATCHES_IN_FLIGHT: Final = 4  # keeps the service busy while one answer travels
 RESEALS_MAX: Final = 3  # a recipient whose devices change faster than this is reached by a later publish
 SEALED_KEPT_MAX: Final = 1024  # sealed requests without an answer, kept for the caller's own retry
+SUITES_KEPT_MAX: Final = 65_536  # devices above suite 1, 10 MB; a sender to more than these notices for the latest
 LIFETIME_DEFAULT: Final = timedelta(days=14)
 LIFETIME_MAX: Final = timedelta(days=28)
 WATCH_SILENT_ENDS_MAX: Final = 3  # a service that restarts may end a watch before it said anything
@@ -280,7 +282,8 @@ class Sender:
     """Publishes as one sender of an organisation. Safe for many tasks of one event loop; close it, or use `async with`.
 
     `sender_name` "" is the organisation's default sender. `signing_key` is needed to seal here. `timeout_s` is how long a
-    call may take altogether, retries included: rule V21's response timeout.
+    call may take altogether, retries included: rule V21's response timeout. Nothing is sealed here to a device that takes a lower
+    suite than `min_suite`.
     """
 
     def __init__(
@@ -291,6 +294,7 @@ class Sender:
         *,
         sender_name: str = "",
         signing_key: ContentSigningKey | None = None,
+        min_suite: int = SUITE_X25519,
         timeout_s: float = 10.0,
         clock: Clock | None = None,
         random: Random = jitter,
@@ -305,6 +309,8 @@ class Sender:
         self._timeout_s = timeout_s
         self._sign_in_request = accounts_pb2.SignInRequest(login=login, password=password, sender_name=sender_name)
         self._signing_key = signing_key
+        self._min_suite = min_suite
+        self._floors = _Floors()
         self._token = TokenHolder(self._sign_in, self._clock)
         self._sender_id: SenderId | None = None
         self._sealed: OrderedDict[RequestId, tuple[Publication, publish_pb2.PublishRequest]] = OrderedDict()
@@ -343,7 +349,8 @@ class Sender:
     async def publish_sealed(self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> PublishOutcome:
         """Publish one message that only the recipient's devices can read; the server cannot.
 
-        Raises KeyRefused when a device's key is not signed by that device, SuiteUnsupported when it needs a newer release.
+        Raises KeyRefused when a device's key is not signed by that device or is weaker than those before, SuiteTooLow when it is weaker
+        than this sender's `min_suite`, SuiteUnsupported when it needs a newer release.
         """
         publication = Publication.of(recipient, content, **options)
         deadline = self._deadline()
@@ -587,12 +594,41 @@ class Sender:
             created_at_ms=now_ms,
             expires_at_ms=now_ms + lifetime // timedelta(milliseconds=1),
         )
-        recipients = [envelope.recipient(_device(each), now_ms) for each in result.keys.devices]
+        recipients = [self._recipient(_device(each), now_ms) for each in result.keys.devices]
         sealed = envelope.seal(request.plain.SerializeToString(), header, recipients, self._signing_key)
         request.sealed.envelope = sealed.encode()
         request.sealed.device_list_version = result.keys.device_list_version
         request.lifetime.FromTimedelta(lifetime)
         return request
+
+    def _recipient(self, device: RecipientDevice, now_ms: int) -> envelope.Recipient:
+        """Raises KeyRefused, SuiteUnsupported."""
+        found = envelope.recipient(device, now_ms)
+        self._floors.check(device)
+        if found.suite < self._min_suite:
+            raise SuiteTooLow(
+                f"device {uuid_text(device.device_id)} takes suite {found.suite}, and this sender seals to {self._min_suite} or higher;"
+                " have its app upgraded, lower min_suite, or use another channel"
+            )
+        return found
+
+
+class _Floors:
+    """The lowest suite that each device ever signed, as far as this process saw it: whoever kept an old key cannot bring it back."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, int] = OrderedDict()  # by identity key, the latest last; suite 1 is not worth a place
+
+    def check(self, device: RecipientDevice) -> None:
+        """Of a device whose prekey was verified. Raises KeyRefused for one that accepted no such suite any more."""
+        identity = device.identity_public_key
+        if device.min_suite < self._known.get(identity, SUITE_X25519):
+            raise KeyRefused("the device has signed for a higher suite before; somebody brings back an old key: do not seal to it")
+        if device.min_suite > SUITE_X25519:
+            self._known[identity] = device.min_suite
+            self._known.move_to_end(identity)
+            if len(self._known) > SUITES_KEPT_MAX:
+                self._known.popitem(last=False)
 
 
 class _StreamSession:

@@ -4,16 +4,17 @@ A signed prekey serves 7 days; one-time prekeys are topped up when few are left 
 before anybody hears of the public ones.
 """
 
+import logging
 from dataclasses import replace
 from typing import Final
 
 from sealpush.errors import SealpushError
+from sealpush.floor import confirm, floor, raise_to
 from sealpush.ids import DeviceId
 from sealpush.keys import (
     DAY_MS,
     ONE_TIME_PREKEYS_REFILL_BELOW,
     SIGNED_PREKEY_ROTATION_MS,
-    SUITE_X25519,
     IdentityKey,
     PrekeyKind,
     PrekeyPrivate,
@@ -25,12 +26,15 @@ from sealpush.keystore import Keystore
 from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble, Who
 from sealpush.retry import Deadline
 from sealpush.session import Session
+from sealpush.suites import SUITE_X25519
 from sealpush.v1 import keys_pb2
+
+log = logging.getLogger("sealpush")
 
 MAINTENANCE_S_MIN: Final = 2.0  # not begun with less time than this
 MAINTENANCE_PERIOD_MS: Final = DAY_MS
 # Stop making more when uploads keep failing. Of those that were handed out and never used, which stay 90 + 35 days, each sender
-# can leave 10 a day here: enough for four that do nothing else, in 1 MB.
+# can leave 10 a day here: enough for four that do nothing else, in 1 MB; in suite 2, whose public halves are kept too, in 7 MB.
 ONE_TIME_PRIVATE_MAX: Final = 5000
 
 _UPLOADED_PREKEY: Final = "prekey.uploaded"  # a fact in the store: the id of the signed prekey that the service has
@@ -38,27 +42,35 @@ _MAINTAINED_AT: Final = "maintained.at"
 
 
 class Upkeep:
-    """What is due daily. `one_time_prekeys` is how many to keep at the service."""
+    """What is due daily. `suite` is what new prekeys are of, `one_time_prekeys` how many to keep at the service."""
 
-    def __init__(self, session: Session, store: Store, who: Who, time: ServerTime, trouble: Trouble, *, one_time_prekeys: int) -> None:
+    def __init__(
+        self, session: Session, store: Store, who: Who, time: ServerTime, trouble: Trouble, *, suite: int, one_time_prekeys: int
+    ) -> None:
         self._session = session
         self._store = store
         self._who = who
         self._time = time
         self._trouble = trouble
+        self._suite = suite
         self._one_time_prekeys = one_time_prekeys
         self._done_at_ms = 0
 
     async def load(self) -> None:
         """Read when it was done last."""
-        done_at = await self._store(lambda keystore: keystore.fact(_MAINTAINED_AT))
+        done_at, kept = await self._store(lambda keystore: (keystore.fact(_MAINTAINED_AT), floor(keystore)))
+        if self._suite < kept.suite:
+            log.warning("this device was raised to suite %d, which it keeps: suite %d is lower", kept.suite, self._suite)
         self._done_at_ms = int.from_bytes(done_at or b"", "big")
 
     async def do(self, deadline: Deadline) -> None:
         """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
         await self._session.bearer(deadline)  # and with it the server's time
-        signed, rotated = await self._signed_prekey()
-        upload = keys_pb2.PrekeyUpload(prekeys=[*([wire_prekey(signed)] if rotated else []), *await self._one_time(deadline)])
+        signed, rotated, rising = await self._signed_prekey()
+        upload = keys_pb2.PrekeyUpload(prekeys=map(wire_prekey, await self._one_time(signed.suite, deadline, rising=rising)))
+        if rotated:
+            upload.prekeys.insert(0, wire_prekey(signed))
+            upload.min_suite = signed.suite
         if upload.prekeys:
             change = upload.SerializeToString()
             await self._session.change(
@@ -72,7 +84,7 @@ class Upkeep:
 
         def finish(keystore: Keystore) -> None:
             if rotated:
-                set_uploaded(keystore, signed)
+                set_uploaded(keystore, signed, now_ms)
                 keystore.retire_signed_prekeys(signed.prekey_id, now_ms)
             keystore.purge(now_ms)
             keystore.set_fact(_MAINTAINED_AT, now_ms.to_bytes(8, "big"))
@@ -90,53 +102,57 @@ class Upkeep:
         except SealpushError as error:
             self._trouble.note(error)
 
-    async def _signed_prekey(self) -> tuple[SignedPrekey, bool]:
-        """The signed prekey to use from now on, and whether the service has yet to hear of it."""
+    async def _signed_prekey(self) -> tuple[SignedPrekey, bool, bool]:
+        """The signed prekey to use from now on, whether the service has yet to hear of it, and whether its suite is new to the service."""
         identity, registration = self._who.registered()
         now_ms = self._time.now_ms()
 
-        def current(keystore: Keystore) -> tuple[PrekeyPrivate, bytes | None]:
+        def current(keystore: Keystore) -> tuple[PrekeyPrivate, bytes | None, bool]:
+            suite = raise_to(keystore, self._suite)
             newest = keystore.newest_signed_prekey()
-            if newest is None or not -FUTURE_SKEW_MS <= now_ms - newest.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
-                newest = _make_signed_prekey(keystore, identity, registration.device_id, now_ms)
-            return newest, keystore.fact(_UPLOADED_PREKEY)
+            if newest is None or newest.suite != suite or not -FUTURE_SKEW_MS <= now_ms - newest.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
+                newest = _make_signed_prekey(keystore, identity, registration.device_id, now_ms, suite)
+            return newest, keystore.fact(_UPLOADED_PREKEY), suite > SUITE_X25519 and floor(keystore).raised_at_ms is None
 
-        prekey, uploaded = await self._store(current)
+        prekey, uploaded, rising = await self._store(current)
         signed = _sign_prekey(identity, registration.device_id, prekey)
-        return signed, _prekey_id_bytes(signed) != uploaded
+        return signed, _prekey_id_bytes(signed) != uploaded, rising
 
-    async def _one_time(self, deadline: Deadline) -> list[keys_pb2.Prekey]:
-        """New one-time prekeys, if the service has few left."""
+    async def _one_time(self, suite: int, deadline: Deadline, *, rising: bool) -> list[SignedPrekey]:
+        """New one-time prekeys, if the service has few left. With a rise it forgets those it has."""
         identity, registration = self._who.registered()
         wanted = self._one_time_prekeys
         if not wanted or await self._store(lambda keystore: keystore.prekey_count(PrekeyKind.ONE_TIME)) >= ONE_TIME_PRIVATE_MAX:
             return []
-        state = await self._session.call(self._session.channels.keys.GetPrekeyState, keys_pb2.GetPrekeyStateRequest(), deadline)
-        if state.one_time_prekeys_left >= min(ONE_TIME_PREKEYS_REFILL_BELOW, wanted):
-            return []
+        if not rising:
+            state = await self._session.call(self._session.channels.keys.GetPrekeyState, keys_pb2.GetPrekeyStateRequest(), deadline)
+            if state.one_time_prekeys_left >= min(ONE_TIME_PREKEYS_REFILL_BELOW, wanted):
+                return []
         now_ms = self._time.now_ms()
-        more = await self._store(lambda keystore: _make_one_time_prekeys(keystore, identity, registration.device_id, now_ms, wanted))
-        return [wire_prekey(each) for each in more]
+        return await self._store(lambda keystore: _make_one_time_prekeys(keystore, identity, registration.device_id, now_ms, suite, wanted))
 
 
-def first_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int) -> SignedPrekey:
-    """The one that an earlier attempt made, so that a repeated registration is the same; a new one if that is old, or was
-    made by a clock that ran ahead."""
+def first_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, suite: int) -> SignedPrekey:
+    """The one that an earlier attempt made, so that a repeated registration is the same; a new one if that is old, was made by a
+    clock that ran ahead, or is of a lower suite."""
+    suite = raise_to(keystore, suite)
     known = keystore.newest_signed_prekey()
-    if known is None or not 0 <= now_ms - known.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
-        known = _make_signed_prekey(keystore, identity, device_id, now_ms)
+    if known is None or known.suite != suite or not 0 <= now_ms - known.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
+        known = _make_signed_prekey(keystore, identity, device_id, now_ms, suite)
     return _sign_prekey(identity, device_id, known)
 
 
 def _sign_prekey(identity: IdentityKey, device_id: DeviceId, prekey: PrekeyPrivate) -> SignedPrekey:
-    """The public half of a stored prekey; signing is deterministic, so a repeated upload has the same bytes."""
+    """The public half of a stored prekey, whose suite is the lowest that its device accepts; signing is deterministic, so a repeated
+    upload has the same bytes."""
     unsigned = SignedPrekey(prekey.suite, prekey.prekey_id, prekey.kind, prekey.public_key, prekey.created_at_ms, prekey.expires_at_ms, b"")
-    return replace(unsigned, signature=identity.sign(prekey_proof(unsigned, device_id, SUITE_X25519)))
+    return replace(unsigned, signature=identity.sign(prekey_proof(unsigned, device_id, min_suite=prekey.suite)))
 
 
-def set_uploaded(keystore: Keystore, prekey: SignedPrekey) -> None:
-    """Note that the service has this signed prekey."""
+def set_uploaded(keystore: Keystore, prekey: SignedPrekey, now_ms: int) -> None:
+    """Note that the service has this signed prekey, and with it the lowest suite."""
     keystore.set_fact(_UPLOADED_PREKEY, _prekey_id_bytes(prekey))
+    confirm(keystore, prekey.suite, now_ms)
 
 
 def _prekey_id_bytes(prekey: SignedPrekey) -> bytes:
@@ -156,17 +172,21 @@ def wire_prekey(prekey: SignedPrekey) -> keys_pb2.Prekey:
     )
 
 
-def _make_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int) -> PrekeyPrivate:
+def _make_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, suite: int) -> PrekeyPrivate:
     prekey_id = keystore.reserve_prekey_ids(1)
-    private, _ = generate_prekey(identity, device_id, prekey_id=prekey_id, kind=PrekeyKind.SIGNED, now_ms=now_ms)
+    private, _ = generate_prekey(
+        identity, device_id, prekey_id=prekey_id, kind=PrekeyKind.SIGNED, now_ms=now_ms, suite=suite, min_suite=suite
+    )
     keystore.add_prekeys([private])
     return private
 
 
-def _make_one_time_prekeys(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, count: int) -> list[SignedPrekey]:
+def _make_one_time_prekeys(
+    keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, suite: int, count: int
+) -> list[SignedPrekey]:
     first = keystore.reserve_prekey_ids(count)
     pairs = [
-        generate_prekey(identity, device_id, prekey_id=prekey_id, kind=PrekeyKind.ONE_TIME, now_ms=now_ms)
+        generate_prekey(identity, device_id, prekey_id=prekey_id, kind=PrekeyKind.ONE_TIME, now_ms=now_ms, suite=suite, min_suite=suite)
         for prekey_id in range(first, first + count)
     ]
     keystore.add_prekeys([private for private, _ in pairs])

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
-from sealpush.envelope import CONTENT_BYTES_MAX, Header, Recipient, assemble, open_envelope, recipient, seal
+from sealpush.envelope import CONTENT_BYTES_MAX, Header, Recipient, Stanza, assemble, open_envelope, recipient, seal
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
@@ -31,6 +31,7 @@ from sealpush.keys import (
     prekey_proof,
 )
 from sealpush.proofs import body_digest, change_proof, sign_proof
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc
 from sealpushd.keys import rules
 from sealpushd.keys.app import build
@@ -132,10 +133,11 @@ class World:
 
 
 class Phone:
-    """An app instance: identity, prekeys with their private halves, a counter."""
+    """An app instance: identity, prekeys with their private halves, a counter. `suite` is what it makes, and the lowest it accepts."""
 
-    def __init__(self, now_ms: int) -> None:
+    def __init__(self, now_ms: int, suite: int = SUITE_X25519) -> None:
         self.device_id = DeviceId(uuid7())
+        self.suite = suite
         self.identity = IdentityKey.generate()
         self.counter = 0
         self._private: dict[tuple[int, int, PrekeyKind], PrekeyPrivate] = {}
@@ -144,7 +146,14 @@ class Phone:
 
     def new_prekey(self, now_ms: int, kind: PrekeyKind = PrekeyKind.SIGNED, lifetime_ms: int = 90 * DAY_MS) -> SignedPrekey:
         private, public = generate_prekey(
-            self.identity, self.device_id, prekey_id=self._next_id, kind=kind, now_ms=now_ms, lifetime_ms=lifetime_ms
+            self.identity,
+            self.device_id,
+            prekey_id=self._next_id,
+            kind=kind,
+            now_ms=now_ms,
+            lifetime_ms=lifetime_ms,
+            suite=self.suite,
+            min_suite=self.suite,
         )
         self._private[private.suite, private.prekey_id, private.kind] = private
         self._next_id += 1
@@ -161,7 +170,14 @@ class Phone:
             device_id=self.device_id,
             identity_public_key=self.identity.public_key,
             signed_prekey=to_message(prekey or self.signed_prekey),
+            min_suite=self.suite,
         )
+
+    def raised(self, now_ms: int) -> SignedPrekey:
+        """The signed prekey with which it leaves suite 1."""
+        self.suite = SUITE_HYBRID
+        self.signed_prekey = self.new_prekey(now_ms)
+        return self.signed_prekey
 
     def upload(self, *prekeys: SignedPrekey, min_suite: int = 0, counter: int | None = None) -> keys_pb2.UploadPrekeysRequest:
         if counter is None:
@@ -469,7 +485,10 @@ async def test_prekeys_that_nobody_should_seal_to_are_refused(world: World, phon
         "from the future": phone.resigned(replace(good, created_at_ms=now + DAY_MS, expires_at_ms=now + 2 * DAY_MS)),
         "lives too long": phone.resigned(replace(good, expires_at_ms=now + 91 * DAY_MS)),
         "ends before it begins": replace(good, expires_at_ms=now - 1),
-        "hybrid": phone.resigned(replace(good, suite=2, public_key=b"k" * 1216)),
+        "hybrid, short": phone.resigned(replace(good, suite=2, public_key=b"k" * 1215)),
+        "hybrid, ML-KEM beyond its modulus": phone.resigned(replace(good, suite=2, public_key=b"\xff" * 1184 + b"k" * 32)),
+        "hybrid, X25519 of low order": phone.resigned(replace(good, suite=2, public_key=b"k" * 1184 + bytes(32))),
+        "unknown suite": phone.resigned(replace(good, suite=3, public_key=b"k" * 1216)),
         "suite 0": replace(good, suite=0),
         "not signed": replace(good, signature=bytes(64)),
         "signature cut short": replace(good, signature=good.signature[:-1]),
@@ -497,7 +516,9 @@ async def test_what_is_no_upload_is_refused(world: World, phone: Phone, subscrib
     many = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(101)]
     for upload in (phone.upload(*many), phone.upload(many[0], many[0]), phone.upload(*[phone.new_prekey(world.now_ms) for _ in range(2)])):
         assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.prekeys"
-    for upload in (phone.upload(min_suite=2), phone.upload(min_suite=300)):
+    # Raised without a signed prekey that says so.
+    assert (await refused(world.keys.UploadPrekeys(phone.upload(min_suite=2), metadata=world.device(phone))))[1] == "change.prekeys"
+    for upload in (phone.upload(min_suite=3), phone.upload(min_suite=300)):
         assert (await refused(world.keys.UploadPrekeys(upload, metadata=world.device(phone))))[1] == "change.min_suite"
 
 
@@ -1083,3 +1104,142 @@ async def test_a_one_time_prekey_that_expired_is_stale(world: World, phone: Phon
     assert not await stale(world, bank, subscriber, phone, prekey)
     world.clock.advance(timedelta(milliseconds=1))
     assert await stale(world, bank, subscriber, phone, prekey)
+
+
+# The hybrid suite.
+
+
+def as_known(device: keys_pb2.DeviceKeys) -> RecipientDevice:
+    """A device as a sender gets it."""
+    one_time = from_message(device.one_time_prekey) if device.HasField("one_time_prekey") else None
+    return RecipientDevice(
+        DeviceId(device.device_id), device.identity_public_key, from_message(device.signed_prekey), one_time, device.min_suite
+    )
+
+
+async def test_a_device_registers_with_the_hybrid_suite_and_everything_is_sealed_to_it_in_that_suite(
+    world: World, subscriber: SubscriberId, number: str
+) -> None:
+    phone, plain = Phone(world.now_ms, SUITE_HYBRID), Phone(world.now_ms)
+    assert await world.put(phone.new_device(subscriber), plain.new_device(subscriber)) == ["", ""]
+    world.directory.people[number, APP] = subscriber, [phone.device_id, plain.device_id]
+    await stock(world, phone, 3)
+    # By the server.
+    [result] = await world.seal(world.item(subscriber, phone, plain))
+    assert [Stanza.decode(each.stanza).suite for each in result.parts.stanzas] == [2, 1]
+    key = await platform_key(world)
+    assert [each.open(result.parts, key) for each in (phone, plain)] == [b"hello"] * 2
+    # By a sender, to the one-time prekey.
+    bank = SenderId(uuid7())
+    [answer] = await ask(world, bank, query(number))
+    devices = [as_known(each) for each in answer.keys.devices]
+    assert [each.min_suite for each in devices] == [2, 1]
+    to = [recipient(each, world.now_ms) for each in devices]
+    assert [(each.suite, each.kind) for each in to] == [(2, PrekeyKind.ONE_TIME), (1, PrekeyKind.SIGNED)]
+    signing = ContentSigningKey.generate()
+    ref = RecipientRef(answer.keys.recipient_ref)
+    header = Header(ContentId(uuid7()), bank, signing.key_id, ref, world.now_ms, world.now_ms + DAY_MS)
+    made = seal(b"from the bank", header, to, signing)
+    keys = [sealing_pb2.StanzaKey(device_id=s.device_id, suite=s.suite, prekey_id=s.prekey_id, kind=int(s.kind)) for s in made.stanzas]  # type: ignore[arg-type]  # an enum on the wire is its number
+    check = sealing_pb2.StanzaCheck(
+        sender_id=bank, subscriber_id=subscriber, device_ids=[each.device_id for each in devices], stanzas=keys, recipient_ref=ref
+    )
+    assert await world.check(check) == [sealing_pb2.StanzaVerdict(device_list_version=answer.keys.device_list_version)]
+    parts = sealing_pb2.SealedParts(
+        head=made.head, tail=made.tail, stanzas=[sealing_pb2.DeviceStanza(device_id=s.device_id, stanza=s.encode()) for s in made.stanzas]
+    )
+    assert [each.open(parts, signing.public_key) for each in (phone, plain)] == [b"from the bank"] * 2
+
+
+async def test_a_device_goes_to_the_hybrid_suite_in_one_upload_and_what_it_had_below_is_forgotten(
+    world: World, phone: Phone, number: str, subscriber: SubscriberId
+) -> None:
+    [given, _] = await stock(world, phone, 2)
+    old, bank = phone.signed_prekey, SenderId(uuid7())
+    assert await key_of(world, bank, number, "a") == given.prekey_id
+    assert not await stale(world, bank, subscriber, phone, old)
+    signed = phone.raised(world.now_ms + 1)
+    one_time = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(100)]
+    upload = phone.upload(signed, *one_time, min_suite=SUITE_HYBRID)
+    assert (await world.keys.UploadPrekeys(upload, metadata=world.device(phone))).one_time_prekeys_left == 100
+    # Nothing that was made for the lower suite is good for anything any more.
+    assert await stale(world, bank, subscriber, phone, old)
+    assert await stale(world, bank, subscriber, phone, given)
+    assert await key_of(world, bank, number, "a") == one_time[0].prekey_id
+    assert not await stale(world, bank, subscriber, phone, one_time[0])
+    [result] = await world.seal(world.item(subscriber, phone))
+    assert phone.open(result.parts, await platform_key(world)) == b"hello"
+    assert Stanza.decode(result.parts.stanzas[0].stanza).suite == SUITE_HYBRID
+    # The answer was lost: the same prekeys again, under a new counter, change nothing.
+    again = phone.upload(signed, *one_time, min_suite=SUITE_HYBRID)
+    assert (await world.keys.UploadPrekeys(again, metadata=world.device(phone))).one_time_prekeys_left == 99
+    # There is no way back.
+    phone.suite = SUITE_X25519
+    lower = phone.upload(phone.new_prekey(world.now_ms), min_suite=SUITE_X25519)
+    assert (await refused(world.keys.UploadPrekeys(lower, metadata=world.device(phone))))[1] == "change.min_suite"
+    quiet = phone.upload(phone.new_prekey(world.now_ms))
+    assert (await refused(world.keys.UploadPrekeys(quiet, metadata=world.device(phone))))[1] == "change.prekeys[0]"
+
+
+async def test_registering_again_raises_the_lowest_suite_but_never_lowers_it(
+    world: World, phone: Phone, number: str, subscriber: SubscriberId
+) -> None:
+    [given] = await stock(world, phone, 1)
+    first, bank = phone.new_device(subscriber), SenderId(uuid7())
+    assert await key_of(world, bank, number, "a") == given.prekey_id
+    phone.raised(world.now_ms - 1)  # its clock went back meanwhile: the prekey counts all the same
+    second = phone.new_device(subscriber)
+    assert await world.put(second, second) == ["", ""]
+    assert await world.put(second) == [""]
+    assert await key_of(world, bank, number, "a") is None
+    assert await world.store.one_time_prekeys_left(phone.device_id, world.clock.now()) == 0
+    [result] = await world.seal(world.item(subscriber, phone))
+    assert phone.open(result.parts, await platform_key(world)) == b"hello"
+    [refusal] = await world.put(first)
+    assert "never goes down" in refusal
+    # Also not after a removal, or at another subscriber.
+    await world.remove((subscriber, phone.device_id))
+    first.subscriber_id = uuid7()
+    assert "never goes down" in (await world.put(first))[0]
+    assert await world.put(second) == [""]
+
+
+async def test_a_lowest_suite_that_the_prekey_does_not_say_is_refused(world: World, subscriber: SubscriberId) -> None:
+    for suite, said in ((1, 2), (2, 1), (2, 3), (1, 300)):
+        phone = Phone(world.now_ms, suite)
+        device = phone.new_device(subscriber)
+        device.min_suite = said
+        assert (await world.put(device))[0]
+        assert await world.store.device(phone.device_id) is None
+
+
+async def test_a_large_stock_is_handed_out_to_its_end_in_order(world: World, number: str, subscriber: SubscriberId) -> None:
+    phone = Phone(world.now_ms, SUITE_HYBRID)
+    await world.put(phone.new_device(subscriber))
+    world.directory.people[number, APP] = subscriber, [phone.device_id]
+    # Of 70 keys the first 30 expire: more than one window looks ahead.
+    expiring = await stock(world, phone, 30, lifetime_ms=1000)
+    lasting = await stock(world, phone, 40)
+    assert (len(expiring), await left(world, phone)) == (30, 70)
+    world.clock.advance(timedelta(seconds=2))
+    got = [await key_of(world, SenderId(uuid7()), number, f"{n}") for n in range(43)]
+    # The first request only passes over what has expired and gets none: its content goes to the signed prekey.
+    assert got == [None, *(each.prekey_id for each in lasting), None, None]
+
+
+async def test_an_answer_that_would_be_too_large_says_who_is_to_be_asked_for_again_and_burns_nothing(
+    world: World, subscriber: SubscriberId
+) -> None:
+    phones = [Phone(world.now_ms, SUITE_HYBRID) for _ in range(64)]
+    assert await world.put(*(each.new_device(subscriber) for each in phones)) == [""] * 64
+    await stock(world, phones[0], 20)
+    for n in range(20):
+        world.directory.people[f"+3805022200{n:02}", APP] = subscriber, [each.device_id for each in phones]
+    bank = SenderId(uuid7())
+    queries = [query(f"+3805022200{n:02}", request_id=f"{n}") for n in range(20)]
+    results = await ask(world, bank, queries[0], query("050"), *queries[1:], query("+380509999999"))
+    outcomes = [each.WhichOneof("outcome") for each in results]
+    assert outcomes == ["keys", "refused", *["keys"] * 16, *["ask_again"] * 3, "not_registered"]
+    assert await left(world, phones[0]) == 20 - 10  # what one sender gets of a device, all to those that were answered
+    again = await ask(world, SenderId(uuid7()), *queries[17:])
+    assert [len(each.keys.devices) for each in again] == [64] * 3

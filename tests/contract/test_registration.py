@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from sealpush.ids import AppId, DeviceId, RegistrationId, uuid7
 from sealpush.keys import IdentityKey, PrekeyKind, generate_prekey
 from sealpush.proofs import body_digest, challenge_proof, change_proof, registration_proof
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2, registration_pb2_grpc
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
@@ -57,11 +58,13 @@ class Accounts(administration_pb2_grpc.AdministrationServicer):
 class Keys(sealing_pb2_grpc.SealingServicer):
     def __init__(self) -> None:
         self.put: list[tuple[bytes, bytes]] = []
+        self.min_suites: dict[bytes, int] = {}
         self.removed: list[tuple[bytes, bytes]] = []
         self.refuse = ""
 
     async def PutDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.put.extend((one.subscriber_id, one.device_id) for one in request.devices)
+        self.min_suites.update((one.device_id, one.min_suite) for one in request.devices)
         return sealing_pb2.PutDevicesResponse(refusals=[self.refuse for _ in request.devices])
 
     async def RemoveDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -152,9 +155,13 @@ class Phone:
     token: str = ""
     subscriber_id: bytes = b""
 
-    def confirmation(self, registration_id: bytes, code: str, **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
+    def confirmation(
+        self, registration_id: bytes, code: str, suite: int = SUITE_X25519, **installation: Any
+    ) -> registration_pb2.ConfirmRegistrationRequest:
         now_ms = to_ms(self.world.clock.now())
-        _, prekey = generate_prekey(self.identity, self.device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=now_ms)
+        _, prekey = generate_prekey(
+            self.identity, self.device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=now_ms, suite=suite, min_suite=suite
+        )
         said = {"platform": common_pb2.PLATFORM_IOS, "push_token": TOKEN[:-24] + self.device_id.hex()[:24], **installation}
         return registration_pb2.ConfirmRegistrationRequest(
             registration_id=registration_id,
@@ -172,6 +179,8 @@ class Phone:
             ),
             installation=registration_pb2.Installation(**said),
             proof=self.identity.sign(registration_proof(RegistrationId(registration_id), self.identity.public_key, APP)),
+            # Phones of suite 1 that were made before the field do not send it.
+            min_suite=suite if suite > SUITE_X25519 else 0,
         )
 
     def confirm(self, request: registration_pb2.ConfirmRegistrationRequest) -> Any:
@@ -421,6 +430,18 @@ async def test_a_foreign_proof_and_a_foreign_prekey_are_refused(world: World) ->
     request.signed_prekey.CopyFrom(stranger.confirmation(started.registration_id, code).signed_prekey)
     assert (await refusal(phone.confirm(request))).field == "signed_prekey"
     await phone.confirm(phone.confirmation(started.registration_id, code))
+
+
+async def test_a_phone_registers_with_the_lowest_suite_that_its_prekey_says(world: World) -> None:
+    phone, plain = Phone(world, world.number()), await world.phone()
+    started = await world.start(phone.number)
+    code = world.code(phone.number)
+    for said in (0, 1, 3, 256):
+        request = phone.confirmation(started.registration_id, code, SUITE_HYBRID)
+        request.min_suite = said
+        assert (await refusal(phone.confirm(request))).field == "signed_prekey"
+    await phone.confirm(phone.confirmation(started.registration_id, code, SUITE_HYBRID))
+    assert world.keys.min_suites == {phone.device_id: SUITE_HYBRID, plain.device_id: SUITE_X25519}
 
 
 async def test_a_device_id_belongs_to_its_identity_for_ever(world: World) -> None:

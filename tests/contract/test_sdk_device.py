@@ -32,6 +32,7 @@ from sealpush.device import Device, Installation, Message, Preference, SealedBy
 from sealpush.entries import PROFILE_FAILED_PAUSE_S
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
 from sealpush.errors import KeystoreError, NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
+from sealpush.floor import Floor, floor
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, uuid7
 from sealpush.keys import (
     DAY_MS,
@@ -47,6 +48,7 @@ from sealpush.keys import (
     verify_prekey,
 )
 from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
+from sealpush.local import FUTURE_SKEW_MS
 from sealpush.model import Platform, Reason
 from sealpush.proofs import (
     AckOutcome,
@@ -58,6 +60,7 @@ from sealpush.proofs import (
     verify_proof,
 )
 from sealpush.retry import RetryPolicy, SystemClock
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
@@ -115,6 +118,7 @@ class Phone:
     signed_prekey: SignedPrekey
     installation: registration_pb2.Installation
     one_time: dict[int, SignedPrekey] = field(default_factory=dict)
+    min_suite: int = 1
     counter: int = 0
     waiting: dict[bytes, messages_pb2.Delivery] = field(default_factory=dict)
     ended: dict[bytes, messages_pb2.Acknowledgement] = field(default_factory=dict)
@@ -245,9 +249,12 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
             device_id=DeviceId(request.device_id),
             identity_public_key=request.identity_public_key,
             now_ms=self.now().ToMilliseconds(),
+            min_suite=request.min_suite,
         )
         if known is None:
-            self.phones[request.device_id] = Phone(DeviceId(request.device_id), request.identity_public_key, prekey, request.installation)
+            self.phones[request.device_id] = Phone(
+                DeviceId(request.device_id), request.identity_public_key, prekey, request.installation, min_suite=request.min_suite
+            )
         await self.after("ConfirmRegistration", context)
         return registration_pb2.ConfirmRegistrationResponse(subscriber_id=b"U" * 16, server_time=self.time())
 
@@ -307,12 +314,20 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         await self.before("UploadPrekeys", context)
         phone = await self.who(context)
         await self.check_change(phone, "/sealpush.v1.Keys/UploadPrekeys", request.change, request.proof, context)
-        for each in map(to_prekey, keys_pb2.PrekeyUpload.FromString(request.change).prekeys):
+        upload = keys_pb2.PrekeyUpload.FromString(request.change)
+        min_suite = upload.min_suite or phone.min_suite
+        if min_suite < phone.min_suite:
+            await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+        if min_suite > phone.min_suite:
+            phone.min_suite = min_suite
+            phone.one_time.clear()
+        for each in map(to_prekey, upload.prekeys):
             verify_prekey(
                 each,
                 device_id=phone.device_id,
                 identity_public_key=phone.identity_public_key,
                 now_ms=self.now().ToMilliseconds(),
+                min_suite=min_suite,
             )
             if each.kind is PrekeyKind.SIGNED:
                 phone.signed_prekey = each
@@ -439,6 +454,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         created_ms: int | None = None,
         lifetime_ms: int = DAY_MS,
         one_time: bool = False,
+        prekey: SignedPrekey | None = None,
         muted: bool = False,
         sender_id: SenderId = SENDER,
         plaintext: bytes | None = None,
@@ -456,7 +472,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
             created_ms + lifetime_ms,
             flags,
         )
-        prekey = phone.one_time.pop(min(phone.one_time)) if one_time else phone.signed_prekey
+        prekey = prekey or (phone.one_time.pop(min(phone.one_time)) if one_time else phone.signed_prekey)
         body = Content(version=1, content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL, body=text)
         body.MergeFrom(Content(**content))
         sealed = seal(body.SerializeToString() if plaintext is None else plaintext, header, [Recipient.of(phone.device_id, prekey)], key)
@@ -1286,6 +1302,114 @@ async def test_a_rotation_whose_upload_failed_is_repeated_with_the_same_key(serv
     await make(keystore).maintain()
     assert made is not None
     assert service.phone().signed_prekey.public_key == made.public_key
+
+
+# --- the hybrid suite ---
+
+
+async def test_a_device_registers_with_the_hybrid_suite_and_receives(service: Service, make: Make, keystore: Keystore) -> None:
+    service.lose_answer["ConfirmRegistration"] = 1
+    device = await register(make(keystore, suite=SUITE_HYBRID, one_time_prekeys=3))
+    first, second = service.confirmations
+    assert first == second
+    assert (first.min_suite, first.signed_prekey.suite) == (SUITE_HYBRID, SUITE_HYBRID)
+    await device.drain()
+    phone = service.phone()
+    assert {each.suite for each in phone.one_time.values()} == {SUITE_HYBRID}
+    service.send("signed")
+    once = service.send("once", one_time=True)
+    assert sorted(texts(await device.drain())) == ["once", "signed"]
+    assert keystore.prekey_count(PrekeyKind.ONE_TIME) == 2
+    service.put(once.envelope)
+    assert await device.drain() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 3
+    raised_at_ms = floor(keystore).raised_at_ms
+    assert raised_at_ms is not None
+    assert abs(raised_at_ms - service.now().ToMilliseconds()) < 60_000
+
+
+async def test_a_device_goes_to_the_hybrid_suite_in_one_upload_and_loses_nothing_on_the_way(
+    service: Service, make: Make, keystore: Keystore
+) -> None:
+    await (await register(make(keystore, one_time_prekeys=30))).drain()
+    phone = service.phone()
+    old = phone.signed_prekey
+    service.send("on its way")
+    service.send("on its way, once", one_time=True)
+    raised = make(keystore, suite=SUITE_HYBRID, one_time_prekeys=30)
+    service.lose_answer["UploadPrekeys"] = 1
+    await raised.maintain()
+    assert service.calls["UploadPrekeys"] == 3  # the first device's, this one's, and again as the answer was lost
+    assert (phone.min_suite, phone.signed_prekey.suite) == (SUITE_HYBRID, SUITE_HYBRID)
+    assert [each.suite for each in phone.one_time.values()] == [SUITE_HYBRID] * 30
+    service.send("new", one_time=True)
+    # Taken by the service just before, by a sender whose clock is ahead.
+    service.send("late", prekey=old, created_ms=service.now().ToMilliseconds() + FUTURE_SKEW_MS // 2)
+    assert sorted(texts(await raised.drain())) == ["late", "new", "on its way", "on its way, once"]
+    uploads = service.calls["UploadPrekeys"]
+    await raised.maintain()
+    assert service.calls["UploadPrekeys"] == uploads
+
+
+async def test_an_old_prekey_that_a_bad_server_gives_to_a_sender_opens_nothing_new(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    await register(make(keystore))
+    old = service.phone().signed_prekey
+    device = make(keystore, suite=SUITE_HYBRID)
+    await device.maintain()
+    raised_at_ms = floor(keystore).raised_at_ms
+    assert raised_at_ms is not None
+    clock.ahead_s = service.time_ahead_s = 3600
+    service.send("last", prekey=old, created_ms=raised_at_ms + FUTURE_SKEW_MS)
+    assert texts(await device.drain()) == ["last"]
+    service.send("too late", prekey=old, created_ms=raised_at_ms + FUTURE_SKEW_MS + 1)
+    assert await device.drain() == []
+    assert service.reasons() == [(AckOutcome.DELIVERED, Reason.UNSPECIFIED), (AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)]
+    # The other process of this phone need not know of the suite: the store does.
+    service.send("too late again", prekey=old)
+    assert await make(keystore).drain() == []
+    service.send("new")
+    assert texts(await make(keystore).drain()) == ["new"]
+
+
+async def test_a_rise_that_the_service_never_heard_of_refuses_nothing_and_is_repeated_with_the_same_key(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    await register(make(keystore))
+    service.down["UploadPrekeys"] = 100
+    with pytest.raises(Unavailable):
+        await make(keystore, suite=SUITE_HYBRID, policy=RetryPolicy(attempts_max=1)).maintain()
+    made = keystore.newest_signed_prekey()
+    clock.ahead_s = service.time_ahead_s = 3600
+    service.send("to the old key")
+    device = make(keystore, suite=SUITE_HYBRID)
+    assert texts(await device.drain()) == ["to the old key"]
+    assert floor(keystore) == Floor(SUITE_HYBRID, None)
+    service.down.clear()
+    # The app was set back meanwhile: what was decided stays, as the service may have heard of it.
+    await make(keystore).maintain()
+    assert made is not None
+    assert service.phone().signed_prekey.public_key == made.public_key
+    assert service.phone().min_suite == SUITE_HYBRID
+    assert floor(keystore).raised_at_ms is not None
+
+
+async def test_a_device_that_was_raised_keeps_the_suite_and_says_so(
+    service: Service, make: Make, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    keystore = MemoryKeystore()
+    await register(make(keystore, suite=SUITE_HYBRID))
+    first, before = service.phone().signed_prekey, floor(keystore)
+    lower = make(keystore, suite=SUITE_X25519)
+    clock.ahead_s = service.time_ahead_s = 8 * 86_400
+    await lower.maintain()
+    assert service.phone().signed_prekey.suite == SUITE_HYBRID
+    assert service.phone().signed_prekey != first
+    assert floor(keystore) == before
+    assert [each.message for each in caplog.records if "raised to suite 2" in each.message]
+    with pytest.raises(ValueError, match="suite must be one of"):
+        make(suite=3)
 
 
 async def test_a_diagnosis_says_what_works(service: Service, make: Make, clock: FakeClock) -> None:

@@ -20,8 +20,17 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
 from sealpush.envelope import Envelope, Stanza, open_envelope
-from sealpush.errors import EnvelopeRefused, InvalidRequest, KeyRefused, NotFound, PermissionDenied, Unauthenticated, Unavailable
-from sealpush.ids import DeviceId, MessageId, uuid7
+from sealpush.errors import (
+    EnvelopeRefused,
+    InvalidRequest,
+    KeyRefused,
+    NotFound,
+    PermissionDenied,
+    SuiteTooLow,
+    Unauthenticated,
+    Unavailable,
+)
+from sealpush.ids import DeviceId, MessageId, uuid7, uuid_text
 from sealpush.keys import ContentSigningKey, IdentityKey, PrekeyKind, PrekeyPrivate, SignedPrekey, generate_prekey
 from sealpush.model import ContentClass, Platform, Priority, Reason, Recipient, State, StopPoint
 from sealpush.retry import RetryPolicy
@@ -35,6 +44,7 @@ from sealpush.sender import (
     Sender,
     Unanswered,
 )
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, publish_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
@@ -95,17 +105,29 @@ async def fail(context: Context, code: grpc.StatusCode, reason: str, *, field: s
 class Phone:
     """A device to seal to."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, suite: int = SUITE_X25519) -> None:
         self.device_id = DeviceId(bytes((number,)) * 16)
         self.identity = IdentityKey.from_seed(bytes((number,)) * 32)
         self.private: PrekeyPrivate
         self.public: SignedPrekey
-        self.private, self.public = generate_prekey(
-            self.identity, self.device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=time.time_ns() // 1_000_000
-        )
-        self.privates = {(1, 1, PrekeyKind.SIGNED): self.private}
+        self.privates: dict[tuple[int, int, PrekeyKind], PrekeyPrivate] = {}
+        self.take_suite(suite)
         self.one_time: list[SignedPrekey] = []
         self.handed_out: dict[str, SignedPrekey] = {}
+
+    def take_suite(self, suite: int) -> None:
+        """Makes a signed prekey of this suite, the lowest it accepts."""
+        self.min_suite = suite
+        self.private, self.public = generate_prekey(
+            self.identity,
+            self.device_id,
+            prekey_id=len(self.privates) + 1,
+            kind=PrekeyKind.SIGNED,
+            now_ms=time.time_ns() // 1_000_000,
+            suite=suite,
+            min_suite=suite,
+        )
+        self.privates[suite, self.private.prekey_id, PrekeyKind.SIGNED] = self.private
 
     def stock(self, count: int) -> None:
         """Makes one-time prekeys."""
@@ -125,7 +147,7 @@ class Phone:
             identity_public_key=self.identity.public_key,
             signed_prekey=to_message(self.public),
             one_time_prekey=None if one_time is None else to_message(one_time),
-            min_suite=1,
+            min_suite=self.min_suite,
         )
 
     def accepts(self, stanza: Stanza) -> bool:
@@ -602,6 +624,58 @@ async def test_a_key_that_is_not_the_devices_own_is_never_sealed_to(service: Ser
     with pytest.raises(KeyRefused):
         await sender.publish_sealed(PHONE, content())
     assert service.received == []
+
+
+async def test_devices_of_both_suites_get_one_envelope(service: Service, sender: Sender) -> None:
+    service.phones[1].take_suite(SUITE_HYBRID)
+    assert isinstance(await sender.publish_sealed(PHONE, content("both"), request_id="r"), Accepted)
+    request = service.stored["r"][1]
+    assert [stanzas(request)[phone.device_id].suite for phone in service.phones] == [1, 2]
+    assert [phone.open(request.sealed.envelope) for phone in service.phones] == ["both"] * 2
+
+
+async def test_an_old_key_that_comes_back_after_a_stronger_one_is_never_sealed_to(service: Service, sender: Sender) -> None:
+    phone = service.phones[1]
+    old = phone.public
+    phone.take_suite(SUITE_HYBRID)
+    assert isinstance(await sender.publish_sealed(PHONE, content()), Accepted)
+    # A bad server kept the old key, whose signature is as true as ever.
+    phone.min_suite, phone.public = SUITE_X25519, old
+    received = len(service.received)
+    with pytest.raises(KeyRefused, match="old key"):
+        await sender.publish_sealed(PHONE, content())
+    assert len(service.received) == received
+    phone.take_suite(SUITE_HYBRID)
+    assert isinstance(await sender.publish_sealed(PHONE, content()), Accepted)
+
+
+async def test_what_is_remembered_of_suites_is_bounded_and_keeps_the_latest(
+    service: Service, sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sealpush.sender.SUITES_KEPT_MAX", 2)
+    service.phones = [Phone(number, SUITE_HYBRID) for number in range(1, 4)]
+    assert isinstance(await sender.publish_sealed(PHONE, content()), Accepted)
+    forgotten, *kept = service.phones
+    for phone in (*kept, forgotten):
+        phone.take_suite(SUITE_X25519)
+    service.phones = [forgotten]
+    assert isinstance(await sender.publish_sealed(PHONE, content()), Accepted)
+    for phone in kept:
+        service.phones = [phone]
+        with pytest.raises(KeyRefused):
+            await sender.publish_sealed(PHONE, content())
+
+
+async def test_a_sender_may_refuse_to_seal_to_devices_below_a_suite(service: Service, channels: Channels, clock: FakeClock) -> None:
+    strict = Sender(channels, "bank", "secret", signing_key=SIGNING_KEY, min_suite=SUITE_HYBRID, clock=clock, random=lambda: 0.5)
+    service.phones[0].take_suite(SUITE_HYBRID)
+    with pytest.raises(SuiteTooLow, match="takes suite 1") as caught:
+        await strict.publish_sealed(PHONE, content())
+    assert uuid_text(service.phones[1].device_id) in str(caught.value)
+    assert isinstance(caught.value, KeyRefused)
+    assert service.received == []
+    service.phones[1].take_suite(SUITE_HYBRID)
+    assert isinstance(await strict.publish_sealed(PHONE, content()), Accepted)
 
 
 async def test_sealing_to_nobody_and_without_a_key(service: Service, sender: Sender, channels: Channels) -> None:

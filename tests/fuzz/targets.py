@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import atheris
 
-with atheris.instrument_imports(include=["sealpush.envelope", "sealpush.keys"]):
+with atheris.instrument_imports(include=["sealpush.envelope", "sealpush.keys", "sealpush.suites"]):
     from sealpush.envelope import HEADER_BYTES, Envelope, Header, Recipient, _signed_bytes, open_envelope, seal
     from sealpush.keys import (
         ContentSigningKey,
@@ -26,11 +26,15 @@ with atheris.instrument_imports(include=["sealpush.envelope", "sealpush.keys"]):
         sign_sender_entry,
         verify_sender_entry,
     )
+    from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.errors import EntryRefused, EnvelopeRefused
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId
 
 NOW_MS = 1_800_000_000_000
-DEVICES = tuple(DeviceId(bytes([number]) * 16) for number in (1, 2, 3))
+# Of both suites; each has a prekey of one kind.
+DEVICES = {
+    DeviceId(bytes([number]) * 16): suite for number, suite in enumerate((SUITE_X25519, SUITE_X25519, SUITE_HYBRID, SUITE_HYBRID), 1)
+}
 CONTENT = b"one-time code 471 208"
 
 
@@ -58,15 +62,17 @@ def _deterministic(seed: int) -> Callable[[int], bytes]:
 
 
 def _sealed() -> tuple[Envelope, dict[DeviceId, PrekeyPrivate], ContentSigningKey]:
-    """A good envelope for three devices, what they open it with, and who sealed it."""
+    """A good envelope for all devices, what they open it with, and who sealed it."""
     draw = _deterministic(1)
     signing_key = ContentSigningKey.from_seed(draw(32))
     private: dict[DeviceId, PrekeyPrivate] = {}
     recipients = []
-    for number, device_id in enumerate(DEVICES):
-        kind = PrekeyKind.ONE_TIME if number else PrekeyKind.SIGNED
+    for number, (device_id, suite) in enumerate(DEVICES.items()):
+        kind = PrekeyKind.ONE_TIME if number % 2 else PrekeyKind.SIGNED
         identity = IdentityKey.from_seed(draw(32))
-        private[device_id], prekey = generate_prekey(identity, device_id, prekey_id=number, kind=kind, now_ms=NOW_MS, random=draw)
+        private[device_id], prekey = generate_prekey(
+            identity, device_id, prekey_id=number, kind=kind, now_ms=NOW_MS, suite=suite, random=draw
+        )
         recipients.append(Recipient.of(device_id, prekey))
     header = Header(ContentId(b"c" * 16), SenderId(b"s" * 16), signing_key.key_id, RecipientRef(b"r" * 32), NOW_MS, NOW_MS + 60_000)
     return seal(CONTENT, header, recipients, signing_key, random=draw), private, signing_key

@@ -23,6 +23,7 @@ from sealpush.keys import ContentSigningKey, PrekeyKind
 from sealpush.keystore import SqliteKeystore
 from sealpush.model import ContentClass, State
 from sealpush.sender import Accepted, Sender
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels
 from sealpush.v1.content_pb2 import Content
 from sealpushd.platform.db import connect
@@ -395,6 +396,7 @@ async def test_an_operator_sets_up_an_organisation_whose_sender_reaches_the_phon
             assert not status.state.terminal or status.state is State.DELIVERED
     handed_out = await one_time_prekeys_of(up, uuid.UUID(sender_id).bytes)
     assert sorted(map(len, handed_out.values())) == [10] * 4
+    assert sorted(sorted({suite for suite, _ in names}) for names in handed_out.values()) == [[SUITE_X25519]] * 3 + [[SUITE_HYBRID]]
     for phone in ("phone-1", "phone-2", "phone-4", "phone-5"):
         await asyncio.to_thread(eventually, partial(has_destroyed, up, phone, handed_out), f"{phone} has destroyed what was used")
     elsewhere = ("--display-name", "x", *certified, "--sender-key", sender_key, "--app", "no-such-app")

@@ -65,7 +65,7 @@ class Prekey(_message.Message):
     kind: Global___PrekeyKind.ValueType
     """Signed or one-time; covered by the signature."""
     public_key: _builtins.bytes
-    """32 bytes in suite 1."""
+    """32 bytes in suite 1. In suite 2, 1216: ML-KEM-768 1184, then X25519 32."""
     created_at_ms: _builtins.int
     """Milliseconds since 1970-01-01 UTC, as signed."""
     expires_at_ms: _builtins.int
@@ -217,7 +217,7 @@ class GetRecipientKeysRequest(_message.Message):
     QUERIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecipientKeysQuery]:
-        """≤ 100 recipients."""
+        """≤ 100 recipients. An answer holds keys of ≤ 1,100 devices; recipients beyond that are to be asked for again."""
 
     def __init__(
         self,
@@ -295,10 +295,13 @@ class RecipientKeysResult(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     NOT_REGISTERED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    ASK_AGAIN_FIELD_NUMBER: _builtins.int
     not_registered: _common_pb2.ReasonCode.ValueType
     """Nobody is registered; says why."""
     refused: _builtins.str
     """The query was refused; says what to do."""
+    ask_again: _builtins.bool
+    """The answer was full, and nothing was handed out: ask for this recipient in another call, with the same request id."""
     @_builtins.property
     def keys(self) -> Global___RecipientKeys:
         """The recipient can be sealed for."""
@@ -309,12 +312,13 @@ class RecipientKeysResult(_message.Message):
         keys: Global___RecipientKeys | None = ...,
         not_registered: _common_pb2.ReasonCode.ValueType = ...,
         refused: _builtins.str = ...,
+        ask_again: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "not_registered", b"not_registered", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ask_again", b"ask_again", "keys", b"keys", "not_registered", b"not_registered", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "not_registered", b"not_registered", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_again", b"ask_again", "keys", b"keys", "not_registered", b"not_registered", "outcome", b"outcome", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["keys", "not_registered", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["keys", "not_registered", "refused", "ask_again"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 

@@ -141,7 +141,7 @@ class SealedContent(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     DEVICE_LIST_VERSION_FIELD_NUMBER: _builtins.int
     envelope: _builtins.bytes
-    """A whole envelope with a stanza for each device of the recipient; ≤ 128 KiB."""
+    """A whole envelope with a stanza for each device of the recipient; ≤ 160 KiB."""
     device_list_version: _builtins.bytes
     """As given by Keys.GetRecipientKeys."""
     def __init__(

@@ -209,6 +209,7 @@ class ConfirmRegistrationRequest(_message.Message):
     SIGNED_PREKEY_FIELD_NUMBER: _builtins.int
     INSTALLATION_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    MIN_SUITE_FIELD_NUMBER: _builtins.int
     registration_id: _builtins.bytes
     """16 bytes, from StartRegistration."""
     code: _builtins.str
@@ -219,6 +220,8 @@ class ConfirmRegistrationRequest(_message.Message):
     """Ed25519, 32 bytes."""
     proof: _builtins.bytes
     """64 bytes: registration proof by the identity key."""
+    min_suite: _builtins.int
+    """Lowest suite this device accepts, as its prekey's signature says; 0: 1. Never goes down."""
     @_builtins.property
     def signed_prekey(self) -> _keys_pb2.Prekey:
         """The first signed prekey; an installation can be sealed to from its first moment."""
@@ -237,10 +240,11 @@ class ConfirmRegistrationRequest(_message.Message):
         signed_prekey: _keys_pb2.Prekey | None = ...,
         installation: Global___Installation | None = ...,
         proof: _builtins.bytes = ...,
+        min_suite: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["installation", b"installation", "signed_prekey", b"signed_prekey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "device_id", b"device_id", "identity_public_key", b"identity_public_key", "installation", b"installation", "proof", b"proof", "registration_id", b"registration_id", "signed_prekey", b"signed_prekey"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "device_id", b"device_id", "identity_public_key", b"identity_public_key", "installation", b"installation", "min_suite", b"min_suite", "proof", b"proof", "registration_id", b"registration_id", "signed_prekey", b"signed_prekey"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

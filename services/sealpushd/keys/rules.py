@@ -26,15 +26,15 @@ from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, Subscriber
 from sealpush.keys import (
     MESSAGE_LIFETIME_MS_MAX,
     ONE_TIME_PREKEYS_BATCH,
+    ONE_TIME_PREKEYS_REFILL_BELOW,
     PREKEY_RETENTION_MS,
-    SUITE_X25519,
-    SUITES_SUPPORTED,
     TIME_MS_MAX,
     ContentSigningKey,
     PrekeyKind,
     SignedPrekey,
     verify_prekey,
 )
+from sealpush.suites import SUITES
 from sealpushd.platform.errors import InvalidRequest
 
 # A refill comes when fewer than 20 are left and brings 100; an upload repeated under a new counter still fits.
@@ -114,12 +114,13 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class NewDevice:
-    """A device to enter into its subscriber's list, with the prekey it can be sealed to at once."""
+    """A device to enter into its subscriber's list, with the prekey it can be sealed to at once and the lowest suite it accepts."""
 
     subscriber_id: SubscriberId
     device_id: DeviceId
     identity_public_key: bytes
     signed_prekey: SignedPrekey
+    min_suite: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,8 @@ class Plan:
     placed: Mapping[DeviceId, SubscriberId] = field(default_factory=dict)
     removed: Sequence[DeviceId] = ()
     prekeys: Mapping[DeviceId, SignedPrekey] = field(default_factory=dict)
+    # Devices that accept no lower suite than this any more. All that was signed for a lower one goes.
+    raised: Mapping[DeviceId, int] = field(default_factory=dict)
     appends: Sequence[Append] = ()
     ends: Sequence[ListEnd] = ()
 
@@ -212,6 +215,7 @@ def plan_put(
     known = dict(known)
     placed: dict[DeviceId, SubscriberId] = {}
     taken: dict[DeviceId, SignedPrekey] = {}
+    raised: dict[DeviceId, int] = {}
     refusals = []
     for new in devices:
         device = known[new.device_id]
@@ -232,10 +236,14 @@ def plan_put(
             logs.append(new.subscriber_id, LogEntry(EntryKind.ADDED, device.device_id, device.identity_public_key, now_ms, recovered))
             placed[device.device_id] = new.subscriber_id
             known[device.device_id] = replace(device, subscriber_id=new.subscriber_id, removed=False)
-        # A registration that is repeated late must not bring back a prekey that was replaced since.
-        if all(new.signed_prekey.created_at_ms > each.created_at_ms for each in held):
+        if new.min_suite > device.min_suite:
+            raised[device.device_id] = new.min_suite
+            known[device.device_id] = replace(known[device.device_id], min_suite=new.min_suite)
+        # A registration that is repeated late must not bring back a prekey that was replaced since; one that raises the lowest suite
+        # brings the only prekey that says so.
+        if new.min_suite > device.min_suite or all(new.signed_prekey.created_at_ms > each.created_at_ms for each in held):
             taken[device.device_id] = new.signed_prekey
-    return Plan(refusals, placed=placed, prekeys=taken, appends=logs.appends, ends=logs.moved_ends)
+    return Plan(refusals, placed=placed, prekeys=taken, raised=raised, appends=logs.appends, ends=logs.moved_ends)
 
 
 def plan_remove(
@@ -261,7 +269,9 @@ def _refuse_device(new: NewDevice, device: Device, now_ms: int) -> str:
         return "the device id belongs to another identity key; register with a new device id"
     if new.signed_prekey.kind is not PrekeyKind.SIGNED:
         return "signed_prekey is of another kind"
-    return refuse_prekey(new.signed_prekey, device, now_ms, device.min_suite)
+    if new.min_suite < device.min_suite:
+        return f"min_suite is {device.min_suite} and never goes down; register with a prekey of that suite"
+    return refuse_prekey(new.signed_prekey, device, now_ms, new.min_suite)
 
 
 def _refuse_reuse(prekey: SignedPrekey, held: Iterable[SignedPrekey]) -> str:
@@ -272,9 +282,9 @@ def _refuse_reuse(prekey: SignedPrekey, held: Iterable[SignedPrekey]) -> str:
 
 def refuse_prekey(prekey: SignedPrekey, device: Device, now_ms: int, min_suite: int) -> str:
     """Why this prekey of a device cannot be taken; empty: it can."""
-    if prekey.suite not in SUITES_SUPPORTED:
+    if prekey.suite not in SUITES:
         # Taking it would leave the device without a prekey that this server can seal to.
-        return f"prekeys of suite {prekey.suite} are not supported here yet; use suite {SUITE_X25519}"
+        return f"prekeys of suite {prekey.suite} are not supported here yet; use one of {sorted(SUITES)}"
     try:
         verify_prekey(
             prekey,
@@ -309,8 +319,8 @@ def check_upload(upload: Upload, device: Device, now_ms: int) -> int:
     min_suite = upload.min_suite or device.min_suite
     if min_suite < device.min_suite:
         raise InvalidRequest(f"min_suite is {device.min_suite} and never goes down", field="change.min_suite")
-    if min_suite > max(SUITES_SUPPORTED):
-        raise InvalidRequest(f"suites up to {max(SUITES_SUPPORTED)} are supported here", field="change.min_suite")
+    if min_suite > max(SUITES):
+        raise InvalidRequest(f"suites up to {max(SUITES)} are supported here", field="change.min_suite")
     if min_suite > device.min_suite and upload.signed is None:
         raise InvalidRequest("a device that raises min_suite sends a new signed prekey along", field="change.prekeys")
     if len(upload.prekeys) - len(upload.one_time) > 1 or len(upload.one_time) > ONE_TIME_PREKEYS_BATCH:
@@ -337,8 +347,13 @@ def replaces(prekey: SignedPrekey, held: Sequence[SignedPrekey]) -> bool:
     return prekey not in held
 
 
-# What a record of one key takes in the blob of its suite.
-_ONE_TIME_RECORD: Final = {SUITE_X25519: struct.Struct(">IQQ32s64s")}
+# A record of one key in the blob of its suite.
+_ONE_TIME_RECORD: Final = {suite_id: struct.Struct(f">IQQ{suite.public_bytes}s64s") for suite_id, suite in SUITES.items()}
+
+
+def record_bytes(suite: int) -> int:
+    """What one key of a suite takes in its blob."""
+    return _ONE_TIME_RECORD[suite].size
 
 
 def to_record(prekey: SignedPrekey) -> bytes:
@@ -356,16 +371,20 @@ def from_record(suite: int, record: bytes) -> SignedPrekey:
 
 @dataclass(frozen=True, slots=True)
 class OneTimePrekeys:
-    """A device's one-time prekeys of one suite; the columns of the table."""
+    """A device's one-time prekeys of one suite; the columns of the table.
+
+    With `more`, the blob is a window from the next key on, and others follow: enough for taking keys, not for what needs them all.
+    """
 
     suite: int
     first_index: int
     next_index: int
     blob: bytes = field(repr=False)
+    more: bool = False
 
     def _unpassed(self) -> Iterator[SignedPrekey]:
         """From the next index on."""
-        size = _ONE_TIME_RECORD[self.suite].size
+        size = record_bytes(self.suite)
         for start in range((self.next_index - self.first_index) * size, len(self.blob), size):
             yield from_record(self.suite, self.blob[start : start + size])
 
@@ -374,7 +393,7 @@ class OneTimePrekeys:
         return [each for each in self._unpassed() if each.expires_at_ms > now_ms]
 
     def taken(self, count: int, now_ms: int) -> tuple[list[SignedPrekey], Self]:
-        """The next keys, as many as asked for if there are, and the stock without them. What has expired is passed over for good."""
+        """The next keys, as many as asked for if they are here, and the stock without them. What has expired is passed over for good."""
         given: list[SignedPrekey] = []
         next_index = self.next_index
         for each in self._unpassed():
@@ -383,6 +402,8 @@ class OneTimePrekeys:
                     return given, replace(self, next_index=next_index)
                 given.append(each)
             next_index += 1
+        if self.more:
+            return given, replace(self, next_index=next_index)
         # Nothing is left: the blob goes.
         return given, replace(self, first_index=next_index, next_index=next_index, blob=b"")
 
@@ -404,6 +425,10 @@ class OneTimePrekeys:
                 field="change.prekeys",
             )
         return type(self)(self.suite, self.next_index, self.next_index, b"".join(map(to_record, keys)))
+
+
+# A device refills when fewer than this are left: no more of an old batch have expired in front of a newer one, as a rule.
+WINDOW_SPARE: Final = ONE_TIME_PREKEYS_REFILL_BELOW
 
 
 # Of one sender's handout: the request and the device.
@@ -565,6 +590,16 @@ def usable(keys: DeviceKeys | None, subscriber_id: SubscriberId, now_ms: int) ->
     return keys.current if keys.current.expires_at_ms > now_ms else None
 
 
+def first_beyond(counts: Sequence[int], most: int) -> int:
+    """How many from the beginning fit together into `most`, the first in any case."""
+    total = 0
+    for n, count in enumerate(counts):
+        total += count
+        if total > most and n > 0:
+            return n
+    return len(counts)
+
+
 @dataclass(frozen=True, slots=True)
 class Handout:
     """Who got a one-time prekey, and until when both the key and the handout are good."""
@@ -575,7 +610,7 @@ class Handout:
 
 def one_time(stanzas: Iterable[StanzaKey]) -> list[StanzaKey]:
     """Those that say they were sealed to a one-time prekey that there could be."""
-    return [each for each in stanzas if each.kind == PrekeyKind.ONE_TIME and each.suite in SUITES_SUPPORTED]
+    return [each for each in stanzas if each.kind == PrekeyKind.ONE_TIME and each.suite in SUITES]
 
 
 def accepted(stanza: StanzaKey, keys: DeviceKeys | None, check: StanzaCheck, handouts: Mapping[StanzaKey, Handout], now_ms: int) -> bool:

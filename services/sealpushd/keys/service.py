@@ -13,6 +13,7 @@ from sealpush.errors import ContentTooLarge
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, check_id, uuid7
 from sealpush.keys import ONE_TIME_PREKEYS_BATCH, ContentSigningKey, PrekeyKind, SignedPrekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
+from sealpush.suites import SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc
 from sealpushd.keys import rules
 from sealpushd.keys.rules import NewDevice, SealItem, StanzaCheck, StanzaKey, Upload
@@ -36,8 +37,11 @@ APP_ID_CHARS_MAX: Final = 64
 RECIPIENT_BYTES_MAX: Final = 1024
 # Counters are kept in 63 bits.
 COUNTER_MAX: Final = (1 << 63) - 1
-# Devices of all items of a batch: 2.2 MB of stanzas, under a second's work.
-SEAL_DEVICES_MAX: Final = 16_384
+# Devices of all items of a batch: in the largest suite 5.2 MB of stanzas, within a frame of the mesh, and under a second's work.
+SEAL_DEVICES_MAX: Final = 4096
+# Devices in one answer: with two prekeys of the largest suite each has 2.7 kB, and gRPC takes 4 MiB unless its user asks for more. The
+# first recipient always fits.
+RECIPIENT_DEVICES_MAX: Final = 1100
 # Sealing runs in the event loop and lets everything else run after this long. Measured against worker threads, three batches of 512 in
 # flight on two cores: one thread takes 1.4 times the time and 1.7 times the CPU, two take 1.9 and 2.3 times; with the other core busy it
 # is 1.2 and 1.1 or more. A call into libsodium is too short to pay for passing the interpreter's lock around. The price is a wait of
@@ -158,35 +162,35 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         resolved = [each.resolved for each in answers if each.WhichOneof("outcome") == "resolved"]
         keys = await self._store.device_keys([DeviceId(device.device_id) for each in resolved for device in each.devices])
         now = self._clock.now()
-        now_ms = to_ms(now)
+        usable = [list(_usable_devices(answer.resolved, keys, to_ms(now))) for answer in answers]
+        full = rules.first_beyond([len(each) for each in usable], RECIPIENT_DEVICES_MAX)
         wanted = [
             rules.Wanted(query.request_id, found.device.device_id, prekey.suite, found.device.min_suite)
-            for query, answer in zip(asked, answers, strict=True)
-            for found, prekey in _usable_devices(answer.resolved, keys, now_ms)
+            for query, devices in zip(asked[:full], usable, strict=False)
+            for found, prekey in devices
         ]
         one_time = await self._store.hand_out(sender.sender_id, wanted, now)
         # Read after the keys: a device that came in between is in the head, so that its absence shows.
         lists = await self._store.device_lists([SubscriberId(each.subscriber_id) for each in resolved])
 
-        def result(query: keys_pb2.RecipientKeysQuery, answer: directory_pb2.ResolveResult) -> keys_pb2.RecipientKeysResult:
+        def result(n: int) -> keys_pb2.RecipientKeysResult:
+            query, answer = asked[n], answers[n]
             match answer.WhichOneof("outcome"):
                 case "not_registered":
                     return keys_pb2.RecipientKeysResult(not_registered=answer.not_registered)
+                case "resolved" if n >= full:
+                    return keys_pb2.RecipientKeysResult(ask_again=True)
                 case "resolved":
                     devices = [
-                        _from_device(found, prekey, one_time.get((query.request_id, found.device.device_id)))
-                        for found, prekey in _usable_devices(answer.resolved, keys, now_ms)
+                        _from_device(found, prekey, one_time.get((query.request_id, found.device.device_id))) for found, prekey in usable[n]
                     ]
                     return self._recipient_keys(sender.sender_id, SubscriberId(answer.resolved.subscriber_id), devices, lists)
                 case _:
                     return keys_pb2.RecipientKeysResult(refused=answer.invalid)
 
-        remaining = iter(answers)
+        remaining = map(result, range(len(asked)))
         return keys_pb2.GetRecipientKeysResponse(
-            results=[
-                keys_pb2.RecipientKeysResult(refused=refusal) if refusal else result(query, next(remaining))
-                for query, refusal in zip(request.queries, refusals, strict=True)
-            ]
+            results=[keys_pb2.RecipientKeysResult(refused=refusal) if refusal else next(remaining) for refusal in refusals]
         )
 
     def _recipient_keys(
@@ -343,6 +347,7 @@ def _to_device(message: sealing_pb2.NewDevice) -> NewDevice:
         DeviceId(check_id(message.device_id, "device_id")),
         message.identity_public_key,
         _to_prekey(message.signed_prekey),
+        message.min_suite or SUITE_X25519,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -103,6 +104,8 @@ class KeyStore:
             await connection.execute(self._sql["forget_devices"], list(plan.removed), now)
         if plan.placed:
             await connection.execute(self._sql["place_devices"], *_columns(plan.placed.items(), 2), now)
+        if plan.raised:
+            await connection.execute(self._sql["raise_min_suites"], *_columns(plan.raised.items(), 2))
         if plan.prekeys:
             await self._put_signed(connection, list(plan.prekeys.items()), now)
 
@@ -183,8 +186,12 @@ class KeyStore:
         ends = now + timedelta(milliseconds=rules.HANDOUT_LIFETIME_MS)
         rows = await connection.fetch(self._sql["count_handouts"], list(suites), sender_id, ends - ONE_TIME_PREKEYS_PER_SENDER.window)
         handed_out = {row["device_id"]: row["handed_out"] for row in rows}
-        rows = await connection.fetch(self._sql["stocks"], *_columns(suites.items(), 2))
-        stocks = {row["device_id"]: OneTimePrekeys(row["suite"], row["first_index"], row["next_index"], row["blob"]) for row in rows}
+        counts = Counter(each.device_id for each in missing)
+        windows = [(each, suite, rules.record_bytes(suite), counts[each] + rules.WINDOW_SPARE) for each, suite in suites.items()]
+        stocks = {
+            row["device_id"]: OneTimePrekeys(row["suite"], row["next_index"], row["next_index"], row["blob"], row["more"])
+            for row in await connection.fetch(self._sql["stocks"], *_columns(windows, 4))
+        }
         plan = rules.plan_handouts(missing, stocks, handed_out, self._one_time_allowed, to_ms(now))
         if plan.stocks:
             moved = [(device_id, each.suite, each.next_index, not each.blob) for device_id, each in plan.stocks.items()]

@@ -34,8 +34,9 @@ PLATFORMS_MAX: Final = 16
 # An identifier of 128 characters and what surrounds it. A longer one is nobody's, and together with others it would burst the frame
 # that all senders' recipients share.
 RECIPIENT_BYTES_MAX: Final = 1024
-# A content of 64 KiB and the stanzas of some 450 devices; keeps a message far below the bound on a batch.
-SEALED_BYTES_MAX: Final = 128 * 1024
+# A content of 64 KiB and a stanza of 1.2 kB for each of the 64 installations that a recipient can have; keeps a message far below the
+# bound on a batch.
+SEALED_BYTES_MAX: Final = 160 * 1024
 CUSTOM_PAYLOAD_BYTES_MAX: Final = 16 * 1024
 # The waiting interval of a status; below the 10 s that any call may take.
 WAIT_MAX: Final = timedelta(seconds=8)

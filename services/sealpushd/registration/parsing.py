@@ -122,7 +122,7 @@ def new_installation(said: registration_pb2.Installation) -> InstallationChange:
     )
 
 
-def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key: bytes, now_ms: int) -> SignedPrekey:
+def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key: bytes, min_suite: int, now_ms: int) -> SignedPrekey:
     """The first signed prekey of a device, verified."""
     if prekey.kind != keys_pb2.PREKEY_KIND_SIGNED:
         raise InvalidRequest("the first prekey must be of the kind SIGNED", field="signed_prekey.kind")
@@ -136,7 +136,7 @@ def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key
         signature=prekey.signature,
     )
     try:
-        verify_prekey(parsed, device_id=device, identity_public_key=identity_public_key, now_ms=now_ms)
+        verify_prekey(parsed, device_id=device, identity_public_key=identity_public_key, now_ms=now_ms, min_suite=min_suite)
     except KeyRefused as e:
         raise InvalidRequest(str(e), field="signed_prekey") from e
     return parsed

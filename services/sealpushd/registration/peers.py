@@ -66,6 +66,7 @@ class LoggedDevice:
     device_id: DeviceId
     identity_public_key: bytes
     signed_prekey: SignedPrekey
+    min_suite: int
 
 
 class DeviceLog:
@@ -99,4 +100,5 @@ def _new_device(device: LoggedDevice) -> sealing_pb2.NewDevice:
             expires_at_ms=prekey.expires_at_ms,
             signature=prekey.signature,
         ),
+        min_suite=device.min_suite,
     )

@@ -12,6 +12,7 @@ from sealpush.ids import ID_BYTES, AppId, DeviceId, RegistrationId, SubscriberId
 from sealpush.keys import SignedPrekey
 from sealpush.model import Reason
 from sealpush.proofs import challenge_proof, registration_proof, verify_proof
+from sealpush.suites import SUITE_X25519
 from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
 from sealpushd.platform import rpc
 from sealpushd.platform.batching import NaturalBatcher
@@ -136,13 +137,14 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         registration_id = parsing.registration_id(request.registration_id)
         device_id = parsing.device_id(request.device_id)
         identity = parsing.check_length(request.identity_public_key, parsing.IDENTITY_KEY_BYTES, "identity_public_key")
-        prekey = parsing.signed_prekey(request.signed_prekey, device_id, identity, to_ms(now))
+        min_suite = request.min_suite or SUITE_X25519
+        prekey = parsing.signed_prekey(request.signed_prekey, device_id, identity, min_suite, to_ms(now))
         device = NewDevice(device_id, identity, parsing.new_installation(request.installation))
 
         pending = await self._proven(registration_id, request.code, now)
         if not verify_proof(identity, registration_proof(registration_id, identity, pending.app_id), request.proof):
             raise InvalidRequest("the registration is not signed by the identity key", field="proof")
-        subscriber_id = await self._bind(registration_id, pending, device, prekey, now)
+        subscriber_id = await self._bind(registration_id, pending, device, prekey, min_suite, now)
 
         response = registration_pb2.ConfirmRegistrationResponse(subscriber_id=subscriber_id)
         response.server_time.FromDatetime(self._clock.now())
@@ -160,7 +162,13 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         return pending
 
     async def _bind(
-        self, registration_id: RegistrationId, pending: PendingRegistration, device: NewDevice, prekey: SignedPrekey, now: datetime
+        self,
+        registration_id: RegistrationId,
+        pending: PendingRegistration,
+        device: NewDevice,
+        prekey: SignedPrekey,
+        min_suite: int,
+        now: datetime,
     ) -> SubscriberId:
         """The subscriber the device belongs to from now on: in its device log, then here, then told to whom it concerns."""
         for _ in range(BIND_ATTEMPTS):
@@ -173,7 +181,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 raise FailedPrecondition("the code was used; start again")
             await self._outbox.settle(device.device_id)
             binding = rules.decide_binding(facts, device.device_id, pending.new_subscriber_id, now=now)
-            logged = LoggedDevice(binding.subscriber_id, device.device_id, device.identity_public_key, prekey)
+            logged = LoggedDevice(binding.subscriber_id, device.device_id, device.identity_public_key, prekey, min_suite)
             refusal = await self._devices.put(logged)
             if refusal:
                 raise InvalidRequest(refusal, field="signed_prekey")

@@ -2,7 +2,7 @@
 
 They do what an app does and nothing else. Phone 1, an iPhone, is in use: its app is open and holds a stream. Phones 2 (iPhone),
 4 (Android) and 5 (Huawei) lie on the table: they hear of a message only when a push wakes them. All four belong to one person. Phone 3
-is another person's, switched off and never allowed to receive pushes.
+is another person's, switched off and never allowed to receive pushes. What is sealed to phone 4 holds against a quantum computer too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sealpush.errors import KeystoreError, Overloaded, SealpushError, Unauthenti
 from sealpush.ids import MessageId
 from sealpush.keystore import SqliteKeystore
 from sealpush.model import PushEnvironment
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels
 from sealpushd.up.demo import OFFLINE_PHONE
 from sealpushd.up.endpoints import Endpoints
@@ -122,19 +123,23 @@ async def open_phones(endpoints: Endpoints, data_dir: Path) -> AsyncIterator[Han
     ):
         push, sms = SimulatedPushStub(simulators), SimulatedSmsStub(simulators)
 
-        def handset(name: str, number: str, vendor: Vendor) -> Handset:
+        def handset(name: str, number: str, vendor: Vendor, suite: int = SUITE_X25519) -> Handset:
             file = folder / f"{name.replace(' ', '-')}.sqlite"
             try:
                 keystore = stack.enter_context(SqliteKeystore(file))
             except KeystoreError as e:
                 raise UpError(f"{file} cannot be used ({e}). Remove {folder}: the phones then register anew.") from e
             root = bytes.fromhex(endpoints.root_public_key)
-            device = Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=vendor.platform)
+            device = Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=vendor.platform, suite=suite)
             return Handset(name, number, vendor, device, keystore)
 
         phones = Handsets(
             handset("phone 1", endpoints.phone, APNS),
-            (handset("phone 2", endpoints.phone, APNS), handset("phone 4", endpoints.phone, FCM), handset("phone 5", endpoints.phone, HMS)),
+            (
+                handset("phone 2", endpoints.phone, APNS),
+                handset("phone 4", endpoints.phone, FCM, SUITE_HYBRID),
+                handset("phone 5", endpoints.phone, HMS),
+            ),
             handset("phone 3", OFFLINE_PHONE, APNS),
         )
         pushed = [_Pushed(phone, push) for phone in phones.reachable]

@@ -51,12 +51,15 @@ class NewDevice(_message.Message):
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     IDENTITY_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
     SIGNED_PREKEY_FIELD_NUMBER: _builtins.int
+    MIN_SUITE_FIELD_NUMBER: _builtins.int
     subscriber_id: _builtins.bytes
     """16 bytes; a device that stands in another subscriber's log moves."""
     device_id: _builtins.bytes
     """16 bytes."""
     identity_public_key: _builtins.bytes
     """Ed25519, 32 bytes."""
+    min_suite: _builtins.int
+    """Lowest suite the device accepts, as its prekey's signature says; never below what is known of it."""
     @_builtins.property
     def signed_prekey(self) -> _keys_pb2.Prekey:
         """Its first prekey, of the kind SIGNED; verified again here."""
@@ -68,10 +71,11 @@ class NewDevice(_message.Message):
         device_id: _builtins.bytes = ...,
         identity_public_key: _builtins.bytes = ...,
         signed_prekey: _keys_pb2.Prekey | None = ...,
+        min_suite: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["signed_prekey", b"signed_prekey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "identity_public_key", b"identity_public_key", "signed_prekey", b"signed_prekey", "subscriber_id", b"subscriber_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "identity_public_key", b"identity_public_key", "min_suite", b"min_suite", "signed_prekey", b"signed_prekey", "subscriber_id", b"subscriber_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -169,7 +173,7 @@ class SealRequest(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealItem]:
-        """≤ 512, for ≤ 16,384 devices in all. One malformed item fails the call."""
+        """≤ 512, for ≤ 4,096 devices in all. One malformed item fails the call."""
 
     def __init__(
         self,

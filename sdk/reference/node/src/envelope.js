@@ -5,8 +5,9 @@ import { randomBytes } from 'node:crypto';
 import { concat, exactly, hex, Reader, same, sha256, sha512, TIME_MS_MAX, u16, u32, u64, u8, utf8 } from './bytes.js';
 import { contentKeyOf, Role, verifyEntry } from './entries.js';
 import { EnvelopeRefused, EntryRefused, KeyRefused } from './errors.js';
-import { Kind, SUITE_X25519, SUITES } from './prekeys.js';
+import { Kind } from './prekeys.js';
 import { contentKeyId, sodium, verify } from './signing.js';
+import { SUITE_X25519, suiteOf } from './suites.js';
 
 export const CONTENT_BYTES_MAX = 65_535;
 export const DEVICES_MAX = 512;
@@ -18,7 +19,6 @@ const HEADER_BYTES = 94;
 const NONCE_BYTES = 24;
 const TAG_BYTES = 16;
 const SIGNATURE_BYTES = 64;
-const WRAPPED_BYTES = 112; // a SealedBox of 64 bytes
 const WRAPPED_BYTES_MAX = 2048; // of a suite that is not known here
 const ENVELOPE_BYTES_MAX =
   HEADER_BYTES + 32 + 2 + DEVICES_MAX * (24 + WRAPPED_BYTES_MAX) + 4 + NONCE_BYTES + BUCKET_MAX + TAG_BYTES + SIGNATURE_BYTES;
@@ -106,7 +106,8 @@ function readEnvelope(bytes) {
 function readStanza(reader) {
   const start = { deviceId: reader.take(16), suite: reader.u8(), prekeyId: reader.u32(), kind: reader.u8() };
   const length = reader.u16();
-  const fits = start.suite === SUITE_X25519 ? length === WRAPPED_BYTES : length >= 1 && length <= WRAPPED_BYTES_MAX;
+  const suite = suiteOf(start.suite);
+  const fits = suite ? length === suite.wrappedBytes : length >= 1 && length <= WRAPPED_BYTES_MAX;
   if (start.suite === 0 || (start.kind !== Kind.SIGNED && start.kind !== Kind.ONE_TIME) || !fits) throw new RangeError('a bad stanza');
   return { ...start, wrapped: reader.take(length) };
 }
@@ -194,21 +195,10 @@ export function seal({ content, header, recipients, signer, random }) {
 }
 
 function wrap(contentKey, headerBytes, recipient, random) {
-  if (!SUITES.includes(recipient.suite)) throw new KeyRefused(`suite ${recipient.suite} is not known to this code`);
-  if (recipient.publicKey.length !== 32) throw new KeyRefused('an X25519 key is 32 bytes');
-  const payload = concat(contentKey, bindingOf(headerBytes, recipient));
-  try {
-    return random ? sealedBoxFrom(random(32), payload, recipient.publicKey) : sodium.crypto_box_seal(payload, recipient.publicKey);
-  } catch {
-    throw new KeyRefused('the prekey is not a usable X25519 key'); // libsodium refuses points of low order
-  }
-}
-
-/** What `crypto_box_seal` does, with the ephemeral secret given (libsodium's manual, "Sealed boxes"). */
-function sealedBoxFrom(ephemeralSecret, payload, publicKey) {
-  const ephemeralPublic = sodium.crypto_scalarmult_base(ephemeralSecret);
-  const nonce = sodium.crypto_generichash(24, concat(ephemeralPublic, publicKey), null);
-  return concat(ephemeralPublic, sodium.crypto_box_easy(payload, nonce, publicKey, ephemeralSecret));
+  const suite = suiteOf(recipient.suite);
+  if (!suite) throw new KeyRefused(`suite ${recipient.suite} is not known to this code`);
+  if (!suite.isUsable(recipient.publicKey)) throw new KeyRefused('the prekey is not a usable key of its suite');
+  return suite.wrap(concat(contentKey, bindingOf(headerBytes, recipient)), recipient.publicKey, random);
 }
 
 // --- opening ---------------------------------------------------------------------------------------------------------
@@ -251,7 +241,7 @@ function trustedKey(header, { rootPublicKey, senderEntry, platformEntry }, nowMs
 
 function ownStanza(envelope, { deviceId, minSuite = SUITE_X25519 }) {
   const stanza = stanzaOf(envelope, deviceId);
-  if (!stanza || !SUITES.includes(stanza.suite) || stanza.suite < minSuite) throw new EnvelopeRefused();
+  if (!stanza || !suiteOf(stanza.suite) || stanza.suite < minSuite) throw new EnvelopeRefused();
   return stanza;
 }
 
@@ -278,10 +268,10 @@ export function openSignedBy(envelope, { device, senderPublicKey, onStage = () =
 function unwrap({ suite, prekeyId, kind, wrapped }, { prekeys }) {
   const prekey = prekeys.find((each) => each.suite === suite && each.prekeyId === prekeyId && each.kind === kind);
   if (!prekey) throw new EnvelopeRefused();
-  return orRefused(() => sodium.crypto_box_seal_open(wrapped, prekey.publicKey, prekey.privateKey));
+  return orRefused(() => suiteOf(suite).unwrap(wrapped, prekey));
 }
 
-/** libsodium throws for what does not open. */
+/** What does not open throws. */
 function orRefused(action) {
   try {
     return action();

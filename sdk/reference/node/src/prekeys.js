@@ -1,34 +1,14 @@
 // Prekeys: what a device signs for each, what a sender checks before it seals to one, and which of two it takes.
 
-import { concat, exactly, hex, TIME_MS_MAX, u16, u32, u64, u8, utf8 } from './bytes.js';
+import { concat, exactly, TIME_MS_MAX, u16, u32, u64, u8, utf8 } from './bytes.js';
 import { KeyRefused } from './errors.js';
 import { verify } from './signing.js';
+import { SUITE_X25519, suiteOf } from './suites.js';
 
-export const SUITE_X25519 = 1;
-/** The suites that this code can seal to and open. 2, the hybrid, is reserved. */
-export const SUITES = Object.freeze([SUITE_X25519]);
 export const Kind = Object.freeze({ SIGNED: 1, ONE_TIME: 2 });
 
 const LIFETIME_MS_MAX = 90 * 24 * 3600 * 1000;
 const SKEW_MS = 5 * 60 * 1000;
-
-// The points of X25519 of low order (u-coordinates, little-endian). With one of them every shared secret is known.
-const LOW_ORDER = new Set([
-  '00'.repeat(32),
-  '01' + '00'.repeat(31),
-  'e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800',
-  '5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157',
-  'ec' + 'ff'.repeat(30) + '7f',
-  'ed' + 'ff'.repeat(30) + '7f',
-  'ee' + 'ff'.repeat(30) + '7f',
-]);
-
-/** Whether an X25519 public key is useless. The top bit of the last byte is ignored, as X25519 does. */
-export function isLowOrder(publicKey) {
-  const masked = Uint8Array.from(publicKey);
-  masked[31] &= 0x7f;
-  return LOW_ORDER.has(hex(masked));
-}
 
 /** The bytes that a device's identity signs for one prekey. Throws RangeError for a field out of bounds. */
 export function prekeyStatement({ suite, prekeyId, kind, publicKey, createdMs, expiresMs }, deviceId, minSuite) {
@@ -59,9 +39,7 @@ export function verifyPrekey(prekey, { deviceId, identityPublicKey, minSuite = S
     throw new KeyRefused(`the prekey is malformed: ${cause.message}`);
   }
   if (prekey.suite < minSuite) throw new KeyRefused('the prekey is weaker than its device allows');
-  if (prekey.suite === SUITE_X25519 && (prekey.publicKey.length !== 32 || isLowOrder(prekey.publicKey))) {
-    throw new KeyRefused('the prekey is not a usable X25519 key');
-  }
+  if (suiteOf(prekey.suite)?.isUsable(prekey.publicKey) === false) throw new KeyRefused('the prekey is not a usable key of its suite');
   if (prekey.expiresMs - prekey.createdMs > LIFETIME_MS_MAX) throw new KeyRefused('the prekey lives longer than 90 days');
   if (prekey.createdMs > nowMs + SKEW_MS) throw new KeyRefused('the prekey is from the future; compare the clocks');
   if (prekey.expiresMs <= nowMs) throw new KeyRefused('the prekey has expired');
@@ -82,7 +60,7 @@ export function choosePrekey(device, nowMs) {
   if (!takesOneTime && prekey.kind !== Kind.SIGNED) throw new KeyRefused('the signed prekey is of another kind');
   const { deviceId, identityPublicKey, minSuite } = device;
   verifyPrekey(prekey, { deviceId, identityPublicKey, minSuite, nowMs });
-  if (!SUITES.includes(prekey.suite)) throw new KeyRefused(`suite ${prekey.suite} is not known to this code`);
+  if (!suiteOf(prekey.suite)) throw new KeyRefused(`suite ${prekey.suite} is not known to this code`);
   return prekey;
 }
 

@@ -1,5 +1,8 @@
 // For the test that lets two implementations talk: one JSON array of jobs from standard input, one of answers to
-// standard output. `seal` jobs give envelopes, `open` jobs give contents or null for a refusal.
+// standard output. `seal` jobs give envelopes, `open` jobs give contents or null for a refusal, `encapsulate` jobs what the
+// script that generates the vectors cannot make itself.
+
+import { ml_kem768_x25519 as kem } from '@noble/post-quantum/hybrid.js';
 
 import { EnvelopeRefused, openSignedBy, parse, recipientOf, seal, signingKey } from '../src/index.js';
 import { bytes, fields } from './read.js';
@@ -11,6 +14,8 @@ const actions = {
     const recipients = fields(devices).map((device) => recipientOf(device, now_ms));
     return hex(seal({ content: bytes(content), header: fields(header), recipients, signer: signingKey(bytes(signer_seed)) }));
   },
+
+  encapsulate: ({ public_key, random }) => hex(kem.encapsulate(bytes(public_key), bytes(random)).cipherText),
 
   open({ envelope, device, sender_public_key }) {
     try {

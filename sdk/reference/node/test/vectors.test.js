@@ -10,8 +10,8 @@ import { bytes, contentOf, drawnFrom, fields, load } from './read.js';
 const hex = (data) => Buffer.from(data).toString('hex');
 const plain = (data) => Uint8Array.from(data); // compares by content, also for views
 
-describe('sealing', () => {
-  const file = load('seal');
+for (const name of ['seal', 'seal_hybrid']) describe(name, () => {
+  const file = load(name);
   const devices = fields(file.devices);
 
   for (const vector of file.cases) {
@@ -61,8 +61,8 @@ describe('sealing', () => {
   }
 });
 
-describe('opening', () => {
-  const file = load('open');
+for (const name of ['open', 'open_hybrid']) describe(name, () => {
+  const file = load(name);
   const devices = fields(file.devices);
 
   function envelopeOf({ envelope, base, changes }) {
@@ -85,9 +85,9 @@ describe('opening', () => {
     }, bytes(file.bases[base]));
   }
 
-  function openAsIn(vector, onStage) {
+  function openAsIn(vector, onStage, envelope = envelopeOf(vector)) {
     const context = { ...file.context, ...vector.context };
-    return sealpush.open(envelopeOf(vector), {
+    return sealpush.open(envelope, {
       device: { ...devices[context.device], minSuite: context.min_suite },
       trust: {
         rootPublicKey: bytes(context.root_public_key),
@@ -117,7 +117,30 @@ describe('opening', () => {
       assert.equal(reached, vector.stage);
     });
   }
+
+  for (const vector of file.swept) {
+    test(`swept: ${vector.name}`, () => {
+      const { offset, step, masks, content_offset: contentOffset } = vector;
+      const signer = sealpush.signingKey(bytes(file.signer_seed));
+      vector.stages
+        .flatMap(([stage, count]) => Array(count).fill(stage))
+        .forEach((stage, n) => {
+          const data = bytes(file.bases[vector.base]);
+          data[offset + Math.floor(n / masks.length) * step] ^= masks[n % masks.length];
+          if (contentOffset) data.set(signer.sign(signedBytes(data, contentOffset)), data.length - 64);
+          let reached;
+          assert.throws(() => openAsIn(vector, (each) => (reached = each), data), sealpush.EnvelopeRefused);
+          assert.equal(reached, stage, `flip ${n}`);
+        });
+    });
+  }
 });
+
+/** What the signature of these bytes of an envelope is over. */
+function signedBytes(data, contentOffset) {
+  const hash = (...parts) => createHash('sha512').update(Buffer.concat(parts)).digest();
+  return Buffer.concat([Buffer.from('SPE1-sig'), hash(data.subarray(0, 126), hash(data.subarray(contentOffset, -64)))]);
+}
 
 describe('signatures', () => {
   for (const { name, public_key, message, signature, valid } of load('signatures').cases) {
@@ -146,7 +169,7 @@ describe('prekeys', () => {
   for (const vector of file.choose) {
     test(`choosing: ${vector.name}`, () => {
       const { signedPrekey, oneTimePrekey } = fields(vector);
-      const device = { deviceId: bytes(file.device_id), identityPublicKey: identity.publicKey, minSuite: 1, signedPrekey, oneTimePrekey };
+      const device = { deviceId: bytes(file.device_id), identityPublicKey: identity.publicKey, minSuite: vector.min_suite, signedPrekey, oneTimePrekey };
       if (vector.chosen === 'refused') assert.throws(() => sealpush.recipientOf(device, file.now_ms), sealpush.KeyRefused);
       else assert.deepEqual(sealpush.choosePrekey(device, file.now_ms), fields(vector[vector.chosen]));
     });
