@@ -301,6 +301,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         ]
         return registration_pb2.SetPreferenceResponse(stopped=stopped)
 
+    async def SetRegistrationLock(self, request: registration_pb2.SetRegistrationLockRequest, context: Context) -> Any:
+        raise NotImplementedError("tests/contract/test_registration.py has locks, with the real service")
+
     # Keys
 
     async def UploadPrekeys(self, request: keys_pb2.UploadPrekeysRequest, context: Context) -> Any:

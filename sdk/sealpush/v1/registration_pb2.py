@@ -27,13 +27,19 @@ from sealpush.v1 import common_pb2 as sealpush_dot_v1_dot_common__pb2
 from sealpush.v1 import keys_pb2 as sealpush_dot_v1_dot_keys__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esealpush/v1/registration.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\x1a\x16sealpush/v1/keys.proto\"I\n\x18StartRegistrationRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\r\n\x05phone\x18\x02 \x01(\t\x12\x0e\n\x06locale\x18\x03 \x01(\t\"\xd9\x01\n\x19StartRegistrationResponse\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63ode_length\x18\x02 \x01(\r\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tresend_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc2\x03\n\x0cInstallation\x12\'\n\x08platform\x18\x01 \x01(\x0e\x32\x15.sealpush.v1.Platform\x12\x17\n\npush_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x36\n\x10push_environment\x18\x03 \x01(\x0e\x32\x1c.sealpush.v1.PushEnvironment\x12\x12\n\npush_topic\x18\x04 \x01(\t\x12\x1f\n\x12push_allowed_by_os\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12 \n\x13push_allowed_by_app\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nis_primary\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0b\x61pp_version\x18\x08 \x01(\tH\x04\x88\x01\x01\x12\x13\n\x06locale\x18\t \x01(\tH\x05\x88\x01\x01\x12\x31\n\rsubscriptions\x18\n \x01(\x0b\x32\x1a.sealpush.v1.SubscriptionsB\r\n\x0b_push_tokenB\x15\n\x13_push_allowed_by_osB\x16\n\x14_push_allowed_by_appB\r\n\x0b_is_primaryB\x0e\n\x0c_app_versionB\t\n\x07_locale\"\x1e\n\rSubscriptions\x12\r\n\x05names\x18\x01 \x03(\t\"\xdf\x01\n\x1a\x43onfirmRegistrationRequest\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x04 \x01(\x0c\x12*\n\rsigned_prekey\x18\x05 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12/\n\x0cinstallation\x18\x06 \x01(\x0b\x32\x19.sealpush.v1.Installation\x12\r\n\x05proof\x18\x07 \x01(\x0c\"e\n\x1b\x43onfirmRegistrationResponse\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12/\n\x0bserver_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"(\n\x13GetChallengeRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\")\n\x14GetChallengeResponse\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"N\n\x13\x41uthenticateRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x11\n\tchallenge\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x8d\x01\n\x14\x41uthenticateResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\x19UpdateInstallationRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x1c\n\x1aUpdateInstallationResponse\"<\n\x11UnregisterRequest\x12\'\n\x05proof\x18\x01 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x14\n\x12UnregisterResponse\"[\n\nPreference\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x11\n\tblock_all\x18\x02 \x01(\x08\x12\x19\n\x11\x62lock_advertising\x18\x03 \x01(\x08\x12\x0c\n\x04mute\x18\x04 \x01(\x08\"?\n\x16ListPreferencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\x0c\"`\n\x17ListPreferencesResponse\x12,\n\x0bpreferences\x18\x01 \x03(\x0b\x32\x17.sealpush.v1.Preference\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\"O\n\x14SetPreferenceRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"F\n\x15SetPreferenceResponse\x12-\n\x07stopped\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.StoppedDelivery2\xf2\x05\n\x0cRegistration\x12\x62\n\x11StartRegistration\x12%.sealpush.v1.StartRegistrationRequest\x1a&.sealpush.v1.StartRegistrationResponse\x12h\n\x13\x43onfirmRegistration\x12\'.sealpush.v1.ConfirmRegistrationRequest\x1a(.sealpush.v1.ConfirmRegistrationResponse\x12S\n\x0cGetChallenge\x12 .sealpush.v1.GetChallengeRequest\x1a!.sealpush.v1.GetChallengeResponse\x12S\n\x0c\x41uthenticate\x12 .sealpush.v1.AuthenticateRequest\x1a!.sealpush.v1.AuthenticateResponse\x12\x65\n\x12UpdateInstallation\x12&.sealpush.v1.UpdateInstallationRequest\x1a\'.sealpush.v1.UpdateInstallationResponse\x12M\n\nUnregister\x12\x1e.sealpush.v1.UnregisterRequest\x1a\x1f.sealpush.v1.UnregisterResponse\x12\\\n\x0fListPreferences\x12#.sealpush.v1.ListPreferencesRequest\x1a$.sealpush.v1.ListPreferencesResponse\x12V\n\rSetPreference\x12!.sealpush.v1.SetPreferenceRequest\x1a\".sealpush.v1.SetPreferenceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esealpush/v1/registration.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\x1a\x16sealpush/v1/keys.proto\"I\n\x18StartRegistrationRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\r\n\x05phone\x18\x02 \x01(\t\x12\x0e\n\x06locale\x18\x03 \x01(\t\"\xd9\x01\n\x19StartRegistrationResponse\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63ode_length\x18\x02 \x01(\r\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tresend_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc2\x03\n\x0cInstallation\x12\'\n\x08platform\x18\x01 \x01(\x0e\x32\x15.sealpush.v1.Platform\x12\x17\n\npush_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x36\n\x10push_environment\x18\x03 \x01(\x0e\x32\x1c.sealpush.v1.PushEnvironment\x12\x12\n\npush_topic\x18\x04 \x01(\t\x12\x1f\n\x12push_allowed_by_os\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12 \n\x13push_allowed_by_app\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nis_primary\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0b\x61pp_version\x18\x08 \x01(\tH\x04\x88\x01\x01\x12\x13\n\x06locale\x18\t \x01(\tH\x05\x88\x01\x01\x12\x31\n\rsubscriptions\x18\n \x01(\x0b\x32\x1a.sealpush.v1.SubscriptionsB\r\n\x0b_push_tokenB\x15\n\x13_push_allowed_by_osB\x16\n\x14_push_allowed_by_appB\r\n\x0b_is_primaryB\x0e\n\x0c_app_versionB\t\n\x07_locale\"\x1e\n\rSubscriptions\x12\r\n\x05names\x18\x01 \x03(\t\"\xf1\x01\n\x1a\x43onfirmRegistrationRequest\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x04 \x01(\x0c\x12*\n\rsigned_prekey\x18\x05 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12/\n\x0cinstallation\x18\x06 \x01(\x0b\x32\x19.sealpush.v1.Installation\x12\r\n\x05proof\x18\x07 \x01(\x0c\x12\x10\n\x03pin\x18\x08 \x01(\tB\x03\x80\x01\x01\"e\n\x1b\x43onfirmRegistrationResponse\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12/\n\x0bserver_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"(\n\x13GetChallengeRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\")\n\x14GetChallengeResponse\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"N\n\x13\x41uthenticateRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x11\n\tchallenge\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x8d\x01\n\x14\x41uthenticateResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\x19UpdateInstallationRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x1c\n\x1aUpdateInstallationResponse\"<\n\x11UnregisterRequest\x12\'\n\x05proof\x18\x01 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x14\n\x12UnregisterResponse\"[\n\nPreference\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x11\n\tblock_all\x18\x02 \x01(\x08\x12\x19\n\x11\x62lock_advertising\x18\x03 \x01(\x08\x12\x0c\n\x04mute\x18\x04 \x01(\x08\"?\n\x16ListPreferencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\x0c\"{\n\x17ListPreferencesResponse\x12,\n\x0bpreferences\x18\x01 \x03(\x0b\x32\x17.sealpush.v1.Preference\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\x12\x19\n\x11registration_lock\x18\x03 \x01(\x08\"O\n\x14SetPreferenceRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"F\n\x15SetPreferenceResponse\x12-\n\x07stopped\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.StoppedDelivery\"$\n\x10RegistrationLock\x12\x10\n\x03pin\x18\x01 \x01(\tB\x03\x80\x01\x01\"Z\n\x1aSetRegistrationLockRequest\x12\x13\n\x06\x63hange\x18\x01 \x01(\x0c\x42\x03\x80\x01\x01\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x1d\n\x1bSetRegistrationLockResponse2\xdc\x06\n\x0cRegistration\x12\x62\n\x11StartRegistration\x12%.sealpush.v1.StartRegistrationRequest\x1a&.sealpush.v1.StartRegistrationResponse\x12h\n\x13\x43onfirmRegistration\x12\'.sealpush.v1.ConfirmRegistrationRequest\x1a(.sealpush.v1.ConfirmRegistrationResponse\x12S\n\x0cGetChallenge\x12 .sealpush.v1.GetChallengeRequest\x1a!.sealpush.v1.GetChallengeResponse\x12S\n\x0c\x41uthenticate\x12 .sealpush.v1.AuthenticateRequest\x1a!.sealpush.v1.AuthenticateResponse\x12\x65\n\x12UpdateInstallation\x12&.sealpush.v1.UpdateInstallationRequest\x1a\'.sealpush.v1.UpdateInstallationResponse\x12M\n\nUnregister\x12\x1e.sealpush.v1.UnregisterRequest\x1a\x1f.sealpush.v1.UnregisterResponse\x12\\\n\x0fListPreferences\x12#.sealpush.v1.ListPreferencesRequest\x1a$.sealpush.v1.ListPreferencesResponse\x12V\n\rSetPreference\x12!.sealpush.v1.SetPreferenceRequest\x1a\".sealpush.v1.SetPreferenceResponse\x12h\n\x13SetRegistrationLock\x12\'.sealpush.v1.SetRegistrationLockRequest\x1a(.sealpush.v1.SetRegistrationLockResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sealpush.v1.registration_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CONFIRMREGISTRATIONREQUEST'].fields_by_name['pin']._loaded_options = None
+  _globals['_CONFIRMREGISTRATIONREQUEST'].fields_by_name['pin']._serialized_options = b'\200\001\001'
+  _globals['_REGISTRATIONLOCK'].fields_by_name['pin']._loaded_options = None
+  _globals['_REGISTRATIONLOCK'].fields_by_name['pin']._serialized_options = b'\200\001\001'
+  _globals['_SETREGISTRATIONLOCKREQUEST'].fields_by_name['change']._loaded_options = None
+  _globals['_SETREGISTRATIONLOCKREQUEST'].fields_by_name['change']._serialized_options = b'\200\001\001'
   _globals['_STARTREGISTRATIONREQUEST']._serialized_start=130
   _globals['_STARTREGISTRATIONREQUEST']._serialized_end=203
   _globals['_STARTREGISTRATIONRESPONSE']._serialized_start=206
@@ -43,35 +49,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBSCRIPTIONS']._serialized_start=878
   _globals['_SUBSCRIPTIONS']._serialized_end=908
   _globals['_CONFIRMREGISTRATIONREQUEST']._serialized_start=911
-  _globals['_CONFIRMREGISTRATIONREQUEST']._serialized_end=1134
-  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_start=1136
-  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_end=1237
-  _globals['_GETCHALLENGEREQUEST']._serialized_start=1239
-  _globals['_GETCHALLENGEREQUEST']._serialized_end=1279
-  _globals['_GETCHALLENGERESPONSE']._serialized_start=1281
-  _globals['_GETCHALLENGERESPONSE']._serialized_end=1322
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=1324
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=1402
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=1405
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=1546
-  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_start=1548
-  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_end=1632
-  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_start=1634
-  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_end=1662
-  _globals['_UNREGISTERREQUEST']._serialized_start=1664
-  _globals['_UNREGISTERREQUEST']._serialized_end=1724
-  _globals['_UNREGISTERRESPONSE']._serialized_start=1726
-  _globals['_UNREGISTERRESPONSE']._serialized_end=1746
-  _globals['_PREFERENCE']._serialized_start=1748
-  _globals['_PREFERENCE']._serialized_end=1839
-  _globals['_LISTPREFERENCESREQUEST']._serialized_start=1841
-  _globals['_LISTPREFERENCESREQUEST']._serialized_end=1904
-  _globals['_LISTPREFERENCESRESPONSE']._serialized_start=1906
-  _globals['_LISTPREFERENCESRESPONSE']._serialized_end=2002
-  _globals['_SETPREFERENCEREQUEST']._serialized_start=2004
-  _globals['_SETPREFERENCEREQUEST']._serialized_end=2083
-  _globals['_SETPREFERENCERESPONSE']._serialized_start=2085
-  _globals['_SETPREFERENCERESPONSE']._serialized_end=2155
-  _globals['_REGISTRATION']._serialized_start=2158
-  _globals['_REGISTRATION']._serialized_end=2912
+  _globals['_CONFIRMREGISTRATIONREQUEST']._serialized_end=1152
+  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_start=1154
+  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_end=1255
+  _globals['_GETCHALLENGEREQUEST']._serialized_start=1257
+  _globals['_GETCHALLENGEREQUEST']._serialized_end=1297
+  _globals['_GETCHALLENGERESPONSE']._serialized_start=1299
+  _globals['_GETCHALLENGERESPONSE']._serialized_end=1340
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=1342
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=1420
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=1423
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=1564
+  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_start=1566
+  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_end=1650
+  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_start=1652
+  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_end=1680
+  _globals['_UNREGISTERREQUEST']._serialized_start=1682
+  _globals['_UNREGISTERREQUEST']._serialized_end=1742
+  _globals['_UNREGISTERRESPONSE']._serialized_start=1744
+  _globals['_UNREGISTERRESPONSE']._serialized_end=1764
+  _globals['_PREFERENCE']._serialized_start=1766
+  _globals['_PREFERENCE']._serialized_end=1857
+  _globals['_LISTPREFERENCESREQUEST']._serialized_start=1859
+  _globals['_LISTPREFERENCESREQUEST']._serialized_end=1922
+  _globals['_LISTPREFERENCESRESPONSE']._serialized_start=1924
+  _globals['_LISTPREFERENCESRESPONSE']._serialized_end=2047
+  _globals['_SETPREFERENCEREQUEST']._serialized_start=2049
+  _globals['_SETPREFERENCEREQUEST']._serialized_end=2128
+  _globals['_SETPREFERENCERESPONSE']._serialized_start=2130
+  _globals['_SETPREFERENCERESPONSE']._serialized_end=2200
+  _globals['_REGISTRATIONLOCK']._serialized_start=2202
+  _globals['_REGISTRATIONLOCK']._serialized_end=2238
+  _globals['_SETREGISTRATIONLOCKREQUEST']._serialized_start=2240
+  _globals['_SETREGISTRATIONLOCKREQUEST']._serialized_end=2330
+  _globals['_SETREGISTRATIONLOCKRESPONSE']._serialized_start=2332
+  _globals['_SETREGISTRATIONLOCKRESPONSE']._serialized_end=2361
+  _globals['_REGISTRATION']._serialized_start=2364
+  _globals['_REGISTRATION']._serialized_end=3224
 # @@protoc_insertion_point(module_scope)

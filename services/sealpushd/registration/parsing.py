@@ -19,7 +19,7 @@ from sealpushd.platform.errors import InvalidRequest
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.registration import rules
 from sealpushd.registration.phones import parse_phone
-from sealpushd.registration.rules import NO_TOKEN, IdentifierKind, InstallationChange, Preference, PushToken, Query
+from sealpushd.registration.rules import NO_TOKEN, IdentifierKind, InstallationChange, Pin, Preference, PushToken, Query
 from sealpushd.registration.store import DeadToken, RegistrationStore
 from sealpushd.v1 import directory_pb2
 
@@ -145,6 +145,12 @@ def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key
 def preference(said: registration_pb2.Preference) -> Preference:
     sender_id = SenderId(check_id(said.sender_id, "sender_id"))
     return Preference(sender_id, said.block_all, said.block_advertising, said.mute)
+
+
+def new_pin(said: registration_pb2.RegistrationLock) -> Pin | None:
+    """The PIN to set; None: no lock."""
+    pin = rules.typed_pin(said.pin)
+    return None if pin is None else rules.check_new_pin(pin)
 
 
 def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query | str:
