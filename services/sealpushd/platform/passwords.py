@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final, Self
+from collections.abc import Callable
+from typing import Final, ParamSpec, Self, TypeVar
 
 from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 
 from sealpushd.platform.errors import Overloaded
+
+Work = ParamSpec("Work")
+Result = TypeVar("Result")
 
 # Each hash takes 64 MiB and a core for a twentieth of a second. As few at once also bound by how much parallel guesses overshoot a limit.
 HASHES_AT_ONCE: Final = 2
@@ -50,7 +54,16 @@ class Argon2:
         self._turns.release()
 
     async def hash(self, password: bytes) -> bytes:
-        return await asyncio.to_thread(hash_password, password)
+        return await self._in_thread(hash_password, password)
 
     async def is_password(self, password_hash: bytes, password: bytes) -> bool:
-        return await asyncio.to_thread(is_password, password_hash, password)
+        return await self._in_thread(is_password, password_hash, password)
+
+    async def _in_thread(self, work: Callable[Work, Result], *arguments: Work.args, **named: Work.kwargs) -> Result:
+        running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # The thread cannot be stopped: callers that come and leave would otherwise run as many as there are threads.
+            await asyncio.wait((running,))
+            raise
