@@ -116,6 +116,16 @@ def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
     return True
 
 
+def is_usable_ed25519(public_key: bytes) -> bool:
+    """Whether the bytes are a public key that somebody can hold, and that every library reads alike.
+
+    Canonical, a point of the curve, and of the group of prime order: for a key of low order anybody can sign where the check is lax,
+    and one with a part of low order verifies in some libraries and not in others. As slow as verifying a signature: for keys taken
+    in, not for each use.
+    """
+    return len(public_key) == 32 and bindings.crypto_core_ed25519_is_valid_point(public_key)
+
+
 def is_low_order(public_key: bytes) -> bool:
     """Whether an X25519 public key of 32 bytes is one of the few that make every shared secret known."""
     return public_key[:31] + bytes((public_key[31] & 0x7F,)) in _LOW_ORDER
@@ -333,11 +343,16 @@ def choose_prekey(device: RecipientDevice, now_ms: int, *, suites: Iterable[int]
 
 @dataclass(frozen=True, slots=True)
 class EntryKey:
-    """One content-signing key of an entry, good for content created in [not_before_ms, not_after_ms)."""
+    """One content-signing key of an entry, good for content created in [not_before_ms, not_after_ms). Raises ValueError."""
 
     public_key: bytes
     not_before_ms: int
     not_after_ms: int
+
+    def __post_init__(self) -> None:
+        if not is_usable_ed25519(self.public_key):
+            raise ValueError("a content-signing public key is a canonical Ed25519 key of 32 bytes, not of low order")
+        _check_window(self.not_before_ms, self.not_after_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,10 +390,6 @@ class SenderEntry:
             raise ValueError(f"this entry must have {keys_min} to {ENTRY_KEYS_MAX} keys")
         if len({key.public_key for key in self.keys}) != len(self.keys):
             raise ValueError("a key stands twice in the entry; give it one window")
-        for key in self.keys:
-            if len(key.public_key) != 32:
-                raise ValueError("a content-signing public key is 32 bytes")
-            _check_window(key.not_before_ms, key.not_after_ms)
 
     def public_key(self, key_id: bytes, at_ms: int) -> bytes | None:
         """The key with this id if it may sign content created at this time, else None."""

@@ -440,6 +440,14 @@ async def test_a_foreign_proof_and_a_foreign_prekey_are_refused(world: World) ->
     await phone.confirm(phone.confirmation(started.registration_id, code))
 
 
+async def test_an_identity_key_that_nobody_can_hold_is_refused(world: World) -> None:
+    phone = Phone(world, world.number())
+    request = await phone.ask()
+    for unusable in (bytes(32), b"\x01" + bytes(31), (2**255 - 18).to_bytes(32, "little"), b"k" * 31):
+        request.identity_public_key = unusable
+        assert (await refusal(phone.confirm(request))).field == "identity_public_key"
+
+
 async def test_a_device_id_belongs_to_its_identity_for_ever(world: World) -> None:
     phone = await world.phone()
     thief = Phone(world, world.number(), device_id=phone.device_id)

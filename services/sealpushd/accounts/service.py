@@ -9,7 +9,7 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.ids import ID_BYTES, SenderId, is_app_id
-from sealpush.keys import EntryRole
+from sealpush.keys import EntryRole, is_usable_ed25519
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
 from sealpushd.accounts.store import AccountStore, NewOrganisation, NewSender
@@ -159,8 +159,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
 
     async def PutApp(self, request: administration_pb2.PutAppRequest, context: rpc.Context) -> administration_pb2.PutAppResponse:
         actor = rpc.require_service().name
-        if len(request.root_public_key) != rules.ROOT_KEY_BYTES:
-            raise InvalidRequest("root_public_key must be 32 bytes", field="root_public_key")
+        if not is_usable_ed25519(request.root_public_key):
+            raise InvalidRequest("root_public_key must be an Ed25519 public key of 32 bytes", field="root_public_key")
         app = rules.App(
             app_id=rules.check_app_id(request.app_id),
             name=rules.check_name(request.name, rules.APP_NAME_CHARACTERS_MAX),

@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.errors import KeyRefused
 from sealpush.ids import ID_BYTES, DeviceId, RegistrationId, SenderId, is_app_id
-from sealpush.keys import PrekeyKind, SignedPrekey, verify_prekey
+from sealpush.keys import PrekeyKind, SignedPrekey, is_usable_ed25519, verify_prekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
@@ -23,8 +23,6 @@ from sealpushd.registration.rules import NO_TOKEN, IdentifierKind, InstallationC
 from sealpushd.registration.store import DeadToken, RegistrationStore
 from sealpushd.v1 import directory_pb2
 
-SIGNATURE_BYTES: Final = 64
-IDENTITY_KEY_BYTES: Final = 32
 PHONE_HELP: Final = "not a phone number in international format, such as +380501234567"
 
 _PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {0}
@@ -48,9 +46,12 @@ def registration_id(value: bytes) -> RegistrationId:
     return RegistrationId(check_id(value, "registration_id"))
 
 
-def check_length(value: bytes, length: int, field: str) -> bytes:
-    if len(value) != length:
-        raise InvalidRequest(f"{field} must be {length} bytes", field=field)
+def identity_key(value: bytes) -> bytes:
+    if not is_usable_ed25519(value):
+        raise InvalidRequest(
+            "identity_public_key must be a canonical Ed25519 key of 32 bytes, not of low order; make a new identity",
+            field="identity_public_key",
+        )
     return value
 
 

@@ -152,7 +152,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         now = self._clock.now()
         registration_id = parsing.registration_id(request.registration_id)
         device_id = parsing.device_id(request.device_id)
-        identity = parsing.check_length(request.identity_public_key, parsing.IDENTITY_KEY_BYTES, "identity_public_key")
+        identity = parsing.identity_key(request.identity_public_key)
         prekey = parsing.signed_prekey(request.signed_prekey, device_id, identity, to_ms(now))
         device = NewDevice(device_id, identity, parsing.new_installation(request.installation))
         pin = rules.typed_pin(request.pin)
