@@ -199,10 +199,10 @@ class Device:
         """Have a one-time code sent to the number. Raises Overloaded when another one may be asked for later only."""
         await self._prepare()
         request = registration_pb2.StartRegistrationRequest(app_id=self.app_id, phone=phone, locale=locale)
-        sent_ms = self._time.local_ms()
+        sent_at = self._time.steady_s()
         # Each call sends a code: a lost answer is for the person to repeat, who sees whether one came.
         answer = await self._calls.once(self._channels.registration.StartRegistration, request, deadline=self._session.deadline())
-        await self._time.learn(answer.server_time, sent_ms)
+        await self._time.learn(answer.server_time, sent_at)
         registration_id = check_id(answer.registration_id, "registration_id")
         await self._store(lambda keystore: keystore.set_fact(_REGISTRATION_ID, registration_id))
         return RegistrationStarted(answer.code_length, wire_time(answer.expires_at), wire_time(answer.resend_at))
@@ -252,9 +252,9 @@ class Device:
             proof=sign_proof(identity, registration_proof(registration_id, identity.public_key, self.app_id)),
             pin=pin,
         )
-        sent_ms = self._time.local_ms()
+        sent_at = self._time.steady_s()
         answer = await self._calls.call(self._channels.registration.ConfirmRegistration, request, deadline=self._session.deadline())
-        await self._time.learn(answer.server_time, sent_ms)
+        await self._time.learn(answer.server_time, sent_at)
         subscriber_id = SubscriberId(check_id(answer.subscriber_id, "subscriber_id"))
         registration = DeviceRegistration(device_id, subscriber_id, self.app_id, self._time.now_ms())
 

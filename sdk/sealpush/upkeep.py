@@ -56,7 +56,7 @@ class Upkeep:
 
     async def do(self, deadline: Deadline) -> None:
         """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
-        await self._session.bearer(deadline)  # and with it the server's time
+        await self._session.know_time(deadline)
         signed, rotated = await self._signed_prekey()
         upload = keys_pb2.PrekeyUpload(prekeys=[*([wire_prekey(signed)] if rotated else []), *await self._one_time(deadline)])
         if upload.prekeys:
