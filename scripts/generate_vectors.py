@@ -66,6 +66,24 @@ def bytes_for(label: str, size: int = 32) -> bytes:
     return hashlib.shake_256(f"sealpush test vectors: {label}".encode()).digest(size)
 
 
+def public_key_for(label: str) -> bytes:
+    """The public half of a key pair whose seed stands for randomness."""
+    return keys.IdentityKey.from_seed(bytes_for(label)).public_key
+
+
+# What no Ed25519 key pair has as its public half; some libraries verify with some of them.
+_ORDER_EIGHT = bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a")
+UNUSABLE_KEYS = {
+    "of order one": b"\x01" + bytes(31),
+    "of zeros, of order four": bytes(32),
+    "of order eight": _ORDER_EIGHT,
+    "of order four, not canonical": (2**255 - 19).to_bytes(32, "little"),
+    "of order one, with the sign that only zero may not have": b"\x01" + bytes(30) + b"\x80",
+    "off the curve": b"\x02" + bytes(31),
+    "with a part of order eight": bindings.crypto_core_ed25519_add(public_key_for("certified key 0"), _ORDER_EIGHT),
+}
+
+
 def drawn_from(data: bytes) -> Callable[[int], bytes]:
     """Randomness that was decided before: its bytes in order."""
     position = 0
@@ -1178,11 +1196,14 @@ def entry_body(
     key_windows: tuple[tuple[int, int], ...] = ((NOW_MS, NOW_MS + DAY_MS),),
     key_count: int | None = None,
     same_key: bool = False,
+    public_key: bytes | None = None,
 ) -> bytes:
     """An entry's bytes by the text of the format, also where the SDK would not make them."""
     head = magic + bytes((version, role, modes)) + SENDER_ID + struct.pack(">QQQ", 9, *window)
     named = bytes((len(name) if name_bytes is None else name_bytes,)) + name
-    certified = b"".join(bytes_for(f"certified key {0 if same_key else i}") + struct.pack(">QQ", *w) for i, w in enumerate(key_windows))
+    certified = b"".join(
+        (public_key or public_key_for(f"certified key {0 if same_key else i}")) + struct.pack(">QQ", *w) for i, w in enumerate(key_windows)
+    )
     return head + named + bytes((len(key_windows) if key_count is None else key_count,)) + certified
 
 
@@ -1201,7 +1222,7 @@ def entry_vectors() -> Json:
 
     plain = entry()
     blob = keys.sign_sender_entry(ROOT, plain)
-    many_keys = tuple(EntryKey(bytes_for(f"entry key {number}"), number, TIME_MS_MAX) for number in range(16))
+    many_keys = tuple(EntryKey(public_key_for(f"entry key {number}"), number, TIME_MS_MAX) for number in range(16))
     scalar = int.from_bytes(blob[-32:], "little")
     names_refused = {
         "empty": b"",
@@ -1263,6 +1284,7 @@ def entry_vectors() -> Json:
             bad("end to end without a key", key_windows=()),
             bad("17 keys", key_windows=((0, 1),) * 17),
             bad("the same key twice", key_windows=((0, 1), (1, 2)), same_key=True),
+            *(bad(f"a key {name}", public_key=public_key) for name, public_key in UNUSABLE_KEYS.items()),
             bad("more keys counted than there are", key_count=2),
             bad("fewer keys counted than there are", key_count=0),
             bad("a name longer than the rest", name_bytes=255),
@@ -1336,7 +1358,9 @@ def proof_vectors() -> Json:
             refused("a challenge of 513 bytes", "challenge", challenge_fields, challenge="00" * 513),
             refused("a device id of 15 bytes", "challenge", challenge_fields, device_id="00" * 15),
             refused("no app id", "registration", register_fields, app_id=""),
-            refused("an app id of 256 bytes", "registration", register_fields, app_id="a" * 256),
+            refused("an app id of 65 characters", "registration", register_fields, app_id="a" * 65),
+            refused("an app id with a capital", "registration", register_fields, app_id="Bank"),
+            refused("an app id with a line break", "registration", register_fields, app_id="bank\n"),
             refused("an identity key of 31 bytes", "registration", register_fields, identity_public_key="00" * 31),
             refused("outcome 0", "acknowledgement", ack_fields, outcome=0),
             refused("outcome 5", "acknowledgement", ack_fields, outcome=5),

@@ -112,13 +112,15 @@ class Preference:
 class Diagnosis:
     """What works and what does not, for support; holds no secrets.
 
-    `reach` says per service "ok" or why not. `acknowledgements_waiting` stops counting at 500.
+    `reach` says per service "ok" or why not. `acknowledgements_waiting` stops counting at 500. `registration_lock` says whether the
+    recipient has one; None: the service could not be asked.
     """
 
     registered: bool
     device_id: DeviceId | None
     app_id: AppId
     authenticated: bool
+    registration_lock: bool | None
     reach: Mapping[str, str]
     clock_offset_ms: int | None
     acknowledgements_waiting: int
@@ -203,19 +205,20 @@ class Device:
         """Have a one-time code sent to the number. Raises Overloaded when another one may be asked for later only."""
         await self._prepare()
         request = registration_pb2.StartRegistrationRequest(app_id=self.app_id, phone=phone, locale=locale)
-        sent_ms = self._time.local_ms()
+        sent_at = self._time.steady_s()
         # Each call sends a code: a lost answer is for the person to repeat, who sees whether one came.
         answer = await self._calls.once(self._channels.registration.StartRegistration, request, deadline=self._session.deadline())
-        await self._time.learn(answer.server_time, sent_ms)
+        await self._time.learn(answer.server_time, sent_at)
         registration_id = check_id(answer.registration_id, "registration_id")
         await self._store(lambda keystore: keystore.set_fact(_REGISTRATION_ID, registration_id))
         return RegistrationStarted(answer.code_length, wire_time(answer.expires_at), wire_time(answer.resend_at))
 
-    async def confirm(self, code: str, installation: Installation | None = None) -> DeviceRegistration:
-        """Prove the number by the code and become a recipient.
+    async def confirm(self, code: str, installation: Installation | None = None, *, pin: str = "") -> DeviceRegistration:
+        """Prove the number by the code, and its registration lock by the PIN if it has one, and become a recipient.
 
         Call it again after a lost answer, also in a new process: identity, device id and prekey are stored before the
-        first call and stay the same. Raises WrongCode, FailedPrecondition (start again), NotRegisteredHere (never started).
+        first call and stay the same. Raises WrongCode, RegistrationLocked (ask for the PIN, then call again with the same code),
+        Overloaded (too many wrong PINs; `retry_after_s`), FailedPrecondition (start again), NotRegisteredHere (never started).
         """
         await self._prepare()
         registration_id = await self._store(lambda keystore: keystore.fact(_REGISTRATION_ID))
@@ -224,16 +227,16 @@ class Device:
         identity = self._who.identity = await self._store(lambda keystore: keystore.create_identity())
         wire_installation = (installation or Installation()).to_wire(self._platform)
         try:
-            registration = await self._confirm(RegistrationId(registration_id), code, identity, wire_installation)
+            registration = await self._confirm(RegistrationId(registration_id), code, pin, identity, wire_installation)
         except errors.AlreadyExists:
             # The id belongs to an identity that is not here any more (a store that was partly restored).
             await self._store(lambda keystore: keystore.set_fact(_DEVICE_ID, None))
-            registration = await self._confirm(RegistrationId(registration_id), code, identity, wire_installation)
+            registration = await self._confirm(RegistrationId(registration_id), code, pin, identity, wire_installation)
         self._who.registration = registration
         return registration
 
     async def _confirm(
-        self, registration_id: RegistrationId, code: str, identity: IdentityKey, installation: registration_pb2.Installation
+        self, registration_id: RegistrationId, code: str, pin: str, identity: IdentityKey, installation: registration_pb2.Installation
     ) -> DeviceRegistration:
         """One attempt with the device id that is kept. Raises AlreadyExists when that is another identity's."""
 
@@ -254,10 +257,11 @@ class Device:
             min_suite=prekey.suite,
             installation=installation,
             proof=sign_proof(identity, registration_proof(registration_id, identity.public_key, self.app_id)),
+            pin=pin,
         )
-        sent_ms = self._time.local_ms()
+        sent_at = self._time.steady_s()
         answer = await self._calls.call(self._channels.registration.ConfirmRegistration, request, deadline=self._session.deadline())
-        await self._time.learn(answer.server_time, sent_ms)
+        await self._time.learn(answer.server_time, sent_at)
         subscriber_id = SubscriberId(check_id(answer.subscriber_id, "subscriber_id"))
         registration = DeviceRegistration(device_id, subscriber_id, self.app_id, self._time.now_ms())
 
@@ -342,6 +346,41 @@ class Device:
             self._session.deadline(),
         )
         return [StoppedDelivery.from_wire(each) for each in answer.stopped]
+
+    async def set_registration_lock(self, pin: str) -> None:
+        """Lock the recipient's number: from now on a further device gives this PIN beside the code, whatever its app.
+
+        4 to 32 characters, digits or a phrase; changes the PIN if there is one. The lock ends by itself when none of the recipient's
+        devices was used for 30 days. Nothing is kept here: the person must remember the PIN. Raises InvalidRequest for a PIN that is
+        too easy, Overloaded when it is changed too often.
+        """
+        if not pin.strip():
+            raise ValueError("a PIN has 4 to 32 characters; to have no lock call remove_registration_lock()")
+        await self._set_registration_lock(pin)
+
+    async def remove_registration_lock(self) -> None:
+        """Have no lock on the number any more. Harmless without one."""
+        await self._set_registration_lock("")
+
+    async def _set_registration_lock(self, pin: str) -> None:
+        await self._registered()
+        change = registration_pb2.RegistrationLock(pin=pin).SerializeToString()
+        await self._session.change(
+            "/sealpush.v1.Registration/SetRegistrationLock",
+            self._channels.registration.SetRegistrationLock,
+            lambda proof: registration_pb2.SetRegistrationLockRequest(change=change, proof=proof),
+            change,
+            self._session.deadline(),
+        )
+
+    async def registration_lock(self) -> bool:
+        """Whether the recipient has a registration lock, set by whichever of its devices."""
+        await self._registered()
+        return await self._registration_lock(self._session.deadline())
+
+    async def _registration_lock(self, deadline: Deadline) -> bool:
+        request = registration_pb2.ListPreferencesRequest(page_size=1)
+        return bool((await self._session.call(self._channels.registration.ListPreferences, request, deadline)).registration_lock)
 
     # --- messages ---
 
@@ -453,16 +492,18 @@ class Device:
                 strict=True,
             )
         )
-        authenticated = False
+        authenticated, registration_lock = False, None
         if registration is not None:
             with contextlib.suppress(CallFailed):
                 authenticated = bool(await self._session.bearer(limit))
+                registration_lock = await self._registration_lock(limit)
         signed = await self._store(lambda keystore: keystore.newest_signed_prekey())
         return Diagnosis(
             registered=registration is not None,
             device_id=registration.device_id if registration else None,
             app_id=self.app_id,
             authenticated=authenticated,
+            registration_lock=registration_lock,
             reach=reach,
             clock_offset_ms=self._time.offset_ms,
             acknowledgements_waiting=len(await self._store(lambda keystore: keystore.pending_acknowledgements())),

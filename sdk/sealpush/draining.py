@@ -54,9 +54,9 @@ class Drainer:
         taken.update((each.stored.message_id, each) for each in await self._inbox.recover())
         request = messages_pb2.DrainRequest(page_size=PAGE_SIZE)
         while True:
-            sent_ms = self._time.local_ms()
+            sent_at = self._time.steady_s()
             answer = await self._session.call(self._session.channels.messages.Drain, request, deadline)
-            await self._time.learn(answer.server_time, sent_ms)
+            await self._time.learn(answer.server_time, sent_at)
             await self._take_all(answer.deliveries, taken, deadline)
             if not answer.next_page_token:
                 return
@@ -68,12 +68,12 @@ class Drainer:
 
     async def _fetch(self, wake_up_id: bytes, taken: Taken, deadline: Deadline) -> None:
         request = messages_pb2.FetchRequest(wake_up_id=wake_up_id)
-        sent_ms = self._time.local_ms()
+        sent_at = self._time.steady_s()
         try:
             answer = await self._session.call(self._session.channels.messages.Fetch, request, deadline)
         except (errors.NotFound, errors.InvalidRequest):
             return  # it has ended, or the push was garbled: what waits comes by draining
-        await self._time.learn(answer.server_time, sent_ms)
+        await self._time.learn(answer.server_time, sent_at)
         await self._take_all([answer.delivery], taken, deadline)
 
     async def _take_all(self, deliveries: Iterable[messages_pb2.Delivery], taken: Taken, deadline: Deadline) -> None:

@@ -5,6 +5,7 @@ The text is for people: what happened and what to do. No text ever holds content
 """
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import ClassVar
 
 
@@ -135,8 +136,7 @@ class WrongCode(InvalidRequest):
     @property
     def attempts_left(self) -> int:
         """Tries that are left with the present code."""
-        text = self.metadata.get("attempts_left", "")
-        return int(text) if text.isascii() and text.isdigit() else 0
+        return _attempts_left(self)
 
 
 class Unauthenticated(CallFailed):
@@ -167,6 +167,34 @@ class FailedPrecondition(CallFailed):
     """Something has to be done first; the message says what."""
 
     reason = "FAILED_PRECONDITION"
+
+
+class RegistrationLocked(FailedPrecondition):
+    """The number has a registration lock: ask for its PIN and confirm again with the same code. The PIN was missing or wrong.
+
+    With no attempts left, `retry_after_s` says when there are some again.
+    """
+
+    reason = "REGISTRATION_LOCKED"
+
+    @property
+    def attempts_left(self) -> int:
+        """Wrong PINs that are left before the service stops looking at any for a day."""
+        return _attempts_left(self)
+
+    @property
+    def lapses_at(self) -> datetime | None:
+        """When the lock ends should none of the recipient's devices be used until then; None: the service did not say."""
+        try:
+            at = datetime.fromisoformat(self.metadata.get("lock_lapses_at", ""))
+        except ValueError:
+            return None
+        return at if at.tzinfo is not None else None
+
+
+def _attempts_left(error: CallFailed) -> int:
+    text = error.metadata.get("attempts_left", "")
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 class Aborted(CallFailed):

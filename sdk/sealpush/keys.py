@@ -96,6 +96,16 @@ def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
     return True
 
 
+def is_usable_ed25519(public_key: bytes) -> bool:
+    """Whether the bytes are a public key that somebody can hold, and that every library reads alike.
+
+    Canonical, a point of the curve, and of the group of prime order: for a key of low order anybody can sign where the check is lax,
+    and one with a part of low order verifies in some libraries and not in others. As slow as verifying a signature: for keys taken
+    in, not for each use.
+    """
+    return len(public_key) == 32 and bindings.crypto_core_ed25519_is_valid_point(public_key)
+
+
 def content_key_id(public_key: bytes) -> SenderKeyId:
     """The 8-byte name of a content-signing key that a header carries: the start of SHA-256("SPK-id" | public key)."""
     return SenderKeyId(hashlib.sha256(b"SPK-id" + public_key).digest()[:8])
@@ -309,11 +319,16 @@ def choose_prekey(device: RecipientDevice, now_ms: int) -> SignedPrekey:
 
 @dataclass(frozen=True, slots=True)
 class EntryKey:
-    """One content-signing key of an entry, good for content created in [not_before_ms, not_after_ms)."""
+    """One content-signing key of an entry, good for content created in [not_before_ms, not_after_ms). Raises ValueError."""
 
     public_key: bytes
     not_before_ms: int
     not_after_ms: int
+
+    def __post_init__(self) -> None:
+        if not is_usable_ed25519(self.public_key):
+            raise ValueError("a content-signing public key is a canonical Ed25519 key of 32 bytes, not of low order")
+        _check_window(self.not_before_ms, self.not_after_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,10 +366,6 @@ class SenderEntry:
             raise ValueError(f"this entry must have {keys_min} to {ENTRY_KEYS_MAX} keys")
         if len({key.public_key for key in self.keys}) != len(self.keys):
             raise ValueError("a key stands twice in the entry; give it one window")
-        for key in self.keys:
-            if len(key.public_key) != 32:
-                raise ValueError("a content-signing public key is 32 bytes")
-            _check_window(key.not_before_ms, key.not_after_ms)
 
     def public_key(self, key_id: bytes, at_ms: int) -> bytes | None:
         """The key with this id if it may sign content created at this time, else None."""

@@ -19,8 +19,12 @@ from sealpush.retry import Clock
 FUTURE_SKEW_MS: Final = 6 * 60 * 1000
 # The server's time is known to within a round trip; a message may be shown this long after its end.
 EXPIRY_SKEW_MS: Final = 5_000
-# A stream's frame can be late but never early, so it can only move the clock forward, unless the clock jumped.
-CLOCK_JUMP_MS: Final = 60_000
+# A stream's frame can be late but never early, so it can only move the clock forward, unless it is as late as nothing else explains.
+FRAME_LATE_MS_MAX: Final = 60_000
+# What the local clock may differ from the steady one without having jumped: it is adjusted all the time. Less than anything is judged by.
+CLOCK_JUMP_MS: Final = EXPIRY_SKEW_MS
+# One attempt takes no longer; what more went by were attempts before it.
+ROUND_TRIP_S_MAX: Final = 10.0
 CLOCK_PERSIST_MS: Final = 500  # smaller changes of the offset are not worth a write
 
 Result = TypeVar("Result")
@@ -62,32 +66,41 @@ class ServerTime:
         self._store = store
         self.offset_ms: int | None = None
         self.learned_at: float | None = None  # monotonic; None: not in this process
+        self._learned_ms = 0  # the local clock then
 
     def now_ms(self) -> int:
         """Unix milliseconds by the server's clock; by the local one while nothing is known."""
         return self._clock.now_ms() + (self.offset_ms or 0)
 
-    def local_ms(self) -> int:
-        """Unix milliseconds by the local clock, which may be wrong: for `sent_ms`."""
-        return self._clock.now_ms()
+    def steady_s(self) -> float:
+        """Seconds that only go forward, whatever happens to the local clock: for `sent_at`."""
+        return self._clock.monotonic()
 
-    async def learn(self, server_time: Timestamp, sent_ms: int | None = None) -> None:
+    def jumped(self) -> bool:
+        """Whether somebody set the local clock since the server's time was learned, or the phone slept: `now_ms()` may be wrong until it
+        is learned again."""
+        if self.learned_at is None:
+            return False
+        steady_ms = (self._clock.monotonic() - self.learned_at) * 1000
+        return abs(self._clock.now_ms() - self._learned_ms - steady_ms) > CLOCK_JUMP_MS
+
+    async def learn(self, server_time: Timestamp, sent_at: float | None = None) -> None:
         """Learn from a server's time that arrived just now; an unset one teaches nothing.
 
-        `sent_ms`: when its request left, by the local clock; None for what came without being asked for.
+        `sent_at`: when its request left, by `steady_s()`; None for what came without being asked for.
         """
         server_ms = timestamp_ms(server_time)
         if server_ms <= 0:
             return
-        received_ms = self._clock.now_ms()
+        received_ms, received_at = self._clock.now_ms(), self._clock.monotonic()
         known_ms = self.offset_ms
-        if sent_ms is not None and sent_ms <= received_ms:
-            offset_ms = server_ms - (sent_ms + received_ms) // 2
-        else:
-            offset_ms = server_ms - received_ms
-            if known_ms is not None and known_ms - CLOCK_JUMP_MS < offset_ms <= known_ms:
-                offset_ms = known_ms
-        self.learned_at = self._clock.monotonic()
+        offset_ms = server_ms - received_ms
+        if sent_at is not None:
+            # Half of the way there and back, by the clock that cannot have been set on the way.
+            offset_ms += int(500 * min(received_at - sent_at, ROUND_TRIP_S_MAX))
+        elif known_ms is not None and not self.jumped() and known_ms - FRAME_LATE_MS_MAX < offset_ms <= known_ms:
+            offset_ms = known_ms
+        self.learned_at, self._learned_ms = received_at, received_ms
         if known_ms is None or abs(offset_ms - known_ms) >= CLOCK_PERSIST_MS:
             self.offset_ms = offset_ms
             await self._store(lambda keystore: keystore.set_clock_offset_ms(offset_ms))

@@ -5,7 +5,7 @@ fixed width or a length before them: two different statements never give the sam
 is worth nothing for another. Both sides build the bytes from what they know; only the signature travels.
 
     challenge answer   "SPP1-challenge" | 1 | device_id16 | len2 | challenge
-    registration       "SPP1-register"  | 1 | registration_id16 | identity_public_key32 | len2 | app_id (UTF-8)
+    registration       "SPP1-register"  | 1 | registration_id16 | identity_public_key32 | len2 | app_id (ASCII)
     acknowledgement    "SPP1-ack"       | 1 | message_id16 | content_id16 | device_id16 | outcome1
                                            | reason_code2 | at_ms8
     change             "SPP1-change"    | 1 | device_id16 | counter8 | len1 | method (ASCII) | SHA-256(request body)32
@@ -19,7 +19,7 @@ import hashlib
 import struct
 from typing import Final
 
-from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RegistrationId, check_id
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RegistrationId, check_id, is_app_id
 from sealpush.keys import IdentityKey, verify_ed25519
 
 TAG_CHALLENGE: Final = b"SPP1-challenge"
@@ -29,7 +29,6 @@ TAG_CHANGE: Final = b"SPP1-change"
 
 CHALLENGE_BYTES_MIN: Final = 16  # enough randomness that a challenge never repeats
 CHALLENGE_BYTES_MAX: Final = 512  # a stateless challenge carries a time, a scope and a MAC; nothing needs more
-APP_ID_BYTES_MAX: Final = 255  # the longest bundle and package names that the stores accept are shorter
 METHOD_BYTES_MAX: Final = 100  # a full gRPC method name
 
 _VERSION: Final = b"\x01"
@@ -58,9 +57,9 @@ def registration_proof(registration_id: RegistrationId, identity_public_key: byt
     """What a new device signs to show that it holds the identity it registers, for this registration and app only."""
     if len(identity_public_key) != 32:
         raise ValueError("identity_public_key must be 32 bytes")
-    app = app_id.encode()
-    if not 1 <= len(app) <= APP_ID_BYTES_MAX:
-        raise ValueError(f"app_id must be 1 to {APP_ID_BYTES_MAX} bytes of UTF-8")
+    if not is_app_id(app_id):
+        raise ValueError("app_id must be 1 to 64 characters of a-z 0-9 - .")
+    app = app_id.encode("ascii")
     registration = check_id(registration_id, "registration_id")
     return b"".join((TAG_REGISTER, _VERSION, registration, identity_public_key, len(app).to_bytes(2, "big"), app))
 

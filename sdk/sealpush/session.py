@@ -100,15 +100,28 @@ class Session:
         await self._store(lambda keystore: keystore.raise_counter(used))
 
     async def resync(self, deadline: Deadline) -> bool:
-        """Ask for the server's time, by a new token; whether it is known now. Not more often than every few seconds."""
+        """Ask for the server's time, by a new token; whether it is known now.
+
+        Not more often than every few seconds, unless there was an answer and the local clock has jumped since.
+        """
         now = self._calls.clock.monotonic()
-        if self._asked_time_at is None or now - self._asked_time_at >= RESYNC_PAUSE_S:
-            self._asked_time_at = now
+        asked_at = self._asked_time_at
+        if asked_at is None or now - asked_at >= RESYNC_PAUSE_S or (self._learned_since(asked_at) and self._time.jumped()):
+            self._asked_time_at = asked_at = now
             try:
                 await self._token.renew(deadline)
             except CallFailed as error:
                 self._trouble.note(error)
-        return self._time.learned_at is not None and self._time.learned_at >= self._asked_time_at
+        return self._learned_since(asked_at) and not self._time.jumped()
+
+    def _learned_since(self, moment: float) -> bool:
+        return self._time.learned_at is not None and self._time.learned_at >= moment
+
+    async def know_time(self, deadline: Deadline) -> None:
+        """Return with the server's time known, as it comes with a token. Raises CallFailed."""
+        await self._token.get(deadline)
+        if self._time.jumped():
+            await self._token.renew(deadline)
 
     async def _authenticate(self, deadline: Deadline) -> Token:
         """A token for an answered challenge. A lost answer costs nothing: the next attempt takes a new challenge."""
@@ -120,7 +133,7 @@ class Session:
         ).challenge
         signature = sign_proof(identity, challenge_proof(challenge, device_id))
         request = registration_pb2.AuthenticateRequest(device_id=device_id, challenge=challenge, signature=signature)
-        sent_ms = self._time.local_ms()
+        sent_at = self._time.steady_s()
         answer = await self._calls.once(stub.Authenticate, request, deadline=deadline)
-        await self._time.learn(answer.server_time, sent_ms)
+        await self._time.learn(answer.server_time, sent_at)
         return Token(answer.access_token, (timestamp_ms(answer.expires_at) - self._time.now_ms()) / 1000)

@@ -221,6 +221,8 @@ def call_failed(error: grpc.aio.AioRpcError) -> CallFailed:
         kind = errors.Unavailable
     if kind is errors.InvalidRequest and "attempts_left" in metadata:
         kind = WrongCode
+    if kind is errors.FailedPrecondition and ours and info.reason == errors.RegistrationLocked.reason:
+        kind = errors.RegistrationLocked
     code = error.code().name
     return kind(
         error.details() or f"the service answered {code} without a word",

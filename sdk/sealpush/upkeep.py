@@ -65,7 +65,7 @@ class Upkeep:
 
     async def do(self, deadline: Deadline) -> None:
         """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
-        await self._session.bearer(deadline)  # and with it the server's time
+        await self._session.know_time(deadline)
         signed, rotated, rising = await self._signed_prekey()
         upload = keys_pb2.PrekeyUpload(prekeys=map(wire_prekey, await self._one_time(signed.suite, deadline, rising=rising)))
         if rotated:

@@ -83,6 +83,7 @@ class Served:
 
     app: ServiceApp
     public: grpc.aio.Channel
+    public_address: str
     mesh_address: str
 
 
@@ -105,22 +106,26 @@ class Refusal:
     field: str = ""
     retry_after_s: float | None = None
     metadata: tuple[tuple[str, str], ...] = ()
+    reason: str = ""
 
 
 async def refusal(call: Awaitable[Any]) -> Refusal:
     """The refusal of a call that must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    error = caught.value
-    field, retry_after_s, metadata = "", None, ()
+    return read_refusal(caught.value)
+
+
+def read_refusal(error: grpc.aio.AioRpcError) -> Refusal:
+    field, retry_after_s, metadata, reason = "", None, (), ""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             for detail in status_pb2.Status.FromString(value).details:
                 info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
                 if detail.Unpack(info):
-                    metadata = tuple(sorted(info.metadata.items()))
+                    metadata, reason = tuple(sorted(info.metadata.items())), info.reason
                 elif detail.Unpack(bad):
                     field = bad.field_violations[0].field
                 elif detail.Unpack(retry):
                     retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
-    return Refusal(error.code(), error.details() or "", field, retry_after_s, metadata)
+    return Refusal(error.code(), error.details() or "", field, retry_after_s, metadata, reason)

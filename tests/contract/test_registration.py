@@ -14,10 +14,13 @@ import pytest
 import pytest_asyncio
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
+from sealpush import Device, Endpoints, MemoryKeystore, Platform, RegistrationLocked
+from sealpush.errors import InvalidRequest, Overloaded
 from sealpush.ids import AppId, DeviceId, RegistrationId, uuid7
-from sealpush.keys import IdentityKey, PrekeyKind, generate_prekey
+from sealpush.keys import IdentityKey, PrekeyKind, RootKey, generate_prekey
 from sealpush.proofs import body_digest, challenge_proof, change_proof, registration_proof
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2, registration_pb2_grpc
@@ -40,7 +43,7 @@ from sealpushd.v1 import (
     sealing_pb2_grpc,
 )
 from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import LOOPBACK, Connect, FakeClock, Mesh, Migrated, Peer, Refusal, Serve, Served, refusal
+from tests.contract.harness import LOOPBACK, Connect, FakeClock, Mesh, Migrated, Peer, Refusal, Serve, Served, read_refusal, refusal
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -156,7 +159,7 @@ class Phone:
     subscriber_id: bytes = b""
 
     def confirmation(
-        self, registration_id: bytes, code: str, suite: int = SUITE_X25519, **installation: Any
+        self, registration_id: bytes, code: str, pin: str = "", suite: int = SUITE_X25519, **installation: Any
     ) -> registration_pb2.ConfirmRegistrationRequest:
         now_ms = to_ms(self.world.clock.now())
         _, prekey = generate_prekey(
@@ -181,14 +184,21 @@ class Phone:
             proof=self.identity.sign(registration_proof(RegistrationId(registration_id), self.identity.public_key, APP)),
             # Phones of suite 1 that were made before the field do not send it.
             min_suite=suite if suite > SUITE_X25519 else 0,
+            pin=pin,
         )
 
     def confirm(self, request: registration_pb2.ConfirmRegistrationRequest) -> Any:
         return self.world.registration.ConfirmRegistration(request)
 
-    async def register(self, **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
+    async def ask(self, pin: str = "", **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
+        """The confirmation by a new code."""
+        self.world.clock.advance(timedelta(seconds=31))
         started = await self.world.start(self.number)
-        request = self.confirmation(started.registration_id, self.world.code(self.number), **installation)
+        return self.confirmation(started.registration_id, self.world.code(self.number), pin, **installation)
+
+    async def register(self, pin: str = "", **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
+        started = await self.world.start(self.number)
+        request = self.confirmation(started.registration_id, self.world.code(self.number), pin, **installation)
         self.subscriber_id = (await self.confirm(request)).subscriber_id
         return request
 
@@ -226,6 +236,11 @@ class Phone:
         change = registration_pb2.Preference(sender_id=sender_id, **fields).SerializeToString()
         proof = self.proof("SetPreference", change)
         return self.call("SetPreference", registration_pb2.SetPreferenceRequest(change=change, proof=proof))
+
+    def lock(self, pin: str) -> Any:
+        change = registration_pb2.RegistrationLock(pin=pin).SerializeToString()
+        proof = self.proof("SetRegistrationLock", change)
+        return self.call("SetRegistrationLock", registration_pb2.SetRegistrationLockRequest(change=change, proof=proof))
 
     def unregister(self, counter: int | None = None) -> Any:
         return self.call("Unregister", registration_pb2.UnregisterRequest(proof=self.proof("Unregister", b"", counter)))
@@ -437,11 +452,19 @@ async def test_a_phone_registers_with_the_lowest_suite_that_its_prekey_says(worl
     started = await world.start(phone.number)
     code = world.code(phone.number)
     for said in (0, 1, 3, 256):
-        request = phone.confirmation(started.registration_id, code, SUITE_HYBRID)
+        request = phone.confirmation(started.registration_id, code, suite=SUITE_HYBRID)
         request.min_suite = said
         assert (await refusal(phone.confirm(request))).field == "signed_prekey"
-    await phone.confirm(phone.confirmation(started.registration_id, code, SUITE_HYBRID))
+    await phone.confirm(phone.confirmation(started.registration_id, code, suite=SUITE_HYBRID))
     assert world.keys.min_suites == {phone.device_id: SUITE_HYBRID, plain.device_id: SUITE_X25519}
+
+
+async def test_an_identity_key_that_nobody_can_hold_is_refused(world: World) -> None:
+    phone = Phone(world, world.number())
+    request = await phone.ask()
+    for unusable in (bytes(32), b"\x01" + bytes(31), (2**255 - 18).to_bytes(32, "little"), b"k" * 31):
+        request.identity_public_key = unusable
+        assert (await refusal(phone.confirm(request))).field == "identity_public_key"
 
 
 async def test_a_device_id_belongs_to_its_identity_for_ever(world: World) -> None:
@@ -611,7 +634,7 @@ async def _outcome(call: Any) -> Any:
     try:
         return await call
     except grpc.aio.AioRpcError as e:
-        return Refusal(e.code(), e.details() or "")
+        return read_refusal(e)
 
 
 async def test_two_phones_that_register_a_new_number_at_once_become_one_person(world: World) -> None:
@@ -625,6 +648,301 @@ async def test_two_phones_that_register_a_new_number_at_once_become_one_person(w
     answers = await asyncio.gather(*(phone.confirm(request) for phone, request in zip(phones, requests, strict=True)))
     assert len({answer.subscriber_id for answer in answers}) == 1
     assert len((await world.resolve(number)).resolved.devices) == 3
+
+
+# --- the registration lock -------------------------------------------------------------------------------------------------
+
+PIN = "271828"
+
+
+async def locked_phone(world: World) -> Phone:
+    """A phone whose person has set a lock."""
+    phone = await world.phone()
+    await phone.authenticate()
+    await phone.lock(PIN)
+    return phone
+
+
+def locked_refusals(cause: str) -> float:
+    return REGISTRY.get_sample_value("sealpush_registration_locked_total", {"cause": cause}) or 0
+
+
+def is_locked(answer: Refusal, left: int) -> bool:
+    return (answer.code, answer.reason, dict(answer.metadata)["attempts_left"]) == (
+        StatusCode.FAILED_PRECONDITION,
+        "REGISTRATION_LOCKED",
+        str(left),
+    )
+
+
+async def test_a_locked_number_asks_a_further_device_for_the_pin_and_the_code_stays_good(world: World) -> None:
+    counted = {cause: locked_refusals(cause) for cause in ("no_pin", "wrong_pin", "too_many")}
+    owner = await locked_phone(world)
+    other = Phone(world, owner.number)
+    request = await other.ask()
+    for _ in range(7):
+        refused = await refusal(other.confirm(request))
+        assert is_locked(refused, 5), "a missing PIN is no attempt"
+    midnight = (world.clock.now() + timedelta(days=31)).strftime("%Y-%m-%dT00:00:00Z")
+    assert dict(refused.metadata)["lock_lapses_at"] == midnight
+    request.pin = "271829"
+    assert is_locked(await refusal(other.confirm(request)), 4)
+    assert [one.device_id for one in (await world.resolve(owner.number)).resolved.devices] == [owner.device_id]
+    assert world.keys.put == [(owner.subscriber_id, owner.device_id)], "a device that is locked out is in no log"
+    request.pin = PIN
+    assert (await other.confirm(request)).subscriber_id == owner.subscriber_id
+    third = Phone(world, owner.number)
+    assert is_locked(await refusal(third.confirm(await third.ask("271829"))), 4), "the right PIN forgot the wrong one"
+    assert {cause: locked_refusals(cause) - counted[cause] for cause in counted} == {"no_pin": 7, "wrong_pin": 2, "too_many": 0}
+
+
+async def test_a_wrong_code_tells_nothing_of_a_lock(world: World) -> None:
+    owner = await locked_phone(world)
+    other = Phone(world, owner.number)
+    request = await other.ask(PIN)
+    request.code = f"{(int(request.code) + 1) % 1_000_000:06d}"
+    refused = await refusal(other.confirm(request))
+    assert (refused.code, refused.field, refused.reason) == (StatusCode.INVALID_ARGUMENT, "code", "INVALID_REQUEST")
+
+
+async def test_a_lost_answer_of_a_locked_confirmation_is_repeated_without_the_pin(world: World) -> None:
+    owner = await locked_phone(world)
+    other = Phone(world, owner.number)
+    request = await other.ask(PIN)
+    await other.confirm(request)
+    for pin in (PIN, "", "wrong pin"):
+        request.pin = pin
+        assert (await other.confirm(request)).subscriber_id == owner.subscriber_id
+
+
+async def test_a_phone_of_the_person_registers_again_without_the_pin(world: World) -> None:
+    owner = await locked_phone(world)
+    world.clock.advance(timedelta(days=1))
+    await owner.register()
+    other = Phone(world, owner.number)
+    assert is_locked(await refusal(other.confirm(await other.ask())), 5), "and the lock stays"
+
+
+async def test_a_device_that_moves_to_a_locked_number_gives_the_pin(world: World) -> None:
+    owner, mover = await locked_phone(world), await world.phone()
+    old_number, mover.number = mover.number, owner.number
+    request = await mover.ask()
+    assert is_locked(await refusal(mover.confirm(request)), 5)
+    assert (await world.resolve(old_number)).resolved.devices[0].device_id == mover.device_id
+    request.pin = PIN
+    assert (await mover.confirm(request)).subscriber_id == owner.subscriber_id
+
+
+async def test_a_lock_is_changed_and_removed_by_any_phone_of_the_person(world: World) -> None:
+    owner = await locked_phone(world)
+    assert (await owner.preferences()).registration_lock
+    second = Phone(world, owner.number)
+    await second.confirm(await second.ask(PIN))
+    await second.authenticate()
+    assert (await second.preferences()).registration_lock
+    await second.lock("a longer phrase")
+    third = Phone(world, owner.number)
+    request = await third.ask(PIN)
+    assert is_locked(await refusal(third.confirm(request)), 4)
+    await owner.lock("")
+    assert not (await second.preferences()).registration_lock
+    assert (await third.confirm(request)).subscriber_id == owner.subscriber_id
+
+
+async def test_a_pin_that_is_too_easy_and_a_foreign_change_are_refused_and_change_nothing(world: World) -> None:
+    owner = await locked_phone(world)
+    for easy in ("1234", "0000", "271"):
+        refused = await refusal(owner.lock(easy))
+        assert (refused.code, refused.field) == (StatusCode.INVALID_ARGUMENT, "pin")
+    change = registration_pb2.RegistrationLock(pin="314159").SerializeToString()
+    request = registration_pb2.SetRegistrationLockRequest(change=change, proof=owner.proof("SetPreference", change))
+    assert (await refusal(owner.call("SetRegistrationLock", request))).field == "proof.signature"
+    request.proof.CopyFrom(owner.proof("SetRegistrationLock", change, counter=1))
+    assert (await refusal(owner.call("SetRegistrationLock", request))).code is StatusCode.ABORTED
+    other = Phone(world, owner.number)
+    too_long = await other.ask("9" * 1000)
+    assert (await refusal(other.confirm(too_long))).field == "pin"
+    await other.confirm(await other.ask(PIN))
+
+
+async def test_a_lock_is_not_changed_without_end(world: World) -> None:
+    world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
+    owner = await locked_phone(world)
+    answers = await asyncio.gather(*(_outcome(owner.lock(PIN)) for _ in range(20)))
+    assert sum(isinstance(answer, Refusal) and answer.code is StatusCode.RESOURCE_EXHAUSTED for answer in answers) == 1
+    await owner.lock("")
+
+
+async def test_of_parallel_guesses_in_two_processes_five_are_looked_at(world: World, serve: Serve) -> None:
+    owner = await locked_phone(world)
+    guessers = [Phone(world, owner.number) for _ in range(2)]
+    requests = [await guesser.ask("314159") for guesser in guessers]
+    second = await serve("registration", build, world.settings, world.clock)
+    processes = [registration_pb2_grpc.RegistrationStub(one.public) for one in (world.served, second)]
+    # Each with the code's own attempts returned at once: the same registration guesses on and on.
+    answers = [
+        await asyncio.gather(*(_outcome(processes[n % 2].ConfirmRegistration(requests[n % 2])) for n in range(20))),
+        await asyncio.gather(*(_outcome(processes[n % 2].ConfirmRegistration(requests[n % 2])) for n in range(4))),
+    ]
+    refused = [answer for batch in answers for answer in batch]
+    assert all(isinstance(answer, Refusal) for answer in refused)
+    guessed = [answer for answer in refused if dict(answer.metadata).get("attempts_left") is not None]
+    assert sorted(dict(answer.metadata)["attempts_left"] for answer in guessed) == ["0", "1", "2", "3", "4"]
+    requests[0].pin = PIN
+    limited = await refusal(guessers[0].confirm(requests[0]))
+    assert limited.code is StatusCode.RESOURCE_EXHAUSTED, "not even the right one is looked at"
+    assert dict(limited.metadata) == {"limit": "registration_lock"}
+    assert limited.retry_after_s == pytest.approx(86_400, abs=60)
+    requests[0].pin = ""
+    assert is_locked(await refusal(guessers[0].confirm(requests[0])), 0)
+
+
+async def test_attempts_return_after_a_day_and_with_a_new_pin(world: World) -> None:
+    owner = await locked_phone(world)
+    other = Phone(world, owner.number)
+
+    async def spend() -> None:
+        request = await other.ask("314159")
+        for left in (4, 3, 2, 1, 0):
+            assert is_locked(await refusal(other.confirm(request)), left)
+        limited = await refusal(other.confirm(request))
+        assert limited.code is StatusCode.RESOURCE_EXHAUSTED
+
+    await spend()
+    world.clock.advance(timedelta(days=1))
+    await spend()
+    await owner.lock("161803")
+    world.clock.advance(timedelta(hours=1))
+    await other.confirm(await other.ask("161803"))
+
+
+async def test_a_lock_lapses_after_thirty_days_of_silence_and_who_joins_then_ends_it(world: World) -> None:
+    owner = await locked_phone(world)
+    world.clock.advance(timedelta(days=29))
+    await owner.authenticate()
+    world.clock.advance(timedelta(days=29))
+    other = Phone(world, owner.number)
+    assert is_locked(await refusal(other.confirm(await other.ask())), 5), "authentication keeps it in force"
+    world.clock.advance(timedelta(days=2))
+    assert (await other.confirm(await other.ask())).subscriber_id == owner.subscriber_id
+    third = Phone(world, owner.number)
+    await third.confirm(await third.ask())
+    await owner.authenticate()
+    assert not (await owner.preferences()).registration_lock
+
+
+async def test_a_lock_that_lapsed_is_in_force_again_when_its_phone_is_used(world: World) -> None:
+    owner = await locked_phone(world)
+    world.clock.advance(timedelta(days=31))
+    await owner.authenticate()
+    other = Phone(world, owner.number)
+    assert is_locked(await refusal(other.confirm(await other.ask())), 5)
+
+
+async def test_a_recycled_number_is_not_locked_and_its_old_pin_is_gone(world: World) -> None:
+    old = await locked_phone(world)
+    world.clock.advance(timedelta(days=91))
+    new = await world.phone(old.number)
+    assert new.subscriber_id != old.subscriber_id
+    await new.authenticate()
+    assert not (await new.preferences()).registration_lock
+    assert await locks(world) == 0
+
+
+async def test_when_the_last_phone_leaves_the_lock_goes(world: World) -> None:
+    owner = await locked_phone(world)
+    second = Phone(world, owner.number)
+    await second.confirm(await second.ask(PIN))
+    await owner.unregister()
+    assert is_locked(await refusal(owner.confirm(await owner.ask())), 5), "an ended installation is like any other device"
+    await second.authenticate()
+    await second.unregister()
+    assert await locks(world) == 0
+    await owner.confirm(await owner.ask())
+
+
+async def test_when_the_last_phone_moves_to_another_number_the_lock_goes(world: World) -> None:
+    owner = await locked_phone(world)
+    old_number, owner.number = owner.number, world.number()
+    await owner.register()
+    assert await locks(world) == 0
+    await world.phone(old_number)
+
+
+async def test_a_lock_that_was_set_while_another_device_registers_is_asked_for_or_came_later(world: World) -> None:
+    owner = await world.phone()
+    await owner.authenticate()
+    others = [Phone(world, owner.number) for _ in range(3)]
+    requests = [await other.ask() for other in others]
+    _, *answers = await asyncio.gather(
+        owner.lock(PIN), *(_outcome(other.confirm(request)) for other, request in zip(others, requests, strict=True))
+    )
+    joined = {one.device_id for one in (await world.resolve(owner.number)).resolved.devices} - {owner.device_id}
+    for other, answer in zip(others, answers, strict=True):
+        assert isinstance(answer, Refusal) != (other.device_id in joined)
+        assert not isinstance(answer, Refusal) or answer.code in (StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED)
+
+
+async def test_the_sdk_asks_its_user_for_the_pin_and_confirms_with_the_same_code(world: World) -> None:
+    def device() -> Device:
+        endpoints = Endpoints.single(world.served.public_address, insecure=True)
+        return Device(APP, endpoints, MemoryKeystore(), root_public_key=RootKey.generate().public_key, platform=Platform.ANDROID)
+
+    number, owner, other = world.number(), device(), device()
+    await owner.start_registration(number)
+    await owner.confirm(world.code(number))
+    await owner.set_registration_lock("кава о пів на сьому")
+    assert await owner.registration_lock()
+    assert (await owner.diagnose()).registration_lock
+    world.clock.advance(timedelta(seconds=31))
+    await other.start_registration(number)
+    with pytest.raises(RegistrationLocked) as locked:
+        await other.confirm(world.code(number))
+    assert (locked.value.attempts_left, locked.value.retryable) == (5, False)
+    assert locked.value.lapses_at is not None
+    assert timedelta(days=30) <= locked.value.lapses_at - world.clock.now() <= timedelta(days=31)
+    for _ in range(5):
+        with pytest.raises(RegistrationLocked) as locked:
+            await other.confirm(world.code(number), pin="кава о сьомій")
+    assert (locked.value.attempts_left, locked.value.retry_after_s) == (0, 86_400)
+    with pytest.raises(Overloaded) as limited:
+        await other.confirm(world.code(number), pin="кава о пів на сьому")
+    assert limited.value.retry_after_s == 86_400
+    await owner.set_registration_lock("чай о пів на сьому")
+    assert (await other.confirm(world.code(number), pin="чай о пів на сьому")).subscriber_id is not None
+    with pytest.raises(InvalidRequest, match="repeat or count"):
+        await other.set_registration_lock("1234")
+    with pytest.raises(ValueError, match="remove_registration_lock"):
+        await other.set_registration_lock(" ")
+    await other.remove_registration_lock()
+    assert not await owner.registration_lock()
+    for each in (owner, other):
+        await each.close()
+
+
+async def test_no_pin_is_in_a_log_line_or_in_the_database(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    owner = await locked_phone(world)
+    other = Phone(world, owner.number)
+    request = await other.ask("31415926")
+    await refusal(other.confirm(request))
+    await refusal(owner.lock("31415926" * 5))
+    admin = await connect(world.urls["admin"])
+    dump = "\n".join(str(row[0]) for row in await admin.fetch("SELECT t::text FROM registration.registration_locks t"))
+    await admin.close()
+    shown = "".join(capsys.readouterr())
+    for secret in (PIN, "31415926"):
+        assert secret not in dump
+        assert secret.encode().hex() not in dump
+        assert secret not in shown
+    assert b"$argon2id$".hex() in dump
+
+
+async def locks(world: World) -> int:
+    admin = await connect(world.urls["admin"])
+    try:
+        return int(await admin.fetchval("SELECT count(*) FROM registration.registration_locks"))
+    finally:
+        await admin.close()
 
 
 # --- authentication --------------------------------------------------------------------------------------------------------

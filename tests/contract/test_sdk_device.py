@@ -181,6 +181,8 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.tells_time = True
         self.time_ahead_s = 0.0
         self.hang: set[str] = set()
+        # What happens once while a method is at work, by its name.
+        self.meanwhile: dict[str, Callable[[], None]] = {}
         self.page = 64
         self.acknowledged: list[messages_pb2.Acknowledgement] = []
         self.ack_frames: list[int] = []
@@ -201,6 +203,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
 
     async def before(self, name: str, context: Context) -> None:
         self.calls[name] += 1
+        self.meanwhile.pop(name, lambda: None)()
         if name in self.hang:
             await asyncio.sleep(60)
         if self.down[name]:
@@ -307,6 +310,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
             for each in phone.waiting
         ]
         return registration_pb2.SetPreferenceResponse(stopped=stopped)
+
+    async def SetRegistrationLock(self, request: registration_pb2.SetRegistrationLockRequest, context: Context) -> Any:
+        raise NotImplementedError("tests/contract/test_registration.py has locks, with the real service")
 
     # Keys
 
@@ -974,6 +980,71 @@ async def test_a_wrong_clock_is_healed_by_asking_when_the_answer_tells_no_time(s
     assert service.acknowledged == []
     service.time = drain_time  # type: ignore[method-assign]
     assert texts(await device.drain()) == ["a"]
+
+
+JUMPS = [HOUR_MS, -HOUR_MS, 24 * HOUR_MS, -24 * HOUR_MS]
+
+
+@pytest.mark.parametrize("by_ms", JUMPS)
+async def test_a_clock_that_jumps_while_the_service_answers_teaches_the_right_time(
+    service: Service, make: Make, clock: FakeClock, by_ms: int
+) -> None:
+    def jump() -> None:
+        clock.wrong_by_ms += by_ms
+
+    service.meanwhile = {"StartRegistration": jump, "ConfirmRegistration": jump, "Authenticate": jump, "Drain": jump}
+    device = await register(make())  # the service verifies the prekey's times
+    service.send("short", lifetime_ms=60_000)
+    assert texts(await device.drain()) == ["short"]
+    assert service.meanwhile == {}
+    assert (await device.diagnose()).clock_offset_ms == pytest.approx(-4 * by_ms, abs=5000)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("by_ms", JUMPS)
+async def test_a_clock_that_jumps_between_two_messages_loses_neither(
+    service: Service, make: Make, clock: FakeClock, by_ms: int, again: bool
+) -> None:
+    def jump() -> None:
+        clock.wrong_by_ms += by_ms
+
+    device = await register(make())
+    service.send("a", lifetime_ms=60_000)
+    service.send("b", lifetime_ms=60_000)
+    # The device asked for the time a moment ago, so that it would not ask again without reason.
+    assert await device._session.resync(device._session.deadline())
+    # The sender is asked for after the first message's times were checked and before the second's.
+    service.meanwhile["GetSenderProfile"] = jump
+    if again:
+        service.meanwhile["Authenticate"] = jump
+    assert texts(await device.drain()) == ["a", "b"]
+    assert service.meanwhile == {}
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+
+
+@pytest.mark.parametrize("by_ms", [30_000, *JUMPS])
+async def test_a_clock_that_jumps_while_a_stream_runs_loses_nothing(service: Service, make: Make, clock: FakeClock, by_ms: int) -> None:
+    device = await register(make())
+    async with device.stream() as messages, asyncio.timeout(5):
+        service.send("a", lifetime_ms=20_000)
+        assert (await anext(messages)).content.body == "a"
+        assert await device._session.resync(device._session.deadline())
+        clock.wrong_by_ms += by_ms
+        service.send("b", lifetime_ms=20_000)
+        assert (await anext(messages)).content.body == "b"
+    assert set(service.outcomes()) == {AckOutcome.DELIVERED}
+
+
+@pytest.mark.parametrize("by_ms", JUMPS)
+async def test_prekeys_made_after_the_clock_jumped_have_right_times(service: Service, make: Make, clock: FakeClock, by_ms: int) -> None:
+    device = await register(make(one_time_prekeys=5))
+    assert await device.drain() == []
+    service.phone().one_time.clear()
+    clock.wrong_by_ms = by_ms
+    await device.maintain()
+    made = [each.created_at_ms for each in (*service.phone().one_time.values(), service.phone().signed_prekey)]
+    assert len(made) == 6
+    assert made == pytest.approx([service.now().ToMilliseconds()] * 6, abs=60_000)
 
 
 async def test_an_expired_message_is_never_shown(service: Service, make: Make, clock: FakeClock) -> None:

@@ -27,13 +27,19 @@ from sealpush.v1 import common_pb2 as sealpush_dot_v1_dot_common__pb2
 from sealpush.v1 import keys_pb2 as sealpush_dot_v1_dot_keys__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esealpush/v1/registration.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\x1a\x16sealpush/v1/keys.proto\"I\n\x18StartRegistrationRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\r\n\x05phone\x18\x02 \x01(\t\x12\x0e\n\x06locale\x18\x03 \x01(\t\"\xd9\x01\n\x19StartRegistrationResponse\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63ode_length\x18\x02 \x01(\r\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tresend_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc2\x03\n\x0cInstallation\x12\'\n\x08platform\x18\x01 \x01(\x0e\x32\x15.sealpush.v1.Platform\x12\x17\n\npush_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x36\n\x10push_environment\x18\x03 \x01(\x0e\x32\x1c.sealpush.v1.PushEnvironment\x12\x12\n\npush_topic\x18\x04 \x01(\t\x12\x1f\n\x12push_allowed_by_os\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12 \n\x13push_allowed_by_app\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nis_primary\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0b\x61pp_version\x18\x08 \x01(\tH\x04\x88\x01\x01\x12\x13\n\x06locale\x18\t \x01(\tH\x05\x88\x01\x01\x12\x31\n\rsubscriptions\x18\n \x01(\x0b\x32\x1a.sealpush.v1.SubscriptionsB\r\n\x0b_push_tokenB\x15\n\x13_push_allowed_by_osB\x16\n\x14_push_allowed_by_appB\r\n\x0b_is_primaryB\x0e\n\x0c_app_versionB\t\n\x07_locale\"\x1e\n\rSubscriptions\x12\r\n\x05names\x18\x01 \x03(\t\"\xf2\x01\n\x1a\x43onfirmRegistrationRequest\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x04 \x01(\x0c\x12*\n\rsigned_prekey\x18\x05 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12/\n\x0cinstallation\x18\x06 \x01(\x0b\x32\x19.sealpush.v1.Installation\x12\r\n\x05proof\x18\x07 \x01(\x0c\x12\x11\n\tmin_suite\x18\x08 \x01(\r\"e\n\x1b\x43onfirmRegistrationResponse\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12/\n\x0bserver_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"(\n\x13GetChallengeRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\")\n\x14GetChallengeResponse\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"N\n\x13\x41uthenticateRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x11\n\tchallenge\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x8d\x01\n\x14\x41uthenticateResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\x19UpdateInstallationRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x1c\n\x1aUpdateInstallationResponse\"<\n\x11UnregisterRequest\x12\'\n\x05proof\x18\x01 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x14\n\x12UnregisterResponse\"[\n\nPreference\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x11\n\tblock_all\x18\x02 \x01(\x08\x12\x19\n\x11\x62lock_advertising\x18\x03 \x01(\x08\x12\x0c\n\x04mute\x18\x04 \x01(\x08\"?\n\x16ListPreferencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\x0c\"`\n\x17ListPreferencesResponse\x12,\n\x0bpreferences\x18\x01 \x03(\x0b\x32\x17.sealpush.v1.Preference\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\"O\n\x14SetPreferenceRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"F\n\x15SetPreferenceResponse\x12-\n\x07stopped\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.StoppedDelivery2\xf2\x05\n\x0cRegistration\x12\x62\n\x11StartRegistration\x12%.sealpush.v1.StartRegistrationRequest\x1a&.sealpush.v1.StartRegistrationResponse\x12h\n\x13\x43onfirmRegistration\x12\'.sealpush.v1.ConfirmRegistrationRequest\x1a(.sealpush.v1.ConfirmRegistrationResponse\x12S\n\x0cGetChallenge\x12 .sealpush.v1.GetChallengeRequest\x1a!.sealpush.v1.GetChallengeResponse\x12S\n\x0c\x41uthenticate\x12 .sealpush.v1.AuthenticateRequest\x1a!.sealpush.v1.AuthenticateResponse\x12\x65\n\x12UpdateInstallation\x12&.sealpush.v1.UpdateInstallationRequest\x1a\'.sealpush.v1.UpdateInstallationResponse\x12M\n\nUnregister\x12\x1e.sealpush.v1.UnregisterRequest\x1a\x1f.sealpush.v1.UnregisterResponse\x12\\\n\x0fListPreferences\x12#.sealpush.v1.ListPreferencesRequest\x1a$.sealpush.v1.ListPreferencesResponse\x12V\n\rSetPreference\x12!.sealpush.v1.SetPreferenceRequest\x1a\".sealpush.v1.SetPreferenceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esealpush/v1/registration.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\x1a\x16sealpush/v1/keys.proto\"I\n\x18StartRegistrationRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\r\n\x05phone\x18\x02 \x01(\t\x12\x0e\n\x06locale\x18\x03 \x01(\t\"\xd9\x01\n\x19StartRegistrationResponse\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63ode_length\x18\x02 \x01(\r\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tresend_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc2\x03\n\x0cInstallation\x12\'\n\x08platform\x18\x01 \x01(\x0e\x32\x15.sealpush.v1.Platform\x12\x17\n\npush_token\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x36\n\x10push_environment\x18\x03 \x01(\x0e\x32\x1c.sealpush.v1.PushEnvironment\x12\x12\n\npush_topic\x18\x04 \x01(\t\x12\x1f\n\x12push_allowed_by_os\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12 \n\x13push_allowed_by_app\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x17\n\nis_primary\x18\x07 \x01(\x08H\x03\x88\x01\x01\x12\x18\n\x0b\x61pp_version\x18\x08 \x01(\tH\x04\x88\x01\x01\x12\x13\n\x06locale\x18\t \x01(\tH\x05\x88\x01\x01\x12\x31\n\rsubscriptions\x18\n \x01(\x0b\x32\x1a.sealpush.v1.SubscriptionsB\r\n\x0b_push_tokenB\x15\n\x13_push_allowed_by_osB\x16\n\x14_push_allowed_by_appB\r\n\x0b_is_primaryB\x0e\n\x0c_app_versionB\t\n\x07_locale\"\x1e\n\rSubscriptions\x12\r\n\x05names\x18\x01 \x03(\t\"\x84\x02\n\x1a\x43onfirmRegistrationRequest\x12\x17\n\x0fregistration_id\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x11\n\tdevice_id\x18\x03 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x04 \x01(\x0c\x12*\n\rsigned_prekey\x18\x05 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12/\n\x0cinstallation\x18\x06 \x01(\x0b\x32\x19.sealpush.v1.Installation\x12\r\n\x05proof\x18\x07 \x01(\x0c\x12\x11\n\tmin_suite\x18\x08 \x01(\r\x12\x10\n\x03pin\x18\t \x01(\tB\x03\x80\x01\x01\"e\n\x1b\x43onfirmRegistrationResponse\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12/\n\x0bserver_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"(\n\x13GetChallengeRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\")\n\x14GetChallengeResponse\x12\x11\n\tchallenge\x18\x01 \x01(\x0c\"N\n\x13\x41uthenticateRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x11\n\tchallenge\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x8d\x01\n\x14\x41uthenticateResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\x19UpdateInstallationRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x1c\n\x1aUpdateInstallationResponse\"<\n\x11UnregisterRequest\x12\'\n\x05proof\x18\x01 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x14\n\x12UnregisterResponse\"[\n\nPreference\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x11\n\tblock_all\x18\x02 \x01(\x08\x12\x19\n\x11\x62lock_advertising\x18\x03 \x01(\x08\x12\x0c\n\x04mute\x18\x04 \x01(\x08\"?\n\x16ListPreferencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\x0c\"{\n\x17ListPreferencesResponse\x12,\n\x0bpreferences\x18\x01 \x03(\x0b\x32\x17.sealpush.v1.Preference\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\x12\x19\n\x11registration_lock\x18\x03 \x01(\x08\"O\n\x14SetPreferenceRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"F\n\x15SetPreferenceResponse\x12-\n\x07stopped\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.StoppedDelivery\"$\n\x10RegistrationLock\x12\x10\n\x03pin\x18\x01 \x01(\tB\x03\x80\x01\x01\"Z\n\x1aSetRegistrationLockRequest\x12\x13\n\x06\x63hange\x18\x01 \x01(\x0c\x42\x03\x80\x01\x01\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"\x1d\n\x1bSetRegistrationLockResponse2\xdc\x06\n\x0cRegistration\x12\x62\n\x11StartRegistration\x12%.sealpush.v1.StartRegistrationRequest\x1a&.sealpush.v1.StartRegistrationResponse\x12h\n\x13\x43onfirmRegistration\x12\'.sealpush.v1.ConfirmRegistrationRequest\x1a(.sealpush.v1.ConfirmRegistrationResponse\x12S\n\x0cGetChallenge\x12 .sealpush.v1.GetChallengeRequest\x1a!.sealpush.v1.GetChallengeResponse\x12S\n\x0c\x41uthenticate\x12 .sealpush.v1.AuthenticateRequest\x1a!.sealpush.v1.AuthenticateResponse\x12\x65\n\x12UpdateInstallation\x12&.sealpush.v1.UpdateInstallationRequest\x1a\'.sealpush.v1.UpdateInstallationResponse\x12M\n\nUnregister\x12\x1e.sealpush.v1.UnregisterRequest\x1a\x1f.sealpush.v1.UnregisterResponse\x12\\\n\x0fListPreferences\x12#.sealpush.v1.ListPreferencesRequest\x1a$.sealpush.v1.ListPreferencesResponse\x12V\n\rSetPreference\x12!.sealpush.v1.SetPreferenceRequest\x1a\".sealpush.v1.SetPreferenceResponse\x12h\n\x13SetRegistrationLock\x12\'.sealpush.v1.SetRegistrationLockRequest\x1a(.sealpush.v1.SetRegistrationLockResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sealpush.v1.registration_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CONFIRMREGISTRATIONREQUEST'].fields_by_name['pin']._loaded_options = None
+  _globals['_CONFIRMREGISTRATIONREQUEST'].fields_by_name['pin']._serialized_options = b'\200\001\001'
+  _globals['_REGISTRATIONLOCK'].fields_by_name['pin']._loaded_options = None
+  _globals['_REGISTRATIONLOCK'].fields_by_name['pin']._serialized_options = b'\200\001\001'
+  _globals['_SETREGISTRATIONLOCKREQUEST'].fields_by_name['change']._loaded_options = None
+  _globals['_SETREGISTRATIONLOCKREQUEST'].fields_by_name['change']._serialized_options = b'\200\001\001'
   _globals['_STARTREGISTRATIONREQUEST']._serialized_start=130
   _globals['_STARTREGISTRATIONREQUEST']._serialized_end=203
   _globals['_STARTREGISTRATIONRESPONSE']._serialized_start=206
@@ -43,35 +49,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBSCRIPTIONS']._serialized_start=878
   _globals['_SUBSCRIPTIONS']._serialized_end=908
   _globals['_CONFIRMREGISTRATIONREQUEST']._serialized_start=911
-  _globals['_CONFIRMREGISTRATIONREQUEST']._serialized_end=1153
-  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_start=1155
-  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_end=1256
-  _globals['_GETCHALLENGEREQUEST']._serialized_start=1258
-  _globals['_GETCHALLENGEREQUEST']._serialized_end=1298
-  _globals['_GETCHALLENGERESPONSE']._serialized_start=1300
-  _globals['_GETCHALLENGERESPONSE']._serialized_end=1341
-  _globals['_AUTHENTICATEREQUEST']._serialized_start=1343
-  _globals['_AUTHENTICATEREQUEST']._serialized_end=1421
-  _globals['_AUTHENTICATERESPONSE']._serialized_start=1424
-  _globals['_AUTHENTICATERESPONSE']._serialized_end=1565
-  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_start=1567
-  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_end=1651
-  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_start=1653
-  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_end=1681
-  _globals['_UNREGISTERREQUEST']._serialized_start=1683
-  _globals['_UNREGISTERREQUEST']._serialized_end=1743
-  _globals['_UNREGISTERRESPONSE']._serialized_start=1745
-  _globals['_UNREGISTERRESPONSE']._serialized_end=1765
-  _globals['_PREFERENCE']._serialized_start=1767
-  _globals['_PREFERENCE']._serialized_end=1858
-  _globals['_LISTPREFERENCESREQUEST']._serialized_start=1860
-  _globals['_LISTPREFERENCESREQUEST']._serialized_end=1923
-  _globals['_LISTPREFERENCESRESPONSE']._serialized_start=1925
-  _globals['_LISTPREFERENCESRESPONSE']._serialized_end=2021
-  _globals['_SETPREFERENCEREQUEST']._serialized_start=2023
-  _globals['_SETPREFERENCEREQUEST']._serialized_end=2102
-  _globals['_SETPREFERENCERESPONSE']._serialized_start=2104
-  _globals['_SETPREFERENCERESPONSE']._serialized_end=2174
-  _globals['_REGISTRATION']._serialized_start=2177
-  _globals['_REGISTRATION']._serialized_end=2931
+  _globals['_CONFIRMREGISTRATIONREQUEST']._serialized_end=1171
+  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_start=1173
+  _globals['_CONFIRMREGISTRATIONRESPONSE']._serialized_end=1274
+  _globals['_GETCHALLENGEREQUEST']._serialized_start=1276
+  _globals['_GETCHALLENGEREQUEST']._serialized_end=1316
+  _globals['_GETCHALLENGERESPONSE']._serialized_start=1318
+  _globals['_GETCHALLENGERESPONSE']._serialized_end=1359
+  _globals['_AUTHENTICATEREQUEST']._serialized_start=1361
+  _globals['_AUTHENTICATEREQUEST']._serialized_end=1439
+  _globals['_AUTHENTICATERESPONSE']._serialized_start=1442
+  _globals['_AUTHENTICATERESPONSE']._serialized_end=1583
+  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_start=1585
+  _globals['_UPDATEINSTALLATIONREQUEST']._serialized_end=1669
+  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_start=1671
+  _globals['_UPDATEINSTALLATIONRESPONSE']._serialized_end=1699
+  _globals['_UNREGISTERREQUEST']._serialized_start=1701
+  _globals['_UNREGISTERREQUEST']._serialized_end=1761
+  _globals['_UNREGISTERRESPONSE']._serialized_start=1763
+  _globals['_UNREGISTERRESPONSE']._serialized_end=1783
+  _globals['_PREFERENCE']._serialized_start=1785
+  _globals['_PREFERENCE']._serialized_end=1876
+  _globals['_LISTPREFERENCESREQUEST']._serialized_start=1878
+  _globals['_LISTPREFERENCESREQUEST']._serialized_end=1941
+  _globals['_LISTPREFERENCESRESPONSE']._serialized_start=1943
+  _globals['_LISTPREFERENCESRESPONSE']._serialized_end=2066
+  _globals['_SETPREFERENCEREQUEST']._serialized_start=2068
+  _globals['_SETPREFERENCEREQUEST']._serialized_end=2147
+  _globals['_SETPREFERENCERESPONSE']._serialized_start=2149
+  _globals['_SETPREFERENCERESPONSE']._serialized_end=2219
+  _globals['_REGISTRATIONLOCK']._serialized_start=2221
+  _globals['_REGISTRATIONLOCK']._serialized_end=2257
+  _globals['_SETREGISTRATIONLOCKREQUEST']._serialized_start=2259
+  _globals['_SETREGISTRATIONLOCKREQUEST']._serialized_end=2349
+  _globals['_SETREGISTRATIONLOCKRESPONSE']._serialized_start=2351
+  _globals['_SETREGISTRATIONLOCKRESPONSE']._serialized_end=2380
+  _globals['_REGISTRATION']._serialized_start=2383
+  _globals['_REGISTRATION']._serialized_end=3243
 # @@protoc_insertion_point(module_scope)

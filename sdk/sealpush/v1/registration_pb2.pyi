@@ -210,6 +210,7 @@ class ConfirmRegistrationRequest(_message.Message):
     INSTALLATION_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     MIN_SUITE_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     registration_id: _builtins.bytes
     """16 bytes, from StartRegistration."""
     code: _builtins.str
@@ -222,6 +223,8 @@ class ConfirmRegistrationRequest(_message.Message):
     """64 bytes: registration proof by the identity key."""
     min_suite: _builtins.int
     """Lowest suite this device accepts, as its prekey's signature says; 0: 1. Never goes down."""
+    pin: _builtins.str
+    """The PIN of the registration lock, if there is one; empty: none given. Secret: never log this message."""
     @_builtins.property
     def signed_prekey(self) -> _keys_pb2.Prekey:
         """The first signed prekey; an installation can be sealed to from its first moment."""
@@ -241,10 +244,11 @@ class ConfirmRegistrationRequest(_message.Message):
         installation: Global___Installation | None = ...,
         proof: _builtins.bytes = ...,
         min_suite: _builtins.int = ...,
+        pin: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["installation", b"installation", "signed_prekey", b"signed_prekey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "device_id", b"device_id", "identity_public_key", b"identity_public_key", "installation", b"installation", "min_suite", b"min_suite", "proof", b"proof", "registration_id", b"registration_id", "signed_prekey", b"signed_prekey"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "device_id", b"device_id", "identity_public_key", b"identity_public_key", "installation", b"installation", "min_suite", b"min_suite", "pin", b"pin", "proof", b"proof", "registration_id", b"registration_id", "signed_prekey", b"signed_prekey"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -518,8 +522,11 @@ class ListPreferencesResponse(_message.Message):
 
     PREFERENCES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    REGISTRATION_LOCK_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.bytes
     """Empty: no more."""
+    registration_lock: _builtins.bool
+    """The recipient has set a registration lock. On every page."""
     @_builtins.property
     def preferences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Preference]:
         """By sender id; senders about whom nothing was decided are left out."""
@@ -529,10 +536,11 @@ class ListPreferencesResponse(_message.Message):
         *,
         preferences: _abc.Iterable[Global___Preference] | None = ...,
         next_page_token: _builtins.bytes = ...,
+        registration_lock: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "preferences", b"preferences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "preferences", b"preferences", "registration_lock", b"registration_lock"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -585,3 +593,66 @@ class SetPreferenceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetPreferenceResponse: _TypeAlias = SetPreferenceResponse  # noqa: Y015
+
+@_typing.final
+class RegistrationLock(_message.Message):
+    """A lock against whoever takes over the number. Secret: never log this message, nor its bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_FIELD_NUMBER: _builtins.int
+    pin: _builtins.str
+    """4 to 32 characters, compared in Unicode's form NFKC. Not one character repeated, nor a run such as 1234 or 4321. Empty: no lock."""
+    def __init__(
+        self,
+        *,
+        pin: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pin", b"pin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegistrationLock: _TypeAlias = RegistrationLock  # noqa: Y015
+
+@_typing.final
+class SetRegistrationLockRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    change: _builtins.bytes
+    """A serialised RegistrationLock; these bytes are signed. Secret: they hold the PIN."""
+    @_builtins.property
+    def proof(self) -> _common_pb2.DeviceProof:
+        """By the calling device, over these bytes."""
+
+    def __init__(
+        self,
+        *,
+        change: _builtins.bytes = ...,
+        proof: _common_pb2.DeviceProof | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRegistrationLockRequest: _TypeAlias = SetRegistrationLockRequest  # noqa: Y015
+
+@_typing.final
+class SetRegistrationLockResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRegistrationLockResponse: _TypeAlias = SetRegistrationLockResponse  # noqa: Y015

@@ -75,6 +75,11 @@ class RegistrationStub:
                 request_serializer=sealpush_dot_v1_dot_registration__pb2.SetPreferenceRequest.SerializeToString,
                 response_deserializer=sealpush_dot_v1_dot_registration__pb2.SetPreferenceResponse.FromString,
                 _registered_method=True)
+        self.SetRegistrationLock = channel.unary_unary(
+                '/sealpush.v1.Registration/SetRegistrationLock',
+                request_serializer=sealpush_dot_v1_dot_registration__pb2.SetRegistrationLockRequest.SerializeToString,
+                response_deserializer=sealpush_dot_v1_dot_registration__pb2.SetRegistrationLockResponse.FromString,
+                _registered_method=True)
 
 
 class RegistrationServicer:
@@ -92,6 +97,9 @@ class RegistrationServicer:
         """Proves the number by the code and registers the installation. Repeating it with the same device id and identity key is safe.
         FAILED_PRECONDITION: code expired or used up; start again. INVALID_ARGUMENT: wrong code (ErrorInfo metadata `attempts_left`).
         ALREADY_EXISTS: the device id belongs to another identity key.
+        FAILED_PRECONDITION with the reason REGISTRATION_LOCKED: the number is locked and the PIN is missing or wrong; the code stays good, send
+        it again with the PIN. ErrorInfo metadata: `attempts_left` (wrong PINs that are left), `lock_lapses_at` (RFC 3339: when the lock ends
+        should none of the recipient's devices be used until then). RESOURCE_EXHAUSTED with RetryInfo: five wrong PINs; no PIN is looked at until then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +147,14 @@ class RegistrationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRegistrationLock(self, request, context):
+        """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
+        gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistrationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -181,6 +197,11 @@ def add_RegistrationServicer_to_server(servicer, server):
                     servicer.SetPreference,
                     request_deserializer=sealpush_dot_v1_dot_registration__pb2.SetPreferenceRequest.FromString,
                     response_serializer=sealpush_dot_v1_dot_registration__pb2.SetPreferenceResponse.SerializeToString,
+            ),
+            'SetRegistrationLock': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRegistrationLock,
+                    request_deserializer=sealpush_dot_v1_dot_registration__pb2.SetRegistrationLockRequest.FromString,
+                    response_serializer=sealpush_dot_v1_dot_registration__pb2.SetRegistrationLockResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -400,6 +421,33 @@ class Registration:
             '/sealpush.v1.Registration/SetPreference',
             sealpush_dot_v1_dot_registration__pb2.SetPreferenceRequest.SerializeToString,
             sealpush_dot_v1_dot_registration__pb2.SetPreferenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRegistrationLock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpush.v1.Registration/SetRegistrationLock',
+            sealpush_dot_v1_dot_registration__pb2.SetRegistrationLockRequest.SerializeToString,
+            sealpush_dot_v1_dot_registration__pb2.SetRegistrationLockResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,9 @@ class RegistrationStub:
     """Proves the number by the code and registers the installation. Repeating it with the same device id and identity key is safe.
     FAILED_PRECONDITION: code expired or used up; start again. INVALID_ARGUMENT: wrong code (ErrorInfo metadata `attempts_left`).
     ALREADY_EXISTS: the device id belongs to another identity key.
+    FAILED_PRECONDITION with the reason REGISTRATION_LOCKED: the number is locked and the PIN is missing or wrong; the code stays good, send
+    it again with the PIN. ErrorInfo metadata: `attempts_left` (wrong PINs that are left), `lock_lapses_at` (RFC 3339: when the lock ends
+    should none of the recipient's devices be used until then). RESOURCE_EXHAUSTED with RetryInfo: five wrong PINs; no PIN is looked at until then.
     """
     GetChallenge: _grpc.UnaryUnaryMultiCallable[_registration_pb2.GetChallengeRequest, _registration_pb2.GetChallengeResponse]
     """A challenge to answer within 60 s. Stateless: asks nothing of the database."""
@@ -52,6 +55,10 @@ class RegistrationStub:
     """What the recipient decided about senders."""
     SetPreference: _grpc.UnaryUnaryMultiCallable[_registration_pb2.SetPreferenceRequest, _registration_pb2.SetPreferenceResponse]
     """Decides about one sender, for all of the recipient's devices. Queued deliveries that are blocked now end at once."""
+    SetRegistrationLock: _grpc.UnaryUnaryMultiCallable[_registration_pb2.SetRegistrationLockRequest, _registration_pb2.SetRegistrationLockResponse]
+    """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
+    gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+    """
 
 @_typing.type_check_only
 class RegistrationAsyncStub(RegistrationStub):
@@ -64,6 +71,9 @@ class RegistrationAsyncStub(RegistrationStub):
     """Proves the number by the code and registers the installation. Repeating it with the same device id and identity key is safe.
     FAILED_PRECONDITION: code expired or used up; start again. INVALID_ARGUMENT: wrong code (ErrorInfo metadata `attempts_left`).
     ALREADY_EXISTS: the device id belongs to another identity key.
+    FAILED_PRECONDITION with the reason REGISTRATION_LOCKED: the number is locked and the PIN is missing or wrong; the code stays good, send
+    it again with the PIN. ErrorInfo metadata: `attempts_left` (wrong PINs that are left), `lock_lapses_at` (RFC 3339: when the lock ends
+    should none of the recipient's devices be used until then). RESOURCE_EXHAUSTED with RetryInfo: five wrong PINs; no PIN is looked at until then.
     """
     GetChallenge: _aio.UnaryUnaryMultiCallable[_registration_pb2.GetChallengeRequest, _registration_pb2.GetChallengeResponse]  # type: ignore[assignment]
     """A challenge to answer within 60 s. Stateless: asks nothing of the database."""
@@ -77,6 +87,10 @@ class RegistrationAsyncStub(RegistrationStub):
     """What the recipient decided about senders."""
     SetPreference: _aio.UnaryUnaryMultiCallable[_registration_pb2.SetPreferenceRequest, _registration_pb2.SetPreferenceResponse]  # type: ignore[assignment]
     """Decides about one sender, for all of the recipient's devices. Queued deliveries that are blocked now end at once."""
+    SetRegistrationLock: _aio.UnaryUnaryMultiCallable[_registration_pb2.SetRegistrationLockRequest, _registration_pb2.SetRegistrationLockResponse]  # type: ignore[assignment]
+    """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
+    gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+    """
 
 class RegistrationServicer(metaclass=_abc_1.ABCMeta):
     """How an app instance becomes a recipient. Public listener; called by devices."""
@@ -98,6 +112,9 @@ class RegistrationServicer(metaclass=_abc_1.ABCMeta):
         """Proves the number by the code and registers the installation. Repeating it with the same device id and identity key is safe.
         FAILED_PRECONDITION: code expired or used up; start again. INVALID_ARGUMENT: wrong code (ErrorInfo metadata `attempts_left`).
         ALREADY_EXISTS: the device id belongs to another identity key.
+        FAILED_PRECONDITION with the reason REGISTRATION_LOCKED: the number is locked and the PIN is missing or wrong; the code stays good, send
+        it again with the PIN. ErrorInfo metadata: `attempts_left` (wrong PINs that are left), `lock_lapses_at` (RFC 3339: when the lock ends
+        should none of the recipient's devices be used until then). RESOURCE_EXHAUSTED with RetryInfo: five wrong PINs; no PIN is looked at until then.
         """
 
     @_abc_1.abstractmethod
@@ -147,5 +164,15 @@ class RegistrationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registration_pb2.SetPreferenceResponse, _abc.Awaitable[_registration_pb2.SetPreferenceResponse]]:
         """Decides about one sender, for all of the recipient's devices. Queued deliveries that are blocked now end at once."""
+
+    @_abc_1.abstractmethod
+    def SetRegistrationLock(
+        self,
+        request: _registration_pb2.SetRegistrationLockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registration_pb2.SetRegistrationLockResponse, _abc.Awaitable[_registration_pb2.SetRegistrationLockResponse]]:
+        """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
+        gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+        """
 
 def add_RegistrationServicer_to_server(servicer: RegistrationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

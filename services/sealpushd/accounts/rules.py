@@ -27,7 +27,6 @@ SENDER_APPS_MAX: Final = 64
 # Anybody may ask for it: small enough that many who ask and do not read hold up nobody.
 LOGO_BYTES_MAX: Final = 128 * 1024
 LOGO_SIDE_PIXELS: Final = 512
-ROOT_KEY_BYTES: Final = 32
 # PostgreSQL's bigint; a serial is a counter or a time, never near it.
 ENTRY_SERIAL_MAX: Final = 2**63 - 1
 

@@ -7,11 +7,9 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from nacl.exceptions import InvalidkeyError
-from nacl.pwhash import argon2id
 
 from sealpush.ids import ID_BYTES, SenderId, is_app_id
-from sealpush.keys import EntryRole
+from sealpush.keys import EntryRole, is_usable_ed25519
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
 from sealpushd.accounts.store import AccountStore, NewOrganisation, NewSender
@@ -19,16 +17,11 @@ from sealpushd.platform import rpc
 from sealpushd.platform.access import address_allowed
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
 from sealpushd.platform.clock import Clock
-from sealpushd.platform.errors import InvalidRequest, NotFound, Overloaded, PermissionDenied, Unauthenticated
+from sealpushd.platform.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
 from sealpushd.platform.limits import SIGN_IN_FAILURES_PER_ADDRESS, SIGN_IN_FAILURES_PER_LOGIN, Limiter, address_subject
+from sealpushd.platform.passwords import Argon2, hash_password
 from sealpushd.platform.tokens import SenderCaller, ServiceKey
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
-
-# Each check of a password takes 64 MiB and a core for a twentieth of a second. As few at once also bound by how much parallel
-# guesses overshoot a limit.
-PASSWORD_CHECKS_AT_ONCE: Final = 2
-# About two seconds of work: who comes later is better off coming again.
-PASSWORD_CHECKS_WAITING_MAX: Final = 64
 
 # Phones ask for a profile at the first message of a sender; a campaign makes millions ask at once.
 PROFILE_CACHED: Final = timedelta(seconds=5)
@@ -36,48 +29,18 @@ PROFILE_CACHED: Final = timedelta(seconds=5)
 PROFILES_CACHED_MAX: Final = 64
 
 
-def _hash(password: str) -> bytes:
-    return argon2id.str(password.encode(), opslimit=argon2id.OPSLIMIT_INTERACTIVE, memlimit=argon2id.MEMLIMIT_INTERACTIVE)
-
-
-def _is_password(password_hash: bytes, password: str) -> bool:
-    try:
-        return argon2id.verify(password_hash, password.encode())
-    except InvalidkeyError:
-        return False
-
-
-class PasswordChecker:
+class PasswordChecker(Argon2):
     """Checks passwords with the same work whether or not there is anything to check against."""
 
     def __init__(self) -> None:
-        self._decoy: bytes | None = None
-        self._turns = asyncio.Semaphore(PASSWORD_CHECKS_AT_ONCE)
-        self._waiting = 0
+        super().__init__()
+        # Made before the first sign-in: on the way its time would show, and a caller that left meanwhile would take the turn along.
+        self._decoy = hash_password(b"nobody's password")
 
-    async def __aenter__(self) -> PasswordChecker:
-        """Take a turn; raises Overloaded when too many wait already."""
-        if self._waiting >= PASSWORD_CHECKS_WAITING_MAX:
-            raise Overloaded("too many sign-ins at once; try again in a second")
-        self._waiting += 1
-        try:
-            await self._turns.acquire()
-        finally:
-            self._waiting -= 1
-        if self._decoy is None:
-            self._decoy = await asyncio.to_thread(_hash, "nobody's password")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._turns.release()
-
-    async def is_password(self, password_hash: bytes | None, password: str) -> bool:
-        """Whether it is; with None the answer is False after the same time."""
-        if password_hash is None:
-            assert self._decoy is not None  # noqa: S101 - made on entering
-            await asyncio.to_thread(_is_password, self._decoy, password)
-            return False
-        return await asyncio.to_thread(_is_password, password_hash, password)
+    async def is_password_of(self, account: rules.Account | None, password: str) -> bool:
+        """Whether it is; without an account the answer is False after the same time."""
+        right = await self.is_password(self._decoy if account is None else account.password_hash, password.encode())
+        return right and account is not None
 
 
 class AccountsService(accounts_pb2_grpc.AccountsServicer):
@@ -110,7 +73,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
             inside = account is not None and address_allowed(address, account.networks)
             subject = rules.failure_subject(login, inside=inside)
             await self._limiter.check(SIGN_IN_FAILURES_PER_LOGIN, subject)
-            right = await passwords.is_password(None if account is None else account.password_hash, password if possible else "")
+            right = await passwords.is_password_of(account, password if possible else "")
             if account is None or not right:
                 await self._limiter.add(SIGN_IN_FAILURES_PER_ADDRESS, origin)
                 await self._limiter.add(SIGN_IN_FAILURES_PER_LOGIN, subject)
@@ -160,7 +123,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         name = rules.check_name(request.name, rules.ORGANISATION_NAME_CHARACTERS_MAX)
         networks = rules.check_networks(request.networks)
         password = rules.check_new_password(request.password)
-        password_hash = None if password is None else await asyncio.to_thread(_hash, password)
+        password_hash = None if password is None else await asyncio.to_thread(hash_password, password.encode())
         new = NewOrganisation(login, password_hash, name, networks)
         organisation_id = await self._store.put_organisation(new, actor=actor, now=self._clock.now())
         return administration_pb2.PutOrganisationResponse(organisation_id=organisation_id)
@@ -196,8 +159,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
 
     async def PutApp(self, request: administration_pb2.PutAppRequest, context: rpc.Context) -> administration_pb2.PutAppResponse:
         actor = rpc.require_service().name
-        if len(request.root_public_key) != rules.ROOT_KEY_BYTES:
-            raise InvalidRequest("root_public_key must be 32 bytes", field="root_public_key")
+        if not is_usable_ed25519(request.root_public_key):
+            raise InvalidRequest("root_public_key must be an Ed25519 public key of 32 bytes", field="root_public_key")
         app = rules.App(
             app_id=rules.check_app_id(request.app_id),
             name=rules.check_name(request.name, rules.APP_NAME_CHARACTERS_MAX),

@@ -57,6 +57,7 @@ ACCESS: Final[dict[str, Rule]] = {
     "/sealpush.v1.Registration/Unregister": AnyDevice(),
     "/sealpush.v1.Registration/ListPreferences": AnyDevice(),
     "/sealpush.v1.Registration/SetPreference": AnyDevice(),
+    "/sealpush.v1.Registration/SetRegistrationLock": AnyDevice(),
     "/sealpush.v1.Keys/UploadPrekeys": AnyDevice(),
     "/sealpush.v1.Keys/GetPrekeyState": AnyDevice(),
     "/sealpush.v1.Keys/GetRecipientKeys": SenderWith("keys"),

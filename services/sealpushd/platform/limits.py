@@ -102,6 +102,14 @@ SIGN_IN_FAILURES_PER_ADDRESS: Final = _limit(
     "too many failed sign-ins from this address; wait before the next",
 )
 
+LOCK_CHANGES_PER_DEVICE: Final = _limit(
+    "lock_changes_per_device",
+    lambda _: 20,
+    _HOUR,
+    "each takes a slow hash: one phone that changes its PIN without end would hold up everybody who registers a locked number",
+    "the registration lock was changed too often; wait before the next change",
+)
+
 # Counted in the handouts themselves, in the transaction that makes them: exact over any day, no counter beside them that could fail.
 ONE_TIME_PREKEYS_PER_SENDER: Final = _limit(
     "one_time_prekeys_per_sender",
@@ -119,6 +127,7 @@ LIMITS: Final = (
     CODES_PER_PREFIX,
     SIGN_IN_FAILURES_PER_LOGIN,
     SIGN_IN_FAILURES_PER_ADDRESS,
+    LOCK_CHANGES_PER_DEVICE,
     ONE_TIME_PREKEYS_PER_SENDER,
 )
 

@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.errors import KeyRefused
 from sealpush.ids import ID_BYTES, DeviceId, RegistrationId, SenderId, is_app_id
-from sealpush.keys import PrekeyKind, SignedPrekey, verify_prekey
+from sealpush.keys import PrekeyKind, SignedPrekey, is_usable_ed25519, verify_prekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
@@ -19,12 +19,10 @@ from sealpushd.platform.errors import InvalidRequest
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.registration import rules
 from sealpushd.registration.phones import parse_phone
-from sealpushd.registration.rules import NO_TOKEN, IdentifierKind, InstallationChange, Preference, PushToken, Query
+from sealpushd.registration.rules import NO_TOKEN, IdentifierKind, InstallationChange, Pin, Preference, PushToken, Query
 from sealpushd.registration.store import DeadToken, RegistrationStore
 from sealpushd.v1 import directory_pb2
 
-SIGNATURE_BYTES: Final = 64
-IDENTITY_KEY_BYTES: Final = 32
 PHONE_HELP: Final = "not a phone number in international format, such as +380501234567"
 
 _PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {0}
@@ -48,9 +46,12 @@ def registration_id(value: bytes) -> RegistrationId:
     return RegistrationId(check_id(value, "registration_id"))
 
 
-def check_length(value: bytes, length: int, field: str) -> bytes:
-    if len(value) != length:
-        raise InvalidRequest(f"{field} must be {length} bytes", field=field)
+def identity_key(value: bytes) -> bytes:
+    if not is_usable_ed25519(value):
+        raise InvalidRequest(
+            "identity_public_key must be a canonical Ed25519 key of 32 bytes, not of low order; make a new identity",
+            field="identity_public_key",
+        )
     return value
 
 
@@ -145,6 +146,12 @@ def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key
 def preference(said: registration_pb2.Preference) -> Preference:
     sender_id = SenderId(check_id(said.sender_id, "sender_id"))
     return Preference(sender_id, said.block_all, said.block_advertising, said.mute)
+
+
+def new_pin(said: registration_pb2.RegistrationLock) -> Pin | None:
+    """The PIN to set; None: no lock."""
+    pin = rules.typed_pin(said.pin)
+    return None if pin is None else rules.check_new_pin(pin)
 
 
 def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query | str:

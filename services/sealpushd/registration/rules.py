@@ -13,6 +13,22 @@ months to new people, who must get neither the messages nor the decisions of the
 
 A device that proves a different number moves: it leaves its subscriber, its open deliveries there are closed, and it receives
 nothing for the new one until they are.
+
+Whose a number is when somebody took it over
+--------------------------------------------
+Whoever gets a person's number from the operator (SIM swap) gets the code as well. A recipient may set a PIN against that, the registration
+lock. It is the subscriber's: one for all of its apps, devices and identifiers, and any of its devices may set, change and remove it.
+
+- While the lock is in force, a device that proves the number gives the PIN as well, also one that moves here from another number. Only an
+  active installation of the subscriber (same device id and identity key) needs none: its key proves more than a PIN.
+- The code is looked at first: who has not got the number learns of no lock. A missing or wrong PIN leaves the code good.
+- Wrong PINs are counted for the lock, over all registrations and processes: `PIN_ATTEMPTS`, then none for `PIN_ATTEMPTS_AFTER`.
+- It is in force only while an active installation of the subscriber was used within `LOCK_LAPSES_AFTER`. That is shorter than
+  `RECYCLED_AFTER`, and operators let a number rest for longer: the next owner of a number is never locked out by somebody who is gone, and
+  who lost every phone and forgot the PIN waits so long at the most. Who goes on using the app with a number that is no longer theirs keeps
+  it locked: that cannot be told from a SIM swap.
+- The first other device that joins after it lapsed ends it for good: its use must not bring back a PIN that it never gave. So does the end
+  of the subscriber's last installation.
 """
 
 from __future__ import annotations
@@ -21,16 +37,26 @@ import enum
 import hashlib
 import hmac
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
-from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest
+from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded
 
 RECYCLED_AFTER: Final = timedelta(days=90)
+LOCK_LAPSES_AFTER: Final = timedelta(days=30)
+# Of ten thousand PINs of four digits, 150 in the month that a taken number may stay unnoticed.
+PIN_ATTEMPTS: Final = 5
+PIN_ATTEMPTS_AFTER: Final = timedelta(days=1)
+PIN_CHARACTERS_MIN: Final = 4
+PIN_CHARACTERS_MAX: Final = 32
+# As typed. NFKC makes one character of up to four.
+_PIN_TYPED_MAX: Final = 4 * PIN_CHARACTERS_MAX
 # A code is one of a million: five guesses, then another code, which the limits count.
 CODE_ATTEMPTS: Final = 5
 RESEND_AFTER: Final = timedelta(seconds=30)
@@ -106,6 +132,18 @@ class PushToken:
         return hash(self.value)
 
 
+class Pin:
+    """What opens a registration lock, in the form it is compared in. Never prints itself; compared by its hash only."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "Pin(…)"
+
+
 NO_TOKEN: Final = PushToken("")
 
 
@@ -156,12 +194,27 @@ class OwnInstallation:
 
 
 @dataclass(frozen=True, slots=True)
+class Lock:
+    """A registration lock. Two are equal when they have the same PIN, set at the same time, however many wrong ones were tried."""
+
+    pin_hash: bytes = field(repr=False)
+    wrong_pins: int = field(default=0, compare=False)
+    last_wrong_at: datetime | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
-    """What a binding is decided from: whose the number is, with which devices, and what this device was before."""
+    """What a binding is decided from: whose the number is, with which devices, under which lock, and what this device was before."""
 
     owner: SubscriberId | None
     owner_devices: tuple[KnownDevice, ...]
     own: OwnInstallation | None
+    lock: Lock | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the device is an active installation of the number's subscriber."""
+        return self.own is not None and self.own.state is InstallState.ACTIVE and self.own.subscriber_id == self.owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +228,8 @@ class Binding:
     unbound: tuple[DeviceId, ...] = ()
     # The subscriber that the device itself leaves.
     left: SubscriberId | None = None
+    # The subscriber's lock had lapsed and goes.
+    ends_lock: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,27 +263,28 @@ def bound_before(own: OwnInstallation | None, registration_id: RegistrationId) -
 
 
 def decide_binding(facts: Facts, device_id: DeviceId, new_subscriber_id: SubscriberId, *, now: datetime) -> Binding:
-    """To whom a device that proved a number belongs; the rules stand at the head of this module.
+    """To whom a device that proved a number, and opened its lock, belongs; the rules stand at the head of this module.
 
     Raises FailedPrecondition when the number has as many installations as one message may be sealed for.
     """
     own = facts.own
+    ends_lock = facts.lock is not None and not facts.is_own and locked_until(facts, now=now) is None
     if facts.owner is None:
         binding = Binding(new_subscriber_id)
     elif own is not None and own.subscriber_id == facts.owner:
-        return Binding(facts.owner)
+        return Binding(facts.owner, ends_lock=ends_lock)
     elif any(_in_use(device, now) for device in facts.owner_devices):
         if sum(device.state is InstallState.ACTIVE for device in facts.owner_devices) >= INSTALLATIONS_MAX:
             raise FailedPrecondition(
                 f"this number has {INSTALLATIONS_MAX} installations already; unregister one that is not used any more and try again"
             )
-        binding = Binding(facts.owner)
+        binding = Binding(facts.owner, ends_lock=ends_lock)
     else:
         unbound = tuple(device.device_id for device in facts.owner_devices if device.state is InstallState.ACTIVE)
         binding = Binding(new_subscriber_id, recycled=facts.owner, unbound=unbound)
     if own is None or own.state is not InstallState.ACTIVE or own.subscriber_id == binding.subscriber_id:
         return binding
-    return Binding(binding.subscriber_id, binding.recycled, binding.unbound, left=own.subscriber_id)
+    return replace(binding, left=own.subscriber_id)
 
 
 def _in_use(device: KnownDevice, now: datetime) -> bool:
@@ -263,6 +319,83 @@ def closures_of_preference(preference: Preference, subscriber_id: SubscriberId) 
         return []
     only = not preference.block_all
     return [Closure(ClosureKind.BLOCK_SENDER, subscriber_id, sender_id=preference.sender_id, advertising_only=only)]
+
+
+# --- the registration lock -------------------------------------------------------------------------------------------------
+
+
+class RegistrationLocked(FailedPrecondition):
+    """The number is locked, and the PIN is missing or wrong."""
+
+    reason = "REGISTRATION_LOCKED"
+
+
+def typed_pin(text: str) -> Pin | None:
+    """What was typed, as it is compared: in NFKC (keyboards differ in how they write the same), without spaces around. None: nothing."""
+    if len(text) > _PIN_TYPED_MAX:
+        raise InvalidRequest(f"a PIN has at most {PIN_CHARACTERS_MAX} characters", field="pin")
+    text = unicodedata.normalize("NFKC", text).strip()
+    return Pin(text) if text else None
+
+
+def check_new_pin(pin: Pin) -> Pin:
+    """The PIN, if it is worth setting."""
+    text = pin.value
+    if not PIN_CHARACTERS_MIN <= len(text) <= PIN_CHARACTERS_MAX or not text.isprintable():
+        raise InvalidRequest(
+            f"a PIN has {PIN_CHARACTERS_MIN} to {PIN_CHARACTERS_MAX} characters that can be seen: digits or a phrase", field="pin"
+        )
+    # A run of digits may go on from 9 to 0.
+    base = 10 if text.isascii() and text.isdecimal() else 0x110000
+    steps = {(ord(after) - ord(before)) % base for before, after in pairwise(text)}
+    if len(steps) == 1 and steps <= {0, 1, base - 1}:
+        raise InvalidRequest("this PIN is among the first that anybody tries; choose one that does not repeat or count", field="pin")
+    return pin
+
+
+def locked_until(facts: Facts, *, now: datetime) -> datetime | None:
+    """Until when the lock keeps this device out without the PIN, should nobody use the number's devices; None: it does not."""
+    if facts.lock is None or facts.is_own:
+        return None
+    used_at = max((device.last_seen_at for device in facts.owner_devices if device.state is InstallState.ACTIVE), default=None)
+    return used_at + LOCK_LAPSES_AFTER if used_at is not None and now - used_at <= LOCK_LAPSES_AFTER else None
+
+
+def pin_attempts_left(lock: Lock, *, now: datetime) -> int:
+    if lock.last_wrong_at is None or now - lock.last_wrong_at >= PIN_ATTEMPTS_AFTER:
+        return PIN_ATTEMPTS
+    return PIN_ATTEMPTS - lock.wrong_pins
+
+
+def take_pin_attempt(lock: Lock, *, now: datetime) -> Lock:
+    """The lock with one wrong PIN more: counted before the PIN is looked at, so that parallel guesses are, too.
+
+    Raises LimitExceeded when none is left.
+    """
+    left = pin_attempts_left(lock, now=now)
+    if left <= 0:
+        raise LimitExceeded(
+            "too many wrong PINs; wait before the next, or change the PIN on a phone that is registered",
+            retry_after=_attempts_return_in(lock, now),
+            metadata={"limit": "registration_lock"},
+        )
+    return replace(lock, wrong_pins=PIN_ATTEMPTS - left + 1, last_wrong_at=now)
+
+
+def _attempts_return_in(lock: Lock, now: datetime) -> timedelta:
+    return PIN_ATTEMPTS_AFTER - (now - (lock.last_wrong_at or now))
+
+
+def locked(lock: Lock, until: datetime, *, pin_given: bool, now: datetime) -> RegistrationLocked:
+    """The refusal of a device without the right PIN. `until` as `locked_until` says, `lock` after the attempt."""
+    left = pin_attempts_left(lock, now=now)
+    # Whole days: when exactly the person last used a phone is nobody's business.
+    lapses_at = until.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    return RegistrationLocked(
+        "the PIN of this number is wrong" if pin_given else "this number is locked; give the PIN beside the code",
+        retry_after=None if left else _attempts_return_in(lock, now),
+        metadata={"attempts_left": str(left), "lock_lapses_at": lapses_at.strftime("%Y-%m-%dT%H:%M:%SZ")},
+    )
 
 
 # --- proofs --------------------------------------------------------------------------------------------------------------

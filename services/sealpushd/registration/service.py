@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
+from prometheus_client import Counter
+
 from sealpush.ids import ID_BYTES, AppId, DeviceId, RegistrationId, SubscriberId, is_app_id, uuid7
 from sealpush.keys import SignedPrekey
 from sealpush.model import Reason
@@ -25,14 +27,23 @@ from sealpushd.platform.errors import (
     ServiceError,
     Unauthenticated,
 )
-from sealpushd.platform.limits import CODES_PER_ADDRESS, CODES_PER_NUMBER, CODES_PER_NUMBER_DAY, CODES_PER_PREFIX, Limiter, address_subject
+from sealpushd.platform.limits import (
+    CODES_PER_ADDRESS,
+    CODES_PER_NUMBER,
+    CODES_PER_NUMBER_DAY,
+    CODES_PER_PREFIX,
+    LOCK_CHANGES_PER_DEVICE,
+    Limiter,
+    address_subject,
+)
+from sealpushd.platform.passwords import Argon2
 from sealpushd.platform.tokens import DeviceCaller, ServiceKey
 from sealpushd.registration import parsing, rules
 from sealpushd.registration.codes import CODE_LENGTH, Code, CodeChannel
 from sealpushd.registration.outbox import Outbox
 from sealpushd.registration.peers import App, Apps, DeviceLog, LoggedDevice
 from sealpushd.registration.phones import PhoneNumber, parse_phone
-from sealpushd.registration.rules import NewDevice, Query, Resolved
+from sealpushd.registration.rules import Lock, NewDevice, Pin, Query, Resolved
 from sealpushd.registration.store import Answered, PendingRegistration, RegistrationStore, StartedRegistration
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc
 
@@ -45,6 +56,11 @@ STOPPED_MAX: Final = 1000
 NO_ID: Final = bytes(ID_BYTES)
 
 _METHOD: Final = "/sealpush.v1.Registration/"
+
+LOCKED = Counter("sealpush_registration_locked", "Registrations with the right code that the lock refused, by cause.", ["cause"])
+# From the beginning, so that an alert on it does not miss the first.
+for _cause in ("no_pin", "wrong_pin", "too_many"):
+    LOCKED.labels(_cause)
 
 
 class RegistrationService(registration_pb2_grpc.RegistrationServicer):
@@ -71,6 +87,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         self._key = key
         self._clock = clock
         self._code_lifetime = code_lifetime
+        self._argon2 = Argon2()
         self._identities: NaturalBatcher[DeviceId, bytes | None] = NaturalBatcher(store.identities)
         self._challenges: NaturalBatcher[Answered, DeviceCaller | None] = NaturalBatcher(self._take_challenges)
 
@@ -136,15 +153,16 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         now = self._clock.now()
         registration_id = parsing.registration_id(request.registration_id)
         device_id = parsing.device_id(request.device_id)
-        identity = parsing.check_length(request.identity_public_key, parsing.IDENTITY_KEY_BYTES, "identity_public_key")
+        identity = parsing.identity_key(request.identity_public_key)
         min_suite = request.min_suite or SUITE_X25519
         prekey = parsing.signed_prekey(request.signed_prekey, device_id, identity, min_suite, to_ms(now))
         device = NewDevice(device_id, identity, parsing.new_installation(request.installation))
+        pin = rules.typed_pin(request.pin)
 
         pending = await self._proven(registration_id, request.code, now)
         if not verify_proof(identity, registration_proof(registration_id, identity, pending.app_id), request.proof):
             raise InvalidRequest("the registration is not signed by the identity key", field="proof")
-        subscriber_id = await self._bind(registration_id, pending, device, prekey, min_suite, now)
+        subscriber_id = await self._bind(registration_id, pending, device, prekey, min_suite, pin, now)
 
         response = registration_pb2.ConfirmRegistrationResponse(subscriber_id=subscriber_id)
         response.server_time.FromDatetime(self._clock.now())
@@ -168,9 +186,11 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         device: NewDevice,
         prekey: SignedPrekey,
         min_suite: int,
+        pin: Pin | None,
         now: datetime,
     ) -> SubscriberId:
         """The subscriber the device belongs to from now on: in its device log, then here, then told to whom it concerns."""
+        opened: Lock | None = None
         for _ in range(BIND_ATTEMPTS):
             facts = await self._store.facts(pending.phone_lookup, device.device_id)
             rules.check_identity(facts.own, device.identity_public_key, pending.app_id)
@@ -179,6 +199,9 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 return repeated
             if pending.used_by is not None:
                 raise FailedPrecondition("the code was used; start again")
+            if facts.owner is not None and facts.lock is not None and facts.lock != opened:
+                await self._open(facts.owner, facts.lock, rules.locked_until(facts, now=now), pin, now)
+                opened = facts.lock
             await self._outbox.settle(device.device_id)
             binding = rules.decide_binding(facts, device.device_id, pending.new_subscriber_id, now=now)
             logged = LoggedDevice(binding.subscriber_id, device.device_id, device.identity_public_key, prekey, min_suite)
@@ -190,6 +213,28 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 await self._outbox.tell(closures)
                 return binding.subscriber_id
         raise Aborted("other registrations of this number or device are going on; try again")
+
+    async def _open(self, owner: SubscriberId, lock: Lock, until: datetime | None, pin: Pin | None, now: datetime) -> None:
+        """Returns when the lock is not in this device's way, or the PIN opens it. Raises RegistrationLocked, LimitExceeded."""
+        if until is None:
+            return
+        if pin is None:
+            LOCKED.labels("no_pin").inc()
+            raise rules.locked(lock, until, pin_given=False, now=now)
+        # A turn first: who waits for one in vain has lost no attempt.
+        async with self._argon2 as argon2:
+            try:
+                taken = await self._store.take_pin_attempt(owner, lock, now)
+            except LimitExceeded:
+                LOCKED.labels("too_many").inc()
+                raise
+            if taken is None:
+                raise Aborted("the registration lock was changed just now; try again")
+            if await argon2.is_password(lock.pin_hash, self._store.pin_secret(pin)):
+                await self._store.forget_pin_attempts(owner, lock)
+                return
+        LOCKED.labels("wrong_pin").inc()
+        raise rules.locked(taken, until, pin_given=True, now=now)
 
     # --- authenticating ---
 
@@ -262,6 +307,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 for one in page
             ],
             next_page_token=page[-1].sender_id if len(found) > size else b"",
+            registration_lock=await self._store.has_lock(caller.device_id),
         )
 
     async def SetPreference(
@@ -284,6 +330,20 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 for one in stopped[:STOPPED_MAX]
             ]
         )
+
+    async def SetRegistrationLock(
+        self, request: registration_pb2.SetRegistrationLockRequest, context: rpc.Context
+    ) -> registration_pb2.SetRegistrationLockResponse:
+        caller = rpc.require_device()
+        counter = parsing.checked_counter(caller, request.proof, _METHOD + "SetRegistrationLock", request.change)
+        pin = parsing.new_pin(parsing.signed_change(registration_pb2.RegistrationLock, request.change))
+        pin_hash = None
+        if pin is not None:
+            await self._limiter.take(LOCK_CHANGES_PER_DEVICE, caller.device_id.hex())
+            async with self._argon2 as argon2:
+                pin_hash = await argon2.hash(self._store.pin_secret(pin))
+        await self._store.set_lock(caller.device_id, counter, pin_hash, self._clock.now())
+        return registration_pb2.SetRegistrationLockResponse()
 
 
 class DirectoryService(directory_pb2_grpc.DirectoryServicer):

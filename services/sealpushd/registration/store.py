@@ -24,8 +24,10 @@ from sealpushd.registration.rules import (
     InstallationChange,
     InstallState,
     KnownDevice,
+    Lock,
     NewDevice,
     OwnInstallation,
+    Pin,
     Preference,
     PushToken,
     Query,
@@ -77,6 +79,13 @@ PUT_PREFERENCE: Final = _sql("put_preference")
 DROP_PREFERENCE: Final = _sql("drop_preference")
 LIST_PREFERENCES: Final = _sql("list_preferences")
 DROP_BLOCKS: Final = _sql("drop_blocks")
+PUT_REGISTRATION_LOCK: Final = _sql("put_registration_lock")
+DROP_REGISTRATION_LOCK: Final = _sql("drop_registration_lock")
+DROP_IDLE_LOCK: Final = _sql("drop_idle_lock")
+HOLD_REGISTRATION_LOCK: Final = _sql("hold_registration_lock")
+NOTE_PIN_ATTEMPT: Final = _sql("note_pin_attempt")
+FORGET_PIN_ATTEMPTS: Final = _sql("forget_pin_attempts")
+HAS_REGISTRATION_LOCK: Final = _sql("has_registration_lock")
 PUT_CLOSURES: Final = _sql("put_closures")
 CLAIM_CLOSURES: Final = _sql("claim_closures")
 CLOSURES_OF: Final = _sql("closures_of")
@@ -148,6 +157,10 @@ class RegistrationStore:
 
     def code_hash(self, registration_id: RegistrationId, digits: str) -> bytes:
         return self._vault.lookup(rules.code_secret(registration_id, digits), "code")
+
+    def pin_secret(self, pin: Pin) -> bytes:
+        """What Argon2id is taken over instead of the PIN: a thief of the database alone has nothing to guess at."""
+        return self._vault.lookup(pin.value.encode(), "registration lock")
 
     def challenge_mac(self, body: bytes) -> bytes:
         return self._vault.lookup(body, "challenge")
@@ -243,6 +256,10 @@ class RegistrationStore:
                 await c.execute(UNBIND_DEVICES, list(binding.unbound), now)
                 await c.execute(CLEAR_PREFERENCES, binding.recycled)
             await self._put_installation(c, registration_id, pending.app_id, device, binding, now)
+            if binding.ends_lock:
+                await c.execute(DROP_REGISTRATION_LOCK, binding.subscriber_id)
+            for abandoned in filter(None, (binding.recycled, binding.left)):
+                await c.execute(DROP_IDLE_LOCK, abandoned)
             return await _put_closures(c, rules.closures_of_binding(binding, device.device_id), now, now + CLOSURE_LEASE)
 
     async def _put_installation(
@@ -343,6 +360,7 @@ class RegistrationStore:
                     return []
                 await _refuse_change(c, device_id)
             assert row is not None  # noqa: S101 - refused otherwise
+            await c.execute(DROP_IDLE_LOCK, row["subscriber_id"])
             closures = rules.closures_of_end(device_id, SubscriberId(row["subscriber_id"]), Reason.UNREGISTERED)
             await _put_closures(c, rules.repeated(closures), now, now + rules.REPEAT_AFTER)
             return await _put_closures(c, closures, now, now + CLOSURE_LEASE)
@@ -375,6 +393,36 @@ class RegistrationStore:
     async def preferences(self, device_id: DeviceId, after: bytes, limit: int) -> list[Preference]:
         rows = await self._db.fetch("list_preferences", LIST_PREFERENCES, device_id, after, limit)
         return [Preference(SenderId(row["sender_id"]), row["block_all"], row["block_advertising"], row["mute"]) for row in rows]
+
+    # --- the registration lock ---
+
+    async def set_lock(self, device_id: DeviceId, counter: int, pin_hash: bytes | None, now: datetime) -> None:
+        """None: no lock any more. Raises as `change_installation`."""
+        async with self._db.transaction() as c:
+            row = await c.fetchrow(TAKE_COUNTER, device_id, counter, now)
+            if row is None:
+                await _refuse_change(c, device_id)
+            assert row is not None  # noqa: S101 - refused otherwise
+            if pin_hash is None:
+                await c.execute(DROP_REGISTRATION_LOCK, row["subscriber_id"])
+            else:
+                await c.execute(PUT_REGISTRATION_LOCK, row["subscriber_id"], pin_hash, now)
+
+    async def has_lock(self, device_id: DeviceId) -> bool:
+        return await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id) is not None
+
+    async def take_pin_attempt(self, subscriber_id: SubscriberId, lock: Lock, now: datetime) -> Lock | None:
+        """The lock after the attempt that was noted; None: it is another one by now. Raises LimitExceeded when none is left."""
+        async with self._db.transaction() as c:
+            held = _lock(await c.fetchrow(HOLD_REGISTRATION_LOCK, subscriber_id))
+            if held is None or held != lock:
+                return None
+            taken = rules.take_pin_attempt(held, now=now)
+            await c.execute(NOTE_PIN_ATTEMPT, subscriber_id, taken.wrong_pins, taken.last_wrong_at)
+            return taken
+
+    async def forget_pin_attempts(self, subscriber_id: SubscriberId, lock: Lock) -> None:
+        await self._db.execute("forget_pin_attempts", FORGET_PIN_ATTEMPTS, subscriber_id, lock.pin_hash)
 
     # --- what others must be told ---
 
@@ -416,7 +464,8 @@ class RegistrationStore:
 
 
 async def _facts(c: Connection, phone_lookup: bytes, device_id: DeviceId) -> Facts:
-    owner = await c.fetchval(OWNER, phone_lookup)
+    number = await c.fetchrow(OWNER, phone_lookup)
+    owner = None if number is None else SubscriberId(number["subscriber_id"])
     devices = [] if owner is None else await c.fetch(DEVICES_OF, owner)
     own = await c.fetchrow(OWN, device_id)
     return Facts(
@@ -431,7 +480,12 @@ async def _facts(c: Connection, phone_lookup: bytes, device_id: DeviceId) -> Fac
             identity_public_key=own["identity_public_key"],
             registration_id=RegistrationId(own["registration_id"]),
         ),
+        lock=_lock(number),
     )
+
+
+def _lock(row: Any) -> Lock | None:
+    return None if row is None or row["pin_hash"] is None else Lock(row["pin_hash"], row["wrong_pins"], row["last_wrong_at"])
 
 
 def _lock_number(value: bytes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId, uuid7
 from sealpush.model import Reason
 from sealpush.v1 import common_pb2
-from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest
+from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded
 from sealpushd.registration import rules
 from sealpushd.registration.rules import (
     Closure,
@@ -23,7 +24,9 @@ from sealpushd.registration.rules import (
     InstallationChange,
     InstallState,
     KnownDevice,
+    Lock,
     OwnInstallation,
+    Pin,
     Preference,
     PushToken,
     Query,
@@ -53,7 +56,13 @@ owns = st.none() | st.builds(
     identity_public_key=st.just(KEY),
     registration_id=st.just(RegistrationId(b"r" * 16)),
 )
-facts_known = st.builds(Facts, owner=st.just(OWNER), owner_devices=st.lists(devices, max_size=4).map(tuple), own=owns)
+facts_known = st.builds(
+    Facts,
+    owner=st.just(OWNER),
+    owner_devices=st.lists(devices, max_size=4).map(tuple),
+    own=owns,
+    lock=st.none() | st.just(Lock(b"a hash")),
+)
 
 
 def mac(body: bytes) -> bytes:
@@ -144,6 +153,125 @@ def test_only_the_registration_that_bound_an_active_device_can_be_repeated() -> 
     ended = OwnInstallation(OWNER, AppId("app"), InstallState.UNREGISTERED, KEY, registration_id)
     assert rules.bound_before(ended, registration_id) is None
     assert rules.bound_before(None, registration_id) is None
+
+
+# --- the registration lock -------------------------------------------------------------------------------------------------
+
+
+def owned(state: InstallState) -> OwnInstallation:
+    return OwnInstallation(OWNER, AppId("app"), state, KEY, RegistrationId(b"r" * 16))
+
+
+def set_pin(text: str) -> str:
+    pin = rules.typed_pin(text)
+    assert pin is not None
+    return rules.check_new_pin(pin).value
+
+
+@given(facts_known)
+def test_a_lock_is_in_force_for_other_devices_while_one_of_its_person_was_used_within_thirty_days(facts: Facts) -> None:
+    until = rules.locked_until(facts, now=NOW)
+    used = [one.last_seen_at for one in facts.owner_devices if one.state is InstallState.ACTIVE and NOW - one.last_seen_at <= 30 * DAY]
+    own = facts.own is not None and facts.own.subscriber_id == OWNER and facts.own.state is InstallState.ACTIVE
+    assert until == (max(used) + 30 * DAY if used and facts.lock is not None and not own else None)
+
+
+@given(facts_known)
+def test_a_recycled_number_is_never_locked(facts: Facts) -> None:
+    if rules.decide_binding(facts, DEVICE, CANDIDATE, now=NOW).recycled is not None:
+        assert rules.locked_until(facts, now=NOW) is None
+
+
+@given(facts_known)
+def test_whoever_joins_under_a_lapsed_lock_ends_it_and_nobody_else_does(facts: Facts) -> None:
+    binding = rules.decide_binding(facts, DEVICE, CANDIDATE, now=NOW)
+    lapsed = facts.lock is not None and rules.locked_until(facts, now=NOW) is None
+    assert binding.ends_lock == (lapsed and not facts.is_own and binding.subscriber_id == OWNER)
+
+
+def test_an_ended_installation_gives_the_pin_like_any_other() -> None:
+    lock, others = Lock(b"a hash"), (known(1),)
+    assert rules.locked_until(Facts(OWNER, others, owned(InstallState.ACTIVE), lock), now=NOW) is None
+    assert rules.locked_until(Facts(OWNER, others, owned(InstallState.UNREGISTERED), lock), now=NOW) == NOW + 29 * DAY
+
+
+def test_locks_are_equal_by_their_pin_and_print_nothing_of_it() -> None:
+    assert Lock(b"h") == Lock(b"h", 3, NOW) != Lock(b"i")
+    assert "a hash" not in repr(Lock(b"a hash"))
+    assert repr(Pin("271828")) == f"{Pin('271828')}" == "Pin(…)"
+
+
+@given(st.lists(st.integers(0, 30 * 3600), min_size=1, max_size=60))
+def test_no_day_sees_more_than_five_wrong_pins(pauses_s: list[int]) -> None:
+    lock, now = Lock(b"h"), NOW
+    tried: list[datetime] = []
+    for pause_s in pauses_s:
+        now += timedelta(seconds=pause_s)
+        left = rules.pin_attempts_left(lock, now=now)
+        if left == 0:
+            with pytest.raises(LimitExceeded) as refused:
+                rules.take_pin_attempt(lock, now=now)
+            assert refused.value.retry_after is not None
+            assert rules.pin_attempts_left(lock, now=now + refused.value.retry_after) == 5
+            continue
+        lock = rules.take_pin_attempt(lock, now=now)
+        assert rules.pin_attempts_left(lock, now=now) == left - 1
+        tried.append(now)
+    assert all(sum(start <= each < start + DAY for each in tried) <= 5 for start in tried)
+
+
+def test_a_refusal_says_how_many_are_left_and_the_day_but_not_the_minute_of_the_end() -> None:
+    until = NOW + timedelta(days=3, hours=5, minutes=7)
+    refused = rules.locked(Lock(b"h", 2, NOW), until, pin_given=True, now=NOW)
+    assert refused.metadata == {"attempts_left": "3", "lock_lapses_at": "2026-11-26T00:00:00Z"}
+    assert (refused.reason, refused.retry_after) == ("REGISTRATION_LOCKED", None)
+    spent = rules.locked(Lock(b"h", 5, NOW - timedelta(hours=1)), until, pin_given=False, now=NOW)
+    assert (spent.metadata["attempts_left"], spent.retry_after) == ("0", timedelta(hours=23))
+
+
+@pytest.mark.parametrize(
+    "easy", ["0000", "9" * 20, "1234", "4321", "012345", "7890", "3210987", "aaaa", "abcd", "zyxw", "٤٤٤٤", "\uff11234"]
+)
+def test_pins_that_anybody_tries_first_are_refused(easy: str) -> None:
+    with pytest.raises(InvalidRequest, match="repeat or count") as refused:
+        set_pin(easy)
+    assert easy not in str(refused.value)
+
+
+@pytest.mark.parametrize("wrong", ["1", "271", "2" * 16 + "7" * 17, "x" * 129, "27\x0018", "27\n18", "ab\u200bcd", "\u202e271828"])
+def test_pins_of_a_wrong_length_or_that_cannot_be_seen_are_refused(wrong: str) -> None:
+    with pytest.raises(InvalidRequest, match="PIN") as refused:
+        set_pin(wrong)
+    assert refused.value.field == "pin"
+
+
+def test_a_pin_is_the_same_however_keyboards_write_it() -> None:
+    assert set_pin("кава з \u0457жею") == set_pin(" кава з \u0456\u0308жею ")
+    assert set_pin("\uff12\uff17\uff11\uff18") == "2718"
+    assert rules.typed_pin("") is rules.typed_pin("  ") is None
+
+
+@given(st.text(max_size=140))
+def test_whatever_is_typed_is_a_pin_or_an_error_and_stays_the_same_when_typed_again(text: str) -> None:
+    try:
+        pin = rules.typed_pin(text)
+    except InvalidRequest:
+        assert len(text) > 128
+        return
+    if pin is not None and len(pin.value) <= 128:
+        again = rules.typed_pin(pin.value)
+        assert again is not None
+        assert again.value == pin.value
+
+
+@given(st.text("0123456789", min_size=4, max_size=32))
+def test_digits_that_neither_repeat_nor_count_may_be_set(digits: str) -> None:
+    steps = {(int(after) - int(before)) % 10 for before, after in pairwise(digits)}
+    if steps in ({0}, {1}, {9}):
+        with pytest.raises(InvalidRequest):
+            set_pin(digits)
+    else:
+        assert set_pin(digits) == digits
 
 
 # --- challenges ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """sealpush.errors: what callers branch on."""
 
+from datetime import UTC, datetime
+
 from sealpush import errors
 from sealpush.errors import (
     CallFailed,
@@ -8,6 +10,7 @@ from sealpush.errors import (
     KeystoreBusy,
     KeystoreError,
     Overloaded,
+    RegistrationLocked,
     SealpushError,
     Unavailable,
     WrongCode,
@@ -39,6 +42,14 @@ def test_a_wrong_code_counts_tries_also_when_the_service_counts_strangely() -> N
     assert WrongCode("no", metadata={"attempts_left": "3"}).attempts_left == 3
     assert WrongCode("no", metadata={"attempts_left": "many"}).attempts_left == 0
     assert WrongCode("no").attempts_left == 0
+
+
+def test_a_lock_tells_its_attempts_and_its_end_also_when_the_service_speaks_strangely() -> None:
+    locked = RegistrationLocked("no", metadata={"attempts_left": "4", "lock_lapses_at": "2026-12-22T00:00:00Z"})
+    assert (locked.attempts_left, locked.lapses_at) == (4, datetime(2026, 12, 22, tzinfo=UTC))
+    for strange in ("", "soon", "2026-12-22", "2026-12-22T00:00:00", "9" * 99):
+        assert RegistrationLocked("no", metadata={"lock_lapses_at": strange}).lapses_at is None
+    assert (RegistrationLocked("no").attempts_left, RegistrationLocked("no").lapses_at) == (0, None)
 
 
 def test_a_refused_envelope_says_what_to_do_and_not_why() -> None:

@@ -9,6 +9,7 @@ import nacl.signing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nacl import bindings
 
 from sealpush import envelope, proofs
 from sealpush.errors import EntryRefused, KeyRefused, SuiteUnsupported
@@ -32,6 +33,7 @@ from sealpush.keys import (
     choose_prekey,
     content_key_id,
     generate_prekey,
+    is_usable_ed25519,
     prekey_proof,
     sign_sender_entry,
     verify_ed25519,
@@ -301,10 +303,10 @@ def _is_accepted_name(name: str) -> bool:
     name=names,
     serial=st.integers(0, (1 << 64) - 1),
     modes=st.sampled_from([1, 2, 3]),
-    public_keys=st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=ENTRY_KEYS_MAX, unique=True),
+    seeds=st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=ENTRY_KEYS_MAX, unique=True),
 )
-def test_entries_have_exactly_one_encoding(name: str, serial: int, modes: int, public_keys: list[bytes]) -> None:
-    keys = tuple(EntryKey(public_key, number, number + 1) for number, public_key in enumerate(public_keys))
+def test_entries_have_exactly_one_encoding(name: str, serial: int, modes: int, seeds: list[bytes]) -> None:
+    keys = tuple(EntryKey(ContentSigningKey.from_seed(seed).public_key, number, number + 1) for number, seed in enumerate(seeds))
     entry = make_entry(display_name=name, serial=serial, modes=SenderMode(modes), keys=keys)
     body = entry.encode()
     assert SenderEntry.decode(body) == entry
@@ -368,15 +370,16 @@ def test_names_that_could_deceive_are_refused(name: str) -> None:
 
 def test_contradictory_entries_are_refused() -> None:
     key = EntryKey(SENDER_KEY.public_key, NOW_MS, NOW_MS + DAY_MS)
+    many = [ContentSigningKey.from_seed(bytes((n,)) * 32).public_key for n in range(ENTRY_KEYS_MAX + 1)]
     assert make_entry(keys=(), modes=SenderMode.SERVER).keys == ()
+    assert len(make_entry(keys=tuple(EntryKey(key, 0, 1) for key in many[1:])).keys) == ENTRY_KEYS_MAX
     bad: list[Callable[[], SenderEntry]] = [
         lambda: make_entry(keys=()),
         lambda: make_entry(modes=SenderMode(0)),
         lambda: make_entry(modes=SenderMode(4)),
         lambda: make_entry(keys=(key, key)),
-        lambda: make_entry(keys=(EntryKey(b"x" * 31, 0, 1),)),
-        lambda: make_entry(keys=(EntryKey(b"x" * 32, 1, 1),)),
-        lambda: make_entry(keys=tuple(EntryKey(bytes((n,)) * 32, 0, 1) for n in range(ENTRY_KEYS_MAX + 1))),
+        lambda: make_entry(keys=(EntryKey(SENDER_KEY.public_key, 1, 1),)),
+        lambda: make_entry(keys=tuple(EntryKey(key, 0, 1) for key in many)),
         lambda: make_entry(role=EntryRole.PLATFORM, modes=SenderMode.END_TO_END),
         lambda: make_entry(role=EntryRole.PLATFORM, modes=SenderMode.SERVER, keys=()),
         lambda: make_entry(serial=1 << 64),
@@ -385,6 +388,36 @@ def test_contradictory_entries_are_refused() -> None:
     for make in bad:
         with pytest.raises(ValueError):  # noqa: PT011 - the list covers many texts
             make()
+
+
+ED25519_P = 2**255 - 19
+_ORDER_EIGHT_Y = int.from_bytes(bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"), "little")
+# Of the orders 4, 1, 2 and 8; the last two are the first two written in another way.
+LOW_ORDER_Y = (0, 1, ED25519_P - 1, _ORDER_EIGHT_Y, ED25519_P - _ORDER_EIGHT_Y, ED25519_P, ED25519_P + 1)
+
+
+@pytest.mark.parametrize("sign", [0, 1 << 255])
+@pytest.mark.parametrize("y", LOW_ORDER_Y)
+def test_ed25519_keys_of_low_order_are_refused_also_as_a_part_of_another(y: int, sign: int) -> None:
+    point = (y | sign).to_bytes(32, "little")
+    assert not is_usable_ed25519(point)
+    with pytest.raises(ValueError, match="low order"):
+        EntryKey(point, 0, 1)
+    if 1 < y < ED25519_P:
+        assert not is_usable_ed25519(bindings.crypto_core_ed25519_add(SENDER_KEY.public_key, point))
+
+
+@pytest.mark.parametrize("sign", [0, 1 << 255])
+def test_no_ed25519_key_can_be_written_in_two_ways(sign: int) -> None:
+    assert not any(is_usable_ed25519((y | sign).to_bytes(32, "little")) for y in range(ED25519_P, 1 << 255))
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_every_ed25519_key_that_is_made_is_usable_as_a_whole(seed: bytes) -> None:
+    public_key = IdentityKey.from_seed(seed).public_key
+    assert is_usable_ed25519(public_key)
+    assert not is_usable_ed25519(public_key[:-1])
+    assert not is_usable_ed25519(public_key + b"\0")
 
 
 def test_an_entrys_key_is_good_only_within_its_window() -> None:

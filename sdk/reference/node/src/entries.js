@@ -2,7 +2,7 @@
 
 import { concat, hex, Reader, same, utf8 } from './bytes.js';
 import { EntryRefused, EnvelopeRefused } from './errors.js';
-import { contentKeyId, verify } from './signing.js';
+import { contentKeyId, isUsablePublicKey, verify } from './signing.js';
 
 export const Role = Object.freeze({ SENDER: 1, PLATFORM: 2 });
 export const Mode = Object.freeze({ END_TO_END: 1, SERVER: 2 });
@@ -45,6 +45,7 @@ function readEntry(body) {
   demand(entry.role === Role.SENDER || entry.modes === Mode.SERVER, 'the platform only has the mode server');
   const needsKey = entry.role === Role.PLATFORM || (entry.modes & Mode.END_TO_END) !== 0;
   demand(count <= KEYS_MAX && (count > 0 || !needsKey), 'too few or too many keys');
+  demand(entry.keys.every((key) => isUsablePublicKey(key.publicKey)), 'a key that is no usable Ed25519 key');
   demand(new Set(entry.keys.map((key) => hex(key.publicKey))).size === count, 'a key twice');
   return entry;
 }

@@ -17,13 +17,14 @@ export function challengeStatement({ deviceId, challenge }) {
   return statement('SPP1-challenge', exactly(16, deviceId, 'deviceId'), counted(u16, challenge, 16, 512, 'challenge'));
 }
 
-/** The proof of `ConfirmRegistration`. */
+/** The proof of `ConfirmRegistration`. An app id has 1 to 64 characters of a-z 0-9 - . */
 export function registrationStatement({ registrationId, identityPublicKey, appId }) {
+  if (!/^[a-z0-9.-]{1,64}$/.test(appId)) throw new RangeError('appId must be 1 to 64 characters of a-z 0-9 - .');
   return statement(
     'SPP1-register',
     exactly(16, registrationId, 'registrationId'),
     exactly(32, identityPublicKey, 'identityPublicKey'),
-    counted(u16, utf8(appId), 1, 255, 'appId'),
+    counted(u16, utf8(appId), 1, 64, 'appId'),
   );
 }
 

@@ -22,6 +22,20 @@ export function verify(publicKey, message, signature) {
   }
 }
 
+/**
+ * Whether these bytes are a public key that somebody can hold: canonical, on the curve, and of the group of prime order.
+ * libsodium checks it where it turns such a key into one of X25519. (No point of prime order has a second way to write it.)
+ */
+export function isUsablePublicKey(publicKey) {
+  if (publicKey.length !== 32) return false;
+  try {
+    sodium.crypto_sign_ed25519_pk_to_curve25519(publicKey);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 /** The 8 bytes by which an envelope names the key that signed it. */
 export const contentKeyId = (publicKey) => sha256(utf8('SPK-id'), publicKey).subarray(0, 8);
 
