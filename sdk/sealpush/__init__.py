@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         KeyRefused,
         KeystoreError,
         NotRegisteredHere,
+        ReceiptRefused,
         SealpushError,
         StreamTakenOver,
         SuiteUnsupported,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         StopPoint,
         TrafficType,
     )
+    from sealpush.receipts import Claim, Finding, Receipt, ReceiptDelivery, ReceiptVerdict, SignedAcknowledgement, verify_receipt
     from sealpush.retry import Clock, RetryPolicy, SystemClock
     from sealpush.sender import (
         Accepted,
@@ -63,6 +65,7 @@ __all__ = [
     "Cancelled",
     "Channel",
     "Channels",
+    "Claim",
     "ClientMemory",
     "Clock",
     "Content",
@@ -76,6 +79,7 @@ __all__ = [
     "Endpoints",
     "FailoverPolicy",
     "FallbackReason",
+    "Finding",
     "Installation",
     "KeyRefused",
     "Keystore",
@@ -94,6 +98,10 @@ __all__ = [
     "Push",
     "PushEnvironment",
     "Reason",
+    "Receipt",
+    "ReceiptDelivery",
+    "ReceiptRefused",
+    "ReceiptVerdict",
     "Recipient",
     "Refused",
     "RegistrationStarted",
@@ -102,6 +110,7 @@ __all__ = [
     "SealedPublication",
     "SealpushError",
     "Sender",
+    "SignedAcknowledgement",
     "SqliteKeystore",
     "State",
     "StopPoint",
@@ -113,6 +122,7 @@ __all__ = [
     "Unanswered",
     "Unauthenticated",
     "WrongCode",
+    "verify_receipt",
 ]
 
 _HOMES: Final = {
@@ -131,6 +141,7 @@ _HOMES: Final = {
         "KeyRefused",
         "KeystoreError",
         "NotRegisteredHere",
+        "ReceiptRefused",
         "SealpushError",
         "StreamTakenOver",
         "SuiteUnsupported",
@@ -164,6 +175,15 @@ _HOMES: Final = {
         "StopPoint",
         "StoppedDelivery",
         "TrafficType",
+    ),
+    "receipts": (
+        "Claim",
+        "Finding",
+        "Receipt",
+        "ReceiptDelivery",
+        "ReceiptVerdict",
+        "SignedAcknowledgement",
+        "verify_receipt",
     ),
     "retry": (
         "Clock",

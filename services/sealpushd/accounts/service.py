@@ -12,9 +12,10 @@ from nacl.pwhash import argon2id
 
 from sealpush.ids import ID_BYTES, SenderId, is_app_id
 from sealpush.keys import EntryRole
+from sealpush.model import moment
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
-from sealpushd.accounts.store import AccountStore, NewOrganisation, NewSender
+from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrganisation, NewSender
 from sealpushd.platform import rpc
 from sealpushd.platform.access import address_allowed
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
@@ -234,6 +235,31 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
                 for sender in senders
             ]
         )
+
+    async def FindEntries(
+        self, request: administration_pb2.FindEntriesRequest, context: rpc.Context
+    ) -> administration_pb2.FindEntriesResponse:
+        _check_batch(len(request.headers), "headers")
+        headers = [rules.check_header(each) for each in request.headers]
+        senders = await self._store.entries(
+            [EntryQuery(EntryRole.SENDER, each.sender_id, None, moment(each.created_at_ms)) for each in headers]
+        )
+        # Under the roots that certified the sender: another root's platform is nobody to it.
+        wanted = [
+            (n, root)
+            for n, (header, found) in enumerate(zip(headers, senders, strict=True))
+            if header.server_sealed
+            for root in dict.fromkeys(each.root_public_key for each in found)
+        ]
+        platforms: list[list[rules.SignedEntry]] = [[] for _ in headers]
+        queries = [EntryQuery(EntryRole.PLATFORM, PLATFORM, root, moment(headers[n].created_at_ms)) for n, root in wanted]
+        for (n, _), found in zip(wanted, await self._store.entries(queries), strict=True):
+            platforms[n] += found
+        response = administration_pb2.FindEntriesResponse()
+        for header, of_sender, of_platform in zip(headers, senders, platforms, strict=True):
+            sender_entry, platform_entry = rules.certifying(header, of_sender, of_platform) or (b"", b"")
+            response.results.add(sender_entry=sender_entry, platform_entry=platform_entry)
+        return response
 
     async def GetApps(self, request: administration_pb2.GetAppsRequest, context: rpc.Context) -> administration_pb2.GetAppsResponse:
         _check_batch(len(request.app_ids), "app_ids")
