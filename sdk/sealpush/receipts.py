@@ -154,7 +154,7 @@ class Receipt:
             raise ReceiptRefused("this is not JSON; give the file as `sealpush receipt --out` wrote it") from None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ReceiptRefused("this is not a receipt; give the file as `sealpush receipt --out` wrote it")
-        if document.get("version") != VERSION or isinstance(document["version"], bool):
+        if type(document.get("version")) is not int or document["version"] != VERSION:
             raise ReceiptRefused(
                 f"this receipt is not of version {VERSION}, the one that this release reads; upgrade Sealpush to verify it"
             )
@@ -300,7 +300,7 @@ def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
         yield Claim(
             "content_signature",
             Finding.UNPROVEN,
-            "Nothing of the envelope is kept: it was never sealed, or is from before envelopes were. Nothing shows who sent what.",
+            "Nothing of the envelope is kept: it was never sealed, or is from before that was kept. Nothing shows who sent what.",
         )
         return
     try:
@@ -314,30 +314,30 @@ def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
         sender = _entry_of(receipt.sender_entry, root_public_key, header, EntryRole.SENDER)
         if sender is not None:
             if sender.sender_id != header.sender_id:
-                raise EntryRefused("it is another sender's")
+                raise EntryRefused("the entry certifies another sender")
             yield Claim(
                 "sender_entry",
                 Finding.PROVEN,
-                f"The root certified {sender.display_name!r} as the sender {uuid_text(sender.sender_id)}, by a certificate of that time.",
+                f"The root certified {sender.display_name!r} as the sender {uuid_text(sender.sender_id)}, by an entry of that time.",
             )
         else:
-            yield Claim("sender_entry", Finding.UNPROVEN, "No certificate of the sender is kept that was in force at that time.")
+            yield Claim("sender_entry", Finding.UNPROVEN, "No entry of the sender is kept that allowed it at that time.")
     except EntryRefused as error:
-        yield Claim("sender_entry", Finding.FAILED, f"The sender's certificate does not hold: {_why(error)}.")
+        yield Claim("sender_entry", Finding.FAILED, f"The sender's entry does not hold: {_why(error)}.")
         sender = None
     platform: SenderEntry | None = None
     if header.server_sealed:
         try:
             platform = _entry_of(receipt.platform_entry, root_public_key, header, EntryRole.PLATFORM)
             yield (
-                Claim("platform_entry", Finding.UNPROVEN, "No certificate of the platform is kept that was in force at that time.")
+                Claim("platform_entry", Finding.UNPROVEN, "No entry of the platform is kept that allowed it at that time.")
                 if platform is None
-                else Claim("platform_entry", Finding.PROVEN, "The root certified the platform, by a certificate of that time.")
+                else Claim("platform_entry", Finding.PROVEN, "The root certified the platform's key, by an entry of that time.")
             )
         except EntryRefused as error:
-            yield Claim("platform_entry", Finding.FAILED, f"The platform's certificate does not hold: {_why(error)}.")
+            yield Claim("platform_entry", Finding.FAILED, f"The platform's entry does not hold: {_why(error)}.")
     elif receipt.platform_entry:
-        yield Claim("platform_entry", Finding.FAILED, "There is a certificate of the platform, which did not seal this.")
+        yield Claim("platform_entry", Finding.FAILED, "There is an entry of the platform, which did not seal this.")
     yield _signature_claim(receipt, header, sender, platform)
 
 
@@ -346,26 +346,27 @@ def _entry_of(blob: bytes, root_public_key: bytes, header: Header, role: EntryRo
 
 
 def _why(error: EntryRefused) -> str:
-    """The first half of the text: the second says what a phone should do."""
-    return str(error).partition(";")[0]
+    """What is wrong; the second half of the text says what a phone should do."""
+    what = str(error).partition(";")[0]
+    return f"it {what.removeprefix('the sender entry ').removeprefix('the entry ')}"
 
 
 def _signature_claim(receipt: Receipt, header: Header, sender: SenderEntry | None, platform: SenderEntry | None) -> Claim:
     name = "content_signature"
     if sender is None or (header.server_sealed and platform is None):
-        return Claim(name, Finding.UNPROVEN, "Without certificates nothing shows whose signature the envelope carries.")
+        return Claim(name, Finding.UNPROVEN, "Without a valid entry nothing shows whose signature the envelope carries.")
     try:
         public_key = content_public_key(header, sender, platform)
     except EnvelopeRefused:
         way = "by the server" if header.server_sealed else "by the sender itself"
-        return Claim(name, Finding.FAILED, f"The certificates do not allow the key that the envelope names to seal {way} at that time.")
+        return Claim(name, Finding.FAILED, f"The entries do not allow that the key which the envelope names seals {way} at that time.")
     try:
         verify_evidence(receipt.evidence, public_key)
     except EnvelopeRefused:
         return Claim(name, Finding.FAILED, "The envelope is not signed by the key that it names.")
     at, ref = _time(header.created_at_ms), header.recipient_ref.hex()[:16]
     if header.server_sealed:
-        who = f"The platform sealed and signed this content for {sender.display_name!r}, which lets it"
+        who = f"The platform sealed and signed this content for {sender.display_name!r}, which allows that"
     else:
         who = f"{sender.display_name!r} itself sealed and signed this content"
     return Claim(name, Finding.PROVEN, f"{who}, at {at} by its clock, for the recipient that it knows as {ref}…")
@@ -422,12 +423,14 @@ def _delivery_claims(receipt: Receipt, delivery: ReceiptDelivery) -> Iterator[Cl
 def _acknowledgement_claim(receipt: Receipt, delivery: ReceiptDelivery, ack: SignedAcknowledgement) -> Claim:
     name, what = _SIGNED[ack.outcome]
     if not delivery.identity_public_key:
-        return Claim(name, Finding.UNPROVEN, f"Whether the device {what}: its identity key is not known.", delivery.device_id)
+        return Claim(name, Finding.UNPROVEN, f"Whether the device {what}: its key is not known.", delivery.device_id)
     proof = acknowledgement_proof(receipt.message_id, receipt.content_id, delivery.device_id, ack.outcome, ack.reason, ack.at_ms)
     if not verify_proof(delivery.identity_public_key, proof, ack.signature):
-        return Claim(name, Finding.FAILED, f"The signature is not the device's, that it {what}.", delivery.device_id)
+        return Claim(name, Finding.FAILED, f"That the device {what} is not signed by its key.", delivery.device_id)
     why = f" ({ack.reason.name})" if ack.reason else ""
-    return Claim(name, Finding.PROVEN, f"The device signed that it {what}{why}, at {_time(ack.at_ms)} by its clock.", delivery.device_id)
+    return Claim(
+        name, Finding.PROVEN, f"The device's key signed that it {what}{why}, at {_time(ack.at_ms)} by its clock.", delivery.device_id
+    )
 
 
 def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
@@ -438,7 +441,7 @@ def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
     yield Claim(
         "message",
         Finding.PROVEN if linked else Finding.UNPROVEN,
-        f"A device signed that the message {message} carried this content."
+        f"A device's key signed that the message {message} carried this content."
         if linked
         else f"That the message {message} carried this content: only a device's signature would show it.",
     )
@@ -450,8 +453,8 @@ def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
     yield Claim(
         "recipient",
         Finding.UNPROVEN,
-        "That these are the recipient's devices: the platform says so, and the head of the recipient's device log, which senders get with "
-        "the keys, holds it to that.",
+        "That these keys are the recipient's devices': the platform says so. The head of the recipient's device log, which senders get "
+        "with the keys, holds it to that.",
     )
 
 
