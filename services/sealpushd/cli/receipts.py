@@ -54,7 +54,7 @@ def as_lines(receipt: Receipt, verdict: ReceiptVerdict, root_public_key: bytes) 
         yield from _block(f"Device {uuid_text(delivery.device_id)}", claims)
     yield from _block("Message", [each for each in verdict.claims if each.name in _OF_THE_MESSAGE])
     yield ""
-    yield conclusion(verdict)
+    yield textwrap.fill(conclusion(verdict), _LINE_CHARACTERS)
 
 
 def _block(title: str, claims: list[Claim]) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _block(title: str, claims: list[Claim]) -> Iterator[str]:
 
 
 def conclusion(verdict: ReceiptVerdict) -> str:
-    """What it comes to, in a line."""
+    """What it comes to, in a line or two."""
     if verdict.failed:
         return "It does NOT verify: the receipt was changed, or the root is not the one that the app pins. Believe none of it."
     devices = len(verdict.delivered_to)
