@@ -530,9 +530,9 @@ async def test_a_receipt_is_the_same_after_a_restart(world: World, start: Start)
 async def test_malformed_questions_are_refused(world: World, mesh_channel: Connect) -> None:
     accounts = mesh_channel("accounts", world.accounts.mesh_address, "publishing")
     administration: Any = administration_pb2_grpc.AdministrationStub(accounts.channel)
-    for header in (b"", bytes(94), bytes(93)):
+    for headers in ([b""], [bytes(94)], [bytes(93)], [bytes(94)] * 17):
         found = await refusal(
-            administration.FindEntries(administration_pb2.FindEntriesRequest(headers=[header]), metadata=accounts.metadata())
+            administration.FindEntries(administration_pb2.FindEntriesRequest(headers=headers), metadata=accounts.metadata())
         )
         assert found.field == "headers"
     keys = mesh_channel("keys", world.keys.mesh_address, "publishing")

@@ -320,7 +320,7 @@ class FindEntriesRequest(_message.Message):
     HEADERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """≤ 512. Headers of envelopes, 94 bytes each: they name the sender, the key, the time, and whether the server sealed."""
+        """≤ 16. Headers of envelopes, 94 bytes each: they name the sender, the key, the time, and whether the server sealed."""
 
     def __init__(
         self,
