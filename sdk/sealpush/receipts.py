@@ -273,7 +273,7 @@ class ReceiptVerdict:
 def verify_receipt(receipt: Receipt, root_public_key: bytes, *, envelope: bytes | None = None) -> ReceiptVerdict:
     """What the receipt proves to whoever trusts this root.
 
-    `envelope` is the whole envelope, if somebody kept it: it is compared. Raises ValueError for a root that is not 32 bytes.
+    `envelope` is the whole envelope, if somebody kept it: it is compared, but for its stanzas, which nothing signs. Raises ValueError for a root that is not 32 bytes.
     """
     if len(root_public_key) != 32:
         raise ValueError("a root's public key is 32 bytes")
@@ -295,7 +295,7 @@ def verify_entry_then(root_public_key: bytes, blob: bytes, created_at_ms: int, r
 
 
 def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
-    """Who sealed and signed, when, and by which certificate."""
+    """Who sealed and signed, when, and by which entries."""
     if not receipt.evidence:
         yield Claim(
             "content_signature",
@@ -310,39 +310,31 @@ def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
         return
     if (header.sender_id, header.content_id) != (receipt.sender_id, receipt.content_id):
         yield Claim("header", Finding.FAILED, "The envelope names another sender or another content than the receipt.")
-    try:
-        sender = _entry_of(receipt.sender_entry, root_public_key, header, EntryRole.SENDER)
-        if sender is not None:
-            if sender.sender_id != header.sender_id:
-                raise EntryRefused("the entry certifies another sender")
-            yield Claim(
-                "sender_entry",
-                Finding.PROVEN,
-                f"The root certified {sender.display_name!r} as the sender {uuid_text(sender.sender_id)}, by an entry of that time.",
-            )
-        else:
-            yield Claim("sender_entry", Finding.UNPROVEN, "No entry of the sender is kept that allowed it at that time.")
-    except EntryRefused as error:
-        yield Claim("sender_entry", Finding.FAILED, f"The sender's entry does not hold: {_why(error)}.")
-        sender = None
+    claim, sender = _entry_claim(receipt.sender_entry, root_public_key, header, EntryRole.SENDER)
+    yield claim
     platform: SenderEntry | None = None
     if header.server_sealed:
-        try:
-            platform = _entry_of(receipt.platform_entry, root_public_key, header, EntryRole.PLATFORM)
-            yield (
-                Claim("platform_entry", Finding.UNPROVEN, "No entry of the platform is kept that allowed it at that time.")
-                if platform is None
-                else Claim("platform_entry", Finding.PROVEN, "The root certified the platform's key, by an entry of that time.")
-            )
-        except EntryRefused as error:
-            yield Claim("platform_entry", Finding.FAILED, f"The platform's entry does not hold: {_why(error)}.")
+        claim, platform = _entry_claim(receipt.platform_entry, root_public_key, header, EntryRole.PLATFORM)
+        yield claim
     elif receipt.platform_entry:
         yield Claim("platform_entry", Finding.FAILED, "There is an entry of the platform, which did not seal this.")
     yield _signature_claim(receipt, header, sender, platform)
 
 
-def _entry_of(blob: bytes, root_public_key: bytes, header: Header, role: EntryRole) -> SenderEntry | None:
-    return verify_entry_then(root_public_key, blob, header.created_at_ms, role) if blob else None
+def _entry_claim(blob: bytes, root_public_key: bytes, header: Header, role: EntryRole) -> tuple[Claim, SenderEntry | None]:
+    """What is to be said of the sender's entry or the platform's, and the entry if it holds."""
+    whose = role.name.lower()
+    name = f"{whose}_entry"
+    if not blob:
+        return Claim(name, Finding.UNPROVEN, f"No entry of the {whose} is kept that allowed it at that time."), None
+    try:
+        entry = verify_entry_then(root_public_key, blob, header.created_at_ms, role)
+        if role is EntryRole.SENDER and entry.sender_id != header.sender_id:
+            raise EntryRefused("the entry certifies another sender")
+    except EntryRefused as error:
+        return Claim(name, Finding.FAILED, f"The {whose}'s entry does not hold: {_why(error)}."), None
+    who = f"{entry.display_name!r} as the sender {uuid_text(entry.sender_id)}" if role is EntryRole.SENDER else "the platform's key"
+    return Claim(name, Finding.PROVEN, f"The root certified {who}, by an entry of that time."), entry
 
 
 def _why(error: EntryRefused) -> str:
@@ -384,7 +376,7 @@ def _content_claim(receipt: Receipt, envelope: bytes | None) -> Claim:
         return Claim(name, Finding.FAILED, "What was given to compare is not a whole envelope.")
     if evidence_of(parsed.head, parsed.tail) != receipt.evidence:
         return Claim(name, Finding.FAILED, "The envelope that was given is another one.")
-    return Claim(name, Finding.PROVEN, "The envelope that was given is the one that was signed, byte for byte.")
+    return Claim(name, Finding.PROVEN, "The envelope that was given is this one: head, content and signature are the same.")
 
 
 # What an acknowledgement says, by outcome: name of the claim, and how it reads.

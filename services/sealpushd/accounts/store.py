@@ -141,6 +141,8 @@ class AccountStore:
 
     async def entries(self, queries: Sequence[EntryQuery]) -> list[list[SignedEntry]]:
         """Entries for each query, present and past, the likeliest first; at most `ENTRIES_MAX` each."""
+        if not queries:
+            return []
         columns = [
             list(range(len(queries))),
             [int(each.role) for each in queries],
