@@ -59,7 +59,8 @@ class SignedAcknowledgement:
 
 @dataclass(frozen=True, slots=True)
 class ReceiptDelivery:
-    """One device: how the platform says it ended, and what the device signed, in the order of arrival.
+    """One device: how the platform says it ended, and what the device signed: the end, what came after another
+    end, that it was read.
 
     `identity_public_key` is empty where it is not known. Raises ValueError for a field out of bounds.
     """
@@ -273,7 +274,8 @@ class ReceiptVerdict:
 def verify_receipt(receipt: Receipt, root_public_key: bytes, *, envelope: bytes | None = None) -> ReceiptVerdict:
     """What the receipt proves to whoever trusts this root.
 
-    `envelope` is the whole envelope, if somebody kept it: it is compared, but for its stanzas, which nothing signs. Raises ValueError for a root that is not 32 bytes.
+    `envelope` is the whole envelope, if somebody kept it: it is compared, but for its stanzas, which nothing signs. Raises
+    ValueError for a root that is not 32 bytes.
     """
     if len(root_public_key) != 32:
         raise ValueError("a root's public key is 32 bytes")

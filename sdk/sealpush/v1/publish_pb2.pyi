@@ -938,7 +938,7 @@ class ReceiptDelivery(_message.Message):
     """Why the state is not a success; unspecified: nothing to say."""
     @_builtins.property
     def acknowledgements(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedAcknowledgement]:
-        """What the device signed, in the order of arrival: the end, or what came after an end without one; then that it was read. ≤ 3."""
+        """What the device signed, at most one of each and in this order: the end; what came first after another end; that it was read."""
 
     def __init__(
         self,

@@ -324,7 +324,7 @@ class SignedAck:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryEvidence:
-    """What a device signed about a delivery, in the order of arrival."""
+    """What a device signed about a delivery: its end, what came after another end, that it was read."""
 
     device_id: DeviceId
     state: State

@@ -555,7 +555,7 @@ def _accepted(row: asyncpg.Record | None) -> Accepted | None:
 
 
 def _signed_acks(row: asyncpg.Record) -> tuple[SignedAck, ...]:
-    """What a device signed: the end of its delivery, what came after an end without that, and that it was read."""
+    """What a device signed: the end of its delivery, what came after another end, and that it was read."""
     acks = [
         SignedAck(AckOutcome(row[f"{kind}_outcome"]), row[f"{kind}_reason"], row[f"{kind}_at_ms"], row[f"{kind}_signature"])
         for kind in ("ack", "late_ack")

@@ -7,7 +7,7 @@
 ALTER TABLE messages ADD COLUMN evidence bytea;
 
 ALTER TABLE deliveries
-    -- The first acknowledgement after an end without one, as signed.
+    -- The first acknowledgement after another end, as signed.
     ADD COLUMN late_ack_outcome   smallint,
     ADD COLUMN late_ack_reason    smallint,
     ADD COLUMN late_ack_at_ms     bigint,

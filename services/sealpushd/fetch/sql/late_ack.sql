@@ -5,7 +5,8 @@ WITH given AS (
     SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::int2[], $5::int2[], $6::int8[], $7::bytea[])
         AS t (message_id, device_id, content_id, outcome, ack_reason, at_ms, signature)
 ), found AS (
-    SELECT g.message_id, g.device_id, g.outcome, g.ack_reason, g.at_ms, g.signature, d.state, d.reason, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel,
+    SELECT g.message_id, g.device_id, g.outcome, g.ack_reason, g.at_ms, g.signature, d.state, d.reason,
+           m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel,
            coalesce(d.ack_outcome = g.outcome, false) AS repeated
     FROM given g
     JOIN messages m ON m.message_id = g.message_id AND m.content_id = g.content_id
