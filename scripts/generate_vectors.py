@@ -1382,6 +1382,284 @@ def proof_vectors() -> Json:
     }
 
 
+RECEIPT_MESSAGE_ID = MessageId(bytes.fromhex("018bcfe568007abc8def0123456789ab"))
+RECEIPT_MODES = SenderMode.END_TO_END | SenderMode.SERVER
+
+
+def receipt_ack(phone: Phone, outcome: proofs.AckOutcome, reason_code: int = 0, at_ms: int = NOW_MS + 1000) -> Json:
+    proof = proofs.acknowledgement_proof(RECEIPT_MESSAGE_ID, HEADER.content_id, phone.device_id, outcome, reason_code, at_ms)
+    signature = phone.identity.sign(proof).hex()
+    return {"outcome": int(outcome), "reason_code": reason_code, "at_ms": str(at_ms), "signature": signature}
+
+
+def receipt_delivery(phone: Phone, state: int, *acknowledgements: Json, reason_code: int = 0) -> Json:
+    return {
+        "device_id": phone.device_id.hex(),
+        "identity_public_key": phone.identity.public_key.hex(),
+        "state": state,
+        "reason_code": reason_code,
+        "acknowledgements": list(acknowledgements),
+    }
+
+
+def receipt_json(sealed: envelope.Envelope, *deliveries: Json) -> Json:
+    return {
+        "format": "sealpush-receipt",
+        "version": 1,
+        "message_id": RECEIPT_MESSAGE_ID.hex(),
+        "sender_id": SENDER_ID.hex(),
+        "content_id": HEADER.content_id.hex(),
+        # As the text of the format says it, apart from the code under test.
+        "evidence": (sealed.head + hashlib.sha512(sealed.tail[:-64]).digest() + sealed.tail[-64:]).hex(),
+        "sender_entry": signed_entry(entry(modes=RECEIPT_MODES)),
+        "platform_entry": signed_entry(PLATFORM_ENTRY) if sealed.header.server_sealed else "",
+        "deliveries": list(deliveries),
+    }
+
+
+def receipt_vectors() -> Json:
+    delivered, read = proofs.AckOutcome.DELIVERED, proofs.AckOutcome.READ
+    own = envelope.seal(b"content", HEADER, [], BANK_KEY, random=drawn_from(bytes_for("receipt: own", 56)))
+    other = envelope.seal(b"content", HEADER_SERVER, [], PLATFORM_KEY, random=drawn_from(bytes_for("receipt: server", 56)))
+    arrived = receipt_delivery(PHONE, 4, receipt_ack(PHONE, delivered), receipt_ack(PHONE, read, at_ms=2**64 - 1))
+    refusing, late = PHONES[1], PHONES[2]
+    receipts = {
+        "own": receipt_json(own, arrived),
+        "server": receipt_json(
+            other,
+            arrived,
+            receipt_delivery(refusing, 5, receipt_ack(refusing, proofs.AckOutcome.UNDELIVERED, 108), reason_code=108),
+            receipt_delivery(late, 8, receipt_ack(late, delivered), reason_code=103),
+        ),
+        "waiting": receipt_json(own, receipt_delivery(PHONE, 2)),
+    }
+    always = {"content": "unproven", "acceptance": "unproven", "recipient": "unproven"}
+    sender = {"sender_entry": "proven", "content_signature": "proven", **always}
+    phone = {"delivered 0": "proven", "read 0": "proven", "state 0": "proven", "message": "proven"}
+    others = {"undelivered 1": "proven", "state 1": "proven", "delivered 2": "proven", "state 2": "unproven"}
+    said: dict[str, Json] = {
+        "own": {**sender, **phone},
+        "server": {**sender, "platform_entry": "proven", **phone, **others},
+        "waiting": {**sender, "state 0": "unproven", "message": "unproven"},
+    }
+
+    def case(name: str, base: str, says: Json, *changes: Json, kept: bytes | None = None, root: keys.RootKey = ROOT) -> Json:
+        """`says`: findings that are others than the base's; None: the claim is not made."""
+        claims = {claim: finding for claim, finding in {**said[base], **says}.items() if finding is not None}
+        given = {"receipt": base, "changes": list(changes), "root_public_key": root.public_key.hex()}
+        return {"name": name, **given, "envelope": None if kept is None else kept.hex(), "claims": claims}
+
+    def put(path: str, value: Any) -> Json:
+        return {"path": [int(step) if step.isdigit() else step for step in path.split(".")], "value": value}
+
+    def flipped(base: str, path: str, offset: int = 0, mask: int = 1) -> Json:
+        """One byte of a field xor `mask`."""
+        change = put(path, "")
+        value: Any = receipts[base]
+        for step in change["path"]:
+            value = value[step]
+        data = bytearray(bytes.fromhex(value))
+        data[offset] ^= mask
+        return {**change, "value": data.hex()}
+
+    def bank(**changes: Any) -> Json:
+        return put("sender_entry", signed_entry(entry(**{"modes": RECEIPT_MODES, **changes})))
+
+    def bank_key(**changes: Any) -> Json:
+        return bank(keys=(dataclasses.replace(entry().keys[0], **changes),))
+
+    def platform(**changes: Any) -> Json:
+        return put("platform_entry", signed_entry(dataclasses.replace(PLATFORM_ENTRY, **changes)))
+
+    unsigned = {"content_signature": "failed"}
+    unreadable = {"header": "failed", "sender_entry": None, "content_signature": None}
+    no_bank = {"sender_entry": "failed", "content_signature": "unproven"}
+    no_platform = {"platform_entry": "failed", "content_signature": "unproven"}
+    no_phone = {"delivered 0": "failed", "read 0": "failed", "state 0": "unproven", "message": "unproven"}
+    no_end = {"delivered 0": "failed", "state 0": "unproven"}
+    first, end, reading = "deliveries.0", "deliveries.0.acknowledgements.0", "deliveries.0.acknowledgements.1"
+    cases = [
+        case("sealed by the sender", "own", {}),
+        case("sealed by the server, for devices that say different things", "server", {}),
+        case("no device has said anything", "waiting", {}),
+        case("the envelope", "own", {"content": "proven"}, kept=own.encode()),
+        case("another envelope", "own", {"content": "failed"}, kept=other.encode()),
+        case("no envelope", "own", {"content": "failed"}, kept=own.encode()[:-1]),
+        case("an envelope with another signature", "own", {"content": "failed"}, kept=own.encode()[:-1] + b"\x00"),
+        case("another root", "own", no_bank, root=OTHER_ROOT),
+        case("another root, of the platform, too", "server", {**no_bank, **no_platform}, root=OTHER_ROOT),
+        case("evidence: magic", "own", unreadable, flipped("own", "evidence", 0)),
+        case("evidence: content suite", "own", unreadable, flipped("own", "evidence", 4)),
+        case("evidence: a flag that is not known", "own", unreadable, flipped("own", "evidence", 5, 2)),
+        case(
+            "evidence: sealed by the server, without its entry",
+            "own",
+            {"platform_entry": "unproven", "content_signature": "unproven"},
+            flipped("own", "evidence", 5),
+        ),
+        case(
+            "evidence: sealed by the sender, with the platform's entry",
+            "server",
+            {"platform_entry": "failed", **unsigned},
+            flipped("server", "evidence", 5),
+        ),
+        case("evidence: content id", "own", {"header": "failed", **unsigned}, flipped("own", "evidence", 21)),
+        case("evidence: sender id", "own", {"header": "failed", **no_bank}, flipped("own", "evidence", 37)),
+        case("evidence: key id", "own", unsigned, flipped("own", "evidence", 45)),
+        case("evidence: recipient ref", "own", unsigned, flipped("own", "evidence", 77)),
+        case("evidence: created", "own", unsigned, flipped("own", "evidence", 85)),
+        case("evidence: expires", "own", unsigned, flipped("own", "evidence", 93)),
+        case("evidence: commitment", "own", unsigned, flipped("own", "evidence", 125)),
+        case("evidence: hash of the content", "own", unsigned, flipped("own", "evidence", 126)),
+        case("evidence: the last byte of the hash", "own", unsigned, flipped("own", "evidence", 189)),
+        case("evidence: signature", "own", unsigned, flipped("own", "evidence", 190)),
+        case("evidence: the last byte of the signature", "own", unsigned, flipped("own", "evidence", 253)),
+        case("no evidence", "own", {"sender_entry": None, "content_signature": "unproven"}, put("evidence", "")),
+        case(
+            "no evidence to compare the envelope with",
+            "own",
+            {"sender_entry": None, "content_signature": "unproven"},
+            put("evidence", ""),
+            kept=own.encode(),
+        ),
+        case("no entry of the sender", "own", {"sender_entry": "unproven", "content_signature": "unproven"}, put("sender_entry", "")),
+        case("an entry with another byte", "own", no_bank, flipped("own", "sender_entry", 30)),
+        case("an entry of another sender", "own", no_bank, bank(sender_id=PLATFORM_ID)),
+        case("the platform's entry as the sender's", "own", no_bank, put("sender_entry", signed_entry(PLATFORM_ENTRY))),
+        case("an entry that begins within the skew", "own", {}, bank(not_before_ms=NOW_MS + SKEW_MS)),
+        case("an entry that begins after the skew", "own", no_bank, bank(not_before_ms=NOW_MS + SKEW_MS + 1)),
+        case("an entry that ended within the skew", "own", {}, bank(not_after_ms=NOW_MS - SKEW_MS + 1)),
+        case("an entry that ended before the skew", "own", no_bank, bank(not_after_ms=NOW_MS - SKEW_MS)),
+        case("an entry for the server only", "own", unsigned, bank(modes=SenderMode.SERVER)),
+        case("an entry for the sender only", "server", unsigned, bank(modes=SenderMode.END_TO_END)),
+        case("an entry without the key", "own", unsigned, bank_key(public_key=PLATFORM_KEY.public_key)),
+        case("a key from the moment on", "own", {}, bank_key(not_before_ms=NOW_MS)),
+        case("a key that begins later", "own", unsigned, bank_key(not_before_ms=NOW_MS + 1)),
+        case("a key that has just ended", "own", unsigned, bank_key(not_after_ms=NOW_MS)),
+        case(
+            "no entry of the platform", "server", {"platform_entry": "unproven", "content_signature": "unproven"}, put("platform_entry", "")
+        ),
+        case("the platform's entry with another byte", "server", no_platform, flipped("server", "platform_entry", 30)),
+        case("the sender's entry as the platform's", "server", no_platform, put("platform_entry", receipts["own"]["sender_entry"])),
+        case("the platform without the key", "server", unsigned, platform(keys=entry().keys)),
+        case("an entry of the platform that is not needed", "own", {"platform_entry": "failed"}, platform()),
+        case("another message", "own", no_phone, flipped("own", "message_id", 15)),
+        case("another sender", "own", {"header": "failed"}, flipped("own", "sender_id")),
+        case("another content", "own", {"header": "failed", **no_phone}, flipped("own", "content_id")),
+        case("another device", "own", no_phone, flipped("own", f"{first}.device_id")),
+        case("another key of the device", "own", no_phone, put(f"{first}.identity_public_key", OTHER_ID.public_key.hex())),
+        case(
+            "no key of the device",
+            "own",
+            {"delivered 0": "unproven", "read 0": "unproven", "state 0": "unproven", "message": "unproven"},
+            put(f"{first}.identity_public_key", ""),
+        ),
+        case("another state", "own", {"state 0": "unproven"}, put(f"{first}.state", 7)),
+        case("a state that is not known", "own", {"state 0": "unproven"}, put(f"{first}.state", 4096)),
+        case("delivered with a reason that nobody signed", "own", {"state 0": "failed"}, put(f"{first}.reason_code", 1)),
+        case("refused with a reason that nobody signed", "server", {"state 1": "unproven"}, put("deliveries.1.reason_code", 109)),
+        case(
+            "an outcome that was not signed",
+            "own",
+            {"delivered 0": None, "undelivered 0": "failed", "state 0": "failed"},
+            put(f"{end}.outcome", 2),
+        ),
+        case("a reason that was not signed", "own", {"delivered 0": "failed", "state 0": "failed"}, put(f"{end}.reason_code", 1)),
+        case("a time that was not signed", "own", no_end, put(f"{end}.at_ms", str(NOW_MS))),
+        case("another signature of the device", "own", no_end, flipped("own", f"{end}.signature", 63)),
+        case("the signature of what was read", "own", no_end, put(f"{end}.signature", receipt_ack(PHONE, read)["signature"])),
+        case("another time of reading", "own", {"read 0": "failed"}, put(f"{reading}.at_ms", "0")),
+        case("delivered without a word of the device", "waiting", {"state 0": "failed"}, put(f"{first}.state", 4)),
+        case(
+            "delivered, and only reading was signed",
+            "own",
+            {"delivered 0": None, "state 0": "failed"},
+            put(f"{first}.acknowledgements", [arrived["acknowledgements"][1]]),
+        ),
+        case("blocked by the platform's word", "waiting", {"state 0": "unproven"}, put(f"{first}.state", 6)),
+        case(
+            "blocked by the device",
+            "waiting",
+            {"blocked 0": "proven", "state 0": "proven", "message": "proven"},
+            put(f"{first}.state", 6),
+            put(f"{first}.acknowledgements", [receipt_ack(PHONE, proofs.AckOutcome.BLOCKED)]),
+        ),
+    ]
+    plain = json.dumps(receipts["own"], separators=(",", ":"))
+    document = receipts["own"]
+
+    def text(name: str, written: str) -> Json:
+        return {"name": name, "text": written}
+
+    def without(name: str) -> str:
+        return json.dumps({key: value for key, value in document.items() if key != name})
+
+    def changed(name: str, path: str, value: Any) -> Json:
+        return {"name": name, "changes": [put(path, value)]}
+
+    return {
+        "about": "Receipts, what they prove, and what is none. A claim about a delivery has its index behind it; claims have no order.",
+        "receipts": receipts,
+        "cases": cases,
+        "readable": [
+            text("without white space", plain),
+            text("indented", json.dumps(document, indent=4)),
+            text("in another order", json.dumps(document, sort_keys=True)),
+            text("with line ends of another system", json.dumps(document, indent=1).replace("\n", "\r\n")),
+        ],
+        "refused": [
+            text("nothing", ""),
+            text("no JSON", plain[:-1]),
+            text("no object", "[]"),
+            text("a number", "1"),
+            text("something behind it", plain + "{}"),
+            changed("another format", "format", "sealpush"),
+            changed("another version", "version", 2),
+            changed("the version as text", "version", "1"),
+            changed("the version as a truth", "version", True),
+            text("no version", without("version")),
+            text("no deliveries", without("deliveries")),
+            changed("an empty list of deliveries", "deliveries", []),
+            changed("a device twice", "deliveries", [arrived, arrived]),
+            changed("a name that is not known", "note", ""),
+            changed("a name that is not known in a delivery", f"{first}.note", ""),
+            changed("a name that is not known in an acknowledgement", f"{end}.note", ""),
+            text("a name twice", plain[:-1] + ',"message_id":"' + document["message_id"] + '"}'),
+            text("a name that is escaped", plain.replace('"format"', '"\\u0066ormat"')),
+            text("a fraction", plain.replace('"version":1,', '"version":1.0,')),
+            text("an exponent", plain.replace('"state":4,', '"state":4e0,')),
+            text(
+                "white space inside a value",
+                plain.replace(document["message_id"], document["message_id"][:2] + " " + document["message_id"][2:]),
+            ),
+            changed("upper-case hex", "evidence", document["evidence"].upper()),
+            changed("half a byte", "message_id", document["message_id"][:-1]),
+            changed("a message id of 15 bytes", "message_id", document["message_id"][2:]),
+            changed("a sender id of 17 bytes", "sender_id", document["sender_id"] + "00"),
+            changed("no content id", "content_id", ""),
+            changed("an id that is null", "content_id", None),
+            changed("evidence of 253 bytes", "evidence", document["evidence"][2:]),
+            changed("an entry of 1010 bytes", "sender_entry", "00" * 1010),
+            changed("an identity key of 31 bytes", f"{first}.identity_public_key", "00" * 31),
+            changed("a state as text", f"{first}.state", "4"),
+            changed("a state below 0", f"{first}.state", -1),
+            changed("a state of 17 bits", f"{first}.state", 65536),
+            changed("a state that is a truth", f"{first}.state", True),
+            changed("a reason of 17 bits", f"{first}.reason_code", 65536),
+            changed("a delivery that is a list", "deliveries", [[]]),
+            changed("deliveries that are an object", "deliveries", {}),
+            changed("four acknowledgements", f"{first}.acknowledgements", [arrived["acknowledgements"][0]] * 4),
+            changed("outcome 0", f"{end}.outcome", 0),
+            changed("outcome 5", f"{end}.outcome", 5),
+            changed("a time as a number", f"{end}.at_ms", 7),
+            changed("a time of 65 bits", f"{end}.at_ms", str(2**64)),
+            changed("a time with a zero before it", f"{end}.at_ms", "07"),
+            changed("a time in other digits", f"{end}.at_ms", "\u0667"),
+            changed("a signature of 63 bytes", f"{end}.signature", "00" * 63),
+        ],
+    }
+
+
 VECTORS: dict[str, Callable[[], Json]] = {
     "seal": seal_vectors,
     "seal_hybrid": seal_hybrid_vectors,
@@ -1391,6 +1669,7 @@ VECTORS: dict[str, Callable[[], Json]] = {
     "prekeys": prekey_vectors,
     "entries": entry_vectors,
     "proofs": proof_vectors,
+    "receipts": receipt_vectors,
 }
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         KeyRefused,
         KeystoreError,
         NotRegisteredHere,
+        ReceiptRefused,
         RegistrationLocked,
         SealpushError,
         StreamTakenOver,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         StopPoint,
         TrafficType,
     )
+    from sealpush.receipts import Claim, Finding, Receipt, ReceiptDelivery, ReceiptVerdict, SignedAcknowledgement, verify_receipt
     from sealpush.retry import Clock, RetryPolicy, SystemClock
     from sealpush.sender import (
         Accepted,
@@ -68,6 +70,7 @@ __all__ = [
     "Cancelled",
     "Channel",
     "Channels",
+    "Claim",
     "ClientMemory",
     "Clock",
     "Content",
@@ -81,6 +84,7 @@ __all__ = [
     "Endpoints",
     "FailoverPolicy",
     "FallbackReason",
+    "Finding",
     "Installation",
     "KeyRefused",
     "Keystore",
@@ -99,6 +103,10 @@ __all__ = [
     "Push",
     "PushEnvironment",
     "Reason",
+    "Receipt",
+    "ReceiptDelivery",
+    "ReceiptRefused",
+    "ReceiptVerdict",
     "Recipient",
     "Refused",
     "RegistrationLocked",
@@ -108,6 +116,7 @@ __all__ = [
     "SealedPublication",
     "SealpushError",
     "Sender",
+    "SignedAcknowledgement",
     "SqliteKeystore",
     "State",
     "StopPoint",
@@ -120,6 +129,7 @@ __all__ = [
     "Unanswered",
     "Unauthenticated",
     "WrongCode",
+    "verify_receipt",
 ]
 
 _HOMES: Final = {
@@ -138,6 +148,7 @@ _HOMES: Final = {
         "KeyRefused",
         "KeystoreError",
         "NotRegisteredHere",
+        "ReceiptRefused",
         "RegistrationLocked",
         "SealpushError",
         "StreamTakenOver",
@@ -173,6 +184,15 @@ _HOMES: Final = {
         "StopPoint",
         "StoppedDelivery",
         "TrafficType",
+    ),
+    "receipts": (
+        "Claim",
+        "Finding",
+        "Receipt",
+        "ReceiptDelivery",
+        "ReceiptVerdict",
+        "SignedAcknowledgement",
+        "verify_receipt",
     ),
     "retry": (
         "Clock",

@@ -90,6 +90,7 @@ _U32_MAX: Final = (1 << 32) - 1
 STANZA_BYTES_MAX: Final = _STANZA.size + WRAPPED_BYTES_MAX
 TAIL_BYTES_MIN: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MIN + _TAG_BYTES + _SIGNATURE_BYTES
 TAIL_BYTES_MAX: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MAX + _TAG_BYTES + _SIGNATURE_BYTES
+EVIDENCE_BYTES: Final = HEAD_BYTES + 64 + _SIGNATURE_BYTES
 ENVELOPE_BYTES_MAX: Final = HEAD_BYTES + 2 + STANZAS_MAX * STANZA_BYTES_MAX + TAIL_BYTES_MAX
 
 PrekeyLookup = Callable[[int, int, PrekeyKind], PrekeyPrivate | None]
@@ -364,6 +365,25 @@ def verify_signature(envelope: Envelope, sender_public_key: bytes) -> None:
         raise EnvelopeRefused
     sealed, signature = envelope.tail[:-_SIGNATURE_BYTES], envelope.tail[-_SIGNATURE_BYTES:]
     if not verify_ed25519(sender_public_key, _signed_bytes(envelope.head, sealed), signature):
+        raise EnvelopeRefused
+
+
+def evidence_of(head: bytes, tail: bytes) -> bytes:
+    """What is left of an envelope when its content is gone: head | SHA-512(content) | signature, 254 bytes.
+
+    All that the signature covers, so that it verifies for ever (`verify_evidence()`); nothing in it is secret. Checks nothing.
+    """
+    return b"".join((head, hashlib.sha512(tail[:-_SIGNATURE_BYTES]).digest(), tail[-_SIGNATURE_BYTES:]))
+
+
+def verify_evidence(evidence: bytes, sender_public_key: bytes) -> None:
+    """As `verify_signature()`, of an envelope whose content need not be there any more. Raises EnvelopeRefused."""
+    if len(evidence) != EVIDENCE_BYTES or len(sender_public_key) != 32:
+        raise EnvelopeRefused
+    if content_key_id(sender_public_key) != Header.decode(evidence[:HEADER_BYTES]).sender_key_id:
+        raise EnvelopeRefused
+    signed = TAG_SIGNATURE + hashlib.sha512(evidence[:-_SIGNATURE_BYTES]).digest()
+    if not verify_ed25519(sender_public_key, signed, evidence[-_SIGNATURE_BYTES:]):
         raise EnvelopeRefused
 
 

@@ -58,6 +58,12 @@ class EntryRefused(SealpushError):
     reason = "ENTRY_REFUSED"
 
 
+class ReceiptRefused(SealpushError):
+    """This is not a receipt, or not one that this release reads."""
+
+    reason = "RECEIPT_REFUSED"
+
+
 class KeystoreError(SealpushError):
     """The local store failed; nothing of the attempted change was kept."""
 

@@ -21,7 +21,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from sealpush import envelope, errors
-from sealpush.errors import CallFailed, KeyRefused, SuiteTooLow
+from sealpush.errors import CallFailed, KeyRefused, ReceiptRefused, SuiteTooLow
 from sealpush.ids import (
     ContentId,
     DeviceId,
@@ -48,6 +48,8 @@ from sealpush.model import (
     TrafficType,
     wire_time,
 )
+from sealpush.proofs import AckOutcome
+from sealpush.receipts import Receipt, ReceiptDelivery, SignedAcknowledgement
 from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, jitter, retrying
 from sealpush.suites import SUITE_X25519
 from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata
@@ -429,6 +431,16 @@ class Sender:
             request.wait.CopyFrom(_duration(wait))
         answer = await self._calls.call(self._channels.publishing.GetStatus, request, deadline=self._deadline(), token=self._token)
         return _status(answer.status)
+
+    async def receipt(self, message_id: MessageId) -> Receipt:
+        """Evidence of a message, for `verify_receipt()` now or by anybody later; as long as statuses are kept. Raises NotFound, and
+        ReceiptRefused for an answer that is none."""
+        request = publish_pb2.GetReceiptRequest(message_id=check_id(message_id, "message_id"))
+        answer = await self._calls.call(self._channels.publishing.GetReceipt, request, deadline=self._deadline(), token=self._token)
+        try:
+            return _receipt(answer.receipt)
+        except ValueError as error:
+            raise ReceiptRefused(f"the service answered with a malformed receipt: {error}; upgrade this SDK, or report it") from None
 
     async def statuses(self, message_ids: Iterable[MessageId]) -> dict[MessageId, MessageStatus]:
         """How far messages have come; ones that are not this sender's, or too old, are left out."""
@@ -876,4 +888,29 @@ def _status(status: publish_pb2.MessageStatus) -> MessageStatus:
         OrderId(status.order_id),
         GroupId(status.group_id) if status.group_id else None,
         status.tag,
+    )
+
+
+def _receipt(receipt: publish_pb2.Receipt) -> Receipt:
+    """Raises ValueError for what no receipt holds."""
+    return Receipt(
+        MessageId(receipt.message_id),
+        SenderId(receipt.sender_id),
+        ContentId(receipt.content_id),
+        receipt.evidence,
+        receipt.sender_entry,
+        receipt.platform_entry,
+        tuple(
+            ReceiptDelivery(
+                DeviceId(each.device_id),
+                each.identity_public_key,
+                State(each.state),
+                Reason(each.reason_code),
+                tuple(
+                    SignedAcknowledgement(AckOutcome(ack.outcome), Reason(ack.reason_code), ack.at_ms, ack.signature)
+                    for ack in each.acknowledgements
+                ),
+            )
+            for each in receipt.deliveries
+        ),
     )

@@ -15,7 +15,8 @@ import pytest_asyncio
 from grpc import StatusCode
 from pydantic import SecretStr
 
-from sealpush.ids import SenderId, uuid7
+from sealpush.envelope import Header
+from sealpush.ids import ContentId, RecipientRef, SenderId, uuid7
 from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts.app import build
@@ -72,7 +73,14 @@ class World:
         await self.administer("PutApp", administration_pb2.PutAppRequest(app_id=app_id, name="An app", root_public_key=root_public_key))
 
     def entry(
-        self, sender_id: bytes, *, serial: int = 1, root: RootKey | None = None, role: EntryRole = EntryRole.SENDER, name: str = "A Bank"
+        self,
+        sender_id: bytes,
+        *,
+        serial: int = 1,
+        root: RootKey | None = None,
+        role: EntryRole = EntryRole.SENDER,
+        name: str = "A Bank",
+        key: ContentSigningKey | None = None,
     ) -> bytes:
         now_ms = to_ms(self.clock.now())
         window = now_ms - 1000, now_ms + 86_400_000
@@ -80,7 +88,7 @@ class World:
             sender_id=SenderId(sender_id),
             display_name=name,
             modes=SenderMode.SERVER if role is EntryRole.PLATFORM else SenderMode.SERVER | SenderMode.END_TO_END,
-            keys=(EntryKey(ContentSigningKey.generate().public_key, *window),),
+            keys=(EntryKey((key or ContentSigningKey.generate()).public_key, *window),),
             not_before_ms=window[0],
             not_after_ms=window[1],
             serial=serial,
@@ -381,3 +389,63 @@ async def test_only_the_operator_administers(world: World, mesh_channel: Connect
     stranger = administration_pb2_grpc.AdministrationStub(world.served.public)
     with pytest.raises(grpc.aio.AioRpcError):
         await stranger.PutOrganisation(request)
+
+
+# Entries of the past
+
+
+async def certified(world: World, publishing: MeshChannel, sender_id: bytes, key: ContentSigningKey) -> bytes:
+    """The sender's entry that allowed what this key signed just now."""
+    now_ms = to_ms(world.clock.now()) + 1
+    header = Header(ContentId(uuid7()), SenderId(sender_id), key.key_id, RecipientRef(bytes(32)), now_ms, now_ms + 1000)
+    request = administration_pb2.FindEntriesRequest(headers=[header.encode()])
+    (result,) = (await world.administer("FindEntries", request, publishing)).results
+    assert result.platform_entry == b""
+    found: bytes = result.sender_entry
+    return found
+
+
+async def test_the_entry_of_a_time_is_found_after_others_and_a_refused_one_is_not_kept(world: World, mesh_channel: Connect) -> None:
+    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+    organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
+    key, next_key = ContentSigningKey.generate(), ContentSigningKey.generate()
+    first, renewed = world.entry(sender_id, serial=1, key=key), world.entry(sender_id, serial=2, key=key)
+    await world.put_sender(organisation_id, sender_id, sender_entry=first)
+    assert await certified(world, publishing, sender_id, key) == first
+    world.clock.advance(timedelta(seconds=1))
+    await world.put_sender(organisation_id, sender_id, sender_entry=renewed)
+    await world.put_sender(organisation_id, sender_id, sender_entry=renewed, name="renamed")
+    # The newest of those that were put by then.
+    assert await certified(world, publishing, sender_id, key) == renewed
+    world.clock.advance(timedelta(seconds=-1))
+    assert await certified(world, publishing, sender_id, key) == first
+    replaced = world.entry(sender_id, serial=3, key=next_key)
+    await world.put_sender(organisation_id, sender_id, sender_entry=replaced)
+    assert await certified(world, publishing, sender_id, next_key) == replaced
+    assert await certified(world, publishing, sender_id, key) == first
+    with pytest.raises(InvalidRequest):
+        await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=2, key=next_key))
+    admin = await connect(world.urls["admin"])
+    kept = await admin.fetch("SELECT serial FROM accounts.entries WHERE sender_id = $1 ORDER BY serial", sender_id)
+    await admin.close()
+    assert [row["serial"] for row in kept] == [1, 2, 3]
+
+
+async def test_an_entry_that_was_put_after_the_content_serves_where_there_is_no_other(world: World, mesh_channel: Connect) -> None:
+    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+    organisation_id, sender_id, key = await world.put_organisation("bank"), uuid7(), ContentSigningKey.generate()
+    entry = world.entry(sender_id, key=key)
+    world.clock.advance(timedelta(seconds=1))
+    await world.put_sender(organisation_id, sender_id, sender_entry=entry)
+    world.clock.advance(timedelta(seconds=-1))
+    assert await certified(world, publishing, sender_id, key) == entry
+
+
+async def test_a_sender_that_was_put_by_another_organisation_leaves_no_entry(world: World, mesh_channel: Connect) -> None:
+    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+    bank, shop, sender_id = await world.put_organisation("bank"), await world.put_organisation("shop"), uuid7()
+    key = ContentSigningKey.generate()
+    await world.put_sender(bank, sender_id)
+    with pytest.raises(InvalidRequest):
+        await world.put_sender(shop, sender_id, sender_entry=world.entry(sender_id, serial=9, key=key))
+    assert await certified(world, publishing, sender_id, key) == b""

@@ -22,7 +22,7 @@ from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2
 from sealpushd.fetch import rules
 from sealpushd.fetch.app import build
-from sealpushd.fetch.rules import Event, NewMessage, Position, Taken, TakeQuery, Verdict, WakeUp
+from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, Taken, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Connection, Database, connect
@@ -371,6 +371,35 @@ async def test_a_wrong_content_or_device_is_unknown_and_changes_nothing(store: M
     # A wrong one does not stand in the way of the right one beside it.
     answers = await store.acknowledge([wrong[0], ack(made)])
     assert [each.verdict for each in answers] == [Verdict.UNKNOWN, Verdict.ACCEPTED]
+
+
+async def test_of_acknowledgements_at_once_one_is_kept_as_it_was_signed(store: MailboxStore) -> None:
+    made = message()
+    await put(store, made)
+    await store.cancel(made.key.sender_id, [made.message_id])
+    ended = message()
+    await put(store, ended)
+    await store.acknowledge([ack(ended)])
+
+    def signed(of: NewMessage, outcome: AckOutcome, n: int) -> Ack:
+        """A time that fits its signature only."""
+        return ack(of, outcome, reason=0 if outcome is AckOutcome.READ else n, at_ms=n, signature=bytes([n]) * 64)
+
+    late, read = AckOutcome.UNDELIVERED, AckOutcome.READ
+    calls = [
+        [signed(made, late, n), signed(ended, read, n), signed(ended, read, n + 100), signed(made, late, n + 100)] for n in range(1, 9)
+    ]
+    await asyncio.gather(*(store.acknowledge(call) for call in calls))
+    for of, outcome in ((made, late), (ended, read)):
+        (kept,) = await store.evidence(of.key.sender_id, [of.message_id])
+        found = kept.deliveries[0].acks[-1]
+        assert found.outcome is outcome
+        assert found.signature == bytes([found.at_ms]) * 64
+        assert found.reason == (0 if outcome is read else found.at_ms)
+        # Later ones change nothing.
+        await store.acknowledge([signed(of, outcome, 250)])
+        assert await store.evidence(of.key.sender_id, [of.message_id]) == [kept]
+    assert await store.evidence(ended.key.sender_id, [made.message_id, MessageId(uuid7())]) == []
 
 
 async def test_reading_is_a_time_beside_delivered_and_not_a_state(store: MailboxStore, sql: Connection) -> None:

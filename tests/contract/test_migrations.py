@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from sealpush.ids import DeviceId, uuid7
+from sealpush.envelope import evidence_of
+from sealpush.ids import DeviceId, SenderId, uuid7
+from sealpush.keys import EntryRole
 from sealpush.model import Reason, State
+from sealpush.proofs import AckOutcome
+from sealpushd.accounts.rules import SignedEntry
+from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery
 from sealpushd.fetch import rules
+from sealpushd.fetch.rules import NewMessage, TakeQuery
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform import migrate as migrations
 from sealpushd.platform.db import Connection, Database, connect, load_sql
 from sealpushd.platform.migrate import Migration, check_schema, migrate
 from sealpushd.registration import store as registration_store
 from tests.contract.harness import Migrated
-from tests.contract.mailboxes import IOS, QUARANTINED, TOKEN_GONE, a_session, an_id, claim, delivery, message, put, report
+from tests.contract.mailboxes import IOS, QUARANTINED, TOKEN_GONE, a_session, ack, an_id, claim, delivery, message, put, report
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -52,11 +58,11 @@ async def test_a_mailbox_with_rows_gets_its_index_and_goes_on(migrated: Migrated
         assert await sql.fetchval("SELECT to_regclass('open_deliveries_quarantined')") is None
         store, device = MailboxStore(db), an_id()
         failed, waiting = message(delivery(device)), message(delivery(device))
-        await put(store, failed)
+        await row_of_mailbox_2(sql, failed)
         session = await a_session(store)
         (wake_up,) = await claim(store, session, failed)
         await store.report(session, [report(wake_up, QUARANTINED)])
-        await put(store, waiting)
+        await row_of_mailbox_2(sql, waiting)
         assert "fetch/0002_quarantined" in await to_now(urls, "fetch")
         assert await sql.fetchval("SELECT to_regclass('open_deliveries_quarantined')") is not None
         assert await store.requeue(failed.app_id, IOS, FIRST) == [(device, failed.message_id)]
@@ -66,6 +72,90 @@ async def test_a_mailbox_with_rows_gets_its_index_and_goes_on(migrated: Migrated
         assert {each.message_id for each in await store.sweep()} == {failed.message_id, waiting.message_id}
         (record,) = await store.statuses(failed.key.sender_id, [failed.message_id])
         assert (record.deliveries[0].state, record.deliveries[0].reason) == (State.UNDELIVERED, Reason.TOKEN_GONE)
+    finally:
+        await sql.close()
+        await db.aclose()
+
+
+async def row_of_mailbox_2(sql: Connection, of: NewMessage) -> None:
+    """A message for one device as version 2 of the mailbox, and version 1, stored it."""
+    (to,) = of.deliveries
+    about = of.message_id, of.key.sender_id, of.subscriber_id, of.app_id
+    await sql.execute(
+        "INSERT INTO messages (message_id, sender_id, subscriber_id, app_id, order_id, content_class, content_id, created_at, expires_at)"
+        " VALUES ($1, $2, $3, $4, $1, 1, $5, $6, $7)",
+        *about,
+        of.content_id,
+        of.created_at,
+        of.expires_at,
+    )
+    await sql.execute("INSERT INTO contents (message_id, head, tail) VALUES ($1, $2, $3)", of.message_id, of.head, of.tail)
+    await sql.execute(
+        "INSERT INTO deliveries (message_id, device_id, state, platform, stanza) VALUES ($1, $2, 1, $3, $4)",
+        of.message_id,
+        to.device_id,
+        IOS,
+        to.stanza,
+    )
+    await sql.execute(
+        "INSERT INTO open_deliveries (message_id, sender_id, subscriber_id, app_id, device_id, wake_up_id, content_class, platform,"
+        " priority, muted, bytes, expires_at, closes_at, next_attempt_at)"
+        " VALUES ($1, $2, $3, $4, $5, $6, 1, $7, 2, false, 10, $8, $8, now())",
+        *about,
+        to.device_id,
+        an_id(),
+        IOS,
+        of.expires_at,
+    )
+
+
+async def test_messages_of_before_are_delivered_and_have_receipts_without_an_envelope(
+    migrated: Migrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = await at_version(migrated, monkeypatch, "fetch", 2)
+    db = Database(urls["fetch"], "fetch", 1)
+    await db.open()
+    sql = await connect(urls["admin"], search_path="fetch")
+    try:
+        store, old, new = MailboxStore(db), message(), message(head=b"h" * 126, tail=b"t" * 364)
+        await row_of_mailbox_2(sql, old)
+        assert "fetch/0003_receipts" in await to_now(urls, "fetch")
+        await put(store, new)
+        for each in (old, new):
+            ((taken,),) = await store.take([TakeQuery(each.deliveries[0].device_id)])
+            assert (taken.head, taken.tail) == (each.head, each.tail)
+            signed = ack(each)
+            await store.acknowledge([signed, ack(each, AckOutcome.READ)])
+            (kept,) = await store.evidence(each.key.sender_id, [each.message_id])
+            assert kept.evidence == (evidence_of(each.head, each.tail) if each is new else b"")
+            (delivery_kept,) = kept.deliveries
+            assert [each.outcome for each in delivery_kept.acks] == [AckOutcome.DELIVERED, AckOutcome.READ]
+            assert delivery_kept.acks[0].signature == signed.signature
+    finally:
+        await sql.close()
+        await db.aclose()
+
+
+async def test_present_entries_become_the_first_of_the_history(migrated: Migrated, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = await at_version(migrated, monkeypatch, "accounts", 2)
+    db = Database(urls["accounts"], "accounts", 1)
+    await db.open()
+    sql = await connect(urls["admin"], search_path="accounts")
+    try:
+        organisation, sender, root = uuid7(), SenderId(uuid7()), bytes(32)
+        await sql.execute("INSERT INTO organisations VALUES ($1, 'bank', '', 'A bank', '{}', '{}', 1, now(), now())", organisation)
+        await sql.execute(
+            "INSERT INTO senders (sender_id, organisation_id, name, sender_entry, entry_serial, display_name, root_public_key, scopes,"
+            " created_at, updated_at) VALUES ($1, $2, 'cards', 'entry', 7, 'A bank', $3, '{}', now(), now())",
+            sender,
+            organisation,
+            root,
+        )
+        await sql.execute("INSERT INTO platform_entries VALUES ($1, 'platform', 3, 1, now())", root)
+        assert "accounts/0003_entries" in await to_now(urls, "accounts")
+        store, at = AccountStore(db), await sql.fetchval("SELECT now()")
+        queries = [EntryQuery(EntryRole.SENDER, sender, None, at), EntryQuery(EntryRole.PLATFORM, PLATFORM, root, at)]
+        assert await store.entries(queries) == [[SignedEntry(root, b"entry")], [SignedEntry(root, b"platform")]]
     finally:
         await sql.close()
         await db.aclose()

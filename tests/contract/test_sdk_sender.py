@@ -26,6 +26,7 @@ from sealpush.errors import (
     KeyRefused,
     NotFound,
     PermissionDenied,
+    ReceiptRefused,
     SuiteTooLow,
     Unauthenticated,
     Unavailable,
@@ -33,6 +34,8 @@ from sealpush.errors import (
 from sealpush.ids import DeviceId, MessageId, uuid7, uuid_text
 from sealpush.keys import ContentSigningKey, IdentityKey, PrekeyKind, PrekeyPrivate, SignedPrekey, generate_prekey
 from sealpush.model import ContentClass, Platform, Priority, Reason, Recipient, State, StopPoint
+from sealpush.proofs import AckOutcome
+from sealpush.receipts import SignedAcknowledgement
 from sealpush.retry import RetryPolicy
 from sealpush.sender import (
     Accepted,
@@ -46,7 +49,7 @@ from sealpush.sender import (
 )
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels, Endpoints
-from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, publish_pb2
+from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, publish_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
 from sealpush.v1.content_pb2 import Content
 from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
@@ -202,6 +205,7 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
         self.states: dict[bytes, asyncio.Queue[State | None]] = {}
         self.last_state: dict[bytes, State] = {}
         self.request_ids: set[str] = set()
+        self.ack_outcome = messages_pb2.ACK_OUTCOME_DELIVERED
 
     def version(self) -> bytes:
         return bytes((len(self.phones),)) * 32
@@ -358,6 +362,18 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
                     await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
                 self.last_state[message_id] = cast(State, state)
                 yield publish_pb2.WatchStatusResponse(statuses=[self.status(message_id)])
+
+    async def GetReceipt(self, request: publish_pb2.GetReceiptRequest, context: Context) -> Any:
+        await self.before("GetReceipt", context)
+        delivery = publish_pb2.ReceiptDelivery(
+            device_id=self.phones[0].device_id,
+            state=common_pb2.STATE_DELIVERED,
+            acknowledgements=[publish_pb2.SignedAcknowledgement(outcome=self.ack_outcome, at_ms=7, signature=bytes(64))],
+        )
+        receipt = publish_pb2.Receipt(
+            message_id=request.message_id, sender_id=SENDER_ID, content_id=b"C" * 16, evidence=bytes(254), deliveries=[delivery]
+        )
+        return publish_pb2.GetReceiptResponse(receipt=receipt)
 
     async def Cancel(self, request: publish_pb2.CancelRequest, context: Context) -> Any:
         await self.before("Cancel", context)
@@ -770,6 +786,22 @@ async def test_leaving_a_stream_early_leaves_nothing_behind(sender: Sender) -> N
 
 
 # --- statuses ---
+
+
+async def test_a_receipt_is_what_the_service_answers(service: Service, sender: Sender) -> None:
+    message_id = MessageId(uuid7())
+    service.down["GetReceipt"] = 1
+    receipt = await sender.receipt(message_id)
+    assert (receipt.message_id, receipt.sender_id, receipt.content_id, receipt.evidence) == (message_id, SENDER_ID, b"C" * 16, bytes(254))
+    (delivery,) = receipt.deliveries
+    assert (delivery.device_id, delivery.identity_public_key, delivery.state) == (service.phones[0].device_id, b"", State.DELIVERED)
+    assert delivery.acknowledgements == (SignedAcknowledgement(AckOutcome.DELIVERED, Reason.UNSPECIFIED, 7, bytes(64)),)
+
+
+async def test_an_answer_that_is_no_receipt_is_refused(service: Service, sender: Sender) -> None:
+    service.ack_outcome = messages_pb2.ACK_OUTCOME_UNSPECIFIED
+    with pytest.raises(ReceiptRefused, match="malformed receipt"):
+        await sender.receipt(MessageId(uuid7()))
 
 
 async def test_a_status_is_true_or_assumed(service: Service, sender: Sender) -> None:

@@ -325,6 +325,22 @@ def test_a_message_can_be_cancelled_and_explained(up: Up) -> None:
     assert "The sender cancelled it." in run("explain", message_id, "--data-dir", up.data_dir).stdout
 
 
+@pytest.mark.parametrize("sealed", [False, True], ids=["sealed by the server", "sealed by the sender"])
+def test_a_receipt_verifies_where_nothing_runs(up: Up, sealed: bool, tmp_path: Path) -> None:
+    options = ["--sealed"] if sealed else []
+    sent = run("send", PHONE, "for the record", "--wait", "30s", "--json", *options, "--data-dir", up.data_dir)
+    message_id = last_json(sent.stdout)["message_id"]
+    file = tmp_path / "receipt.json"
+    shown = run("receipt", message_id, "--out", file, "--data-dir", up.data_dir)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    root = Endpoints.load(up.data_dir).root_public_key
+    offline = run("receipt", "--verify", file, "--root-public-key", root, "--data-dir", tmp_path / "nothing")
+    assert (offline.returncode, offline.stdout) == (0, shown.stdout)
+    assert "The sender's part is proven." in offline.stdout
+    file.write_text(file.read_text().replace('"outcome": 1', '"outcome": 2', 1))
+    assert run("receipt", "--verify", file, "--root-public-key", root).returncode == 1
+
+
 def test_the_same_request_id_sends_once(up: Up) -> None:
     answers = [last_json(run("send", PHONE, "once", "--request-id", "r-1", "--json", "--data-dir", up.data_dir).stdout) for _ in range(2)]
     assert answers[0] == answers[1]
@@ -339,6 +355,7 @@ def test_mistakes_are_told_in_one_line(up: Up) -> None:
         (["send", PHONE, "x", "--from", "nobody"], 2, "there are: demo-bank, demo-shop"),
         (["status", "x"], 2, "is no message id"),
         (["explain", "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"], 1, "no sender here has a message"),
+        (["receipt", "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"], 1, "no sender here has a message"),
     ):
         done = run(*arguments, "--data-dir", up.data_dir)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (exit_code, "", 1), done.stderr

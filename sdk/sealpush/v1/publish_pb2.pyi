@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from sealpush.v1 import common_pb2 as _common_pb2
 from sealpush.v1 import content_pb2 as _content_pb2
+from sealpush.v1 import messages_pb2 as _messages_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -825,3 +826,167 @@ class CancelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
+
+@_typing.final
+class GetReceiptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    message_id: _builtins.bytes
+    """16 bytes, as accepted."""
+    def __init__(
+        self,
+        *,
+        message_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message_id", b"message_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReceiptRequest: _TypeAlias = GetReceiptRequest  # noqa: Y015
+
+@_typing.final
+class GetReceiptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Always present."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReceiptResponse: _TypeAlias = GetReceiptResponse  # noqa: Y015
+
+@_typing.final
+class Receipt(_message.Message):
+    """Evidence of a message: who sealed and signed it, and what its devices signed about it. Trust nothing in it before it was verified."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    SENDER_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_ID_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    SENDER_ENTRY_FIELD_NUMBER: _builtins.int
+    PLATFORM_ENTRY_FIELD_NUMBER: _builtins.int
+    DELIVERIES_FIELD_NUMBER: _builtins.int
+    message_id: _builtins.bytes
+    """16 bytes."""
+    sender_id: _builtins.bytes
+    """16 bytes."""
+    content_id: _builtins.bytes
+    """16 bytes; what the acknowledgements name beside the message."""
+    evidence: _builtins.bytes
+    """254 bytes: head of the envelope 126, SHA-512 of its content part 64, signature 64. Empty: never sealed, or stored before this was kept."""
+    sender_entry: _builtins.bytes
+    """The sender's entry that allowed it when the content was created, signed by the root. Empty: none is kept that did."""
+    platform_entry: _builtins.bytes
+    """If the server sealed it, the platform's entry with the key that signed, by the same root. Empty: none, or not needed."""
+    @_builtins.property
+    def deliveries(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReceiptDelivery]:
+        """One a device, at least one."""
+
+    def __init__(
+        self,
+        *,
+        message_id: _builtins.bytes = ...,
+        sender_id: _builtins.bytes = ...,
+        content_id: _builtins.bytes = ...,
+        evidence: _builtins.bytes = ...,
+        sender_entry: _builtins.bytes = ...,
+        platform_entry: _builtins.bytes = ...,
+        deliveries: _abc.Iterable[Global___ReceiptDelivery] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_id", b"content_id", "deliveries", b"deliveries", "evidence", b"evidence", "message_id", b"message_id", "platform_entry", b"platform_entry", "sender_entry", b"sender_entry", "sender_id", b"sender_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class ReceiptDelivery(_message.Message):
+    """What is known of one device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    IDENTITY_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_CODE_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGEMENTS_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.bytes
+    """16 bytes."""
+    identity_public_key: _builtins.bytes
+    """Ed25519, 32 bytes; empty: not known."""
+    state: _common_pb2.State.ValueType
+    """The delivery's state."""
+    reason_code: _common_pb2.ReasonCode.ValueType
+    """Why the state is not a success; unspecified: nothing to say."""
+    @_builtins.property
+    def acknowledgements(self) -> _containers.RepeatedCompositeFieldContainer[Global___SignedAcknowledgement]:
+        """What the device signed, at most one of each and in this order: the end; what came first after another end; that it was read."""
+
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.bytes = ...,
+        identity_public_key: _builtins.bytes = ...,
+        state: _common_pb2.State.ValueType = ...,
+        reason_code: _common_pb2.ReasonCode.ValueType = ...,
+        acknowledgements: _abc.Iterable[Global___SignedAcknowledgement] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledgements", b"acknowledgements", "device_id", b"device_id", "identity_public_key", b"identity_public_key", "reason_code", b"reason_code", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReceiptDelivery: _TypeAlias = ReceiptDelivery  # noqa: Y015
+
+@_typing.final
+class SignedAcknowledgement(_message.Message):
+    """An acknowledgement as the device signed it. Message, content and device are the receipt's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REASON_CODE_FIELD_NUMBER: _builtins.int
+    AT_MS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    outcome: _messages_pb2.AckOutcome.ValueType
+    """Never unspecified."""
+    reason_code: _common_pb2.ReasonCode.ValueType
+    """As signed; 0 with READ."""
+    at_ms: _builtins.int
+    """The device's time, milliseconds since 1970-01-01 UTC."""
+    signature: _builtins.bytes
+    """64 bytes, by the identity key over the acknowledgement proof."""
+    def __init__(
+        self,
+        *,
+        outcome: _messages_pb2.AckOutcome.ValueType = ...,
+        reason_code: _common_pb2.ReasonCode.ValueType = ...,
+        at_ms: _builtins.int = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_ms", b"at_ms", "outcome", b"outcome", "reason_code", b"reason_code", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedAcknowledgement: _TypeAlias = SignedAcknowledgement  # noqa: Y015

@@ -70,6 +70,11 @@ class PublishingStub:
                 request_serializer=sealpush_dot_v1_dot_publish__pb2.CancelRequest.SerializeToString,
                 response_deserializer=sealpush_dot_v1_dot_publish__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.GetReceipt = channel.unary_unary(
+                '/sealpush.v1.Publishing/GetReceipt',
+                request_serializer=sealpush_dot_v1_dot_publish__pb2.GetReceiptRequest.SerializeToString,
+                response_deserializer=sealpush_dot_v1_dot_publish__pb2.GetReceiptResponse.FromString,
+                _registered_method=True)
 
 
 class PublishingServicer:
@@ -126,6 +131,13 @@ class PublishingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReceipt(self, request, context):
+        """What anybody can verify offline about one message, also when its content is gone (docs/receipts.md). NOT_FOUND as with GetStatus.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PublishingServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +175,11 @@ def add_PublishingServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=sealpush_dot_v1_dot_publish__pb2.CancelRequest.FromString,
                     response_serializer=sealpush_dot_v1_dot_publish__pb2.CancelResponse.SerializeToString,
+            ),
+            'GetReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReceipt,
+                    request_deserializer=sealpush_dot_v1_dot_publish__pb2.GetReceiptRequest.FromString,
+                    response_serializer=sealpush_dot_v1_dot_publish__pb2.GetReceiptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -355,6 +372,33 @@ class Publishing:
             '/sealpush.v1.Publishing/Cancel',
             sealpush_dot_v1_dot_publish__pb2.CancelRequest.SerializeToString,
             sealpush_dot_v1_dot_publish__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpush.v1.Publishing/GetReceipt',
+            sealpush_dot_v1_dot_publish__pb2.GetReceiptRequest.SerializeToString,
+            sealpush_dot_v1_dot_publish__pb2.GetReceiptResponse.FromString,
             options,
             channel_credentials,
             insecure,

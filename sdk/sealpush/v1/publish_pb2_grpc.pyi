@@ -49,6 +49,8 @@ class PublishingStub:
     """The present state of each message at once, then every change, until all are terminal."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_publish_pb2.CancelRequest, _publish_pb2.CancelResponse]
     """Stops what has not arrived. Says for each delivery whether a push may have left. NOT_FOUND as with GetStatus."""
+    GetReceipt: _grpc.UnaryUnaryMultiCallable[_publish_pb2.GetReceiptRequest, _publish_pb2.GetReceiptResponse]
+    """What anybody can verify offline about one message, also when its content is gone (docs/receipts.md). NOT_FOUND as with GetStatus."""
 
 @_typing.type_check_only
 class PublishingAsyncStub(PublishingStub):
@@ -71,6 +73,8 @@ class PublishingAsyncStub(PublishingStub):
     """The present state of each message at once, then every change, until all are terminal."""
     Cancel: _aio.UnaryUnaryMultiCallable[_publish_pb2.CancelRequest, _publish_pb2.CancelResponse]  # type: ignore[assignment]
     """Stops what has not arrived. Says for each delivery whether a push may have left. NOT_FOUND as with GetStatus."""
+    GetReceipt: _aio.UnaryUnaryMultiCallable[_publish_pb2.GetReceiptRequest, _publish_pb2.GetReceiptResponse]  # type: ignore[assignment]
+    """What anybody can verify offline about one message, also when its content is gone (docs/receipts.md). NOT_FOUND as with GetStatus."""
 
 class PublishingServicer(metaclass=_abc_1.ABCMeta):
     """Sending messages and learning what became of them. Public listener; called by senders (`authorization: Bearer <token>`)."""
@@ -132,5 +136,13 @@ class PublishingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_publish_pb2.CancelResponse, _abc.Awaitable[_publish_pb2.CancelResponse]]:
         """Stops what has not arrived. Says for each delivery whether a push may have left. NOT_FOUND as with GetStatus."""
+
+    @_abc_1.abstractmethod
+    def GetReceipt(
+        self,
+        request: _publish_pb2.GetReceiptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_publish_pb2.GetReceiptResponse, _abc.Awaitable[_publish_pb2.GetReceiptResponse]]:
+        """What anybody can verify offline about one message, also when its content is gone (docs/receipts.md). NOT_FOUND as with GetStatus."""
 
 def add_PublishingServicer_to_server(servicer: PublishingServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

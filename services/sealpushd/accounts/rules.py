@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from sealpush.errors import EntryRefused
+from sealpush.envelope import HEADER_BYTES, Header, content_public_key
+from sealpush.errors import EntryRefused, EnvelopeRefused
 from sealpush.ids import AppId, SenderId, is_app_id
 from sealpush.keys import EntryRole, SenderEntry, verify_sender_entry
+from sealpush.receipts import verify_entry_then
 from sealpushd.platform.access import SCOPES
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.errors import InvalidRequest
@@ -87,6 +90,14 @@ class Profile:
     brand_colour: str
     brand_text_colour: str
     logo_png: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignedEntry:
+    """An entry as it was put; accounts verified the root's signature then."""
+
+    root_public_key: bytes
+    signed_entry: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +218,34 @@ def check_entry_of(sender_id: SenderId, entry: SenderEntry) -> SenderEntry:
     if entry.sender_id != sender_id:
         raise InvalidRequest("the entry certifies another sender id", field="sender_entry")
     return entry
+
+
+def check_header(header: bytes) -> Header:
+    """The header of an envelope in these bytes."""
+    try:
+        return Header.decode(header)
+    except EnvelopeRefused as e:
+        raise InvalidRequest(f"a header is the first {HEADER_BYTES} bytes of an envelope", field="headers") from e
+
+
+def certifying(header: Header, senders: Sequence[SignedEntry], platforms: Sequence[SignedEntry]) -> tuple[bytes, bytes] | None:
+    """The sender's entry, and if the server sealed it the platform's by the same root, that allow what this header says; the first of
+    each that do. None: none does. The second is empty where it is not needed."""
+    holders = list(_in_force(platforms, EntryRole.PLATFORM, header)) if header.server_sealed else [None]
+    for sender, sender_entry in _in_force(senders, EntryRole.SENDER, header):
+        for holder in holders:
+            if holder is not None and holder[0].root_public_key != sender.root_public_key:
+                continue
+            with contextlib.suppress(EnvelopeRefused):
+                content_public_key(header, sender_entry, None if holder is None else holder[1])
+                return sender.signed_entry, b"" if holder is None else holder[0].signed_entry
+    return None
+
+
+def _in_force(entries: Sequence[SignedEntry], role: EntryRole, header: Header) -> Iterator[tuple[SignedEntry, SenderEntry]]:
+    for each in entries:
+        with contextlib.suppress(EntryRefused):
+            yield each, verify_entry_then(each.root_public_key, each.signed_entry, header.created_at_ms, role)
 
 
 def choose_sender(account: Account, name: str) -> AccountSender:

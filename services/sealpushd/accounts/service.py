@@ -10,9 +10,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.ids import ID_BYTES, SenderId, is_app_id
 from sealpush.keys import EntryRole, is_usable_ed25519
+from sealpush.model import moment
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
-from sealpushd.accounts.store import AccountStore, NewOrganisation, NewSender
+from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrganisation, NewSender
 from sealpushd.platform import rpc
 from sealpushd.platform.access import address_allowed
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
@@ -27,6 +28,9 @@ from sealpushd.v1 import administration_pb2, administration_pb2_grpc
 PROFILE_CACHED: Final = timedelta(seconds=5)
 # With logos of 1 MiB each, 64 MiB at the most.
 PROFILES_CACHED_MAX: Final = 64
+
+# Envelopes whose entries one call asks for: each may cost a hundred signatures to check, of 60 µs, before the one that fits is found.
+HEADERS_MAX: Final = 16
 
 
 class PasswordChecker(Argon2):
@@ -198,6 +202,31 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
             ]
         )
 
+    async def FindEntries(
+        self, request: administration_pb2.FindEntriesRequest, context: rpc.Context
+    ) -> administration_pb2.FindEntriesResponse:
+        _check_batch(len(request.headers), "headers", HEADERS_MAX)
+        headers = [rules.check_header(each) for each in request.headers]
+        senders = await self._store.entries(
+            [EntryQuery(EntryRole.SENDER, each.sender_id, None, moment(each.created_at_ms)) for each in headers]
+        )
+        # Under the roots that certified the sender: another root's platform is nobody to it.
+        wanted = [
+            (n, root)
+            for n, (header, found) in enumerate(zip(headers, senders, strict=True))
+            if header.server_sealed
+            for root in dict.fromkeys(each.root_public_key for each in found)
+        ]
+        platforms: list[list[rules.SignedEntry]] = [[] for _ in headers]
+        queries = [EntryQuery(EntryRole.PLATFORM, PLATFORM, root, moment(headers[n].created_at_ms)) for n, root in wanted]
+        for (n, _), found in zip(wanted, await self._store.entries(queries), strict=True):
+            platforms[n] += found
+        response = administration_pb2.FindEntriesResponse()
+        for header, of_sender, of_platform in zip(headers, senders, platforms, strict=True):
+            sender_entry, platform_entry = rules.certifying(header, of_sender, of_platform) or (b"", b"")
+            response.results.add(sender_entry=sender_entry, platform_entry=platform_entry)
+        return response
+
     async def GetApps(self, request: administration_pb2.GetAppsRequest, context: rpc.Context) -> administration_pb2.GetAppsResponse:
         _check_batch(len(request.app_ids), "app_ids")
         apps = await self._store.apps([app_id for app_id in request.app_ids if is_app_id(app_id)])
@@ -210,6 +239,6 @@ def _sender_id(value: bytes, field: str = "sender_id") -> SenderId:
     return SenderId(value)
 
 
-def _check_batch(items: int, field: str) -> None:
-    if items > BATCH_ITEMS_MAX:
-        raise InvalidRequest(f"at most {BATCH_ITEMS_MAX} items a call", field=field)
+def _check_batch(items: int, field: str, items_max: int = BATCH_ITEMS_MAX) -> None:
+    if items > items_max:
+        raise InvalidRequest(f"at most {items_max} items a call", field=field)

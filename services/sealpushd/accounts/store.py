@@ -12,8 +12,8 @@ from typing import Any, Final
 import asyncpg
 
 from sealpush.ids import AppId, SenderId, uuid7
-from sealpush.keys import SenderEntry
-from sealpushd.accounts.rules import Account, AccountSender, App, Brand, Profile, Sender
+from sealpush.keys import EntryRole, SenderEntry
+from sealpushd.accounts.rules import Account, AccountSender, App, Brand, Profile, Sender, SignedEntry
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted, InvalidRequest
 
@@ -39,7 +39,14 @@ SENDER_OWNER: Final = _sql("sender_owner")
 CLEAR_SENDER_APPS: Final = _sql("clear_sender_apps")
 PUT_SENDER_APPS: Final = _sql("put_sender_apps")
 PUT_PLATFORM_ENTRY: Final = _sql("put_platform_entry")
+APPEND_ENTRY: Final = _sql("append_entry")
+ENTRIES: Final = _sql("entries")
 APPEND_JOURNAL: Final = _sql("append_journal")
+
+# Under which the platform's entries stand: there is one platform.
+PLATFORM: Final = SenderId(bytes(16))
+# Entries looked through for the one that was in force at a moment: more than a weekly rotation makes in a year. Each costs a signature.
+ENTRIES_MAX: Final = 64
 
 _ENTRY_WENT_BACK: Final = "a stored entry has this or a higher serial; sign a new one with a higher serial"
 
@@ -54,6 +61,16 @@ class NewOrganisation:
 
     def __repr__(self) -> str:
         return f"NewOrganisation({self.login!r}, …)"
+
+
+@dataclass(frozen=True, slots=True)
+class EntryQuery:
+    """Whose entries, by which root (None: any), for a moment."""
+
+    role: EntryRole
+    sender_id: SenderId
+    root_public_key: bytes | None
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +139,22 @@ class AccountStore:
         rows = await self._db.fetch("apps", APPS, app_ids)
         return [App(AppId(row["app_id"]), row["name"], row["root_public_key"]) for row in rows]
 
+    async def entries(self, queries: Sequence[EntryQuery]) -> list[list[SignedEntry]]:
+        """Entries for each query, present and past, the likeliest first; at most `ENTRIES_MAX` each."""
+        if not queries:
+            return []
+        columns = [
+            list(range(len(queries))),
+            [int(each.role) for each in queries],
+            [each.sender_id for each in queries],
+            [each.root_public_key for each in queries],
+            [each.at for each in queries],
+        ]
+        found: list[list[SignedEntry]] = [[] for _ in queries]
+        for row in await self._db.fetch("entries", ENTRIES, *columns, ENTRIES_MAX):
+            found[row["question"]].append(SignedEntry(row["root_public_key"], row["entry"]))
+        return found
+
     async def root_in_use(self, root_public_key: bytes) -> bool:
         return await self._db.fetch_one("root_in_use", ROOT_IN_USE, root_public_key) is not None
 
@@ -188,6 +221,7 @@ class AccountStore:
             if owner != new.organisation_id:
                 raise InvalidRequest("the sender belongs to another organisation", field="organisation_id")
             raise InvalidRequest(_ENTRY_WENT_BACK, field="sender_entry")
+        await c.execute(APPEND_ENTRY, new.root_public_key, EntryRole.SENDER, new.sender_id, new.entry.serial, new.signed_entry, now)
         await c.execute(CLEAR_SENDER_APPS, new.sender_id)
         await c.execute(PUT_SENDER_APPS, new.sender_id, list(new.app_ids))
         detail = {
@@ -209,6 +243,7 @@ class AccountStore:
         async with self._db.transaction() as c:
             if await c.fetchrow(PUT_PLATFORM_ENTRY, root_public_key, signed_entry, entry.serial, now) is None:
                 raise InvalidRequest(_ENTRY_WENT_BACK, field="platform_entry")
+            await c.execute(APPEND_ENTRY, root_public_key, EntryRole.PLATFORM, PLATFORM, entry.serial, signed_entry, now)
             await _journal(c, now, actor, "PutPlatformEntry", root_public_key.hex(), {"entry_serial": entry.serial})
 
 

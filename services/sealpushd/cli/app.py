@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "status": "sealpushd.cli.messages:status",
     "cancel": "sealpushd.cli.messages:cancel",
     "explain": "sealpushd.cli.messages:explain",
+    "receipt": "sealpushd.cli.messages:receipt",
     "doctor": "sealpushd.cli.doctor:doctor",
     "serve": "sealpushd.cli.serve:serve",
     "simulate": "sealpushd.cli.serve:simulate",

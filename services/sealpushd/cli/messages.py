@@ -1,4 +1,4 @@
-"""Commands of a sender beside a running `sealpush up`: send, status, cancel, explain."""
+"""Commands of a sender beside a running `sealpush up`: send, status, cancel, explain, receipt."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sealpushd.cli.types import DURATION
 
 if TYPE_CHECKING:
     from sealpush.ids import MessageId
+    from sealpush.receipts import Receipt
     from sealpush.sender import MessageStatus, PublishOptions, Sender
 
 Answer = TypeVar("Answer")
@@ -207,6 +208,66 @@ def explained(status: MessageStatus) -> list[str]:
     if not status.state.terminal:
         lines.append(f"It is tried until {status.expires_at:%Y-%m-%d %H:%M:%S} UTC.")
     return lines
+
+
+_file: Final = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command(short_help="Show what is proven about a message, or verify a receipt.")
+@click.argument("message_id", required=False)
+@click.option("--out", type=_file, help="Write the receipt to this file, for whoever verifies it later.")
+@click.option("--verify", "given", type=_file, metavar="FILE", help="Verify the receipt in this file, without any installation.")
+@click.option(
+    "--root-public-key", metavar="HEX", help="The root that the app pins, from a source of its own. Default: that of the running `up`."
+)
+@click.option("--envelope", type=_file, help="The envelope, if the sender kept it: compare it with what was signed.")
+@_from
+@_json
+@data_dir_option
+def receipt(
+    message_id: str | None,
+    out: Path | None,
+    given: Path | None,
+    root_public_key: str | None,
+    envelope: Path | None,
+    sender_name: str | None,
+    as_json: bool,
+    data_dir: Path,
+) -> None:
+    """Show what is proven about MESSAGE_ID and what is not: who sealed and signed it, and what its devices signed.
+
+    With --verify FILE the same for a receipt that somebody else has, offline, by the root's public key alone.
+    Exit code 0 only if the sender's part is proven and nothing in the receipt fails to verify.
+    """
+    from sealpush.envelope import ENVELOPE_BYTES_MAX
+    from sealpush.receipts import verify_receipt
+    from sealpushd.cli import receipts
+    from sealpushd.up.endpoints import Endpoints
+
+    if (message_id is None) == (given is None):
+        raise WronglyCalled("give either a message id or --verify FILE")
+    if given is not None and (out is not None or root_public_key is None):
+        raise WronglyCalled("--verify needs --root-public-key, and no --out: the file is there already")
+    root = receipts.root_of(Endpoints.load(data_dir).root_public_key if root_public_key is None else root_public_key)
+    kept = None if envelope is None else receipts.read(envelope, ENVELOPE_BYTES_MAX)
+
+    async def fetch(wanted: MessageId) -> Receipt:
+        async with _senders(data_dir) as open_sender:
+            sender, _ = await _find(open_sender, data_dir, sender_name, wanted)
+            return await sender.receipt(wanted)
+
+    found = receipts.read_receipt(given) if given is not None else _run(fetch(_parse(message_id or "")))
+    if out is not None:
+        try:
+            out.write_text(found.to_json(), encoding="ascii")
+        except OSError as e:
+            raise WronglyCalled(f"{out} cannot be written: {e.strerror}") from e
+    verdict = verify_receipt(found, root, envelope=kept)
+    if as_json:
+        _print_json(receipts.as_document(found, verdict, root))
+    else:
+        click.echo("\n".join(receipts.as_lines(found, verdict, root)))
+    _exit(0 if verdict.sender_proven else 1)
 
 
 # Finding the sender

@@ -313,6 +313,36 @@ class MessageRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SignedAck:
+    """An acknowledgement as its device signed it, beside message, content and device."""
+
+    outcome: AckOutcome
+    reason: int
+    at_ms: int
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryEvidence:
+    """What a device signed about a delivery: its end, what came after another end, that it was read."""
+
+    device_id: DeviceId
+    state: State
+    reason: int
+    acks: tuple[SignedAck, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageEvidence:
+    """What is kept of a message for its receipt; `evidence` is empty where nothing was sealed, or kept at that time."""
+
+    message_id: MessageId
+    content_id: ContentId
+    evidence: bytes
+    deliveries: Sequence[DeliveryEvidence]
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """A journal entry; `kind` as in `EventKind`."""
 

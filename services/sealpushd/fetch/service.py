@@ -31,6 +31,7 @@ from sealpushd.fetch.wire import (
     to_delivery,
     to_event,
     to_queue,
+    to_receipt,
     to_status,
     to_stopped,
     to_wake_up,
@@ -275,6 +276,12 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         ids = [MessageId(need_id(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
         records = await self._store.statuses(sender_id, ids)
         return mailbox_pb2.MailboxGetStatusesResponse(statuses=[to_status(record) for record in records])
+
+    async def GetReceipts(self, request: mailbox_pb2.MailboxGetReceiptsRequest, context: Any) -> mailbox_pb2.MailboxGetReceiptsResponse:
+        sender_id = SenderId(need_id(request.sender_id, "sender_id"))
+        ids = [MessageId(need_id(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
+        found = await self._store.evidence(sender_id, ids)
+        return mailbox_pb2.MailboxGetReceiptsResponse(receipts=[to_receipt(each, sender_id) for each in found])
 
     async def Cancel(self, request: mailbox_pb2.MailboxCancelRequest, context: Any) -> mailbox_pb2.MailboxCancelResponse:
         sender_id = SenderId(need_id(request.sender_id, "sender_id"))

@@ -23,6 +23,7 @@ from sealpushd.fetch.rules import (
     AckAnswer,
     Ended,
     Event,
+    MessageEvidence,
     MessageRecord,
     NewDelivery,
     NewMessage,
@@ -209,6 +210,33 @@ def to_status(record: MessageRecord) -> publish_pb2.MessageStatus:
         order_id=record.order_id,
         group_id=record.group_id or b"",
         tag=record.tag,
+    )
+
+
+def to_receipt(evidence: MessageEvidence, sender_id: SenderId) -> publish_pb2.Receipt:
+    """The mailbox's part of a receipt."""
+    return publish_pb2.Receipt(
+        message_id=evidence.message_id,
+        sender_id=sender_id,
+        content_id=evidence.content_id,
+        evidence=evidence.evidence,
+        deliveries=[
+            publish_pb2.ReceiptDelivery(
+                device_id=each.device_id,
+                state=common_pb2.State.ValueType(each.state),
+                reason_code=common_pb2.ReasonCode.ValueType(each.reason),
+                acknowledgements=[
+                    publish_pb2.SignedAcknowledgement(
+                        outcome=messages_pb2.AckOutcome.ValueType(ack.outcome),
+                        reason_code=common_pb2.ReasonCode.ValueType(ack.reason),
+                        at_ms=ack.at_ms,
+                        signature=ack.signature,
+                    )
+                    for ack in each.acks
+                ],
+            )
+            for each in evidence.deliveries
+        ],
     )
 
 

@@ -333,6 +333,17 @@ class SealingService(sealing_pb2_grpc.SealingServicer):
             )
         return response
 
+    async def GetIdentities(self, request: sealing_pb2.GetIdentitiesRequest, context: Context) -> sealing_pb2.GetIdentitiesResponse:
+        _bounded(request.device_ids, BATCH_ITEMS_MAX, "device_ids")
+        try:
+            wanted = [DeviceId(check_id(each, "device_ids")) for each in request.device_ids]
+        except ValueError as e:
+            raise InvalidRequest(str(e), field="device_ids") from e
+        found = await self._store.identities(wanted)
+        return sealing_pb2.GetIdentitiesResponse(
+            identities=[sealing_pb2.DeviceIdentity(device_id=device_id, identity_public_key=key) for device_id, key in found.items()]
+        )
+
     async def GetPlatformKey(self, request: sealing_pb2.GetPlatformKeyRequest, context: Context) -> sealing_pb2.GetPlatformKeyResponse:
         return sealing_pb2.GetPlatformKeyResponse(public_key=self._platform_key.public_key)
 

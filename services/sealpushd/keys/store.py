@@ -117,6 +117,11 @@ class KeyStore:
         row = await self._db.fetch_one("device", self._sql["device"], device_id)
         return None if row is None else _device(row)
 
+    async def identities(self, device_ids: Sequence[DeviceId]) -> dict[DeviceId, bytes]:
+        """Identity keys of devices, removed ones included; unknown ones are left out."""
+        rows = await self._db.fetch("identities", self._sql["identities"], list(device_ids))
+        return {DeviceId(row["device_id"]): row["identity_public_key"] for row in rows}
+
     async def upload(self, device: Device, counter: int, min_suite: int, upload: Upload, now: datetime) -> int:
         """Store prekeys that were checked against `device`; returns the number of one-time prekeys left.
 

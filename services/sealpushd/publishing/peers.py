@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from sealpush.errors import EntryRefused
-from sealpush.ids import SenderId
+from sealpush.ids import MessageId, SenderId
 from sealpush.keys import SenderEntry
+from sealpush.v1 import publish_pb2
+from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.errors import FailedPrecondition, Unavailable
 from sealpushd.v1 import (
@@ -72,6 +74,8 @@ class Peers:
             # Stanzas that senders sealed may be ten times the usual 150 bytes.
             weigh=lambda item: 512 + len(item.tail) + sum(64 + len(each.stanza) for each in item.deliveries),
         )
+        self._sealing = sealing
+        self._keys = keys
         self._accounts = accounts
         self._administration = administration_pb2_grpc.AdministrationStub(accounts.channel)
         self._entries: dict[SenderId, tuple[SenderEntry, float]] = {}
@@ -95,6 +99,27 @@ class Peers:
         entry = _decode(answer.senders)
         self._entries[sender_id] = (entry, now)
         return entry
+
+    async def evidence(self, sender_id: SenderId, message_id: MessageId) -> publish_pb2.Receipt | None:
+        """The mailbox's part of a receipt; None: not a message of this sender, or too old."""
+        request = mailbox_pb2.MailboxGetReceiptsRequest(sender_id=sender_id, message_ids=[message_id])
+        answer = await self.mailbox_channel.call(self.mailbox.GetReceipts, request)
+        return answer.receipts[0] if answer.receipts else None
+
+    async def certifying_entries(self, header: bytes) -> administration_pb2.CertifyingEntries:
+        """The entries that allowed an envelope with this header when it was made; empty where none is kept."""
+        answer = await self._accounts.call(self._administration.FindEntries, administration_pb2.FindEntriesRequest(headers=[header]))
+        result: administration_pb2.CertifyingEntries = answer.results[0]
+        return result
+
+    async def identities(self, device_ids: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Identity keys of devices, by id; unknown ones are left out."""
+        found: dict[bytes, bytes] = {}
+        for start in range(0, len(device_ids), BATCH_ITEMS_MAX):
+            request = sealing_pb2.GetIdentitiesRequest(device_ids=device_ids[start : start + BATCH_ITEMS_MAX])
+            answer = await self._keys.call(self._sealing.GetIdentities, request)
+            found.update((each.device_id, each.identity_public_key) for each in answer.identities)
+        return found
 
 
 def _decode(senders: Sequence[administration_pb2.Sender]) -> SenderEntry:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
+from sealpush.envelope import HEADER_BYTES
 from sealpush.ids import ID_BYTES, MessageId, SenderId
 from sealpush.v1 import publish_pb2, publish_pb2_grpc
 from sealpushd.platform import rpc
@@ -21,6 +22,8 @@ from sealpushd.v1 import mailbox_pb2
 
 # Frames of one stream that are worked on at once; more would only wait elsewhere.
 FRAMES_IN_FLIGHT_MAX: Final = 8
+
+_NO_SUCH_MESSAGE: Final = "this sender has no such message, or it is older than statuses are kept"
 
 
 class PublishingServicer(publish_pb2_grpc.PublishingServicer):
@@ -113,7 +116,7 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
                 if last is None:
                     raise
         if last is None:
-            raise NotFound("this sender has no such message, or it is older than statuses are kept")
+            raise NotFound(_NO_SUCH_MESSAGE)
         return last
 
     async def GetStatuses(self, request: publish_pb2.GetStatusesRequest, context: Any) -> publish_pb2.GetStatusesResponse:
@@ -126,6 +129,20 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
         async for statuses in self._watch.watch(caller.sender_id, _message_ids(request.message_ids)):
             yield publish_pb2.WatchStatusResponse(statuses=statuses)
 
+    async def GetReceipt(self, request: publish_pb2.GetReceiptRequest, context: Any) -> publish_pb2.GetReceiptResponse:
+        caller = rpc.require_sender()
+        message_id = _message_id(request.message_id, "message_id")
+        receipt = await self._peers.evidence(caller.sender_id, message_id)
+        if receipt is None:
+            raise NotFound(_NO_SUCH_MESSAGE)
+        identities = await self._peers.identities([each.device_id for each in receipt.deliveries])
+        for each in receipt.deliveries:
+            each.identity_public_key = identities.get(each.device_id, b"")
+        if receipt.evidence:
+            entries = await self._peers.certifying_entries(receipt.evidence[:HEADER_BYTES])
+            receipt.sender_entry, receipt.platform_entry = entries.sender_entry, entries.platform_entry
+        return publish_pb2.GetReceiptResponse(receipt=receipt)
+
     async def Cancel(self, request: publish_pb2.CancelRequest, context: Any) -> publish_pb2.CancelResponse:
         caller = rpc.require_sender()
         message_id = _message_id(request.message_id, "message_id")
@@ -135,7 +152,7 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
         )
         (result,) = answer.results
         if not result.found:
-            raise NotFound("this sender has no such message, or it is older than statuses are kept")
+            raise NotFound(_NO_SUCH_MESSAGE)
         return publish_pb2.CancelResponse(state=result.state, deliveries=result.deliveries)
 
 

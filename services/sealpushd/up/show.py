@@ -114,7 +114,7 @@ def farewell(data_dir: Path) -> str:
             "Everything runs. From a second terminal:",
             f"  {sealpush} send {PHONE} 'Hello' --wait 10s{where}",
             f"  {sealpush} send {PHONE} 'For your eyes only' --sealed{where}",
-            f"  {sealpush} status MESSAGE_ID{where}        also: cancel, explain",
+            f"  {sealpush} status MESSAGE_ID{where}        also: cancel, explain, receipt",
             f"  {sealpush} doctor{where}",
             "Ctrl-C ends it.",
         )

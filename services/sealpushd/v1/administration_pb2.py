@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!sealpushd/v1/administration.proto\x12\x0csealpushd.v1\"Y\n\x16PutOrganisationRequest\x12\r\n\x05login\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08networks\x18\x04 \x03(\t\"2\n\x17PutOrganisationResponse\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\"\xda\x01\n\x10PutSenderRequest\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\x12\x11\n\tsender_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\x12\x14\n\x0c\x62rand_colour\x18\x06 \x01(\t\x12\x19\n\x11\x62rand_text_colour\x18\x07 \x01(\t\x12\x10\n\x08logo_png\x18\x08 \x01(\x0c\x12\x0e\n\x06scopes\x18\t \x03(\t\x12\x12\n\nis_default\x18\n \x01(\x08\"\x13\n\x11PutSenderResponse\"L\n\rPutAppRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0froot_public_key\x18\x03 \x01(\x0cJ\x04\x08\x04\x10\x05\"\x10\n\x0ePutAppResponse\"J\n\x17PutPlatformEntryRequest\x12\x16\n\x0eplatform_entry\x18\x01 \x01(\x0c\x12\x17\n\x0froot_public_key\x18\x02 \x01(\x0c\"\x1a\n\x18PutPlatformEntryResponse\"\'\n\x11GetSendersRequest\x12\x12\n\nsender_ids\x18\x01 \x03(\x0c\";\n\x12GetSendersResponse\x12%\n\x07senders\x18\x01 \x03(\x0b\x32\x14.sealpushd.v1.Sender\"i\n\x06Sender\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x17\n\x0forganisation_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\"!\n\x0eGetAppsRequest\x12\x0f\n\x07\x61pp_ids\x18\x01 \x03(\t\"2\n\x0fGetAppsResponse\x12\x1f\n\x04\x61pps\x18\x01 \x03(\x0b\x32\x11.sealpushd.v1.App\")\n\x03\x41pp\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\tJ\x04\x08\x03\x10\x04\x32\xff\x03\n\x0e\x41\x64ministration\x12^\n\x0fPutOrganisation\x12$.sealpushd.v1.PutOrganisationRequest\x1a%.sealpushd.v1.PutOrganisationResponse\x12L\n\tPutSender\x12\x1e.sealpushd.v1.PutSenderRequest\x1a\x1f.sealpushd.v1.PutSenderResponse\x12\x43\n\x06PutApp\x12\x1b.sealpushd.v1.PutAppRequest\x1a\x1c.sealpushd.v1.PutAppResponse\x12\x61\n\x10PutPlatformEntry\x12%.sealpushd.v1.PutPlatformEntryRequest\x1a&.sealpushd.v1.PutPlatformEntryResponse\x12O\n\nGetSenders\x12\x1f.sealpushd.v1.GetSendersRequest\x1a .sealpushd.v1.GetSendersResponse\x12\x46\n\x07GetApps\x12\x1c.sealpushd.v1.GetAppsRequest\x1a\x1d.sealpushd.v1.GetAppsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!sealpushd/v1/administration.proto\x12\x0csealpushd.v1\"Y\n\x16PutOrganisationRequest\x12\r\n\x05login\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08networks\x18\x04 \x03(\t\"2\n\x17PutOrganisationResponse\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\"\xda\x01\n\x10PutSenderRequest\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\x12\x11\n\tsender_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\x12\x14\n\x0c\x62rand_colour\x18\x06 \x01(\t\x12\x19\n\x11\x62rand_text_colour\x18\x07 \x01(\t\x12\x10\n\x08logo_png\x18\x08 \x01(\x0c\x12\x0e\n\x06scopes\x18\t \x03(\t\x12\x12\n\nis_default\x18\n \x01(\x08\"\x13\n\x11PutSenderResponse\"L\n\rPutAppRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0froot_public_key\x18\x03 \x01(\x0cJ\x04\x08\x04\x10\x05\"\x10\n\x0ePutAppResponse\"J\n\x17PutPlatformEntryRequest\x12\x16\n\x0eplatform_entry\x18\x01 \x01(\x0c\x12\x17\n\x0froot_public_key\x18\x02 \x01(\x0c\"\x1a\n\x18PutPlatformEntryResponse\"\'\n\x11GetSendersRequest\x12\x12\n\nsender_ids\x18\x01 \x03(\x0c\";\n\x12GetSendersResponse\x12%\n\x07senders\x18\x01 \x03(\x0b\x32\x14.sealpushd.v1.Sender\"i\n\x06Sender\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x17\n\x0forganisation_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\"%\n\x12\x46indEntriesRequest\x12\x0f\n\x07headers\x18\x01 \x03(\x0c\"G\n\x13\x46indEntriesResponse\x12\x30\n\x07results\x18\x01 \x03(\x0b\x32\x1f.sealpushd.v1.CertifyingEntries\"A\n\x11\x43\x65rtifyingEntries\x12\x14\n\x0csender_entry\x18\x01 \x01(\x0c\x12\x16\n\x0eplatform_entry\x18\x02 \x01(\x0c\"!\n\x0eGetAppsRequest\x12\x0f\n\x07\x61pp_ids\x18\x01 \x03(\t\"2\n\x0fGetAppsResponse\x12\x1f\n\x04\x61pps\x18\x01 \x03(\x0b\x32\x11.sealpushd.v1.App\")\n\x03\x41pp\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\tJ\x04\x08\x03\x10\x04\x32\xd3\x04\n\x0e\x41\x64ministration\x12^\n\x0fPutOrganisation\x12$.sealpushd.v1.PutOrganisationRequest\x1a%.sealpushd.v1.PutOrganisationResponse\x12L\n\tPutSender\x12\x1e.sealpushd.v1.PutSenderRequest\x1a\x1f.sealpushd.v1.PutSenderResponse\x12\x43\n\x06PutApp\x12\x1b.sealpushd.v1.PutAppRequest\x1a\x1c.sealpushd.v1.PutAppResponse\x12\x61\n\x10PutPlatformEntry\x12%.sealpushd.v1.PutPlatformEntryRequest\x1a&.sealpushd.v1.PutPlatformEntryResponse\x12O\n\nGetSenders\x12\x1f.sealpushd.v1.GetSendersRequest\x1a .sealpushd.v1.GetSendersResponse\x12R\n\x0b\x46indEntries\x12 .sealpushd.v1.FindEntriesRequest\x1a!.sealpushd.v1.FindEntriesResponse\x12\x46\n\x07GetApps\x12\x1c.sealpushd.v1.GetAppsRequest\x1a\x1d.sealpushd.v1.GetAppsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,12 +53,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSENDERSRESPONSE']._serialized_end=736
   _globals['_SENDER']._serialized_start=738
   _globals['_SENDER']._serialized_end=843
-  _globals['_GETAPPSREQUEST']._serialized_start=845
-  _globals['_GETAPPSREQUEST']._serialized_end=878
-  _globals['_GETAPPSRESPONSE']._serialized_start=880
-  _globals['_GETAPPSRESPONSE']._serialized_end=930
-  _globals['_APP']._serialized_start=932
-  _globals['_APP']._serialized_end=973
-  _globals['_ADMINISTRATION']._serialized_start=976
-  _globals['_ADMINISTRATION']._serialized_end=1487
+  _globals['_FINDENTRIESREQUEST']._serialized_start=845
+  _globals['_FINDENTRIESREQUEST']._serialized_end=882
+  _globals['_FINDENTRIESRESPONSE']._serialized_start=884
+  _globals['_FINDENTRIESRESPONSE']._serialized_end=955
+  _globals['_CERTIFYINGENTRIES']._serialized_start=957
+  _globals['_CERTIFYINGENTRIES']._serialized_end=1022
+  _globals['_GETAPPSREQUEST']._serialized_start=1024
+  _globals['_GETAPPSREQUEST']._serialized_end=1057
+  _globals['_GETAPPSRESPONSE']._serialized_start=1059
+  _globals['_GETAPPSRESPONSE']._serialized_end=1109
+  _globals['_APP']._serialized_start=1111
+  _globals['_APP']._serialized_end=1152
+  _globals['_ADMINISTRATION']._serialized_start=1155
+  _globals['_ADMINISTRATION']._serialized_end=1750
 # @@protoc_insertion_point(module_scope)

@@ -314,6 +314,76 @@ class Sender(_message.Message):
 Global___Sender: _TypeAlias = Sender  # noqa: Y015
 
 @_typing.final
+class FindEntriesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 16. Headers of envelopes, 94 bytes each: they name the sender, the key, the time, and whether the server sealed."""
+
+    def __init__(
+        self,
+        *,
+        headers: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["headers", b"headers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindEntriesRequest: _TypeAlias = FindEntriesRequest  # noqa: Y015
+
+@_typing.final
+class FindEntriesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___CertifyingEntries]:
+        """One a header, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___CertifyingEntries] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindEntriesResponse: _TypeAlias = FindEntriesResponse  # noqa: Y015
+
+@_typing.final
+class CertifyingEntries(_message.Message):
+    """What phones would have accepted a content by when it was created."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENDER_ENTRY_FIELD_NUMBER: _builtins.int
+    PLATFORM_ENTRY_FIELD_NUMBER: _builtins.int
+    sender_entry: _builtins.bytes
+    """Root-signed (layout: sealpush.keys). Empty: none is kept that allowed it."""
+    platform_entry: _builtins.bytes
+    """With the key that signed, by the same root, if the server sealed; else empty."""
+    def __init__(
+        self,
+        *,
+        sender_entry: _builtins.bytes = ...,
+        platform_entry: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["platform_entry", b"platform_entry", "sender_entry", b"sender_entry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CertifyingEntries: _TypeAlias = CertifyingEntries  # noqa: Y015
+
+@_typing.final
 class GetAppsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -60,6 +60,11 @@ class AdministrationStub:
                 request_serializer=sealpushd_dot_v1_dot_administration__pb2.GetSendersRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_administration__pb2.GetSendersResponse.FromString,
                 _registered_method=True)
+        self.FindEntries = channel.unary_unary(
+                '/sealpushd.v1.Administration/FindEntries',
+                request_serializer=sealpushd_dot_v1_dot_administration__pb2.FindEntriesRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_administration__pb2.FindEntriesResponse.FromString,
+                _registered_method=True)
         self.GetApps = channel.unary_unary(
                 '/sealpushd.v1.Administration/GetApps',
                 request_serializer=sealpushd_dot_v1_dot_administration__pb2.GetAppsRequest.SerializeToString,
@@ -106,6 +111,13 @@ class AdministrationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindEntries(self, request, context):
+        """Entries that certified the keys which signed contents, present or past. A result each, in their order. Publishing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetApps(self, request, context):
         """Apps by id; unknown and deleted ones are left out. Services.
         """
@@ -140,6 +152,11 @@ def add_AdministrationServicer_to_server(servicer, server):
                     servicer.GetSenders,
                     request_deserializer=sealpushd_dot_v1_dot_administration__pb2.GetSendersRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_administration__pb2.GetSendersResponse.SerializeToString,
+            ),
+            'FindEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindEntries,
+                    request_deserializer=sealpushd_dot_v1_dot_administration__pb2.FindEntriesRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_administration__pb2.FindEntriesResponse.SerializeToString,
             ),
             'GetApps': grpc.unary_unary_rpc_method_handler(
                     servicer.GetApps,
@@ -283,6 +300,33 @@ class Administration:
             '/sealpushd.v1.Administration/GetSenders',
             sealpushd_dot_v1_dot_administration__pb2.GetSendersRequest.SerializeToString,
             sealpushd_dot_v1_dot_administration__pb2.GetSendersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Administration/FindEntries',
+            sealpushd_dot_v1_dot_administration__pb2.FindEntriesRequest.SerializeToString,
+            sealpushd_dot_v1_dot_administration__pb2.FindEntriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class AdministrationStub:
     """Publishes the root-signed entry of the platform's sealing key. Operators only. INVALID_ARGUMENT: not signed by the root."""
     GetSenders: _grpc.UnaryUnaryMultiCallable[_administration_pb2.GetSendersRequest, _administration_pb2.GetSendersResponse]
     """Senders by id; unknown and deleted ones are left out. Services."""
+    FindEntries: _grpc.UnaryUnaryMultiCallable[_administration_pb2.FindEntriesRequest, _administration_pb2.FindEntriesResponse]
+    """Entries that certified the keys which signed contents, present or past. A result each, in their order. Publishing."""
     GetApps: _grpc.UnaryUnaryMultiCallable[_administration_pb2.GetAppsRequest, _administration_pb2.GetAppsResponse]
     """Apps by id; unknown and deleted ones are left out. Services."""
 
@@ -61,6 +63,8 @@ class AdministrationAsyncStub(AdministrationStub):
     """Publishes the root-signed entry of the platform's sealing key. Operators only. INVALID_ARGUMENT: not signed by the root."""
     GetSenders: _aio.UnaryUnaryMultiCallable[_administration_pb2.GetSendersRequest, _administration_pb2.GetSendersResponse]  # type: ignore[assignment]
     """Senders by id; unknown and deleted ones are left out. Services."""
+    FindEntries: _aio.UnaryUnaryMultiCallable[_administration_pb2.FindEntriesRequest, _administration_pb2.FindEntriesResponse]  # type: ignore[assignment]
+    """Entries that certified the keys which signed contents, present or past. A result each, in their order. Publishing."""
     GetApps: _aio.UnaryUnaryMultiCallable[_administration_pb2.GetAppsRequest, _administration_pb2.GetAppsResponse]  # type: ignore[assignment]
     """Apps by id; unknown and deleted ones are left out. Services."""
 
@@ -106,6 +110,14 @@ class AdministrationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_administration_pb2.GetSendersResponse, _abc.Awaitable[_administration_pb2.GetSendersResponse]]:
         """Senders by id; unknown and deleted ones are left out. Services."""
+
+    @_abc_1.abstractmethod
+    def FindEntries(
+        self,
+        request: _administration_pb2.FindEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_administration_pb2.FindEntriesResponse, _abc.Awaitable[_administration_pb2.FindEntriesResponse]]:
+        """Entries that certified the keys which signed contents, present or past. A result each, in their order. Publishing."""
 
     @_abc_1.abstractmethod
     def GetApps(

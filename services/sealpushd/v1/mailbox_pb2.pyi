@@ -783,6 +783,54 @@ class MailboxGetStatusesResponse(_message.Message):
 Global___MailboxGetStatusesResponse: _TypeAlias = MailboxGetStatusesResponse  # noqa: Y015
 
 @_typing.final
+class MailboxGetReceiptsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENDER_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_IDS_FIELD_NUMBER: _builtins.int
+    sender_id: _builtins.bytes
+    """16 bytes: messages of others are unknown."""
+    @_builtins.property
+    def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 512, 16 bytes each."""
+
+    def __init__(
+        self,
+        *,
+        sender_id: _builtins.bytes = ...,
+        message_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message_ids", b"message_ids", "sender_id", b"sender_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MailboxGetReceiptsRequest: _TypeAlias = MailboxGetReceiptsRequest  # noqa: Y015
+
+@_typing.final
+class MailboxGetReceiptsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[_publish_pb2.Receipt]:
+        """At most one a message, in no promised order."""
+
+    def __init__(
+        self,
+        *,
+        receipts: _abc.Iterable[_publish_pb2.Receipt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipts", b"receipts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MailboxGetReceiptsResponse: _TypeAlias = MailboxGetReceiptsResponse  # noqa: Y015
+
+@_typing.final
 class MailboxCancelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -60,6 +60,11 @@ class MailboxStub:
                 request_serializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetStatusesRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetStatusesResponse.FromString,
                 _registered_method=True)
+        self.GetReceipts = channel.unary_unary(
+                '/sealpushd.v1.Mailbox/GetReceipts',
+                request_serializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetReceiptsRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetReceiptsResponse.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/sealpushd.v1.Mailbox/Cancel',
                 request_serializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxCancelRequest.SerializeToString,
@@ -121,6 +126,14 @@ class MailboxServicer:
 
     def GetStatuses(self, request, context):
         """States of messages of one sender each; unknown ones are left out. Publishing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetReceipts(self, request, context):
+        """What is kept of messages of one sender as evidence; entries and identity keys are not the mailbox's and stay empty. Unknown messages
+        are left out. Publishing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -188,6 +201,11 @@ def add_MailboxServicer_to_server(servicer, server):
                     servicer.GetStatuses,
                     request_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetStatusesRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetStatusesResponse.SerializeToString,
+            ),
+            'GetReceipts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReceipts,
+                    request_deserializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetReceiptsRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetReceiptsResponse.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
@@ -351,6 +369,33 @@ class Mailbox:
             '/sealpushd.v1.Mailbox/GetStatuses',
             sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetStatusesRequest.SerializeToString,
             sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetStatusesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceipts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Mailbox/GetReceipts',
+            sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetReceiptsRequest.SerializeToString,
+            sealpushd_dot_v1_dot_mailbox__pb2.MailboxGetReceiptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class MailboxStub:
     """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
     GetStatuses: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetStatusesRequest, _mailbox_pb2.MailboxGetStatusesResponse]
     """States of messages of one sender each; unknown ones are left out. Publishing."""
+    GetReceipts: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetReceiptsRequest, _mailbox_pb2.MailboxGetReceiptsResponse]
+    """What is kept of messages of one sender as evidence; entries and identity keys are not the mailbox's and stay empty. Unknown messages
+    are left out. Publishing.
+    """
     Cancel: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxCancelRequest, _mailbox_pb2.MailboxCancelResponse]
     """Cancels messages. A result each, in their order. Publishing."""
     Block: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.BlockRequest, _mailbox_pb2.BlockResponse]
@@ -69,6 +73,10 @@ class MailboxAsyncStub(MailboxStub):
     """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
     GetStatuses: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetStatusesRequest, _mailbox_pb2.MailboxGetStatusesResponse]  # type: ignore[assignment]
     """States of messages of one sender each; unknown ones are left out. Publishing."""
+    GetReceipts: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetReceiptsRequest, _mailbox_pb2.MailboxGetReceiptsResponse]  # type: ignore[assignment]
+    """What is kept of messages of one sender as evidence; entries and identity keys are not the mailbox's and stay empty. Unknown messages
+    are left out. Publishing.
+    """
     Cancel: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxCancelRequest, _mailbox_pb2.MailboxCancelResponse]  # type: ignore[assignment]
     """Cancels messages. A result each, in their order. Publishing."""
     Block: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.BlockRequest, _mailbox_pb2.BlockResponse]  # type: ignore[assignment]
@@ -122,6 +130,16 @@ class MailboxServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_mailbox_pb2.MailboxGetStatusesResponse, _abc.Awaitable[_mailbox_pb2.MailboxGetStatusesResponse]]:
         """States of messages of one sender each; unknown ones are left out. Publishing."""
+
+    @_abc_1.abstractmethod
+    def GetReceipts(
+        self,
+        request: _mailbox_pb2.MailboxGetReceiptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_mailbox_pb2.MailboxGetReceiptsResponse, _abc.Awaitable[_mailbox_pb2.MailboxGetReceiptsResponse]]:
+        """What is kept of messages of one sender as evidence; entries and identity keys are not the mailbox's and stay empty. Unknown messages
+        are left out. Publishing.
+        """
 
     @_abc_1.abstractmethod
     def Cancel(

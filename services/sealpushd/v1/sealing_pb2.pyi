@@ -511,6 +511,76 @@ class StanzaVerdict(_message.Message):
 Global___StanzaVerdict: _TypeAlias = StanzaVerdict  # noqa: Y015
 
 @_typing.final
+class GetIdentitiesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 512, 16 bytes each."""
+
+    def __init__(
+        self,
+        *,
+        device_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ids", b"device_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetIdentitiesRequest: _TypeAlias = GetIdentitiesRequest  # noqa: Y015
+
+@_typing.final
+class GetIdentitiesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def identities(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceIdentity]:
+        """At most one a device, in no promised order."""
+
+    def __init__(
+        self,
+        *,
+        identities: _abc.Iterable[Global___DeviceIdentity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identities", b"identities"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetIdentitiesResponse: _TypeAlias = GetIdentitiesResponse  # noqa: Y015
+
+@_typing.final
+class DeviceIdentity(_message.Message):
+    """Who a device is; it never changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    IDENTITY_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.bytes
+    """16 bytes."""
+    identity_public_key: _builtins.bytes
+    """Ed25519, 32 bytes."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.bytes = ...,
+        identity_public_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "identity_public_key", b"identity_public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceIdentity: _TypeAlias = DeviceIdentity  # noqa: Y015
+
+@_typing.final
 class GetPlatformKeyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -55,6 +55,11 @@ class SealingStub:
                 request_serializer=sealpushd_dot_v1_dot_sealing__pb2.CheckStanzasRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_sealing__pb2.CheckStanzasResponse.FromString,
                 _registered_method=True)
+        self.GetIdentities = channel.unary_unary(
+                '/sealpushd.v1.Sealing/GetIdentities',
+                request_serializer=sealpushd_dot_v1_dot_sealing__pb2.GetIdentitiesRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_sealing__pb2.GetIdentitiesResponse.FromString,
+                _registered_method=True)
         self.GetPlatformKey = channel.unary_unary(
                 '/sealpushd.v1.Sealing/GetPlatformKey',
                 request_serializer=sealpushd_dot_v1_dot_sealing__pb2.GetPlatformKeyRequest.SerializeToString,
@@ -94,6 +99,13 @@ class SealingServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetIdentities(self, request, context):
+        """Identity keys of devices, removed ones included; unknown ones are left out. Publishing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPlatformKey(self, request, context):
         """The platform's sealing public key, to be certified by the root. Operators.
         """
@@ -123,6 +135,11 @@ def add_SealingServicer_to_server(servicer, server):
                     servicer.CheckStanzas,
                     request_deserializer=sealpushd_dot_v1_dot_sealing__pb2.CheckStanzasRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_sealing__pb2.CheckStanzasResponse.SerializeToString,
+            ),
+            'GetIdentities': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetIdentities,
+                    request_deserializer=sealpushd_dot_v1_dot_sealing__pb2.GetIdentitiesRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_sealing__pb2.GetIdentitiesResponse.SerializeToString,
             ),
             'GetPlatformKey': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPlatformKey,
@@ -239,6 +256,33 @@ class Sealing:
             '/sealpushd.v1.Sealing/CheckStanzas',
             sealpushd_dot_v1_dot_sealing__pb2.CheckStanzasRequest.SerializeToString,
             sealpushd_dot_v1_dot_sealing__pb2.CheckStanzasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetIdentities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Sealing/GetIdentities',
+            sealpushd_dot_v1_dot_sealing__pb2.GetIdentitiesRequest.SerializeToString,
+            sealpushd_dot_v1_dot_sealing__pb2.GetIdentitiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class SealingStub:
     """Seals contents for devices and signs them with the platform's key. A result each, in their order. Publishing."""
     CheckStanzas: _grpc.UnaryUnaryMultiCallable[_sealing_pb2.CheckStanzasRequest, _sealing_pb2.CheckStanzasResponse]
     """Compares the stanzas of contents that senders sealed with the devices and prekeys of now. A result each. Publishing."""
+    GetIdentities: _grpc.UnaryUnaryMultiCallable[_sealing_pb2.GetIdentitiesRequest, _sealing_pb2.GetIdentitiesResponse]
+    """Identity keys of devices, removed ones included; unknown ones are left out. Publishing."""
     GetPlatformKey: _grpc.UnaryUnaryMultiCallable[_sealing_pb2.GetPlatformKeyRequest, _sealing_pb2.GetPlatformKeyResponse]
     """The platform's sealing public key, to be certified by the root. Operators."""
 
@@ -57,6 +59,8 @@ class SealingAsyncStub(SealingStub):
     """Seals contents for devices and signs them with the platform's key. A result each, in their order. Publishing."""
     CheckStanzas: _aio.UnaryUnaryMultiCallable[_sealing_pb2.CheckStanzasRequest, _sealing_pb2.CheckStanzasResponse]  # type: ignore[assignment]
     """Compares the stanzas of contents that senders sealed with the devices and prekeys of now. A result each. Publishing."""
+    GetIdentities: _aio.UnaryUnaryMultiCallable[_sealing_pb2.GetIdentitiesRequest, _sealing_pb2.GetIdentitiesResponse]  # type: ignore[assignment]
+    """Identity keys of devices, removed ones included; unknown ones are left out. Publishing."""
     GetPlatformKey: _aio.UnaryUnaryMultiCallable[_sealing_pb2.GetPlatformKeyRequest, _sealing_pb2.GetPlatformKeyResponse]  # type: ignore[assignment]
     """The platform's sealing public key, to be certified by the root. Operators."""
 
@@ -94,6 +98,14 @@ class SealingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sealing_pb2.CheckStanzasResponse, _abc.Awaitable[_sealing_pb2.CheckStanzasResponse]]:
         """Compares the stanzas of contents that senders sealed with the devices and prekeys of now. A result each. Publishing."""
+
+    @_abc_1.abstractmethod
+    def GetIdentities(
+        self,
+        request: _sealing_pb2.GetIdentitiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sealing_pb2.GetIdentitiesResponse, _abc.Awaitable[_sealing_pb2.GetIdentitiesResponse]]:
+        """Identity keys of devices, removed ones included; unknown ones are left out. Publishing."""
 
     @_abc_1.abstractmethod
     def GetPlatformKey(

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sealpush.ids import AppId, SenderId, uuid7
+from sealpush.envelope import FLAG_SERVER_SEALED, Header
+from sealpush.ids import AppId, ContentId, RecipientRef, SenderId, uuid7
+from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
 from sealpushd.accounts import rules
-from sealpushd.accounts.rules import Account, AccountSender, App
+from sealpushd.accounts.rules import Account, AccountSender, App, SignedEntry
 from sealpushd.platform.access import SCOPES, address_allowed
 from sealpushd.platform.errors import InvalidRequest
 
@@ -119,3 +121,75 @@ def test_failures_from_outside_are_counted_apart() -> None:
 
 def test_an_account_does_not_print_its_password_hash() -> None:
     assert "argon2" not in repr(account())
+
+
+# Entries of the past
+
+NOW_MS = 1_700_000_000_000
+SENDER_ID = SenderId(b"S" * 16)
+ROOT, OTHER_ROOT = RootKey.from_seed(b"\x01" * 32), RootKey.from_seed(b"\x02" * 32)
+KEY, PLATFORM_KEY = ContentSigningKey.from_seed(b"\x03" * 32), ContentSigningKey.from_seed(b"\x04" * 32)
+BOTH = SenderMode.END_TO_END | SenderMode.SERVER
+
+
+def entry(
+    key: ContentSigningKey = KEY,
+    *,
+    root: RootKey = ROOT,
+    modes: SenderMode = BOTH,
+    role: EntryRole = EntryRole.SENDER,
+    since: int = NOW_MS - DAY_MS,
+    sender_id: SenderId = SENDER_ID,
+) -> SignedEntry:
+    until = NOW_MS + DAY_MS
+    made = SenderEntry(sender_id, "A bank", modes, (EntryKey(key.public_key, NOW_MS - DAY_MS, until),), since, until, 1, role)
+    return SignedEntry(root.public_key, sign_sender_entry(root, made))
+
+
+def platform_entry(key: ContentSigningKey = PLATFORM_KEY, *, root: RootKey = ROOT) -> SignedEntry:
+    return entry(key, root=root, modes=SenderMode.SERVER, role=EntryRole.PLATFORM)
+
+
+def header(*, server: bool = False) -> Header:
+    key, flags = (PLATFORM_KEY, FLAG_SERVER_SEALED) if server else (KEY, 0)
+    return Header(ContentId(bytes(16)), SENDER_ID, key.key_id, RecipientRef(bytes(32)), NOW_MS, NOW_MS + DAY_MS, flags)
+
+
+def test_the_first_entry_that_lists_the_key_certifies_it() -> None:
+    other, first, second = entry(PLATFORM_KEY), entry(), entry(modes=SenderMode.END_TO_END)
+    assert rules.certifying(header(), [other, first, second], []) == (first.signed_entry, b"")
+    assert rules.certifying(header(), [other], []) is None
+    assert rules.certifying(header(), [], []) is None
+
+
+def test_what_the_server_sealed_needs_a_sender_that_allows_it_and_the_platforms_key() -> None:
+    only_itself, allowing = entry(modes=SenderMode.END_TO_END), entry()
+    old, platform = platform_entry(KEY), platform_entry()
+    certified = rules.certifying(header(server=True), [only_itself, allowing], [old, platform])
+    assert certified == (allowing.signed_entry, platform.signed_entry)
+    assert rules.certifying(header(server=True), [only_itself], [platform]) is None
+    assert rules.certifying(header(server=True), [allowing], [old]) is None
+    assert rules.certifying(header(server=True), [allowing], []) is None
+
+
+def test_sender_and_platform_are_certified_by_one_root() -> None:
+    sender, platform = entry(), platform_entry()
+    other_sender, other_platform = entry(root=OTHER_ROOT), platform_entry(root=OTHER_ROOT)
+    assert rules.certifying(header(server=True), [sender], [other_platform]) is None
+    certified = rules.certifying(header(server=True), [sender, other_sender], [other_platform])
+    assert certified == (other_sender.signed_entry, other_platform.signed_entry)
+    certified = rules.certifying(header(server=True), [sender, other_sender], [other_platform, platform])
+    assert certified == (sender.signed_entry, platform.signed_entry)
+
+
+def test_an_entry_that_was_not_in_force_or_is_not_the_roots_certifies_nothing() -> None:
+    later, forged, foreign = entry(since=NOW_MS + 3_600_000), entry(root=OTHER_ROOT), entry(sender_id=SenderId(b"O" * 16))
+    forged = SignedEntry(ROOT.public_key, forged.signed_entry)
+    assert rules.certifying(header(), [later, forged, foreign, SignedEntry(ROOT.public_key, b"rubbish")], []) is None
+
+
+def test_only_the_header_of_an_envelope_is_taken() -> None:
+    assert rules.check_header(header().encode()) == header()
+    for wrong in (b"", bytes(94), header().encode()[:-1], header().encode() + b"\0"):
+        with pytest.raises(InvalidRequest):
+            rules.check_header(wrong)

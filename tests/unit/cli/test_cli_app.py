@@ -108,7 +108,9 @@ def test_a_wrong_password_file_is_refused_before_anything_else(content: str, tmp
     assert str(path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["send", "+380501234567", "hello"], ["status", ID], ["cancel", ID], ["explain", ID], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [["send", "+380501234567", "hello"], ["status", ID], ["cancel", ID], ["explain", ID], ["receipt", ID], ["doctor"]]
+)
 def test_without_a_running_up_the_commands_say_how_to_start_it(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from sealpush.envelope import (
     seal,
     verify_signature,
 )
-from sealpush.errors import ContentTooLarge, EntryRefused, EnvelopeRefused, KeyRefused, SuiteUnsupported
+from sealpush.errors import ContentTooLarge, EntryRefused, EnvelopeRefused, KeyRefused, ReceiptRefused, SuiteUnsupported
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId
 from sealpush.keys import (
     ContentSigningKey,
@@ -54,13 +54,14 @@ from sealpush.proofs import (
     sign_proof,
     verify_proof,
 )
+from sealpush.receipts import Receipt, verify_receipt
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519, SUITES
 
 Json = dict[str, Any]
 
 FOLDER = Path(__file__).resolve().parents[2] / "vectors"
 FILES = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in generate_vectors.VECTORS}
-SIGNATURES, PREKEYS, ENTRIES, PROOFS = (FILES[name] for name in ("signatures", "prekeys", "entries", "proofs"))
+SIGNATURES, PREKEYS, ENTRIES, PROOFS, RECEIPTS = (FILES[name] for name in ("signatures", "prekeys", "entries", "proofs", "receipts"))
 SEAL_FILES, OPEN_FILES = ("seal", "seal_hybrid"), ("open", "open_hybrid")
 
 
@@ -470,6 +471,42 @@ def test_statements_out_of_bounds_are_refused(case: Json) -> None:
 @cases(PROOFS["verify"])
 def test_proofs_are_checked(case: Json) -> None:
     assert verify_proof(unhex(case["public_key"]), unhex(case["signed_bytes"]), unhex(case["signature"])) is case["valid"]
+
+
+def receipt_text(base: str, changes: list[Json]) -> str:
+    document: Any = json.loads(json.dumps(RECEIPTS["receipts"][base]))
+    for change in changes:
+        *steps, last = change["path"]
+        place = document
+        for step in steps:
+            place = place[step]
+        place[last] = change["value"]
+    return json.dumps(document, ensure_ascii=False)
+
+
+@cases(RECEIPTS["cases"])
+def test_receipts_prove_what_the_vector_says(case: Json) -> None:
+    receipt = Receipt.from_json(receipt_text(case["receipt"], case["changes"]).encode())
+    kept = None if case["envelope"] is None else unhex(case["envelope"])
+    verdict = verify_receipt(receipt, unhex(case["root_public_key"]), envelope=kept)
+    places = {each.device_id: f" {n}" for n, each in enumerate(receipt.deliveries)} | {None: ""}
+    found = {each.name + places[each.device_id]: each.finding.name.lower() for each in verdict.claims}
+    assert len(found) == len(verdict.claims)
+    assert found == case["claims"]
+
+
+@cases(RECEIPTS["readable"])
+def test_receipts_are_read_however_they_are_laid_out(case: Json) -> None:
+    receipt = Receipt.from_json(case["text"].encode())
+    assert json.loads(receipt.to_json()) == RECEIPTS["receipts"]["own"]
+    assert Receipt.from_json(receipt.to_json().encode()) == receipt
+
+
+@cases(RECEIPTS["refused"])
+def test_what_is_no_receipt_is_refused(case: Json) -> None:
+    text = case["text"] if "text" in case else receipt_text("own", case["changes"])
+    with pytest.raises(ReceiptRefused):
+        Receipt.from_json(text.encode())
 
 
 def test_the_scripts_own_hsalsa20_is_libsodiums() -> None:

@@ -16,6 +16,7 @@ const LIFETIME_MS_MAX = 28 * 24 * 3600 * 1000;
 const BUCKET_MIN = 256;
 const BUCKET_MAX = 65_536;
 const HEADER_BYTES = 94;
+export const HEAD_BYTES = HEADER_BYTES + 32;
 const NONCE_BYTES = 24;
 const TAG_BYTES = 16;
 const SIGNATURE_BYTES = 64;
@@ -159,6 +160,21 @@ const commitTo = (contentKey, headerBytes) => sha256(utf8('SPE1-commit'), conten
 const bindingOf = (headerBytes, { deviceId, prekeyId, kind }) => sha256(headerBytes, deviceId, u32(prekeyId), u8(kind));
 
 const signedBytes = ({ headerBytes, commit, content }) => concat(utf8('SPE1-sig'), sha512(headerBytes, commit, sha512(content)));
+
+// --- what is left without the content ---------------------------------------------------------------------------------
+
+/** Head, SHA-512 of the content and signature of a parsed envelope: all that the signature covers. */
+export const evidenceOf = ({ headerBytes, commit, content, signature }) => concat(headerBytes, commit, sha512(content), signature);
+
+/** The header at the beginning of these bytes. Throws EnvelopeRefused. */
+export function headerOf(bytes) {
+  try {
+    return readHeader(new Reader(bytes));
+  } catch (cause) {
+    if (cause instanceof RangeError) throw new EnvelopeRefused();
+    throw cause;
+  }
+}
 
 // --- sealing ---------------------------------------------------------------------------------------------------------
 

@@ -21,3 +21,11 @@ export class EntryRefused extends Error {
     this.name = 'EntryRefused';
   }
 }
+
+/** This is not a receipt, or not one of the version that is read here. */
+export class ReceiptRefused extends Error {
+  constructor(message) {
+    super(message);
+    this.name = 'ReceiptRefused';
+  }
+}

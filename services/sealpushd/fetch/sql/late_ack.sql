@@ -1,17 +1,20 @@
 -- Acknowledgements of what is not open: repeated, late, or unknown.
--- In: $1 message ids, $2 device ids, $3 content ids, $4 outcomes, $5 reasons, $6 signatures.
+-- In: $1 message ids, $2 device ids, $3 content ids, $4 outcomes, $5 reasons, $6 device times (ms), $7 signatures.
 -- Out: a row for each delivery that exists: its state, and whether it ended by this very acknowledgement.
 WITH given AS (
-    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::int2[], $5::int2[], $6::bytea[])
-        AS t (message_id, device_id, content_id, outcome, reason, signature)
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::int2[], $5::int2[], $6::int8[], $7::bytea[])
+        AS t (message_id, device_id, content_id, outcome, ack_reason, at_ms, signature)
 ), found AS (
-    SELECT g.message_id, g.device_id, g.outcome, d.state, d.reason, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel,
+    SELECT g.message_id, g.device_id, g.outcome, g.ack_reason, g.at_ms, g.signature, d.state, d.reason,
+           m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel,
            coalesce(d.ack_outcome = g.outcome, false) AS repeated
     FROM given g
     JOIN messages m ON m.message_id = g.message_id AND m.content_id = g.content_id
     JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
 ), late AS (
-    UPDATE deliveries d SET late_ack_at = now()
+    UPDATE deliveries d SET
+        late_ack_at = now(), late_ack_outcome = f.outcome, late_ack_reason = f.ack_reason, late_ack_at_ms = f.at_ms,
+        late_ack_signature = f.signature
     FROM found f
     WHERE d.message_id = f.message_id AND d.device_id = f.device_id AND NOT f.repeated AND d.state >= 4 AND d.late_ack_at IS NULL
     RETURNING d.message_id, d.device_id

@@ -1,7 +1,7 @@
 -- Messages with everything that belongs to them, in one statement and so in one commit.
 -- In, an element a message:  $1 sender, $2 request id, $3 mac, $4 message id, $5 subscriber, $6 app, $7 class, $8 priority, $9 created,
 --   $10 expires, $11 order, $12 leg, $13 channel, $14 group, $15 traffic type, $16 tag, $17 originator requested, $18 effective,
---   $19 muted, $20 content id, $21 head, $22 tail, $23 devices, $24 replace hash.
+--   $19 muted, $20 content id, $21 head, $22 tail, $23 devices, $24 replace hash, $35 evidence (null: nothing was sealed).
 -- In, an element a delivery: $25 message id, $26 device, $27 state, $28 reason, $29 push reason, $30 platform, $31 stanza,
 --   $32 wake-up id, $33 seconds until the push (null: none), $34 seconds after which it ends if its device has not fetched it, because
 --   that device's token is dead (null: at the end of its lifetime).
@@ -10,10 +10,10 @@ WITH given AS (
     SELECT * FROM unnest(
         $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::uuid[], $6::text[], $7::int2[], $8::int2[], $9::timestamptz[],
         $10::timestamptz[], $11::uuid[], $12::int2[], $13::int2[], $14::uuid[], $15::int2[], $16::text[], $17::text[], $18::text[],
-        $19::bool[], $20::uuid[], $21::bytea[], $22::bytea[], $23::int2[], $24::bytea[]
+        $19::bool[], $20::uuid[], $21::bytea[], $22::bytea[], $23::int2[], $24::bytea[], $35::bytea[]
     ) AS t (sender_id, request_id, request_mac, message_id, subscriber_id, app_id, content_class, priority, created_at, expires_at,
             order_id, leg_no, channel, group_id, traffic_type, tag, originator_requested, originator_effective, muted, content_id,
-            head, tail, devices, replace_hash)
+            head, tail, devices, replace_hash, evidence)
 ), given_deliveries AS (
     SELECT * FROM unnest(
         $25::uuid[], $26::uuid[], $27::int2[], $28::int2[], $29::int2[], $30::int2[], $31::bytea[], $32::uuid[], $33::float8[],
@@ -26,9 +26,10 @@ WITH given AS (
     RETURNING message_id
 ), stored AS (
     INSERT INTO messages (message_id, sender_id, subscriber_id, app_id, order_id, leg_no, channel, group_id, traffic_type, content_class,
-                          priority, tag, originator_requested, originator_effective, content_id, muted, created_at, expires_at)
+                          priority, tag, originator_requested, originator_effective, content_id, muted, created_at, expires_at,
+                          evidence)
     SELECT g.message_id, sender_id, subscriber_id, app_id, order_id, leg_no, channel, group_id, traffic_type, content_class,
-           priority, tag, originator_requested, originator_effective, content_id, muted, created_at, expires_at
+           priority, tag, originator_requested, originator_effective, content_id, muted, created_at, expires_at, evidence
     FROM given g JOIN keys USING (message_id)
 ), content AS (
     INSERT INTO contents (message_id, head, tail)

@@ -1,0 +1,543 @@
+"""Receipts over the real accounts, keys, publishing and mailbox: what became of a message, verified with the root's key alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import pytest
+import pytest_asyncio
+from pydantic import SecretStr
+
+from sealpush.envelope import Envelope, evidence_of
+from sealpush.errors import NotFound, PermissionDenied
+from sealpush.ids import ContentId, DeviceId, MessageId, SenderId, SubscriberId, uuid7
+from sealpush.keys import (
+    DAY_MS,
+    ContentSigningKey,
+    EntryKey,
+    EntryRole,
+    IdentityKey,
+    PrekeyKind,
+    RootKey,
+    SenderEntry,
+    SenderMode,
+    generate_prekey,
+    sign_sender_entry,
+)
+from sealpush.model import ContentClass, Reason, State
+from sealpush.proofs import AckOutcome, acknowledgement_proof, sign_proof
+from sealpush.receipts import Claim, Finding, Receipt, ReceiptVerdict, verify_receipt
+from sealpush.sender import Accepted, Sender
+from sealpush.transport import Channels, Endpoints
+from sealpush.v1 import common_pb2, keys_pb2, messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
+from sealpush.v1.content_pb2 import Content
+from sealpushd.accounts.app import build as build_accounts
+from sealpushd.fetch.app import build as build_fetch
+from sealpushd.keys.app import build as build_keys
+from sealpushd.platform.clock import to_ms
+from sealpushd.platform.db import Connection, connect
+from sealpushd.platform.server import ServiceApp
+from sealpushd.platform.settings import load
+from sealpushd.platform.tokens import DeviceCaller, SenderCaller
+from sealpushd.publishing.app import build as build_publishing
+from sealpushd.v1 import administration_pb2, administration_pb2_grpc, directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
+from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, Served, refusal
+from tests.contract.mailboxes import end, listening
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+APP = "bank"
+PHONE = "+380501234567"
+LOGIN, PASSWORD = "bank", "correct horse battery"
+# For all tests of the module: they share a database, and so its wrapped keys.
+VAULT_KEY, PLATFORM_SEED = os.urandom(32).hex(), os.urandom(32)
+ROOT = RootKey.generate()
+
+
+class Directory(directory_pb2_grpc.DirectoryServicer):
+    """Registration: one person, whatever the number."""
+
+    def __init__(self) -> None:
+        self.subscriber_id = SubscriberId(uuid7())
+        self.device_ids: list[DeviceId] = []
+        self.block_all = False
+
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+        devices = [directory_pb2.ResolvedDevice(device_id=each, platform=common_pb2.PLATFORM_IOS) for each in self.device_ids]
+        resolved = directory_pb2.Resolved(subscriber_id=self.subscriber_id, devices=devices, block_all=self.block_all)
+        return directory_pb2.ResolveResponse(results=[directory_pb2.ResolveResult(resolved=resolved)] * len(request.queries))
+
+
+@dataclass
+class Phone:
+    world: World
+    identity: IdentityKey = field(default_factory=IdentityKey.generate)
+    device_id: DeviceId = field(default_factory=lambda: DeviceId(uuid7()))
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        caller = DeviceCaller(self.device_id, self.world.directory.subscriber_id, APP, self.identity.public_key)
+        return (("authorization", f"Bearer {self.world.mesh.keys['registration'].device_token(caller)[0]}"),)
+
+    async def fetch(self) -> dict[MessageId, bytes]:
+        """Take what waits: envelopes by message."""
+        answer = await self.world.messages.Drain(messages_pb2.DrainRequest(), metadata=self.metadata)
+        return {each.message_id: each.envelope for each in answer.deliveries}
+
+    async def acknowledge(
+        self, message_id: MessageId, content_id: ContentId, outcome: AckOutcome = AckOutcome.DELIVERED, reason: Reason = Reason.UNSPECIFIED
+    ) -> None:
+        at_ms = to_ms(self.world.clock.now())
+        proof = acknowledgement_proof(message_id, content_id, self.device_id, outcome, reason, at_ms)
+        ack = messages_pb2.Acknowledgement(
+            message_id=message_id,
+            content_id=content_id,
+            outcome=messages_pb2.AckOutcome.ValueType(outcome),
+            reason_code=common_pb2.ReasonCode.ValueType(reason),
+            at_ms=at_ms,
+            signature=sign_proof(self.identity, proof),
+        )
+        answer = await self.world.messages.Acknowledge(messages_pb2.AcknowledgeRequest(acknowledgements=[ack]), metadata=self.metadata)
+        assert answer.results[0].verdict in (messages_pb2.ACK_VERDICT_ACCEPTED, messages_pb2.ACK_VERDICT_LATE)
+
+    async def take(self, message_id: MessageId, *outcomes: AckOutcome) -> bytes:
+        """Fetch a message and acknowledge it so; the envelope."""
+        envelope = (await self.fetch())[message_id]
+        for outcome in outcomes or (AckOutcome.DELIVERED,):
+            await self.acknowledge(message_id, Envelope.parse(envelope).header.content_id, outcome)
+        return envelope
+
+
+@dataclass
+class World:
+    """The services, an operator, and one bank."""
+
+    accounts: Served
+    keys: Served
+    fetch: Served
+    publishing: Served
+    directory: Directory
+    mesh: Mesh
+    clock: FakeClock
+    sql: Connection
+    operator: Any
+    sealing: Any
+    channels: AsyncExitStack
+    organisation_id: bytes = b""
+    sender_id: SenderId = field(default_factory=lambda: SenderId(uuid7()))
+    signing_key: ContentSigningKey = field(default_factory=ContentSigningKey.generate)
+    serial: int = 0
+
+    @property
+    def messages(self) -> Any:
+        return messages_pb2_grpc.MessagesStub(self.fetch.public)
+
+    def _entry(self, role: EntryRole, sender_id: SenderId, modes: SenderMode, public_key: bytes) -> bytes:
+        # Rises over all tests: they share the platform's.
+        self.serial = max(self.serial + 1, to_ms(self.clock.now()))
+        since, until = to_ms(self.clock.now()) - DAY_MS, to_ms(self.clock.now()) + DAY_MS
+        keys = (EntryKey(public_key, since, until),)
+        return sign_sender_entry(ROOT, SenderEntry(sender_id, "Банк", modes, keys, since, until, self.serial, role))
+
+    async def administer(self, method: str, request: Any) -> Any:
+        return await self.operator.call(getattr(administration_pb2_grpc.AdministrationStub(self.operator.channel), method), request)
+
+    async def put_sender(
+        self, key: ContentSigningKey, *, sender_id: SenderId | None = None, name: str = "cards", scopes: tuple[str, ...] = ()
+    ) -> None:
+        sender_id = sender_id or self.sender_id
+        await self.administer(
+            "PutSender",
+            administration_pb2.PutSenderRequest(
+                organisation_id=self.organisation_id,
+                sender_id=sender_id,
+                name=name,
+                sender_entry=self._entry(EntryRole.SENDER, sender_id, SenderMode.SERVER | SenderMode.END_TO_END, key.public_key),
+                app_ids=[APP],
+                scopes=scopes,
+            ),
+        )
+
+    async def put_platform(self, public_key: bytes) -> None:
+        entry = self._entry(EntryRole.PLATFORM, SenderId(uuid7()), SenderMode.SERVER, public_key)
+        await self.administer(
+            "PutPlatformEntry", administration_pb2.PutPlatformEntryRequest(platform_entry=entry, root_public_key=ROOT.public_key)
+        )
+
+    async def set_up(self) -> None:
+        self.organisation_id = (
+            await self.administer(
+                "PutOrganisation", administration_pb2.PutOrganisationRequest(login=LOGIN, password=PASSWORD, name="A bank")
+            )
+        ).organisation_id
+        await self.administer("PutApp", administration_pb2.PutAppRequest(app_id=APP, name="An app", root_public_key=ROOT.public_key))
+        await self.put_sender(self.signing_key, name=f"sender-{self.sender_id.hex()}")
+        await self.put_platform(ContentSigningKey.from_seed(PLATFORM_SEED).public_key)
+
+    async def phone(self) -> Phone:
+        """A new device of the recipient."""
+        made = Phone(self)
+        _, prekey = generate_prekey(
+            made.identity, made.device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=to_ms(self.clock.now()), lifetime_ms=90 * DAY_MS
+        )
+        signed = keys_pb2.Prekey(
+            suite=prekey.suite,
+            prekey_id=prekey.prekey_id,
+            kind=keys_pb2.PREKEY_KIND_SIGNED,
+            public_key=prekey.public_key,
+            created_at_ms=prekey.created_at_ms,
+            expires_at_ms=prekey.expires_at_ms,
+            signature=prekey.signature,
+        )
+        device = sealing_pb2.NewDevice(
+            subscriber_id=self.directory.subscriber_id,
+            device_id=made.device_id,
+            identity_public_key=made.identity.public_key,
+            signed_prekey=signed,
+        )
+        answer = await self.sealing.call(
+            sealing_pb2_grpc.SealingStub(self.sealing.channel).PutDevices, sealing_pb2.PutDevicesRequest(devices=[device])
+        )
+        assert list(answer.refusals) == [""]
+        self.directory.device_ids.append(made.device_id)
+        return made
+
+    async def remove(self, phone: Phone) -> None:
+        removed = sealing_pb2.RemovedDevice(subscriber_id=self.directory.subscriber_id, device_id=phone.device_id)
+        await self.sealing.call(
+            sealing_pb2_grpc.SealingStub(self.sealing.channel).RemoveDevices, sealing_pb2.RemoveDevicesRequest(devices=[removed])
+        )
+        self.directory.device_ids.remove(phone.device_id)
+
+    async def sender(self, name: str = "") -> Sender:
+        channels = await self.channels.enter_async_context(
+            Channels(
+                Endpoints(
+                    accounts=self.accounts.public_address,
+                    registration=self.fetch.public_address,
+                    keys=self.keys.public_address,
+                    publishing=self.publishing.public_address,
+                    messages=self.fetch.public_address,
+                    insecure=True,
+                )
+            )
+        )
+        return Sender(
+            channels, LOGIN, PASSWORD, sender_name=name or f"sender-{self.sender_id.hex()}", signing_key=self.signing_key, timeout_s=5
+        )
+
+    async def contents(self, message_id: MessageId) -> int:
+        return int(await self.sql.fetchval("SELECT count(*) FROM contents WHERE message_id = $1", message_id))
+
+
+class Start(Protocol):
+    async def __call__(self, **peers: str) -> World:
+        """The services; `peers` gives publishing other mesh addresses."""
+        ...
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def urls(migrated: Migrated) -> dict[str, str]:
+    return await migrated("accounts", "keys", "fetch", "publishing")
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def start(
+    urls: dict[str, str],
+    valkey_url: str,
+    serve: Serve,
+    mesh: Mesh,
+    mesh_channel: Connect,
+    clock: FakeClock,
+    closing: list[Callable[[], Awaitable[None]]],
+    tmp_path: Path,
+) -> AsyncIterator[Start]:
+    """Starts all services over the same databases; again, it stands for a restart."""
+    (tmp_path / "vault.key").write_text(VAULT_KEY)
+    (tmp_path / "platform.key").write_text(PLATFORM_SEED.hex())
+    directory = Directory()  # type: ignore[abstract]  # answers only what publishing and keys ask
+    registration = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
+    await registration.start()
+    closing.append(registration.stop)
+    sql = await connect(urls["admin"], search_path="fetch")
+    closing.append(sql.close)
+    tasks: list[asyncio.Task[None]] = []
+    apps: list[ServiceApp] = []
+
+    async def work(**others: str) -> World:
+        def settings(service: str, **more: Any) -> Any:
+            return load(
+                postgres_url=SecretStr(urls[service]),
+                valkey_url=SecretStr(valkey_url),
+                vault_key=tmp_path / "vault.key",
+                platform_key=tmp_path / "platform.key",
+                registration_mesh=registration.address,
+                postgres_connections=2,
+                **more,
+            )
+
+        accounts = await serve("accounts", build_accounts, settings("accounts"), clock)
+        keys = await serve("keys", build_keys, settings("keys"), clock)
+        fetch = await serve("fetch", build_fetch, settings("fetch"), clock)
+        peers = {"accounts_mesh": accounts.mesh_address, "keys_mesh": keys.mesh_address, "fetch_mesh": fetch.mesh_address}
+        publishing = await serve("publishing", build_publishing, settings("publishing", **peers | others), clock)
+        apps.extend((fetch.app, publishing.app))
+        tasks.extend(asyncio.create_task(task()) for app in (fetch.app, publishing.app) for task in app.tasks)
+        await listening(valkey_url, len(apps) // 2)
+        return World(
+            accounts,
+            keys,
+            fetch,
+            publishing,
+            directory,
+            mesh,
+            clock,
+            sql,
+            mesh_channel("accounts", accounts.mesh_address, "operator"),
+            mesh_channel("keys", keys.mesh_address, "registration"),
+            stack,
+        )
+
+    async with AsyncExitStack() as stack:
+        yield work
+    await end(tasks, *apps)
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def world(start: Start) -> World:
+    made = await start()
+    await made.set_up()
+    return made
+
+
+def content() -> Content:
+    return Content(content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL, body="You paid 120.50.")
+
+
+async def publish(sender: Sender, *, sealed: bool = False) -> MessageId:
+    outcome = await (sender.publish_sealed if sealed else sender.publish)(PHONE, content(), content_class=ContentClass.INFORMATIONAL)
+    assert isinstance(outcome, Accepted), outcome
+    return outcome.message_id
+
+
+def verified(receipt: Receipt, envelope: bytes | None = None) -> ReceiptVerdict:
+    """The verdict of somebody who got the file and knows the root."""
+    return verify_receipt(Receipt.from_json(receipt.to_json().encode()), ROOT.public_key, envelope=envelope)
+
+
+def claims(verdict: ReceiptVerdict, *names: str) -> list[tuple[str, Finding]]:
+    return [(each.name, each.finding) for each in verdict.claims if not names or each.name in names]
+
+
+def about(verdict: ReceiptVerdict, phone: Phone) -> list[Claim]:
+    return [each for each in verdict.claims if each.device_id == phone.device_id]
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_a_delivered_message_is_proven_after_its_content_is_gone(world: World, sealed: bool) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender, sealed=sealed)
+    envelope = await phone.take(message_id, AckOutcome.DELIVERED, AckOutcome.READ)
+    assert await world.contents(message_id) == 0
+    receipt = await sender.receipt(message_id)
+    assert (receipt.message_id, receipt.sender_id) == (message_id, world.sender_id)
+    assert receipt.evidence == evidence_of(Envelope.parse(envelope).head, Envelope.parse(envelope).tail)
+    verdict = verified(receipt, envelope)
+    assert verdict.sender_proven
+    assert verdict.delivered_to == (phone.device_id,)
+    assert claims(verdict) == [
+        ("sender_entry", Finding.PROVEN),
+        *([] if sealed else [("platform_entry", Finding.PROVEN)]),
+        ("content_signature", Finding.PROVEN),
+        ("content", Finding.PROVEN),
+        ("delivered", Finding.PROVEN),
+        ("read", Finding.PROVEN),
+        ("state", Finding.PROVEN),
+        ("message", Finding.PROVEN),
+        ("acceptance", Finding.UNPROVEN),
+        ("recipient", Finding.UNPROVEN),
+    ]
+    said = next(each.sentence for each in verdict.claims if each.name == "content_signature")
+    assert said.startswith("'Банк' itself sealed" if sealed else "The platform sealed and signed this content for 'Банк'")
+    assert bool(receipt.platform_entry) is not sealed
+
+
+async def test_before_any_device_signed_only_the_senders_part_is_proven(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    verdict = verified(await sender.receipt(message_id))
+    assert verdict.sender_proven
+    assert verdict.delivered_to == ()
+    assert claims(verdict, "state", "message", "delivered") == [("state", Finding.UNPROVEN), ("message", Finding.UNPROVEN)]
+    assert "QUEUED" in about(verdict, phone)[0].sentence
+
+
+async def test_each_of_several_devices_speaks_for_itself(world: World) -> None:
+    delivered, refused, silent = await world.phone(), await world.phone(), await world.phone()
+    sender = await world.sender()
+    message_id = await publish(sender, sealed=True)
+    envelope = await delivered.take(message_id)
+    content_id = Envelope.parse(envelope).header.content_id
+    await refused.acknowledge(message_id, content_id, AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)
+    verdict = verified(await sender.receipt(message_id))
+    assert verdict.sender_proven
+    assert verdict.delivered_to == (delivered.device_id,)
+    assert [(each.name, each.finding) for each in about(verdict, delivered)] == [("delivered", Finding.PROVEN), ("state", Finding.PROVEN)]
+    assert [(each.name, each.finding) for each in about(verdict, refused)] == [("undelivered", Finding.PROVEN), ("state", Finding.PROVEN)]
+    assert "DEVICE_CANNOT_OPEN" in about(verdict, refused)[0].sentence
+    assert [(each.name, each.finding) for each in about(verdict, silent)] == [("state", Finding.UNPROVEN)]
+
+
+async def test_what_arrived_after_a_cancellation_is_proven_beside_it(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    envelope = (await phone.fetch())[message_id]
+    await sender.cancel(message_id)
+    await phone.acknowledge(message_id, Envelope.parse(envelope).header.content_id)
+    receipt = await sender.receipt(message_id)
+    (delivery,) = receipt.deliveries
+    assert (delivery.state, len(delivery.acknowledgements)) == (State.CANCELLED, 1)
+    verdict = verified(receipt)
+    assert verdict.sender_proven
+    assert verdict.delivered_to == (phone.device_id,)
+    assert claims(verdict, "delivered", "state") == [("delivered", Finding.PROVEN), ("state", Finding.UNPROVEN)]
+
+
+async def test_of_repeated_acknowledgements_the_first_is_kept(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    content_id = Envelope.parse(await phone.take(message_id, AckOutcome.DELIVERED, AckOutcome.READ)).header.content_id
+    first = await sender.receipt(message_id)
+    world.clock.advance(timedelta(seconds=1))
+    for outcome in (AckOutcome.DELIVERED, AckOutcome.READ, AckOutcome.UNDELIVERED):
+        await phone.acknowledge(message_id, content_id, outcome)
+    again = await sender.receipt(message_id)
+    (before,), (after,) = first.deliveries, again.deliveries
+    assert after.acknowledgements[0] == before.acknowledgements[0]
+    assert after.acknowledgements[2] == before.acknowledgements[1]
+    # What it contradicts itself with is kept, too, and shown.
+    assert after.acknowledgements[1].outcome is AckOutcome.UNDELIVERED
+    assert not verified(again).failed
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+async def test_a_key_that_has_left_its_entry_since_is_still_proven(world: World, sealed: bool) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender, sealed=sealed)
+    await phone.take(message_id)
+    before = await sender.receipt(message_id)
+    await world.put_sender(ContentSigningKey.generate(), name=f"sender-{world.sender_id.hex()}")
+    await world.put_platform(ContentSigningKey.generate().public_key)
+    try:
+        assert await sender.receipt(message_id) == before
+        assert verified(before).sender_proven
+    finally:
+        await world.put_platform(ContentSigningKey.from_seed(PLATFORM_SEED).public_key)
+
+
+async def test_a_device_that_was_removed_since_is_still_proven(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    await phone.take(message_id)
+    await world.remove(phone)
+    assert verified(await sender.receipt(message_id)).delivered_to == (phone.device_id,)
+
+
+async def test_a_message_from_before_evidence_was_kept_says_so_and_keeps_what_its_device_signed(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    await phone.take(message_id)
+    await world.sql.execute("UPDATE messages SET evidence = NULL WHERE message_id = $1", message_id)
+    verdict = verified(await sender.receipt(message_id))
+    assert not verdict.failed
+    assert not verdict.sender_proven
+    assert verdict.delivered_to == (phone.device_id,)
+    (absent,) = [each for each in verdict.claims if each.name == "content_signature"]
+    assert absent.finding is Finding.UNPROVEN
+    assert "Nothing of the envelope is kept" in absent.sentence
+
+
+async def test_what_was_blocked_was_never_sealed(world: World) -> None:
+    await world.phone()
+    sender = await world.sender()
+    world.directory.block_all = True
+    message_id = await publish(sender)
+    receipt = await sender.receipt(message_id)
+    assert receipt.evidence == b""
+    assert claims(verified(receipt), "content_signature", "state") == [
+        ("content_signature", Finding.UNPROVEN),
+        ("state", Finding.UNPROVEN),
+    ]
+
+
+async def test_entries_that_are_not_kept_leave_the_sender_unproven(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender, sealed=True)
+    await phone.take(message_id)
+    await world.sql.execute("DELETE FROM accounts.entries WHERE sender_id = $1", world.sender_id)
+    verdict = verified(await sender.receipt(message_id))
+    assert not verdict.failed
+    assert not verdict.sender_proven
+    assert verdict.delivered_to == (phone.device_id,)
+
+
+async def test_a_receipt_is_given_to_its_sender_only(world: World) -> None:
+    await world.phone()
+    sender = await world.sender()
+    message_id = await publish(sender)
+    await world.put_sender(ContentSigningKey.generate(), sender_id=SenderId(uuid7()), name=f"other-{message_id.hex()}")
+    with pytest.raises(NotFound):
+        await (await world.sender(f"other-{message_id.hex()}")).receipt(message_id)
+    with pytest.raises(NotFound):
+        await sender.receipt(MessageId(uuid7()))
+    await world.put_sender(ContentSigningKey.generate(), sender_id=SenderId(uuid7()), name=f"mute-{message_id.hex()}", scopes=("publish",))
+    with pytest.raises(PermissionDenied):
+        await (await world.sender(f"mute-{message_id.hex()}")).receipt(message_id)
+
+
+@pytest.mark.parametrize("service", ["keys_mesh", "accounts_mesh"])
+async def test_without_a_service_that_knows_there_is_no_half_receipt(world: World, start: Start, service: str) -> None:
+    """A receipt without keys or entries would look like one that lost them."""
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    await phone.take(message_id)
+    cut_off = await start(**{service: "127.0.0.1:9"})
+    caller = SenderCaller(world.sender_id, world.organisation_id, (APP,), frozenset({"status"}), ())
+    bearer = (("authorization", f"Bearer {world.mesh.keys['accounts'].sender_token(caller)[0]}"),)
+    publishing: Any = publish_pb2_grpc.PublishingStub(cut_off.publishing.public)
+    found = await refusal(publishing.GetReceipt(publish_pb2.GetReceiptRequest(message_id=message_id), metadata=bearer))
+    assert found.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_receipt_is_the_same_after_a_restart(world: World, start: Start) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    await phone.take(message_id)
+    before = await sender.receipt(message_id)
+    again = await start()
+    again.sender_id = world.sender_id
+    assert await (await again.sender()).receipt(message_id) == before
+
+
+async def test_malformed_questions_are_refused(world: World, mesh_channel: Connect) -> None:
+    accounts = mesh_channel("accounts", world.accounts.mesh_address, "publishing")
+    administration: Any = administration_pb2_grpc.AdministrationStub(accounts.channel)
+    for headers in ([b""], [bytes(94)], [bytes(93)], [bytes(94)] * 17):
+        found = await refusal(
+            administration.FindEntries(administration_pb2.FindEntriesRequest(headers=headers), metadata=accounts.metadata())
+        )
+        assert found.field == "headers"
+    keys = mesh_channel("keys", world.keys.mesh_address, "publishing")
+    sealing: Any = sealing_pb2_grpc.SealingStub(keys.channel)
+    found = await refusal(sealing.GetIdentities(sealing_pb2.GetIdentitiesRequest(device_ids=[b"short"]), metadata=keys.metadata()))
+    assert found.field == "device_ids"
+    unknown = await sealing.GetIdentities(sealing_pb2.GetIdentitiesRequest(device_ids=[uuid7()]), metadata=keys.metadata())
+    assert not unknown.identities
