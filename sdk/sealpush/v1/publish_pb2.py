@@ -28,7 +28,7 @@ from sealpush.v1 import common_pb2 as sealpush_dot_v1_dot_common__pb2
 from sealpush.v1 import content_pb2 as sealpush_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sealpush/v1/publish.proto\x12\x0bsealpush.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\x1a\x19sealpush/v1/content.proto\"\xdf\x04\n\x0ePublishRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\trecipient\x18\x02 \x01(\x0b\x32\x16.sealpush.v1.Recipient\x12\x0e\n\x06\x61pp_id\x18\x03 \x01(\t\x12\x30\n\rcontent_class\x18\x04 \x01(\x0e\x32\x19.sealpush.v1.ContentClass\x12%\n\x05plain\x18\x05 \x01(\x0b\x32\x14.sealpush.v1.ContentH\x00\x12,\n\x06sealed\x18\x06 \x01(\x0b\x32\x1a.sealpush.v1.SealedContentH\x00\x12\'\n\x08priority\x18\x07 \x01(\x0e\x32\x15.sealpush.v1.Priority\x12+\n\x08lifetime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0breplace_key\x18\t \x01(\t\x12\x10\n\x08order_id\x18\n \x01(\x0c\x12\x0e\n\x06leg_no\x18\x0b \x01(\r\x12%\n\x07\x63hannel\x18\x0c \x01(\x0e\x32\x14.sealpush.v1.Channel\x12\x10\n\x08group_id\x18\r \x01(\x0c\x12.\n\x0ctraffic_type\x18\x0e \x01(\x0e\x32\x18.sealpush.v1.TrafficType\x12\x0b\n\x03tag\x18\x0f \x01(\t\x12\x12\n\noriginator\x18\x10 \x01(\t\x12\x14\n\x0cprimary_only\x18\x11 \x01(\x08\x12\x15\n\rsubscriptions\x18\x12 \x03(\t\x12(\n\tplatforms\x18\x13 \x03(\x0e\x32\x15.sealpush.v1.PlatformB\t\n\x07\x63ontent\">\n\rSealedContent\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x02 \x01(\x0c\"=\n\x0fPublishResponse\x12*\n\x06result\x18\x01 \x01(\x0b\x32\x1a.sealpush.v1.PublishResult\"\xf2\x01\n\rPublishResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x15.sealpush.v1.AcceptedH\x00\x12\x34\n\x0enot_registered\x18\x03 \x01(\x0b\x32\x1a.sealpush.v1.NotRegisteredH\x00\x12\x38\n\x10outdated_devices\x18\x04 \x01(\x0b\x32\x1c.sealpush.v1.OutdatedDevicesH\x00\x12\'\n\x07refusal\x18\x05 \x01(\x0b\x32\x14.sealpush.v1.RefusalH\x00\x42\t\n\x07outcome\"y\n\x08\x41\x63\x63\x65pted\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64\x65vices\x18\x03 \x01(\r\x12\x18\n\x10repeated_request\x18\x04 \x01(\x08\"=\n\rNotRegistered\x12,\n\x0breason_code\x18\x01 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\"\x80\x01\n\x0fOutdatedDevices\x12\x1a\n\x12missing_device_ids\x18\x01 \x03(\x0c\x12\x1a\n\x12surplus_device_ids\x18\x02 \x03(\x0c\x12\x18\n\x10stale_device_ids\x18\x03 \x03(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x04 \x01(\x0c\"w\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12.\n\x0bretry_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x13PublishBatchRequest\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.sealpush.v1.PublishRequest\"C\n\x14PublishBatchResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.sealpush.v1.PublishResult\"T\n\x14PublishStreamRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12-\n\x08requests\x18\x02 \x03(\x0b\x32\x1b.sealpush.v1.PublishRequest\"S\n\x15PublishStreamResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12+\n\x07results\x18\x02 \x03(\x0b\x32\x1a.sealpush.v1.PublishResult\"O\n\x10GetStatusRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x11GetStatusResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.sealpush.v1.MessageStatus\")\n\x12GetStatusesRequest\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\x0c\"C\n\x13GetStatusesResponse\x12,\n\x08statuses\x18\x01 \x03(\x0b\x32\x1a.sealpush.v1.MessageStatus\")\n\x12WatchStatusRequest\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\x0c\"C\n\x13WatchStatusResponse\x12,\n\x08statuses\x18\x01 \x03(\x0b\x32\x1a.sealpush.v1.MessageStatus\"\x97\x03\n\rMessageStatus\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.sealpush.v1.State\x12,\n\x0breason_code\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12\x0f\n\x07\x61ssumed\x18\x04 \x01(\x08\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x02\x61t\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08\x61ttempts\x18\x08 \x03(\x0b\x32\x14.sealpush.v1.Attempt\x12/\n\ndeliveries\x18\t \x03(\x0b\x32\x1b.sealpush.v1.DeliveryStatus\x12\x10\n\x08order_id\x18\n \x01(\x0c\x12\x10\n\x08group_id\x18\x0b \x01(\x0c\x12\x0b\n\x03tag\x18\x0c \x01(\t\"\xb9\x01\n\x07\x41ttempt\x12%\n\x07\x63hannel\x18\x01 \x01(\x0e\x32\x14.sealpush.v1.Channel\x12\x0e\n\x06leg_no\x18\x02 \x01(\r\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.sealpush.v1.State\x12,\n\x0breason_code\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x87\x03\n\x0e\x44\x65liveryStatus\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.sealpush.v1.State\x12,\n\x0breason_code\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12-\n\tpushed_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfetched_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07read_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0blate_ack_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x0bpush_reason\x18\t \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\"#\n\rCancelRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\"e\n\x0e\x43\x61ncelResponse\x12!\n\x05state\x18\x01 \x01(\x0e\x32\x12.sealpush.v1.State\x12\x30\n\ndeliveries\x18\x02 \x03(\x0b\x32\x1c.sealpush.v1.StoppedDelivery2\xb8\x04\n\nPublishing\x12\x44\n\x07Publish\x12\x1b.sealpush.v1.PublishRequest\x1a\x1c.sealpush.v1.PublishResponse\x12S\n\x0cPublishBatch\x12 .sealpush.v1.PublishBatchRequest\x1a!.sealpush.v1.PublishBatchResponse\x12Z\n\rPublishStream\x12!.sealpush.v1.PublishStreamRequest\x1a\".sealpush.v1.PublishStreamResponse(\x01\x30\x01\x12J\n\tGetStatus\x12\x1d.sealpush.v1.GetStatusRequest\x1a\x1e.sealpush.v1.GetStatusResponse\x12P\n\x0bGetStatuses\x12\x1f.sealpush.v1.GetStatusesRequest\x1a .sealpush.v1.GetStatusesResponse\x12R\n\x0bWatchStatus\x12\x1f.sealpush.v1.WatchStatusRequest\x1a .sealpush.v1.WatchStatusResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.sealpush.v1.CancelRequest\x1a\x1b.sealpush.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sealpush/v1/publish.proto\x12\x0bsealpush.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\x1a\x19sealpush/v1/content.proto\"\x9a\x05\n\x0ePublishRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\trecipient\x18\x02 \x01(\x0b\x32\x16.sealpush.v1.Recipient\x12\x0e\n\x06\x61pp_id\x18\x03 \x01(\t\x12\x30\n\rcontent_class\x18\x04 \x01(\x0e\x32\x19.sealpush.v1.ContentClass\x12%\n\x05plain\x18\x05 \x01(\x0b\x32\x14.sealpush.v1.ContentH\x00\x12,\n\x06sealed\x18\x06 \x01(\x0b\x32\x1a.sealpush.v1.SealedContentH\x00\x12\'\n\x08priority\x18\x07 \x01(\x0e\x32\x15.sealpush.v1.Priority\x12+\n\x08lifetime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0breplace_key\x18\t \x01(\t\x12\x10\n\x08order_id\x18\n \x01(\x0c\x12\x0e\n\x06leg_no\x18\x0b \x01(\r\x12%\n\x07\x63hannel\x18\x0c \x01(\x0e\x32\x14.sealpush.v1.Channel\x12\x10\n\x08group_id\x18\r \x01(\x0c\x12.\n\x0ctraffic_type\x18\x0e \x01(\x0e\x32\x18.sealpush.v1.TrafficType\x12\x0b\n\x03tag\x18\x0f \x01(\t\x12\x12\n\noriginator\x18\x10 \x01(\t\x12\x14\n\x0cprimary_only\x18\x11 \x01(\x08\x12\x15\n\rsubscriptions\x18\x12 \x03(\t\x12(\n\tplatforms\x18\x13 \x03(\x0e\x32\x15.sealpush.v1.Platform\x12\x39\n\x16identity_unchanged_for\x18\x14 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07\x63ontent\">\n\rSealedContent\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x02 \x01(\x0c\"=\n\x0fPublishResponse\x12*\n\x06result\x18\x01 \x01(\x0b\x32\x1a.sealpush.v1.PublishResult\"\xac\x02\n\rPublishResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x15.sealpush.v1.AcceptedH\x00\x12\x34\n\x0enot_registered\x18\x03 \x01(\x0b\x32\x1a.sealpush.v1.NotRegisteredH\x00\x12\x38\n\x10outdated_devices\x18\x04 \x01(\x0b\x32\x1c.sealpush.v1.OutdatedDevicesH\x00\x12\'\n\x07refusal\x18\x05 \x01(\x0b\x32\x14.sealpush.v1.RefusalH\x00\x12\x38\n\x10identity_changed\x18\x06 \x01(\x0b\x32\x1c.sealpush.v1.IdentityChangedH\x00\x42\t\n\x07outcome\"y\n\x08\x41\x63\x63\x65pted\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64\x65vices\x18\x03 \x01(\r\x12\x18\n\x10repeated_request\x18\x04 \x01(\x08\"=\n\rNotRegistered\x12,\n\x0breason_code\x18\x01 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\"\x80\x01\n\x0fOutdatedDevices\x12\x1a\n\x12missing_device_ids\x18\x01 \x03(\x0c\x12\x1a\n\x12surplus_device_ids\x18\x02 \x03(\x0c\x12\x18\n\x10stale_device_ids\x18\x03 \x03(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x04 \x01(\x0c\"U\n\x0fIdentityChanged\x12\x12\n\ndevice_ids\x18\x01 \x03(\x0c\x12.\n\nchanged_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"w\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12.\n\x0bretry_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x13PublishBatchRequest\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.sealpush.v1.PublishRequest\"C\n\x14PublishBatchResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.sealpush.v1.PublishResult\"T\n\x14PublishStreamRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12-\n\x08requests\x18\x02 \x03(\x0b\x32\x1b.sealpush.v1.PublishRequest\"S\n\x15PublishStreamResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x04\x12+\n\x07results\x18\x02 \x03(\x0b\x32\x1a.sealpush.v1.PublishResult\"O\n\x10GetStatusRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x11GetStatusResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.sealpush.v1.MessageStatus\")\n\x12GetStatusesRequest\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\x0c\"C\n\x13GetStatusesResponse\x12,\n\x08statuses\x18\x01 \x03(\x0b\x32\x1a.sealpush.v1.MessageStatus\")\n\x12WatchStatusRequest\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\x0c\"C\n\x13WatchStatusResponse\x12,\n\x08statuses\x18\x01 \x03(\x0b\x32\x1a.sealpush.v1.MessageStatus\"\x97\x03\n\rMessageStatus\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.sealpush.v1.State\x12,\n\x0breason_code\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12\x0f\n\x07\x61ssumed\x18\x04 \x01(\x08\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x02\x61t\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x08\x61ttempts\x18\x08 \x03(\x0b\x32\x14.sealpush.v1.Attempt\x12/\n\ndeliveries\x18\t \x03(\x0b\x32\x1b.sealpush.v1.DeliveryStatus\x12\x10\n\x08order_id\x18\n \x01(\x0c\x12\x10\n\x08group_id\x18\x0b \x01(\x0c\x12\x0b\n\x03tag\x18\x0c \x01(\t\"\xb9\x01\n\x07\x41ttempt\x12%\n\x07\x63hannel\x18\x01 \x01(\x0e\x32\x14.sealpush.v1.Channel\x12\x0e\n\x06leg_no\x18\x02 \x01(\r\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.sealpush.v1.State\x12,\n\x0breason_code\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12&\n\x02\x61t\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x87\x03\n\x0e\x44\x65liveryStatus\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12!\n\x05state\x18\x02 \x01(\x0e\x32\x12.sealpush.v1.State\x12,\n\x0breason_code\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12-\n\tpushed_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nfetched_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x02\x61t\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07read_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0blate_ack_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x0bpush_reason\x18\t \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\"#\n\rCancelRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\"e\n\x0e\x43\x61ncelResponse\x12!\n\x05state\x18\x01 \x01(\x0e\x32\x12.sealpush.v1.State\x12\x30\n\ndeliveries\x18\x02 \x03(\x0b\x32\x1c.sealpush.v1.StoppedDelivery2\xb8\x04\n\nPublishing\x12\x44\n\x07Publish\x12\x1b.sealpush.v1.PublishRequest\x1a\x1c.sealpush.v1.PublishResponse\x12S\n\x0cPublishBatch\x12 .sealpush.v1.PublishBatchRequest\x1a!.sealpush.v1.PublishBatchResponse\x12Z\n\rPublishStream\x12!.sealpush.v1.PublishStreamRequest\x1a\".sealpush.v1.PublishStreamResponse(\x01\x30\x01\x12J\n\tGetStatus\x12\x1d.sealpush.v1.GetStatusRequest\x1a\x1e.sealpush.v1.GetStatusResponse\x12P\n\x0bGetStatuses\x12\x1f.sealpush.v1.GetStatusesRequest\x1a .sealpush.v1.GetStatusesResponse\x12R\n\x0bWatchStatus\x12\x1f.sealpush.v1.WatchStatusRequest\x1a .sealpush.v1.WatchStatusResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.sealpush.v1.CancelRequest\x1a\x1b.sealpush.v1.CancelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,51 +36,53 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sealpush.v1.publish_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PUBLISHREQUEST']._serialized_start=161
-  _globals['_PUBLISHREQUEST']._serialized_end=768
-  _globals['_SEALEDCONTENT']._serialized_start=770
-  _globals['_SEALEDCONTENT']._serialized_end=832
-  _globals['_PUBLISHRESPONSE']._serialized_start=834
-  _globals['_PUBLISHRESPONSE']._serialized_end=895
-  _globals['_PUBLISHRESULT']._serialized_start=898
-  _globals['_PUBLISHRESULT']._serialized_end=1140
-  _globals['_ACCEPTED']._serialized_start=1142
-  _globals['_ACCEPTED']._serialized_end=1263
-  _globals['_NOTREGISTERED']._serialized_start=1265
-  _globals['_NOTREGISTERED']._serialized_end=1326
-  _globals['_OUTDATEDDEVICES']._serialized_start=1329
-  _globals['_OUTDATEDDEVICES']._serialized_end=1457
-  _globals['_REFUSAL']._serialized_start=1459
-  _globals['_REFUSAL']._serialized_end=1578
-  _globals['_PUBLISHBATCHREQUEST']._serialized_start=1580
-  _globals['_PUBLISHBATCHREQUEST']._serialized_end=1648
-  _globals['_PUBLISHBATCHRESPONSE']._serialized_start=1650
-  _globals['_PUBLISHBATCHRESPONSE']._serialized_end=1717
-  _globals['_PUBLISHSTREAMREQUEST']._serialized_start=1719
-  _globals['_PUBLISHSTREAMREQUEST']._serialized_end=1803
-  _globals['_PUBLISHSTREAMRESPONSE']._serialized_start=1805
-  _globals['_PUBLISHSTREAMRESPONSE']._serialized_end=1888
-  _globals['_GETSTATUSREQUEST']._serialized_start=1890
-  _globals['_GETSTATUSREQUEST']._serialized_end=1969
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1971
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2034
-  _globals['_GETSTATUSESREQUEST']._serialized_start=2036
-  _globals['_GETSTATUSESREQUEST']._serialized_end=2077
-  _globals['_GETSTATUSESRESPONSE']._serialized_start=2079
-  _globals['_GETSTATUSESRESPONSE']._serialized_end=2146
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=2148
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=2189
-  _globals['_WATCHSTATUSRESPONSE']._serialized_start=2191
-  _globals['_WATCHSTATUSRESPONSE']._serialized_end=2258
-  _globals['_MESSAGESTATUS']._serialized_start=2261
-  _globals['_MESSAGESTATUS']._serialized_end=2668
-  _globals['_ATTEMPT']._serialized_start=2671
-  _globals['_ATTEMPT']._serialized_end=2856
-  _globals['_DELIVERYSTATUS']._serialized_start=2859
-  _globals['_DELIVERYSTATUS']._serialized_end=3250
-  _globals['_CANCELREQUEST']._serialized_start=3252
-  _globals['_CANCELREQUEST']._serialized_end=3287
-  _globals['_CANCELRESPONSE']._serialized_start=3289
-  _globals['_CANCELRESPONSE']._serialized_end=3390
-  _globals['_PUBLISHING']._serialized_start=3393
-  _globals['_PUBLISHING']._serialized_end=3961
+  _globals['_PUBLISHREQUEST']._serialized_end=827
+  _globals['_SEALEDCONTENT']._serialized_start=829
+  _globals['_SEALEDCONTENT']._serialized_end=891
+  _globals['_PUBLISHRESPONSE']._serialized_start=893
+  _globals['_PUBLISHRESPONSE']._serialized_end=954
+  _globals['_PUBLISHRESULT']._serialized_start=957
+  _globals['_PUBLISHRESULT']._serialized_end=1257
+  _globals['_ACCEPTED']._serialized_start=1259
+  _globals['_ACCEPTED']._serialized_end=1380
+  _globals['_NOTREGISTERED']._serialized_start=1382
+  _globals['_NOTREGISTERED']._serialized_end=1443
+  _globals['_OUTDATEDDEVICES']._serialized_start=1446
+  _globals['_OUTDATEDDEVICES']._serialized_end=1574
+  _globals['_IDENTITYCHANGED']._serialized_start=1576
+  _globals['_IDENTITYCHANGED']._serialized_end=1661
+  _globals['_REFUSAL']._serialized_start=1663
+  _globals['_REFUSAL']._serialized_end=1782
+  _globals['_PUBLISHBATCHREQUEST']._serialized_start=1784
+  _globals['_PUBLISHBATCHREQUEST']._serialized_end=1852
+  _globals['_PUBLISHBATCHRESPONSE']._serialized_start=1854
+  _globals['_PUBLISHBATCHRESPONSE']._serialized_end=1921
+  _globals['_PUBLISHSTREAMREQUEST']._serialized_start=1923
+  _globals['_PUBLISHSTREAMREQUEST']._serialized_end=2007
+  _globals['_PUBLISHSTREAMRESPONSE']._serialized_start=2009
+  _globals['_PUBLISHSTREAMRESPONSE']._serialized_end=2092
+  _globals['_GETSTATUSREQUEST']._serialized_start=2094
+  _globals['_GETSTATUSREQUEST']._serialized_end=2173
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2175
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2238
+  _globals['_GETSTATUSESREQUEST']._serialized_start=2240
+  _globals['_GETSTATUSESREQUEST']._serialized_end=2281
+  _globals['_GETSTATUSESRESPONSE']._serialized_start=2283
+  _globals['_GETSTATUSESRESPONSE']._serialized_end=2350
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=2352
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=2393
+  _globals['_WATCHSTATUSRESPONSE']._serialized_start=2395
+  _globals['_WATCHSTATUSRESPONSE']._serialized_end=2462
+  _globals['_MESSAGESTATUS']._serialized_start=2465
+  _globals['_MESSAGESTATUS']._serialized_end=2872
+  _globals['_ATTEMPT']._serialized_start=2875
+  _globals['_ATTEMPT']._serialized_end=3060
+  _globals['_DELIVERYSTATUS']._serialized_start=3063
+  _globals['_DELIVERYSTATUS']._serialized_end=3454
+  _globals['_CANCELREQUEST']._serialized_start=3456
+  _globals['_CANCELREQUEST']._serialized_end=3491
+  _globals['_CANCELRESPONSE']._serialized_start=3493
+  _globals['_CANCELRESPONSE']._serialized_end=3594
+  _globals['_PUBLISHING']._serialized_start=3597
+  _globals['_PUBLISHING']._serialized_end=4165
 # @@protoc_insertion_point(module_scope)

@@ -23,53 +23,54 @@ _sym_db = _symbol_database.Default()
 
 
 from sealpush.v1 import keys_pb2 as sealpush_dot_v1_dot_keys__pb2
+from sealpush.v1 import publish_pb2 as sealpush_dot_v1_dot_publish__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpushd/v1/sealing.proto\x12\x0csealpushd.v1\x1a\x16sealpush/v1/keys.proto\"=\n\x11PutDevicesRequest\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.sealpushd.v1.NewDevice\"~\n\tNewDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x03 \x01(\x0c\x12*\n\rsigned_prekey\x18\x04 \x01(\x0b\x32\x13.sealpush.v1.Prekey\"&\n\x12PutDevicesResponse\x12\x10\n\x08refusals\x18\x01 \x03(\t\"D\n\x14RemoveDevicesRequest\x12,\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.RemovedDevice\"9\n\rRemovedDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\"\x17\n\x15RemoveDevicesResponse\"4\n\x0bSealRequest\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.sealpushd.v1.SealItem\"\x87\x01\n\x08SealItem\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\x12\x15\n\rcreated_at_ms\x18\x05 \x01(\x04\x12\x15\n\rexpires_at_ms\x18\x06 \x01(\x04\"9\n\x0cSealResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.SealResult\"V\n\nSealResult\x12(\n\x05parts\x18\x01 \x01(\x0b\x32\x19.sealpushd.v1.SealedParts\x12\x1e\n\x16\x64\x65vices_without_prekey\x18\x02 \x03(\x0c\"j\n\x0bSealedParts\x12\x12\n\ncontent_id\x18\x01 \x01(\x0c\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x0c\n\x04tail\x18\x03 \x01(\x0c\x12+\n\x07stanzas\x18\x04 \x03(\x0b\x32\x1a.sealpushd.v1.DeviceStanza\"1\n\x0c\x44\x65viceStanza\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0e\n\x06stanza\x18\x02 \x01(\x0c\"@\n\x13\x43heckStanzasRequest\x12)\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x19.sealpushd.v1.StanzaCheck\"\x8c\x01\n\x0bStanzaCheck\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12(\n\x07stanzas\x18\x04 \x03(\x0b\x32\x17.sealpushd.v1.StanzaKey\x12\x15\n\rrecipient_ref\x18\x05 \x01(\x0c\"g\n\tStanzaKey\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\r\n\x05suite\x18\x02 \x01(\r\x12\x11\n\tprekey_id\x18\x03 \x01(\r\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.PrekeyKind\"E\n\x14\x43heckStanzasResponse\x12-\n\x08verdicts\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.StanzaVerdict\"\x9d\x01\n\rStanzaVerdict\x12\x1a\n\x12missing_device_ids\x18\x01 \x03(\x0c\x12\x1a\n\x12surplus_device_ids\x18\x02 \x03(\x0c\x12\x18\n\x10stale_device_ids\x18\x03 \x03(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x04 \x01(\x0c\x12\x1d\n\x15\x66oreign_recipient_ref\x18\x05 \x01(\x08\"\x17\n\x15GetPlatformKeyRequest\",\n\x16GetPlatformKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x32\xa7\x03\n\x07Sealing\x12O\n\nPutDevices\x12\x1f.sealpushd.v1.PutDevicesRequest\x1a .sealpushd.v1.PutDevicesResponse\x12X\n\rRemoveDevices\x12\".sealpushd.v1.RemoveDevicesRequest\x1a#.sealpushd.v1.RemoveDevicesResponse\x12=\n\x04Seal\x12\x19.sealpushd.v1.SealRequest\x1a\x1a.sealpushd.v1.SealResponse\x12U\n\x0c\x43heckStanzas\x12!.sealpushd.v1.CheckStanzasRequest\x1a\".sealpushd.v1.CheckStanzasResponse\x12[\n\x0eGetPlatformKey\x12#.sealpushd.v1.GetPlatformKeyRequest\x1a$.sealpushd.v1.GetPlatformKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpushd/v1/sealing.proto\x12\x0csealpushd.v1\x1a\x16sealpush/v1/keys.proto\x1a\x19sealpush/v1/publish.proto\"=\n\x11PutDevicesRequest\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.sealpushd.v1.NewDevice\"~\n\tNewDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x03 \x01(\x0c\x12*\n\rsigned_prekey\x18\x04 \x01(\x0b\x32\x13.sealpush.v1.Prekey\"&\n\x12PutDevicesResponse\x12\x10\n\x08refusals\x18\x01 \x03(\t\"D\n\x14RemoveDevicesRequest\x12,\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.RemovedDevice\"9\n\rRemovedDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\"\x17\n\x15RemoveDevicesResponse\"4\n\x0bSealRequest\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.sealpushd.v1.SealItem\"\x9f\x01\n\x08SealItem\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\x12\x15\n\rcreated_at_ms\x18\x05 \x01(\x04\x12\x15\n\rexpires_at_ms\x18\x06 \x01(\x04\x12\x16\n\x0e\x61\x64\x64\x65\x64_until_ms\x18\x07 \x01(\x04\"9\n\x0cSealResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.SealResult\"\x8e\x01\n\nSealResult\x12(\n\x05parts\x18\x01 \x01(\x0b\x32\x19.sealpushd.v1.SealedParts\x12\x1e\n\x16\x64\x65vices_without_prekey\x18\x02 \x03(\x0c\x12\x36\n\x10identity_changed\x18\x03 \x01(\x0b\x32\x1c.sealpush.v1.IdentityChanged\"j\n\x0bSealedParts\x12\x12\n\ncontent_id\x18\x01 \x01(\x0c\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x0c\n\x04tail\x18\x03 \x01(\x0c\x12+\n\x07stanzas\x18\x04 \x03(\x0b\x32\x1a.sealpushd.v1.DeviceStanza\"1\n\x0c\x44\x65viceStanza\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0e\n\x06stanza\x18\x02 \x01(\x0c\"@\n\x13\x43heckStanzasRequest\x12)\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x19.sealpushd.v1.StanzaCheck\"\xa4\x01\n\x0bStanzaCheck\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12(\n\x07stanzas\x18\x04 \x03(\x0b\x32\x17.sealpushd.v1.StanzaKey\x12\x15\n\rrecipient_ref\x18\x05 \x01(\x0c\x12\x16\n\x0e\x61\x64\x64\x65\x64_until_ms\x18\x06 \x01(\x04\"g\n\tStanzaKey\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\r\n\x05suite\x18\x02 \x01(\r\x12\x11\n\tprekey_id\x18\x03 \x01(\r\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.PrekeyKind\"E\n\x14\x43heckStanzasResponse\x12-\n\x08verdicts\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.StanzaVerdict\"\xd5\x01\n\rStanzaVerdict\x12\x1a\n\x12missing_device_ids\x18\x01 \x03(\x0c\x12\x1a\n\x12surplus_device_ids\x18\x02 \x03(\x0c\x12\x18\n\x10stale_device_ids\x18\x03 \x03(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x04 \x01(\x0c\x12\x1d\n\x15\x66oreign_recipient_ref\x18\x05 \x01(\x08\x12\x36\n\x10identity_changed\x18\x06 \x01(\x0b\x32\x1c.sealpush.v1.IdentityChanged\"\x17\n\x15GetPlatformKeyRequest\",\n\x16GetPlatformKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x32\xa7\x03\n\x07Sealing\x12O\n\nPutDevices\x12\x1f.sealpushd.v1.PutDevicesRequest\x1a .sealpushd.v1.PutDevicesResponse\x12X\n\rRemoveDevices\x12\".sealpushd.v1.RemoveDevicesRequest\x1a#.sealpushd.v1.RemoveDevicesResponse\x12=\n\x04Seal\x12\x19.sealpushd.v1.SealRequest\x1a\x1a.sealpushd.v1.SealResponse\x12U\n\x0c\x43heckStanzas\x12!.sealpushd.v1.CheckStanzasRequest\x1a\".sealpushd.v1.CheckStanzasResponse\x12[\n\x0eGetPlatformKey\x12#.sealpushd.v1.GetPlatformKeyRequest\x1a$.sealpushd.v1.GetPlatformKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sealpushd.v1.sealing_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PUTDEVICESREQUEST']._serialized_start=68
-  _globals['_PUTDEVICESREQUEST']._serialized_end=129
-  _globals['_NEWDEVICE']._serialized_start=131
-  _globals['_NEWDEVICE']._serialized_end=257
-  _globals['_PUTDEVICESRESPONSE']._serialized_start=259
-  _globals['_PUTDEVICESRESPONSE']._serialized_end=297
-  _globals['_REMOVEDEVICESREQUEST']._serialized_start=299
-  _globals['_REMOVEDEVICESREQUEST']._serialized_end=367
-  _globals['_REMOVEDDEVICE']._serialized_start=369
-  _globals['_REMOVEDDEVICE']._serialized_end=426
-  _globals['_REMOVEDEVICESRESPONSE']._serialized_start=428
-  _globals['_REMOVEDEVICESRESPONSE']._serialized_end=451
-  _globals['_SEALREQUEST']._serialized_start=453
-  _globals['_SEALREQUEST']._serialized_end=505
-  _globals['_SEALITEM']._serialized_start=508
-  _globals['_SEALITEM']._serialized_end=643
-  _globals['_SEALRESPONSE']._serialized_start=645
-  _globals['_SEALRESPONSE']._serialized_end=702
-  _globals['_SEALRESULT']._serialized_start=704
-  _globals['_SEALRESULT']._serialized_end=790
-  _globals['_SEALEDPARTS']._serialized_start=792
-  _globals['_SEALEDPARTS']._serialized_end=898
-  _globals['_DEVICESTANZA']._serialized_start=900
-  _globals['_DEVICESTANZA']._serialized_end=949
-  _globals['_CHECKSTANZASREQUEST']._serialized_start=951
-  _globals['_CHECKSTANZASREQUEST']._serialized_end=1015
-  _globals['_STANZACHECK']._serialized_start=1018
-  _globals['_STANZACHECK']._serialized_end=1158
-  _globals['_STANZAKEY']._serialized_start=1160
-  _globals['_STANZAKEY']._serialized_end=1263
-  _globals['_CHECKSTANZASRESPONSE']._serialized_start=1265
-  _globals['_CHECKSTANZASRESPONSE']._serialized_end=1334
-  _globals['_STANZAVERDICT']._serialized_start=1337
-  _globals['_STANZAVERDICT']._serialized_end=1494
-  _globals['_GETPLATFORMKEYREQUEST']._serialized_start=1496
-  _globals['_GETPLATFORMKEYREQUEST']._serialized_end=1519
-  _globals['_GETPLATFORMKEYRESPONSE']._serialized_start=1521
-  _globals['_GETPLATFORMKEYRESPONSE']._serialized_end=1565
-  _globals['_SEALING']._serialized_start=1568
-  _globals['_SEALING']._serialized_end=1991
+  _globals['_PUTDEVICESREQUEST']._serialized_start=95
+  _globals['_PUTDEVICESREQUEST']._serialized_end=156
+  _globals['_NEWDEVICE']._serialized_start=158
+  _globals['_NEWDEVICE']._serialized_end=284
+  _globals['_PUTDEVICESRESPONSE']._serialized_start=286
+  _globals['_PUTDEVICESRESPONSE']._serialized_end=324
+  _globals['_REMOVEDEVICESREQUEST']._serialized_start=326
+  _globals['_REMOVEDEVICESREQUEST']._serialized_end=394
+  _globals['_REMOVEDDEVICE']._serialized_start=396
+  _globals['_REMOVEDDEVICE']._serialized_end=453
+  _globals['_REMOVEDEVICESRESPONSE']._serialized_start=455
+  _globals['_REMOVEDEVICESRESPONSE']._serialized_end=478
+  _globals['_SEALREQUEST']._serialized_start=480
+  _globals['_SEALREQUEST']._serialized_end=532
+  _globals['_SEALITEM']._serialized_start=535
+  _globals['_SEALITEM']._serialized_end=694
+  _globals['_SEALRESPONSE']._serialized_start=696
+  _globals['_SEALRESPONSE']._serialized_end=753
+  _globals['_SEALRESULT']._serialized_start=756
+  _globals['_SEALRESULT']._serialized_end=898
+  _globals['_SEALEDPARTS']._serialized_start=900
+  _globals['_SEALEDPARTS']._serialized_end=1006
+  _globals['_DEVICESTANZA']._serialized_start=1008
+  _globals['_DEVICESTANZA']._serialized_end=1057
+  _globals['_CHECKSTANZASREQUEST']._serialized_start=1059
+  _globals['_CHECKSTANZASREQUEST']._serialized_end=1123
+  _globals['_STANZACHECK']._serialized_start=1126
+  _globals['_STANZACHECK']._serialized_end=1290
+  _globals['_STANZAKEY']._serialized_start=1292
+  _globals['_STANZAKEY']._serialized_end=1395
+  _globals['_CHECKSTANZASRESPONSE']._serialized_start=1397
+  _globals['_CHECKSTANZASRESPONSE']._serialized_end=1466
+  _globals['_STANZAVERDICT']._serialized_start=1469
+  _globals['_STANZAVERDICT']._serialized_end=1682
+  _globals['_GETPLATFORMKEYREQUEST']._serialized_start=1684
+  _globals['_GETPLATFORMKEYREQUEST']._serialized_end=1707
+  _globals['_GETPLATFORMKEYRESPONSE']._serialized_start=1709
+  _globals['_GETPLATFORMKEYRESPONSE']._serialized_end=1753
+  _globals['_SEALING']._serialized_start=1756
+  _globals['_SEALING']._serialized_end=2179
 # @@protoc_insertion_point(module_scope)
