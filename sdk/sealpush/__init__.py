@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from sealpush.device import Device, Diagnosis, Installation, Message, MessageStream, Preference, RegistrationStarted, SealedBy
+    from sealpush.devicelog import DeviceNotice, KnownDevice, NoticeKind, fingerprint
     from sealpush.errors import (
         CallFailed,
+        DeviceLogBroken,
         KeyRefused,
         KeystoreError,
         NotRegisteredHere,
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
         Unauthenticated,
         WrongCode,
     )
-    from sealpush.failover import AlternativeChannel, ClientMemory, Delivered, FailoverPolicy, FallbackReason, Push
+    from sealpush.failover import AlternativeChannel, ClientMemory, Delivered, FailoverPolicy, FallbackReason, HoldBack, Push
     from sealpush.keys import ContentSigningKey
     from sealpush.keystore import DeviceRegistration, Keystore, MemoryKeystore, SqliteKeystore
     from sealpush.model import (
@@ -42,10 +44,12 @@ if TYPE_CHECKING:
         Attempt,
         Cancelled,
         DeliveryStatus,
+        IdentityChanged,
         MessageStatus,
         NotRegistered,
         Publication,
         PublishOutcome,
+        RecipientDevices,
         Refused,
         SealedPublication,
         Sender,
@@ -71,21 +75,27 @@ __all__ = [
     "Delivered",
     "DeliveryStatus",
     "Device",
+    "DeviceLogBroken",
+    "DeviceNotice",
     "DeviceRegistration",
     "Diagnosis",
     "Endpoints",
     "FailoverPolicy",
     "FallbackReason",
+    "HoldBack",
+    "IdentityChanged",
     "Installation",
     "KeyRefused",
     "Keystore",
     "KeystoreError",
+    "KnownDevice",
     "MemoryKeystore",
     "Message",
     "MessageStatus",
     "MessageStream",
     "NotRegistered",
     "NotRegisteredHere",
+    "NoticeKind",
     "Platform",
     "Preference",
     "Priority",
@@ -95,6 +105,7 @@ __all__ = [
     "PushEnvironment",
     "Reason",
     "Recipient",
+    "RecipientDevices",
     "Refused",
     "RegistrationStarted",
     "RetryPolicy",
@@ -113,6 +124,7 @@ __all__ = [
     "Unanswered",
     "Unauthenticated",
     "WrongCode",
+    "fingerprint",
 ]
 
 _HOMES: Final = {
@@ -126,8 +138,15 @@ _HOMES: Final = {
         "RegistrationStarted",
         "SealedBy",
     ),
+    "devicelog": (
+        "DeviceNotice",
+        "KnownDevice",
+        "NoticeKind",
+        "fingerprint",
+    ),
     "errors": (
         "CallFailed",
+        "DeviceLogBroken",
         "KeyRefused",
         "KeystoreError",
         "NotRegisteredHere",
@@ -143,6 +162,7 @@ _HOMES: Final = {
         "Delivered",
         "FailoverPolicy",
         "FallbackReason",
+        "HoldBack",
         "Push",
     ),
     "keys": ("ContentSigningKey",),
@@ -175,10 +195,12 @@ _HOMES: Final = {
         "Attempt",
         "Cancelled",
         "DeliveryStatus",
+        "IdentityChanged",
         "MessageStatus",
         "NotRegistered",
         "Publication",
         "PublishOutcome",
+        "RecipientDevices",
         "Refused",
         "SealedPublication",
         "Sender",

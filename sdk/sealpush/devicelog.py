@@ -245,69 +245,6 @@ def notices_of_another(before: DeviceLog, after: DeviceLog, own: DeviceId, now_m
     return found
 
 
-def fingerprint(self) -> str:
-    """Of the device, to compare with what it shows itself; empty where no device is concerned. Takes milliseconds."""
-    return "" if self.device_id is None else fingerprint([(self.device_id, self.identity_public_key)])
-
-
-@dataclass(frozen=True, slots=True)
-class KnownDevice:
-    """A device of a person. `vouched`: the first of its log, or vouched for by one that was; else the service alone says whose it is."""
-
-    device_id: DeviceId
-    identity_public_key: bytes
-    added_at: datetime
-    vouched: bool
-    is_this: bool = False
-
-    @property
-    def fingerprint(self) -> str:
-        """60 digits to compare with what the device shows itself. Takes milliseconds."""
-        return fingerprint([(self.device_id, self.identity_public_key)])
-
-
-_NOTICE_OF: Final = {
-    EntryKind.ADDED: NoticeKind.ADDED,
-    EntryKind.REMOVED: NoticeKind.REMOVED,
-    EntryKind.VOUCHED: NoticeKind.VOUCHED,
-}
-
-
-def notices_of(entries: Iterable[bytes], own: DeviceId) -> list[DeviceNotice]:
-    """What a device tells of entries that came: nothing of itself, and not what it vouched for."""
-    said = [LogEntry.decode(entry) for entry in entries]
-    return [
-        DeviceNotice(_NOTICE_OF[each.kind], each.at_ms, each.device_id, each.identity_public_key)
-        for each in said
-        if own not in (each.device_id, each.by_device_id)
-    ]
-
-
-def new_to(own: DeviceId, entries: Sequence[bytes]) -> Sequence[bytes]:
-    """What of a whole log came after the device itself; all of it where the device is not in it."""
-    added = [n for n, each in enumerate(map(LogEntry.decode, entries)) if each.kind is EntryKind.ADDED and each.device_id == own]
-    return entries[added[-1] + 1 :] if added else entries
-
-
-def notices_of_another(before: DeviceLog, after: DeviceLog, own: DeviceId, now_ms: int) -> list[DeviceNotice]:
-    """What a device tells when the service has another history than the one that was known: that, and how the lists differ."""
-    found = [DeviceNotice(NoticeKind.LOG_BROKEN, now_ms)]
-    for device_id, each in before.devices.items():
-        now = after.devices.get(device_id)
-        if device_id != own and (now is None or now.identity_public_key != each.identity_public_key):
-            found.append(DeviceNotice(NoticeKind.REMOVED, now_ms, device_id, each.identity_public_key))
-    for device_id, each in after.devices.items():
-        known = before.devices.get(device_id)
-        if device_id != own and (known is None or known.identity_public_key != each.identity_public_key):
-            found.append(DeviceNotice(NoticeKind.ADDED, each.added_at_ms, device_id, each.identity_public_key))
-    return found
-
-
-def same_head(one: bytes, other: bytes) -> bool:
-    """Whether two heads stand for the same history."""
-    return hmac.compare_digest(one, other)
-
-
 def fingerprint(devices: Iterable[tuple[DeviceId, bytes]]) -> str:
     """60 digits, in 12 groups of 5, that stand for these devices and their identity keys; the order given does not matter.
 

@@ -1,4 +1,4 @@
-"""A device's keys over time: making and signing prekeys, and what is due daily.
+"""A device's keys over time: making and signing prekeys, and what is due daily; and the look at the device log, hourly.
 
 A signed prekey serves 7 days; one-time prekeys are topped up when few are left at the service. Private halves are stored
 before anybody hears of the public ones.
@@ -7,6 +7,7 @@ before anybody hears of the public ones.
 from dataclasses import replace
 from typing import Final
 
+from sealpush.devices import Devices
 from sealpush.errors import SealpushError
 from sealpush.ids import DeviceId
 from sealpush.keys import (
@@ -40,11 +41,14 @@ _MAINTAINED_AT: Final = "maintained.at"
 class Upkeep:
     """What is due daily. `one_time_prekeys` is how many to keep at the service."""
 
-    def __init__(self, session: Session, store: Store, who: Who, time: ServerTime, trouble: Trouble, *, one_time_prekeys: int) -> None:
+    def __init__(
+        self, session: Session, store: Store, who: Who, time: ServerTime, devices: Devices, trouble: Trouble, *, one_time_prekeys: int
+    ) -> None:
         self._session = session
         self._store = store
         self._who = who
         self._time = time
+        self._devices = devices
         self._trouble = trouble
         self._one_time_prekeys = one_time_prekeys
         self._done_at_ms = 0
@@ -53,6 +57,7 @@ class Upkeep:
         """Read when it was done last."""
         done_at = await self._store(lambda keystore: keystore.fact(_MAINTAINED_AT))
         self._done_at_ms = int.from_bytes(done_at or b"", "big")
+        await self._devices.load()
 
     async def do(self, deadline: Deadline) -> None:
         """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
@@ -82,6 +87,7 @@ class Upkeep:
 
     async def do_if_due(self, deadline: Deadline, longest_s: float) -> None:
         """Messages matter more: what fails here is noted, and tried again the next time."""
+        await self._devices.check_if_due(deadline, longest_s)
         remaining_s = min(deadline.remaining_s(), longest_s)
         if abs(self._time.now_ms() - self._done_at_ms) < MAINTENANCE_PERIOD_MS or remaining_s < MAINTENANCE_S_MIN:
             return

@@ -29,10 +29,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
 from sealpush.device import Device, Installation, Message, Preference, SealedBy
+from sealpush.devicelog import EntryKind, LogEntry, next_head, start_head
 from sealpush.entries import PROFILE_FAILED_PAUSE_S
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
 from sealpush.errors import KeystoreError, NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
-from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, uuid7
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
     ContentSigningKey,
@@ -326,6 +327,16 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         return keys_pb2.GetPrekeyStateResponse(signed_prekey_id=phone.signed_prekey.prekey_id, one_time_prekeys_left=len(phone.one_time))
 
     async def GetRecipientKeys(self, request: keys_pb2.GetRecipientKeysRequest, context: Context) -> Any:
+        raise NotImplementedError
+
+    async def GetDeviceLog(self, request: keys_pb2.GetDeviceLogRequest, context: Context) -> Any:
+        await self.before("GetDeviceLog", context)
+        phone = await self.who(context)
+        entry = LogEntry(EntryKind.ADDED, phone.device_id, phone.identity_public_key, 1).encode()
+        head = next_head(start_head(SubscriberId(request.subscriber_id)), entry)
+        return keys_pb2.GetDeviceLogResponse(entries=[entry][request.after_seq :], seq=1, head=head)
+
+    async def VouchDevice(self, request: keys_pb2.VouchDeviceRequest, context: Context) -> Any:
         raise NotImplementedError
 
     # Accounts
