@@ -21,3 +21,11 @@ export class EntryRefused extends Error {
     this.name = 'EntryRefused';
   }
 }
+
+/** A log of devices says what it cannot say. Tell the person; messages go on. */
+export class DeviceLogBroken extends Error {
+  constructor(message) {
+    super(message);
+    this.name = 'DeviceLogBroken';
+  }
+}
