@@ -107,7 +107,7 @@ def serve(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Serve:
             closing.append(peer.stop)
         channel = grpc.aio.insecure_channel(public.address)
         closing.append(channel.close)
-        return Served(app, channel, inside.address)
+        return Served(app, channel, inside.address, public.address)
 
     return start
 

@@ -84,6 +84,7 @@ class Served:
     app: ServiceApp
     public: grpc.aio.Channel
     mesh_address: str
+    public_address: str
 
 
 class Serve(Protocol):
