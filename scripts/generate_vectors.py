@@ -1028,7 +1028,7 @@ def device_log_vectors() -> Json:
             "recovered": read.recovered,
             "device_id": read.device_id.hex(),
             "identity_public_key": read.identity_public_key.hex(),
-            "at_ms": str(read.at_ms),
+            "time_ms": read.at_ms,
             "by_device_id": None if read.by_device_id is None else read.by_device_id.hex(),
             "signature": read.signature.hex(),
         }
@@ -1040,7 +1040,7 @@ def device_log_vectors() -> Json:
             {
                 "device_id": each.device_id.hex(),
                 "identity_public_key": each.identity_public_key.hex(),
-                "added_at_ms": str(each.added_at_ms),
+                "added_ms": each.added_at_ms,
                 "added_head": each.added_head.hex(),
                 "vouched": each.vouched,
             }
@@ -1073,7 +1073,7 @@ def device_log_vectors() -> Json:
             entry("added, recovered", add[1]),
             entry("removed", gone[0]),
             entry("vouched", vouch_second),
-            entry("the largest time", log_bytes(first, 1, at_ms=2**64 - 1)),
+            entry("the largest time", log_bytes(first, 1, at_ms=TIME_MS_MAX)),
         ],
         "entries_refused": [
             {"name": name, "entry": data.hex()}
@@ -1085,6 +1085,7 @@ def device_log_vectors() -> Json:
                 "kind 0": log_bytes(first, 0),
                 "kind 4": log_bytes(first, 4),
                 "an unknown flag": log_bytes(first, 1, flags=2),
+                "a time beyond 48 bits": log_bytes(first, 1, at_ms=TIME_MS_MAX + 1),
                 "added, with the room of a vouch": log_bytes(first, 1, more=bytes(80)),
                 "vouched, without who does": log_bytes(first, 3),
                 "vouched, a byte short": vouch_second[:-1],

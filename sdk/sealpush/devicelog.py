@@ -6,8 +6,9 @@ The log of a subscriber is a hash chain of entries that are never changed. Numbe
     head0 = SHA-256("SPL1-start" | subscriber_id16)
     headN = SHA-256("SPL1-log" | headN-1 | entryN)
 
-kind: 1 added, 2 removed, 3 vouched; only the last has what stands in brackets. flags bit 0, of an added device: recovered, that is no
-device which was there before vouches for it. The head is the `device_list_version` that senders see.
+kind: 1 added, 2 removed, 3 vouched; only the last has what stands in brackets. Times are Unix milliseconds within 48 bits. flags bit 0, of
+an added device: recovered, that is no device which was there before vouches for it. The head is the `device_list_version` that senders
+see.
 
 What a log may say is decided here once, for the server that writes it and for everybody who reads it (`DeviceLog.then()`):
 
@@ -31,6 +32,7 @@ from typing import Final, Self
 
 from sealpush.errors import DeviceLogBroken
 from sealpush.ids import DeviceId, SubscriberId, check_id
+from sealpush.keys import TIME_MS_MAX
 from sealpush.model import moment
 from sealpush.proofs import verify_proof, vouch_proof
 
@@ -80,7 +82,7 @@ class LogEntry:
             vouch = _VOUCH.unpack(entry[_ENTRY.size :]) if kind == EntryKind.VOUCHED else (None, b"")
         except struct.error as e:
             raise ValueError("not an entry of a device log") from e
-        if magic != _MAGIC or flags & ~_RECOVERED or (kind != EntryKind.VOUCHED and len(entry) != _ENTRY.size):
+        if magic != _MAGIC or flags & ~_RECOVERED or at_ms > TIME_MS_MAX or (kind != EntryKind.VOUCHED and len(entry) != _ENTRY.size):
             raise ValueError("not an entry of a device log that this release knows")
         by_device_id, signature = vouch
         return cls(EntryKind(kind), DeviceId(device_id), identity_public_key, at_ms, bool(flags & _RECOVERED), by_device_id, signature)

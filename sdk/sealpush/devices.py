@@ -41,6 +41,7 @@ ROUNDS_MAX: Final = 3  # another process of this device may be as fast; not more
 _CHECKED_AT: Final = "devices.checked-at"  # a fact in the store
 
 Tell = Callable[[DeviceNotice], Awaitable[None]]
+Followed = tuple[DeviceLog, list[DeviceNotice]]  # and what is new to tell
 
 
 class Devices:
@@ -76,11 +77,18 @@ class Devices:
     async def check(self, deadline: Deadline) -> DeviceLog:
         """The log as it is now, kept, and told where it has changed. Raises CallFailed, KeystoreError."""
         async with self._checking:
-            for _ in range(ROUNDS_MAX):
-                log = await self._follow(deadline)
-                if log is not None:
-                    await self._checked(self._time.now_ms())
-                    return log
+            log, told = await self._follow_up(deadline)
+        # Only now: what is told may ask for the devices.
+        for notice in told:
+            await self._tell(notice)
+        return log
+
+    async def _follow_up(self, deadline: Deadline) -> Followed:
+        for _ in range(ROUNDS_MAX):
+            followed = await self._follow(deadline)
+            if followed is not None:
+                await self._checked(self._time.now_ms())
+                return followed
         raise KeystoreBusy("another process of this device follows the device log at the same time; try again")
 
     async def _checked(self, now_ms: int) -> None:
@@ -116,7 +124,7 @@ class Devices:
         await self._session.call(self._session.channels.keys.VouchDevice, request, deadline)
         await self.check(deadline)
 
-    async def _follow(self, deadline: Deadline) -> DeviceLog | None:
+    async def _follow(self, deadline: Deadline) -> Followed | None:
         """Read on from what is kept, and keep what comes; None: another process kept something else meanwhile."""
         _, registration = self._who.registered()
         own = registration.device_id
@@ -134,13 +142,9 @@ class Devices:
             self._trouble.note(error)
             log, new, notices = await self._read_anew(start, known, kept, own, deadline)
         if new == kept and not notices:
-            return log
+            return log, []
         told = await self._store(lambda keystore: keystore.put_device_log(kept, new, notices))
-        if told is None:
-            return None
-        for notice in told:
-            await self._tell(notice)
-        return log
+        return None if told is None else (log, told)
 
     async def _read_anew(
         self, start: DeviceLog, known: DeviceLog | None, kept: KeptLog, own: DeviceId, deadline: Deadline
@@ -166,6 +170,8 @@ class Devices:
         while True:
             request = keys_pb2.GetDeviceLogRequest(subscriber_id=registration.subscriber_id, after_seq=log.seq)
             answer = await self._session.call(self._session.channels.keys.GetDeviceLog, request, deadline)
+            if log.seq + len(answer.entries) > ENTRIES_MAX:  # before any of them costs anything
+                raise DeviceLogBroken(f"the log has more than {ENTRIES_MAX} entries; nobody has so many devices")
             for entry in answer.entries:
                 log = log.then(entry)
             entries.extend(answer.entries)
@@ -175,8 +181,6 @@ class Devices:
                 return log, tuple(entries)
             if log.seq > answer.seq or not answer.entries:
                 raise DeviceLogBroken("the log ends before the end that the service names, or before what was known")
-            if log.seq > ENTRIES_MAX:
-                raise DeviceLogBroken(f"the log has more than {ENTRIES_MAX} entries; nobody has so many devices")
 
 
 def _known(start: DeviceLog, kept: KeptLog) -> DeviceLog | None:

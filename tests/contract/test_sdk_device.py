@@ -1492,3 +1492,34 @@ async def test_a_notice_is_kept_whatever_the_app_does_with_it(
     assert "secret" not in caplog.text
     await device.dismiss_notices([notice])
     assert await make(keystore).notices() == []
+
+
+async def test_an_app_may_ask_for_the_devices_when_it_is_told_of_one(service: Service, make: Make) -> None:
+    seen: list[int] = []
+
+    async def ask(notice: DeviceNotice) -> None:
+        seen.append(len(await device.devices()))
+
+    device = await register(make(on_notice=ask))
+    service.log_after_own.append(a_newcomer())
+    async with asyncio.timeout(5):
+        await device.drain()
+    assert seen == [2]
+
+
+async def test_a_log_without_end_is_broken_before_it_costs_anything(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    service.log_after_own = [a_newcomer()] * 40_000
+    service.send()
+    async with asyncio.timeout(10):
+        assert texts(await device.drain()) == ["hello"]
+    assert [each.kind for each in await device.notices()] == [NoticeKind.LOG_BROKEN]
+    assert keystore.device_log().entries == ()
+
+
+async def test_a_time_that_no_store_can_hold_does_not_keep_the_person_in_the_dark(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    added = a_newcomer()
+    service.log_after_own.append(added[:-8] + b"\xff" * 8)
+    await device.drain()
+    assert [each.kind for each in await device.notices()] == [NoticeKind.LOG_BROKEN]

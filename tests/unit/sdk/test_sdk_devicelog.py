@@ -25,21 +25,23 @@ from sealpush.devicelog import (
 )
 from sealpush.errors import DeviceLogBroken
 from sealpush.ids import DeviceId, SubscriberId
-from sealpush.keys import IdentityKey
+from sealpush.keys import TIME_MS_MAX, IdentityKey
 from sealpush.proofs import vouch_proof
 
 PERSON = SubscriberId(b"s" * 16)
 OWN = DeviceId(b"0" * 16)
 IDENTITIES = {DeviceId(bytes((ord("0") + n,)) * 16): IdentityKey.from_seed(bytes((n,)) * 32) for n in range(4)}
 
-bytes16, bytes32, u64 = st.binary(min_size=16, max_size=16), st.binary(min_size=32, max_size=32), st.integers(0, 2**64 - 1)
-entries = st.builds(LogEntry, st.sampled_from((EntryKind.ADDED, EntryKind.REMOVED)), bytes16.map(DeviceId), bytes32, u64, st.booleans()) | (
+bytes16, bytes32, times = st.binary(min_size=16, max_size=16), st.binary(min_size=32, max_size=32), st.integers(0, TIME_MS_MAX)
+entries = st.builds(
+    LogEntry, st.sampled_from((EntryKind.ADDED, EntryKind.REMOVED)), bytes16.map(DeviceId), bytes32, times, st.booleans()
+) | (
     st.builds(
         LogEntry,
         st.just(EntryKind.VOUCHED),
         bytes16.map(DeviceId),
         bytes32,
-        u64,
+        times,
         st.booleans(),
         bytes16.map(DeviceId),
         st.binary(min_size=64, max_size=64),

@@ -440,7 +440,7 @@ def test_an_entry_of_a_device_log_reads_and_writes_as_these_bytes(case: Json) ->
         EntryKind(fields["kind"]),
         DeviceId(unhex(fields["device_id"])),
         unhex(fields["identity_public_key"]),
-        int(fields["at_ms"]),
+        fields["time_ms"],
         fields["recovered"],
         None if by is None else DeviceId(unhex(by)),
         unhex(fields["signature"]),
@@ -468,7 +468,7 @@ def test_a_device_log_has_these_heads_and_devices(case: Json) -> None:
         {
             "device_id": each.device_id.hex(),
             "identity_public_key": each.identity_public_key.hex(),
-            "added_at_ms": str(each.added_at_ms),
+            "added_ms": each.added_at_ms,
             "added_head": each.added_head.hex(),
             "vouched": each.vouched,
         }

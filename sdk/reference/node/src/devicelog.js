@@ -11,21 +11,21 @@ const MAGIC = 'SPL1';
 const RECOVERED = 1;
 const HASHES = 5200;
 
-/** The bytes of `{ kind, recovered, deviceId, identityPublicKey, atMs, byDeviceId, signature }`; the last two for VOUCHED only. */
-export function encodeEntry({ kind, recovered, deviceId, identityPublicKey, atMs, byDeviceId, signature }) {
+/** The bytes of `{ kind, recovered, deviceId, identityPublicKey, timeMs, byDeviceId, signature }`; the last two for VOUCHED only. */
+export function encodeEntry({ kind, recovered, deviceId, identityPublicKey, timeMs, byDeviceId, signature }) {
   const entry = concat(
     utf8(MAGIC),
     u8(kind),
     u8(recovered ? RECOVERED : 0),
     exactly(16, deviceId, 'deviceId'),
     exactly(32, identityPublicKey, 'identityPublicKey'),
-    u64(atMs),
+    u64(timeMs),
   );
   if (kind !== EntryKind.VOUCHED) return entry;
   return concat(entry, exactly(16, byDeviceId, 'byDeviceId'), exactly(64, signature, 'signature'));
 }
 
-/** What exactly these bytes say; throws RangeError. `atMs` is a BigInt. */
+/** What exactly these bytes say; throws RangeError. */
 export function decodeEntry(bytes) {
   const reader = new Reader(bytes);
   const magic = reader.take(4);
@@ -34,7 +34,7 @@ export function decodeEntry(bytes) {
   if (!same(magic, utf8(MAGIC)) || !Object.values(EntryKind).includes(kind) || flags & ~RECOVERED) {
     throw new RangeError('not an entry of a device log that this code knows');
   }
-  const entry = { kind, recovered: flags === RECOVERED, deviceId: reader.take(16), identityPublicKey: reader.take(32), atMs: reader.u64() };
+  const entry = { kind, recovered: flags === RECOVERED, deviceId: reader.take(16), identityPublicKey: reader.take(32), timeMs: reader.time() };
   if (kind === EntryKind.VOUCHED) Object.assign(entry, { byDeviceId: reader.take(16), signature: reader.take(64) });
   if (reader.left) throw new RangeError('bytes after the end of an entry');
   return entry;
@@ -59,8 +59,8 @@ export function nextLog(log, bytes) {
   const listed = devices.get(name);
   if (entry.kind === EntryKind.ADDED) {
     if (listed || entry.recovered !== log.seq > 0) throw new DeviceLogBroken('a device that is there, or hides that nobody vouches for it');
-    const { deviceId, identityPublicKey, atMs, recovered } = entry;
-    devices.set(name, { deviceId, identityPublicKey, addedAtMs: atMs, addedHead: head, vouched: !recovered });
+    const { deviceId, identityPublicKey, timeMs, recovered } = entry;
+    devices.set(name, { deviceId, identityPublicKey, addedMs: timeMs, addedHead: head, vouched: !recovered });
   } else {
     if (!listed || entry.recovered || !same(listed.identityPublicKey, entry.identityPublicKey)) {
       throw new DeviceLogBroken('a device that is not there');

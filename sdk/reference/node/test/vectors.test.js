@@ -227,7 +227,7 @@ describe('the device log', () => {
       const devices = [...log.devices.values()].map((each) => ({
         device_id: hex(each.deviceId),
         identity_public_key: hex(each.identityPublicKey),
-        added_at_ms: String(each.addedAtMs),
+        added_ms: each.addedMs,
         added_head: hex(each.addedHead),
         vouched: each.vouched,
       }));
