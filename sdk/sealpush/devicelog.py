@@ -168,13 +168,15 @@ class NoticeKind(enum.IntEnum):
     VOUCHED = 2  # one of the person's other devices vouched for it
     REMOVED = 3
     LOG_BROKEN = 4  # the service tells another history than before: do not trust its list
+    LOG_WITHHELD = 5  # messages come, and the log has not for days: there may be devices that nobody was told of
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceNotice:
     """Something that happened to the person's other devices; kept until it is dismissed.
 
-    `at_ms` is as the log says; of LOG_BROKEN, which concerns no device, when it was found. `number` rises, 0 before it is stored.
+    `at_ms` is as the log says; of a notice about the log, which concerns no device, when it was found. `number` rises, 0 before it is
+    stored.
     """
 
     kind: NoticeKind

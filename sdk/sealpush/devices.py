@@ -21,9 +21,10 @@ from sealpush.devicelog import (
     notices_of,
     notices_of_another,
 )
-from sealpush.errors import DeviceLogBroken, KeyRefused, KeystoreBusy, SealpushError
+from sealpush.errors import CallFailed, DeviceLogBroken, KeyRefused, KeystoreBusy, SealpushError
 from sealpush.ids import DeviceId
-from sealpush.keystore import KeptLog
+from sealpush.keys import DAY_MS
+from sealpush.keystore import KeptLog, Keystore
 from sealpush.local import ServerTime, Store, Trouble, Who
 from sealpush.model import moment
 from sealpush.proofs import sign_proof, vouch_proof
@@ -34,11 +35,14 @@ from sealpush.v1 import keys_pb2
 # A device that is added to read messages wakes the others with the first of them: within this time they have looked.
 CHECK_PERIOD_MS: Final = 60 * 60 * 1000
 CHECK_FAILED_PAUSE_MS: Final = 5 * 60 * 1000
+# A server that has something to hide need not answer. No fault that is repaired lasts so long.
+WITHHELD_AFTER_MS: Final = 3 * DAY_MS
 CHECK_S_MIN: Final = 1.0  # not begun with less time than this
 CHECK_S_MAX: Final = 3.0  # new messages wait for it, once an hour
 ROUNDS_MAX: Final = 3  # another process of this device may be as fast; not more often than that
 
-_CHECKED_AT: Final = "devices.checked-at"  # a fact in the store
+_CHECKED_AT: Final = "devices.checked-at"  # facts in the store
+_FAILING_SINCE: Final = "devices.failing-since"
 
 Tell = Callable[[DeviceNotice], Awaitable[None]]
 Followed = tuple[DeviceLog, list[DeviceNotice]]  # and what is new to tell
@@ -65,14 +69,36 @@ class Devices:
     async def check_if_due(self, deadline: Deadline, longest_s: float) -> None:
         """Messages matter more: what fails here is noted, and tried again after a while."""
         remaining_s = min(deadline.remaining_s(), longest_s, CHECK_S_MAX)
-        # A clock that was far ahead must not put it off for long.
-        if 0 < self._check_at_ms - self._time.now_ms() <= CHECK_PERIOD_MS or remaining_s < CHECK_S_MIN:
+        # By the local clock: the server's is the server's to tell. One that was far ahead must not put it off for long.
+        now_ms = self._time.local_ms()
+        if 0 < self._check_at_ms - now_ms <= CHECK_PERIOD_MS or remaining_s < CHECK_S_MIN:
             return
+        self._check_at_ms = now_ms + CHECK_FAILED_PAUSE_MS
         try:
-            await self.check(Deadline.after(deadline.clock, remaining_s))
+            try:
+                await self.check(Deadline.after(deadline.clock, remaining_s))
+            except CallFailed as error:
+                self._trouble.note(error)
+                await self._withheld(now_ms)
         except SealpushError as error:
             self._trouble.note(error)
-            self._check_at_ms = self._time.now_ms() + CHECK_FAILED_PAUSE_MS
+
+    async def _withheld(self, now_ms: int) -> None:
+        """Messages came and the log did not: once that has been so for days, the person is told, and again after as long."""
+
+        def note(keystore: Keystore) -> list[DeviceNotice]:
+            since = keystore.fact(_FAILING_SINCE)
+            passed_ms = 0 if since is None else now_ms - int.from_bytes(since, "big")
+            if since is not None and 0 <= passed_ms < WITHHELD_AFTER_MS:
+                return []
+            keystore.set_fact(_FAILING_SINCE, now_ms.to_bytes(8, "big"))
+            if passed_ms < WITHHELD_AFTER_MS:
+                return []
+            kept = keystore.device_log()
+            return keystore.put_device_log(kept, kept, [DeviceNotice(NoticeKind.LOG_WITHHELD, now_ms)]) or []
+
+        for notice in await self._store(note):
+            await self._tell(notice)
 
     async def check(self, deadline: Deadline) -> DeviceLog:
         """The log as it is now, kept, and told where it has changed. Raises CallFailed, KeystoreError."""
@@ -87,12 +113,17 @@ class Devices:
         for _ in range(ROUNDS_MAX):
             followed = await self._follow(deadline)
             if followed is not None:
-                await self._checked(self._time.now_ms())
+                await self._checked(self._time.local_ms())
                 return followed
         raise KeystoreBusy("another process of this device follows the device log at the same time; try again")
 
     async def _checked(self, now_ms: int) -> None:
-        await self._store(lambda keystore: keystore.set_fact(_CHECKED_AT, now_ms.to_bytes(8, "big")))
+        def note(keystore: Keystore) -> None:
+            keystore.set_fact(_CHECKED_AT, now_ms.to_bytes(8, "big"))
+            if keystore.fact(_FAILING_SINCE) is not None:
+                keystore.set_fact(_FAILING_SINCE, None)
+
+        await self._store(note)
         self._check_at_ms = now_ms + CHECK_PERIOD_MS
 
     async def listed(self, deadline: Deadline) -> list[KnownDevice]:

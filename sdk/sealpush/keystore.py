@@ -259,8 +259,8 @@ class Keystore(Protocol):
     def put_device_log(self, known: KeptLog, log: KeptLog, notices: Sequence[DeviceNotice]) -> list[DeviceNotice] | None:
         """Keep a log in the place of the one that was known, with what is to be told of it, in one transaction.
 
-        None, and nothing changed, if another process has kept something else meanwhile. Else the notices that are new, numbered: one of
-        a broken log is not while another one is kept.
+        None, and nothing changed, if another process has kept something else meanwhile. Else the notices that are new, numbered: one
+        about the log, and no device, is not while one of its kind is kept.
         """
         ...
 
@@ -573,7 +573,7 @@ class MemoryKeystore:
             self._log = log
             added = []
             for each in notices:
-                if each.kind is NoticeKind.LOG_BROKEN and any(other.kind is NoticeKind.LOG_BROKEN for other in self._notices):
+                if each.device_id is None and any(other.kind is each.kind for other in self._notices):
                     continue
                 self._last_notice += 1
                 added.append(replace(each, number=self._last_notice))
@@ -1195,8 +1195,8 @@ def _seen(connection: sqlite3.Connection, sender_id: SenderId, content_id: Conte
 def _add_notice(connection: sqlite3.Connection, notice: DeviceNotice) -> bool:
     done = connection.execute(
         "INSERT INTO notices (kind, at_ms, device_id, identity_public_key) SELECT ?1, ?2, ?3, ?4"
-        " WHERE ?1 <> ?5 OR NOT EXISTS (SELECT 1 FROM notices WHERE kind = ?5)",
-        (int(notice.kind), notice.at_ms, notice.device_id, notice.identity_public_key, int(NoticeKind.LOG_BROKEN)),
+        " WHERE ?3 IS NOT NULL OR NOT EXISTS (SELECT 1 FROM notices WHERE kind = ?1)",
+        (int(notice.kind), notice.at_ms, notice.device_id, notice.identity_public_key),
     )
     return done.rowcount == 1
 

@@ -1461,7 +1461,6 @@ async def test_a_log_that_does_not_come_holds_up_no_message(service: Service, ma
             assert texts(await device.drain()) == [text]
         fault.clear()
         assert await device.notices() == []
-        assert "GetDeviceLog" not in service.hang
     # It asked once each time, and asks again after a while.
     assert service.calls["GetDeviceLog"] == 3
     clock.ahead_s = service.time_ahead_s = clock.ahead_s + 301
@@ -1523,3 +1522,34 @@ async def test_a_time_that_no_store_can_hold_does_not_keep_the_person_in_the_dar
     service.log_after_own.append(added[:-8] + b"\xff" * 8)
     await device.drain()
     assert [each.kind for each in await device.notices()] == [NoticeKind.LOG_BROKEN]
+
+
+async def test_a_log_that_is_withheld_while_messages_come_is_told_after_days(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    await device.drain()
+
+    async def told_after(hours: float, device: Device = device) -> list[NoticeKind]:
+        clock.ahead_s = service.time_ahead_s = clock.ahead_s + hours * 3600
+        await device.drain()
+        return [each.kind for each in await device.notices()]
+
+    service.down["GetDeviceLog"] = 1
+    assert await told_after(2) == []
+    assert await told_after(100) == []  # it came in between
+    service.down["GetDeviceLog"] = 1000
+    assert await told_after(2) == []
+    assert await told_after(71) == []
+    assert await told_after(2, make(keystore, policy=RetryPolicy(attempts_max=1))) == [NoticeKind.LOG_WITHHELD]
+    await device.dismiss_notices(await device.notices())
+    assert await told_after(71) == []
+    assert await told_after(2) == [NoticeKind.LOG_WITHHELD]
+
+
+async def test_a_server_that_stops_its_clock_is_looked_at_all_the_same(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    await device.drain()
+    clock.ahead_s, service.time_ahead_s = 3700, 0
+    await device.drain()
+    assert service.calls["GetDeviceLog"] == 2

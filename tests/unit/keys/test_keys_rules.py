@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sealpush.devicelog import DeviceLog, start_head
-from sealpush.envelope import CONTENT_BYTES_MAX
+from sealpush.devicelog import DeviceLog, EntryKind, LogEntry, start_head
+from sealpush.envelope import CONTENT_BYTES_MAX, Recipient
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
 from sealpush.keys import DAY_MS, TIME_MS_MAX, ContentSigningKey, IdentityKey, PrekeyKind, SignedPrekey, generate_prekey, prekey_proof
+from sealpush.proofs import vouch_proof
 from sealpushd.keys import rules
 from sealpushd.keys.app import load_platform_key
 from sealpushd.keys.rules import (
@@ -22,13 +23,14 @@ from sealpushd.keys.rules import (
     ListEnd,
     NewDevice,
     OneTimePrekeys,
+    SealingKey,
     SealItem,
     StanzaCheck,
     StanzaKey,
     StoredPrekey,
     Upload,
 )
-from sealpushd.platform.errors import InvalidRequest
+from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, NotFound
 from sealpushd.platform.settings import SettingsError
 
 NOW = 1_800_000_000_000
@@ -42,6 +44,7 @@ def prekey(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_
 
 
 ONE_TIME = [prekey(n, PrekeyKind.ONE_TIME) for n in range(100)]
+STRANGER = DeviceId(b"t" * 16)
 CURRENT, PREVIOUS = prekey(2), prekey(1)
 KEYS = DeviceKeys(DEVICE, (StoredPrekey(CURRENT, None), StoredPrekey(PREVIOUS, NOW)))
 
@@ -100,6 +103,72 @@ def test_whatever_is_put_and_removed_the_logs_say_where_each_device_is(steps: li
         assert (read.seq, read.head) == (ends[subscriber].seq, ends[subscriber].head)
         assert set(read.devices) == {device_id for device_id, owner in model.items() if owner == subscriber}
         assert {each.device_id for each in read.devices.values() if not each.vouched} == recovered & set(read.devices)
+
+
+def listed(*names: bytes) -> tuple[DeviceLog, list[bytes]]:
+    """A log with these devices, the first of them trusted."""
+    log, history = DeviceLog.start(PEOPLE[0]), []
+    for name in names:
+        history.append(LogEntry(EntryKind.ADDED, DeviceId(name * 16), PHONES[name].public_key, NOW, recovered=log.seq > 0).encode())
+        log = log.then(history[-1])
+    return log, history
+
+
+def vouch(log: DeviceLog, name: bytes, by: bytes) -> bytes:
+    each = log.devices[DeviceId(name * 16)]
+    return PHONES[by].sign(vouch_proof(each.device_id, each.identity_public_key, DeviceId(by * 16), each.added_head))
+
+
+def plan_vouch(log: DeviceLog, name: bytes, by: bytes, signature: bytes) -> rules.Plan:
+    return rules.plan_vouch(PEOPLE[0], log, DeviceId(name * 16), DeviceId(by * 16), signature, NOW)
+
+
+def test_a_vouch_appends_what_every_reader_accepts_and_is_no_change_of_identity() -> None:
+    log, history = listed(b"a", b"b")
+    plan = plan_vouch(log, b"b", b"a", vouch(log, b"b", b"a"))
+    [append] = plan.appends
+    after = DeviceLog.read(PEOPLE[0], [*history, append.entry])
+    assert (after.seq, after.head) == (append.seq, append.head)
+    assert after.devices[DeviceId(b"b" * 16)].vouched
+    assert plan.vouched == (DeviceId(b"b" * 16),)
+    assert [(each.seq, each.head, each.device_added) for each in plan.ends] == [(after.seq, after.head, False)]
+    assert plan_vouch(after, b"b", b"a", b"whatever") == rules.Plan()
+
+
+def test_who_may_not_vouch_and_what_cannot_be_vouched_for_is_refused() -> None:
+    log, _ = listed(b"a", b"b")
+    with pytest.raises(NotFound):
+        plan_vouch(log, b"c", b"a", bytes(64))
+    for by in (b"b", b"c"):
+        with pytest.raises(FailedPrecondition, match="nobody vouches"):
+            plan_vouch(log, b"b", by, bytes(64))
+    for signature in (b"", bytes(64), PHONES[b"b"].sign(b"something"), vouch(log, b"a", b"a")):
+        with pytest.raises(InvalidRequest) as refused:
+            plan_vouch(log, b"b", b"a", signature)
+        assert refused.value.field == "signature"
+
+
+@given(st.lists(st.integers(0, 9), max_size=5), st.integers(0, 9))
+def test_a_message_with_a_bound_is_sealed_unless_a_device_it_goes_to_is_newer(added: list[int], bound: int) -> None:
+    """By the server and by the sender alike; devices of others, and unknown ones, do not count."""
+    ids = [DeviceId(bytes((n,)) * 16) for n in range(len(added))]
+    newer = tuple(device_id for device_id, at_ms in zip(ids, added, strict=True) if bound and at_ms > bound)
+    wanted = rules.TooNew(newer, max(at_ms for at_ms in added if at_ms > bound)) if newer else None
+
+    recipient = Recipient.of(DEVICE.device_id, CURRENT)
+    sealing = {
+        d: SealingKey(DEVICE.subscriber_id, at_ms, NOW + DAY_MS, replace(recipient, device_id=d))
+        for d, at_ms in zip(ids, added, strict=True)
+    }
+    sealing[STRANGER] = SealingKey(SubscriberId(b"t" * 16), 10, NOW + DAY_MS, replace(recipient, device_id=STRANGER))
+    item = SealItem(SenderId(uuid7()), DEVICE.subscriber_id, (*ids, STRANGER, DeviceId(uuid7())), b"", NOW, NOW + 1, bound)
+    sealed = rules.seal(item, sealing, ContentSigningKey.generate(), ContentId(uuid7()), RecipientRef(bytes(32)), NOW)
+    assert (sealed if isinstance(sealed, rules.TooNew) else None) == wanted
+
+    keys = {d: replace(KEYS, device=replace(DEVICE, device_id=d), added_at_ms=at_ms) for d, at_ms in zip(ids, added, strict=True)}
+    keys[STRANGER] = replace(KEYS, device=replace(DEVICE, device_id=STRANGER, subscriber_id=SubscriberId(b"t" * 16)), added_at_ms=10)
+    verdict = rules.check_stanzas(replace(check(devices=(*ids, STRANGER)), added_until_ms=bound), keys, {}, NOW)
+    assert verdict.too_new == wanted
 
 
 # Uploads.
