@@ -22,9 +22,9 @@ from sealpush.devicelog import (
     notices_of_another,
 )
 from sealpush.errors import CallFailed, DeviceLogBroken, KeyRefused, KeystoreBusy, SealpushError
-from sealpush.ids import DeviceId
+from sealpush.ids import DeviceId, SubscriberId
 from sealpush.keys import DAY_MS
-from sealpush.keystore import KeptLog, Keystore
+from sealpush.keystore import DeviceRegistration, KeptLog, Keystore
 from sealpush.local import ServerTime, Store, Trouble, Who
 from sealpush.model import moment
 from sealpush.proofs import sign_proof, vouch_proof
@@ -158,12 +158,11 @@ class Devices:
     async def _follow(self, deadline: Deadline) -> Followed | None:
         """Read on from what is kept, and keep what comes; None: another process kept something else meanwhile."""
         _, registration = self._who.registered()
-        own = registration.device_id
-        start = DeviceLog.start(registration.subscriber_id)
+        own, subscriber_id = registration.device_id, registration.subscriber_id
         kept = await self._store(lambda keystore: keystore.device_log())
-        known = _known(start, kept)
+        known = _known(subscriber_id, kept)
         try:
-            log, entries = await self._read(known or start, deadline)
+            log, entries = await self._read(subscriber_id, known or DeviceLog.start(subscriber_id), deadline)
             if known is None:
                 # The first look at this person's log: what was there before this device, it did not see come.
                 new, notices = KeptLog(entries, log.head), notices_of(new_to(own, entries), own)
@@ -171,20 +170,20 @@ class Devices:
                 new, notices = KeptLog(kept.entries + entries, log.head), notices_of(entries, own)
         except DeviceLogBroken as error:
             self._trouble.note(error)
-            log, new, notices = await self._read_anew(start, known, kept, own, deadline)
+            log, new, notices = await self._read_anew(registration, known, kept, deadline)
         if new == kept and not notices:
             return log, []
         told = await self._store(lambda keystore: keystore.put_device_log(kept, new, notices))
         return None if told is None else (log, told)
 
     async def _read_anew(
-        self, start: DeviceLog, known: DeviceLog | None, kept: KeptLog, own: DeviceId, deadline: Deadline
+        self, registration: DeviceRegistration, known: DeviceLog | None, kept: KeptLog, deadline: Deadline
     ) -> tuple[DeviceLog, KeptLog, list[DeviceNotice]]:
         """What to go on with where the service did not go on from what was known."""
-        now_ms = self._time.now_ms()
+        start, own, now_ms = DeviceLog.start(registration.subscriber_id), registration.device_id, self._time.now_ms()
         if known is not None:
             try:
-                log, entries = await self._read(start, deadline)
+                log, entries = await self._read(registration.subscriber_id, start, deadline)
             except DeviceLogBroken:
                 pass
             else:
@@ -194,12 +193,11 @@ class Devices:
                 return log, new, notices_of_another(known, log, own, now_ms)
         return known or start, kept, [DeviceNotice(NoticeKind.LOG_BROKEN, now_ms)]
 
-    async def _read(self, log: DeviceLog, deadline: Deadline) -> tuple[DeviceLog, tuple[bytes, ...]]:
+    async def _read(self, subscriber_id: SubscriberId, log: DeviceLog, deadline: Deadline) -> tuple[DeviceLog, tuple[bytes, ...]]:
         """The log up to its end as the service has it, and the entries that were read. Raises DeviceLogBroken, CallFailed."""
-        _, registration = self._who.registered()
         entries: list[bytes] = []
         while True:
-            request = keys_pb2.GetDeviceLogRequest(subscriber_id=registration.subscriber_id, after_seq=log.seq)
+            request = keys_pb2.GetDeviceLogRequest(subscriber_id=subscriber_id, after_seq=log.seq)
             answer = await self._session.call(self._session.channels.keys.GetDeviceLog, request, deadline)
             if log.seq + len(answer.entries) > ENTRIES_MAX:  # before any of them costs anything
                 raise DeviceLogBroken(f"the log has more than {ENTRIES_MAX} entries; nobody has so many devices")
@@ -214,12 +212,10 @@ class Devices:
                 raise DeviceLogBroken("the log ends before the end that the service names, or before what was known")
 
 
-def _known(start: DeviceLog, kept: KeptLog) -> DeviceLog | None:
+def _known(subscriber_id: SubscriberId, kept: KeptLog) -> DeviceLog | None:
     """The log that is kept; None where none is, or one of the subscriber that this device belonged to before."""
-    log = start
     try:
-        for entry in kept.entries:
-            log = log.then(entry)
+        log = DeviceLog.read(subscriber_id, kept.entries)
     except DeviceLogBroken:
         return None
     return log if log.head == kept.head else None

@@ -249,11 +249,11 @@ class KeyStore:
         rows = await self._db.fetch("lists", self._sql["lists"], subscriber_ids)
         return {row["subscriber_id"]: DeviceList(row["head"], row["identity_changed_at"]) for row in rows}
 
-    async def log(self, subscriber_id: SubscriberId, after_seq: int, most: int) -> LogPage | None:
-        """Entries of a subscriber's device log after this number, at most so many; None: there is no such log."""
+    async def log(self, subscriber_id: SubscriberId, after_seq: int, most: int) -> LogPage:
+        """Entries of a subscriber's device log after this number, at most so many."""
         rows = await self._db.fetch("log_after", self._sql["log_after"], subscriber_id, after_seq, most)
         if not rows:
-            return None
+            return LogPage([], 0, start_head(subscriber_id))
         return LogPage([row["entry"] for row in rows if row["entry"] is not None], rows[0]["seq"], rows[0]["head"])
 
 
