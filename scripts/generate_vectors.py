@@ -31,8 +31,9 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
 from nacl import bindings
 
-from sealpush import envelope, keys, proofs
-from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId
+from sealpush import devicelog, envelope, keys, proofs
+from sealpush.devicelog import DeviceLog, LogEntry
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SubscriberId
 from sealpush.keys import DAY_MS, TIME_MS_MAX, EntryKey, EntryRole, PrekeyKind, SenderEntry, SenderMode
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 
@@ -1660,6 +1661,173 @@ def receipt_vectors() -> Json:
     }
 
 
+# --- the device log ---------------------------------------------------------------------------------------------------
+
+
+PERSON = SubscriberId(bytes_for("subscriber id", 16))
+OTHER_PERSON = SubscriberId(bytes_for("another subscriber id", 16))
+
+
+def log_bytes(
+    phone: Phone,
+    kind: int,
+    *,
+    flags: int = 0,
+    at_ms: int = NOW_MS,
+    identity: bytes | None = None,
+    magic: bytes = b"SPL1",
+    more: bytes = b"",
+) -> bytes:
+    """An entry by the text of the format, also where no server may write it."""
+    return magic + bytes((kind, flags)) + phone.device_id + (identity or phone.identity.public_key) + struct.pack(">Q", at_ms) + more
+
+
+def vouch_bytes(phone: Phone, by: Phone, added_head: bytes, *, signer: Phone | None = None, tag: bytes = b"SPP1-vouch") -> bytes:
+    proof = tag + b"\x01" + phone.device_id + phone.identity.public_key + by.device_id + added_head
+    return log_bytes(phone, 3, more=by.device_id + (signer or by).identity.sign(proof))
+
+
+def device_log_vectors() -> Json:
+    first, second, third = PHONES[:3]
+    add = [log_bytes(first, 1), log_bytes(second, 1, flags=1), log_bytes(third, 1, flags=1)]
+    gone = [log_bytes(each, 2) for each in (first, second, third)]
+
+    def head_after(entries: list[bytes], person: SubscriberId = PERSON) -> bytes:
+        return DeviceLog.read(person, entries).head
+
+    vouch_second = vouch_bytes(second, first, head_after(add[:2]))
+    vouch_third = vouch_bytes(third, second, head_after([*add[:2], vouch_second, add[2]]))
+
+    def entry(name: str, data: bytes) -> Json:
+        read = LogEntry.decode(data)
+        fields = {
+            "kind": int(read.kind),
+            "recovered": read.recovered,
+            "device_id": read.device_id.hex(),
+            "identity_public_key": read.identity_public_key.hex(),
+            "time_ms": read.at_ms,
+            "by_device_id": None if read.by_device_id is None else read.by_device_id.hex(),
+            "signature": read.signature.hex(),
+        }
+        return {"name": name, "fields": fields, "entry": data.hex()}
+
+    def log(name: str, *entries: bytes, person: SubscriberId = PERSON) -> Json:
+        steps = [DeviceLog.read(person, entries[:count]) for count in range(len(entries) + 1)]
+        devices = [
+            {
+                "device_id": each.device_id.hex(),
+                "identity_public_key": each.identity_public_key.hex(),
+                "added_ms": each.added_at_ms,
+                "added_head": each.added_head.hex(),
+                "vouched": each.vouched,
+            }
+            for each in steps[-1].devices.values()
+        ]
+        heads = [each.head.hex() for each in steps]
+        return {
+            "name": name,
+            "subscriber_id": person.hex(),
+            "entries": [each.hex() for each in entries],
+            "heads": heads,
+            "devices": devices,
+        }
+
+    def broken(name: str, *entries: bytes, person: SubscriberId = PERSON) -> Json:
+        return {"name": name, "subscriber_id": person.hex(), "entries": [each.hex() for each in entries]}
+
+    def print_of(name: str, *phones: Phone) -> Json:
+        devices = [{"device_id": each.device_id.hex(), "identity_public_key": each.identity.public_key.hex()} for each in phones]
+        made = devicelog.fingerprint([(each.device_id, each.identity.public_key) for each in phones])
+        return {"name": name, "devices": devices, "fingerprint": made}
+
+    proof = proofs.vouch_proof(second.device_id, second.identity.public_key, first.device_id, head_after(add[:2]))
+    other_key = log_bytes(second, 2, identity=third.identity.public_key)
+    scalar = int.from_bytes(vouch_second[-32:], "little")
+    return {
+        "about": "The log of a person's devices: entries, heads, a vouch, fingerprints. Of a refused log the last entry is refused.",
+        "entries": [
+            entry("added", add[0]),
+            entry("added, recovered", add[1]),
+            entry("removed", gone[0]),
+            entry("vouched", vouch_second),
+            entry("the largest time", log_bytes(first, 1, at_ms=TIME_MS_MAX)),
+        ],
+        "entries_refused": [
+            {"name": name, "entry": data.hex()}
+            for name, data in {
+                "empty": b"",
+                "a byte short": add[0][:-1],
+                "a byte long": add[0] + b"\x00",
+                "another magic": log_bytes(first, 1, magic=b"SPL2"),
+                "kind 0": log_bytes(first, 0),
+                "kind 4": log_bytes(first, 4),
+                "an unknown flag": log_bytes(first, 1, flags=2),
+                "a time beyond 48 bits": log_bytes(first, 1, at_ms=TIME_MS_MAX + 1),
+                "added, with the room of a vouch": log_bytes(first, 1, more=bytes(80)),
+                "vouched, without who does": log_bytes(first, 3),
+                "vouched, a byte short": vouch_second[:-1],
+                "vouched, a byte long": vouch_second + b"\x00",
+            }.items()
+        ],
+        "logs": [
+            log("no entries"),
+            log("one device", add[0]),
+            log("one device of somebody else", add[0], person=OTHER_PERSON),
+            log("three devices, nobody vouches", *add),
+            log("the first vouches for the second, the second for the third", *add[:2], vouch_second, add[2], vouch_third),
+            log("a vouch that comes late", *add[:2], add[2], vouch_second),
+            log("a device that was removed and came back is recovered", *add[:2], vouch_second, gone[1], add[1]),
+            log("the first device came back and is recovered", add[0], gone[0], log_bytes(first, 1, flags=1)),
+            log("everybody left", *add[:2], gone[1], gone[0]),
+        ],
+        "logs_refused": [
+            broken("the first device says recovered", log_bytes(first, 1, flags=1)),
+            broken("a later device hides that nobody vouches for it", add[0], log_bytes(second, 1)),
+            broken("hides it after everybody left", add[0], gone[0], log_bytes(second, 1)),
+            broken("added twice", *add[:2], add[1]),
+            broken("removed before it was added", gone[0]),
+            broken("removed twice", *add[:2], gone[1], gone[1]),
+            broken("removed under another key", *add[:2], other_key),
+            broken("removed with the flag of an addition", *add[:2], log_bytes(second, 2, flags=1)),
+            broken("an entry that cannot be read", add[0], add[1][:-1]),
+            broken("vouched for before it was added", add[0], vouch_second),
+            broken("vouched for after it was removed", *add[:2], gone[1], vouch_second),
+            broken("vouched for twice", *add[:2], vouch_second, vouch_second),
+            broken("the first device needs nobody", *add[:2], vouch_second, vouch_bytes(first, second, head_after(add[:1]))),
+            broken("vouches for itself", *add[:2], vouch_bytes(second, second, head_after(add[:2]))),
+            broken("vouched for by a device that nobody vouches for", *add, vouch_bytes(third, second, head_after(add))),
+            broken("vouched for by a device that was removed", *add[:2], gone[0], vouch_second),
+            broken("vouched for by a device that never was", *add[:2], vouch_bytes(second, third, head_after(add[:2]))),
+            broken("signed by another than it names", *add[:2], vouch_bytes(second, first, head_after(add[:2]), signer=third)),
+            broken("signed under another tag", *add[:2], vouch_bytes(second, first, head_after(add[:2]), tag=b"SPP1-vouc2")),
+            broken("signed over the head before the addition", *add[:2], vouch_bytes(second, first, head_after(add[:1]))),
+            broken("signed for the addition before this one", *add[:2], gone[1], add[1], vouch_second),
+            broken("signed for the same devices of somebody else", *add[:2], vouch_second, person=OTHER_PERSON),
+            broken("a vouch with the flag of an addition", *add[:2], vouch_second[:5] + b"\x01" + vouch_second[6:]),
+            broken("a vouch under another key", *add[:2], vouch_second[:22] + third.identity.public_key + vouch_second[54:]),
+            broken("a signature that is not canonical", *add[:2], vouch_second[:-32] + (scalar + ED25519_ORDER).to_bytes(32, "little")),
+        ],
+        "vouch": {
+            "identity_seed": first.identity.seed.hex(),
+            "fields": {
+                "device_id": second.device_id.hex(),
+                "identity_public_key": second.identity.public_key.hex(),
+                "by_device_id": first.device_id.hex(),
+                "added_head": head_after(add[:2]).hex(),
+            },
+            "signed_bytes": proof.hex(),
+            "signature": first.identity.sign(proof).hex(),
+        },
+        "fingerprints": [
+            print_of("one device", first),
+            print_of("another device", second),
+            print_of("three devices", *PHONES[:3]),
+            print_of("the same three in another order", third, first, second),
+            print_of("eight devices", *PHONES),
+        ],
+    }
+
+
 VECTORS: dict[str, Callable[[], Json]] = {
     "seal": seal_vectors,
     "seal_hybrid": seal_hybrid_vectors,
@@ -1670,6 +1838,7 @@ VECTORS: dict[str, Callable[[], Json]] = {
     "entries": entry_vectors,
     "proofs": proof_vectors,
     "receipts": receipt_vectors,
+    "devicelog": device_log_vectors,
 }
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from sealpush.device import Device, Diagnosis, Installation, Message, MessageStream, Preference, RegistrationStarted, SealedBy
+    from sealpush.devicelog import DeviceNotice, KnownDevice, NoticeKind, fingerprint
     from sealpush.errors import (
         CallFailed,
+        DeviceLogBroken,
         KeyRefused,
         KeystoreError,
         NotRegisteredHere,
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
         Unauthenticated,
         WrongCode,
     )
-    from sealpush.failover import AlternativeChannel, ClientMemory, Delivered, FailoverPolicy, FallbackReason, Push
+    from sealpush.failover import AlternativeChannel, ClientMemory, Delivered, FailoverPolicy, FallbackReason, HoldBack, Push
     from sealpush.keys import ContentSigningKey
     from sealpush.keystore import DeviceRegistration, Keystore, MemoryKeystore, SqliteKeystore
     from sealpush.model import (
@@ -46,10 +48,12 @@ if TYPE_CHECKING:
         Attempt,
         Cancelled,
         DeliveryStatus,
+        IdentityChanged,
         MessageStatus,
         NotRegistered,
         Publication,
         PublishOutcome,
+        RecipientDevices,
         Refused,
         SealedPublication,
         Sender,
@@ -79,22 +83,28 @@ __all__ = [
     "Delivered",
     "DeliveryStatus",
     "Device",
+    "DeviceLogBroken",
+    "DeviceNotice",
     "DeviceRegistration",
     "Diagnosis",
     "Endpoints",
     "FailoverPolicy",
     "FallbackReason",
     "Finding",
+    "HoldBack",
+    "IdentityChanged",
     "Installation",
     "KeyRefused",
     "Keystore",
     "KeystoreError",
+    "KnownDevice",
     "MemoryKeystore",
     "Message",
     "MessageStatus",
     "MessageStream",
     "NotRegistered",
     "NotRegisteredHere",
+    "NoticeKind",
     "Platform",
     "Preference",
     "Priority",
@@ -108,6 +118,7 @@ __all__ = [
     "ReceiptRefused",
     "ReceiptVerdict",
     "Recipient",
+    "RecipientDevices",
     "Refused",
     "RegistrationLocked",
     "RegistrationStarted",
@@ -129,6 +140,7 @@ __all__ = [
     "Unanswered",
     "Unauthenticated",
     "WrongCode",
+    "fingerprint",
     "verify_receipt",
 ]
 
@@ -143,8 +155,15 @@ _HOMES: Final = {
         "RegistrationStarted",
         "SealedBy",
     ),
+    "devicelog": (
+        "DeviceNotice",
+        "KnownDevice",
+        "NoticeKind",
+        "fingerprint",
+    ),
     "errors": (
         "CallFailed",
+        "DeviceLogBroken",
         "KeyRefused",
         "KeystoreError",
         "NotRegisteredHere",
@@ -163,6 +182,7 @@ _HOMES: Final = {
         "Delivered",
         "FailoverPolicy",
         "FallbackReason",
+        "HoldBack",
         "Push",
     ),
     "keys": ("ContentSigningKey",),
@@ -204,10 +224,12 @@ _HOMES: Final = {
         "Attempt",
         "Cancelled",
         "DeliveryStatus",
+        "IdentityChanged",
         "MessageStatus",
         "NotRegistered",
         "Publication",
         "PublishOutcome",
+        "RecipientDevices",
         "Refused",
         "SealedPublication",
         "Sender",

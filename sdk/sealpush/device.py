@@ -8,6 +8,7 @@ How it is done stands beside it, from what every part knows to what uses all of 
     inbox          messages for the app, each handed over once
     receiving      the checks on a delivery, in their order: the security argument
     acknowledging  what is owed to the service
+    devices        the person's other devices: following their log, telling, vouching
     upkeep         prekeys, and what is due daily
     draining       everything that waits, page by page
     live           the stream
@@ -17,14 +18,16 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from sealpush import errors
 from sealpush.acknowledging import Acknowledgements
+from sealpush.devicelog import DeviceNotice, KnownDevice, fingerprint
+from sealpush.devices import Devices
 from sealpush.draining import Drainer, Taken, parse_wake_up_id
 from sealpush.entries import PLATFORM_ENTRY, SenderEntries
 from sealpush.errors import CallFailed, KeystoreBusy, NotRegisteredHere
@@ -44,7 +47,18 @@ from sealpush.transport import Calls, Channels, Endpoints, UnaryMethod
 from sealpush.upkeep import Upkeep, first_signed_prekey, set_uploaded, wire_prekey
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 
-__all__ = ["Device", "Diagnosis", "Installation", "Message", "MessageStream", "OnMessage", "Preference", "RegistrationStarted", "SealedBy"]
+__all__ = [
+    "Device",
+    "Diagnosis",
+    "Installation",
+    "Message",
+    "MessageStream",
+    "OnMessage",
+    "OnNotice",
+    "Preference",
+    "RegistrationStarted",
+    "SealedBy",
+]
 
 log = logging.getLogger("sealpush")
 
@@ -56,7 +70,10 @@ MAINTENANCE_ON_WAKE_S: Final = 3.0  # new messages wait for it, once a day
 _REGISTRATION_ID: Final = "registration.id"
 _DEVICE_ID: Final = "device.id"
 
+Handed = TypeVar("Handed")
+
 OnMessage = Callable[[Message], Awaitable[None] | None]
+OnNotice = Callable[[DeviceNotice], Awaitable[None] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +152,8 @@ class Device:
 
     `endpoints` may be a `Channels` shared by many devices; then whoever made it closes it. `root_public_key` is the
     platform's root that the app ships; it is pinned in the keystore. `on_message` gets each message that `run_stream()`
-    brings. `one_time_prekeys` is how many to bring to the service at a time; 0: none.
+    brings; `on_notice` gets each notice about the person's other devices as it is found, and `notices()` keeps it until it is dismissed.
+    `one_time_prekeys` is how many to bring to the service at a time; 0: none.
     Without one, content is sealed to the signed prekey, without forward secrecy within its week. `suite` is what prekeys are of
     from now on, SUITE_HYBRID for those that hold against a quantum computer too; a device that had a higher one keeps it.
     """
@@ -149,6 +167,7 @@ class Device:
         root_public_key: bytes,
         platform: Platform,
         on_message: OnMessage | None = None,
+        on_notice: OnNotice | None = None,
         one_time_prekeys: int = ONE_TIME_PREKEYS_BATCH,
         suite: int = SUITE_X25519,
         clock: Clock | None = None,
@@ -164,6 +183,7 @@ class Device:
         self._platform = platform
         self._suite = suite
         self._on_message = on_message
+        self._on_notice = on_notice
         self._clock = clock or SystemClock()
         self._own_channels = isinstance(endpoints, Endpoints)
         self._channels = channels = Channels(endpoints) if isinstance(endpoints, Endpoints) else endpoints
@@ -173,7 +193,8 @@ class Device:
         self._time = time = ServerTime(self._clock, store)
         self._trouble = trouble = Trouble()
         self._session = session = Session(calls, channels, store, who, time, trouble)
-        self._upkeep = upkeep = Upkeep(session, store, who, time, trouble, suite=suite, one_time_prekeys=one_time_prekeys)
+        self._devices = devices = Devices(session, store, who, time, trouble, self._tell_notice)
+        self._upkeep = upkeep = Upkeep(session, store, who, time, devices, trouble, suite=suite, one_time_prekeys=one_time_prekeys)
         self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble)
         self._inbox = inbox = Inbox(store, time, entries)
         self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble)
@@ -463,15 +484,50 @@ class Device:
         await self._prepare()
         return await self._store(lambda keystore: keystore.delete_message(message_id))
 
+    # --- the person's devices ---
+
+    async def devices(self) -> list[KnownDevice]:
+        """The person's devices in all apps, oldest first, this one among them. Raises CallFailed."""
+        await self._registered()
+        return await self._devices.listed(self._session.deadline())
+
+    async def fingerprint(self) -> str:
+        """60 digits that stand for this device and its identity key, for a person to compare. Raises NotRegisteredHere."""
+        await self._registered()
+        identity, registration = self._who.registered()
+        return fingerprint([(registration.device_id, identity.public_key)])
+
+    async def vouch_for(self, device_id: DeviceId, fingerprint: str) -> None:
+        """Tell everybody who reads the device log that this device is the person's own, once they have compared its fingerprint.
+
+        `fingerprint` is what was compared, as the other device shows it; spaces do not matter. Call it again after a lost answer. Raises
+        KeyRefused when the device has another one, NotFound when it is not in the list, FailedPrecondition when nobody vouches for
+        this device itself.
+        """
+        await self._registered()
+        await self._devices.vouch_for(device_id, fingerprint, self._session.deadline())
+
+    async def notices(self) -> list[DeviceNotice]:
+        """What the person was not told, or has not dismissed, about their other devices; oldest first."""
+        await self._prepare()
+        return await self._store(lambda keystore: keystore.notices())
+
+    async def dismiss_notices(self, notices: Iterable[DeviceNotice]) -> None:
+        """Forget notices that the person has seen."""
+        numbers = [each.number for each in notices]
+        await self._prepare()
+        await self._store(lambda keystore: keystore.dismiss_notices(numbers))
+
     # --- upkeep ---
 
     async def maintain(self) -> None:
-        """What is due daily: a new signed prekey every 7 days, more one-time prekeys, and forgetting what has run out.
+        """What is due daily: a new signed prekey every 7 days, more one-time prekeys, forgetting what has run out, and the device log.
 
         `drain()`, `on_wake()` and streams do it by themselves when it is due; calling it more often is harmless.
         """
         await self._registered()
         await self._upkeep.do(self._session.deadline())
+        await self._devices.check(self._session.deadline())
 
     async def diagnose(self, deadline: float = 5.0) -> Diagnosis:
         """What works and what does not, found out by harmless calls within `deadline` seconds. Raises KeystoreError only."""
@@ -544,12 +600,20 @@ class Device:
         self._who.registered()
 
     async def _tell(self, message: Message) -> None:
-        if self._on_message is None:
-            return
-        try:
-            done = self._on_message(message)
-            if inspect.isawaitable(done):
-                await done
-        except Exception as error:
-            # The kind only: an exception of the app may quote the content.
-            log.error("on_message failed with %s; the message is in the inbox", type(error).__name__)
+        await _hand_to(self._on_message, message, "on_message", "the message is in the inbox")
+
+    async def _tell_notice(self, notice: DeviceNotice) -> None:
+        await _hand_to(self._on_notice, notice, "on_notice", "the notice stands in notices()")
+
+
+async def _hand_to(callback: Callable[[Handed], Awaitable[None] | None] | None, what: Handed, name: str, kept: str) -> None:
+    """Call what the app gave; its failure is the app's own."""
+    if callback is None:
+        return
+    try:
+        done = callback(what)
+        if inspect.isawaitable(done):
+            await done
+    except Exception as error:
+        # The kind only: an exception of the app may quote the content.
+        log.error("%s failed with %s; %s", name, type(error).__name__, kept)

@@ -64,6 +64,12 @@ class ReceiptRefused(SealpushError):
     reason = "RECEIPT_REFUSED"
 
 
+class DeviceLogBroken(SealpushError):
+    """A log of devices says what it cannot say, or does not go on from what was known of it."""
+
+    reason = "DEVICE_LOG_BROKEN"
+
+
 class KeystoreError(SealpushError):
     """The local store failed; nothing of the attempted change was kept."""
 

@@ -4,7 +4,7 @@ The course of one message:
 
     before_publish(memory, now)                    → Push, or AlternativeChannel at once
     … publish, waiting at most policy.response_timeout …
-    after_publish(policy, answer, now)             → Push with the moment to ask for the status, or AlternativeChannel
+    after_publish(policy, answer, now)             → Push with the moment to ask for the status, AlternativeChannel, or HoldBack
     … at that moment ask for the status, waiting at most policy.response_timeout …
     after_status(policy, state, now)               → Delivered, or AlternativeChannel
     … before sending over the alternative channel, if `close_push` says so: cancel the message …
@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from typing import Final, assert_never
 
 from sealpush.model import State
-from sealpush.sender import Accepted, NotRegistered, PublishOutcome, Refused, Unanswered
+from sealpush.sender import Accepted, IdentityChanged, NotRegistered, PublishOutcome, Refused, Unanswered
 
 _ZERO: Final = timedelta(0)
 
@@ -90,6 +90,11 @@ class AlternativeChannel:
     close_push: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HoldBack:
+    """Send it over no channel for now: the number may have been taken over, and an SMS would reach whoever did."""
+
+
 def before_publish(memory: ClientMemory, now: datetime) -> Push | AlternativeChannel:
     """Which channel a new message to this client takes (V19, V20)."""
     if memory.not_registered_until is not None and now < memory.not_registered_until:
@@ -101,7 +106,7 @@ def before_publish(memory: ClientMemory, now: datetime) -> Push | AlternativeCha
 
 def after_publish(
     policy: FailoverPolicy, memory: ClientMemory, answer: PublishOutcome | None, now: datetime
-) -> tuple[Push | AlternativeChannel, ClientMemory]:
+) -> tuple[Push | AlternativeChannel | HoldBack, ClientMemory]:
     """What follows from the answer to the publish (V18, V20, V21, V22); None: no answer in `response_timeout`.
 
     Without an answer the message may have been stored: publish it again with the same request id to learn its message
@@ -115,6 +120,8 @@ def after_publish(
             return AlternativeChannel(FallbackReason.NOT_REGISTERED), ClientMemory(memory.not_delivered_until, until)
         case Refused():
             return AlternativeChannel(FallbackReason.REFUSED), memory
+        case IdentityChanged():
+            return HoldBack(), memory
         case Unanswered() | None:
             return AlternativeChannel(FallbackReason.NO_ANSWER, close_push=True), memory
     assert_never(answer)

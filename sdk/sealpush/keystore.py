@@ -1,4 +1,4 @@
-"""What a device keeps: its identity, private prekeys, pinned root, inbox, and what it still owes the server.
+"""What a device keeps: identity, private prekeys, pinned root, inbox, the device log, and what it still owes the server.
 
 `Keystore` is the contract, `MemoryKeystore` and `SqliteKeystore` are its implementations.
 All calls are synchronous and short; run them in a thread where blocking matters. Every call is atomic: it happens
@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Literal, Protocol, Self
 
+from sealpush.devicelog import DeviceNotice, NoticeKind
 from sealpush.errors import KeystoreBusy, KeystoreError, KeystoreTooNew, RootMismatch
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, SenderId, SubscriberId
 from sealpush.keys import DAY_MS, PREKEY_RETENTION_MS, EntryRole, IdentityKey, PrekeyKind, PrekeyPrivate
@@ -32,7 +33,10 @@ PAGE_MAX: Final = 500  # acknowledgements and inbox pages: one page fits memory 
 FACT_BYTES_MAX: Final = 4096  # facts are addresses and numbers, not documents
 BUSY_TIMEOUT_S: Final = 10.0  # a commit takes milliseconds; a notification extension lives about 30 s
 
-SCHEMA_VERSION: Final = 1
+# More than a person reads; the oldest go.
+NOTICES_MAX: Final = 1000
+
+SCHEMA_VERSION: Final = 2
 _APPLICATION_ID: Final = 0x53504B31  # "SPK1": tells this file from any other SQLite file
 _I64_MAX: Final = (1 << 63) - 1
 
@@ -100,6 +104,14 @@ class PendingAcknowledgement:
     outcome: AckOutcome
     reason_code: int
     at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLog:
+    """The device log as far as it was followed: its entries, oldest first, and the head after the last of them."""
+
+    entries: tuple[bytes, ...] = ()
+    head: bytes = b""
 
 
 class Keystore(Protocol):
@@ -240,6 +252,26 @@ class Keystore(Protocol):
         """Delete a message; what was seen stays known. False if it is not here."""
         ...
 
+    def device_log(self) -> KeptLog:
+        """The device log that is kept; an empty one before the first."""
+        ...
+
+    def put_device_log(self, known: KeptLog, log: KeptLog, notices: Sequence[DeviceNotice]) -> list[DeviceNotice] | None:
+        """Keep a log in the place of the one that was known, with what is to be told of it, in one transaction.
+
+        None, and nothing changed, if another process has kept something else meanwhile. Else the notices that are new, numbered: one
+        about the log, and no device, is not while one of its kind is kept.
+        """
+        ...
+
+    def notices(self) -> list[DeviceNotice]:
+        """What was not dismissed yet, oldest first."""
+        ...
+
+    def dismiss_notices(self, numbers: Iterable[int]) -> None:
+        """Forget these notices."""
+        ...
+
     def purge(self, now_ms: int) -> None:
         """Forget what has run out: private prekeys, records of seen content, cached entries. Call it daily."""
         ...
@@ -287,9 +319,12 @@ class MemoryKeystore:
         "_facts",
         "_identity",
         "_last_local_id",
+        "_last_notice",
         "_lock",
+        "_log",
         "_messages",
         "_next_prekey_id",
+        "_notices",
         "_prekeys",
         "_registration",
         "_root_public_key",
@@ -320,6 +355,9 @@ class MemoryKeystore:
         self._messages: dict[int, InboxMessage] = {}
         # (message, content, is it READ) → acknowledgement, in the order queued
         self._acknowledgements: dict[tuple[MessageId, ContentId, bool], PendingAcknowledgement] = {}
+        self._log = KeptLog()
+        self._notices: list[DeviceNotice] = []
+        self._last_notice = 0
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
@@ -524,6 +562,34 @@ class MemoryKeystore:
             del self._messages[message.local_id]
             return True
 
+    def device_log(self) -> KeptLog:
+        with self._open():
+            return self._log
+
+    def put_device_log(self, known: KeptLog, log: KeptLog, notices: Sequence[DeviceNotice]) -> list[DeviceNotice] | None:
+        with self._open():
+            if self._log.head != known.head:
+                return None
+            self._log = log
+            added = []
+            for each in notices:
+                if each.device_id is None and any(other.kind is each.kind for other in self._notices):
+                    continue
+                self._last_notice += 1
+                added.append(replace(each, number=self._last_notice))
+                self._notices.append(added[-1])
+            del self._notices[:-NOTICES_MAX]
+            return added
+
+    def notices(self) -> list[DeviceNotice]:
+        with self._open():
+            return list(self._notices)
+
+    def dismiss_notices(self, numbers: Iterable[int]) -> None:
+        gone = set(numbers)
+        with self._open():
+            self._notices = [each for each in self._notices if each.number not in gone]
+
     def purge(self, now_ms: int) -> None:
         with self._open():
             self._prekeys = {name: each for name, each in self._prekeys.items() if each[1] > now_ms}
@@ -561,7 +627,7 @@ def _deleted_at_ms(prekey: PrekeyPrivate) -> int:
 
 
 _SCHEMA = """
--- One value per name: identity_seed, root_public_key, clock_offset_ms, counter, next_prekey_id, the registration,
+-- One value per name: identity_seed, root_public_key, clock_offset_ms, counter, next_prekey_id, log_head, the registration,
 -- and "fact:…" for the caller's own.
 CREATE TABLE facts (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 
@@ -604,7 +670,20 @@ CREATE TABLE acknowledgements (
     UNIQUE (message_id, content_id, is_read)
 );
 """
-_TABLES: Final = ("facts", "prekeys", "entries", "seen", "messages", "acknowledgements")
+# What each later version adds to the one before it.
+_UPGRADES: Final = {
+    2: """
+-- The device log as far as it was followed; fact "log_head" is the head after its last entry.
+CREATE TABLE device_log (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL);
+
+-- What the person was not told yet, or has not dismissed.
+CREATE TABLE notices (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind INTEGER NOT NULL, at_ms INTEGER NOT NULL, device_id BLOB, identity_public_key BLOB NOT NULL
+);
+""",
+}
+_TABLES: Final = ("facts", "prekeys", "entries", "seen", "messages", "acknowledgements", "device_log", "notices")
 _MESSAGE_COLUMNS: Final = (
     "message_id, content_id, sender_id, created_at_ms, expires_at_ms, received_at_ms, content, replace_key, flags, shown_at_ms, read_at_ms"
 )
@@ -935,6 +1014,40 @@ class SqliteKeystore:
             )
             return done.rowcount == 1
 
+    def device_log(self) -> KeptLog:
+        # One transaction: entries and head belong together.
+        with self._reading() as connection, _transaction(connection, "DEFERRED"):
+            entries = tuple(entry for (entry,) in connection.execute("SELECT entry FROM device_log ORDER BY seq"))
+            return KeptLog(entries, _value(connection, "log_head") or b"")
+
+    def put_device_log(self, known: KeptLog, log: KeptLog, notices: Sequence[DeviceNotice]) -> list[DeviceNotice] | None:
+        with self._writing() as connection:
+            if (_value(connection, "log_head") or b"") != known.head:
+                return None
+            kept = len(known.entries) if log.entries[: len(known.entries)] == known.entries else 0
+            connection.execute("DELETE FROM device_log WHERE seq > ?", (kept,))
+            rows = list(enumerate(log.entries[kept:], start=kept + 1))
+            connection.executemany("INSERT INTO device_log (seq, entry) VALUES (?, ?)", rows)
+            _set_value(connection, "log_head", log.head)
+            added = [each for each in notices if _add_notice(connection, each)]
+            # Numbers follow each other: nobody else writes meanwhile.
+            (last,) = connection.execute("SELECT coalesce(max(number), 0) FROM notices").fetchone()
+            connection.execute("DELETE FROM notices WHERE number <= ?", (last - NOTICES_MAX,))
+            return [replace(each, number=last - len(added) + n) for n, each in enumerate(added, start=1)]
+
+    def notices(self) -> list[DeviceNotice]:
+        with self._reading() as connection:
+            return [
+                DeviceNotice(NoticeKind(kind), at_ms, None if device_id is None else DeviceId(device_id), identity_public_key, number)
+                for kind, at_ms, device_id, identity_public_key, number in connection.execute(
+                    "SELECT kind, at_ms, device_id, identity_public_key, number FROM notices ORDER BY number"
+                )
+            ]
+
+    def dismiss_notices(self, numbers: Iterable[int]) -> None:
+        with self._writing() as connection:
+            connection.executemany("DELETE FROM notices WHERE number = ?", [(number,) for number in numbers])
+
     def purge(self, now_ms: int) -> None:
         with self._writing() as connection:
             connection.execute("DELETE FROM prekeys WHERE deleted_at_ms <= ?", (now_ms,))
@@ -1003,16 +1116,23 @@ def _prepare(connection: sqlite3.Connection) -> None:
         if version > SCHEMA_VERSION:
             raise KeystoreTooNew(f"the keystore has schema {version} and this release knows {SCHEMA_VERSION}; upgrade the app")
         if version == 0:
-            # One by one: executescript() would commit the transaction.
-            for statement in _SCHEMA.split(";\n"):
-                connection.execute(statement)
+            _execute_each(connection, _SCHEMA)
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        if version < SCHEMA_VERSION:
+            for upgrade in range(max(version, 1) + 1, SCHEMA_VERSION + 1):
+                _execute_each(connection, _UPGRADES[upgrade])
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
+def _execute_each(connection: sqlite3.Connection, script: str) -> None:
+    """One by one: executescript() would commit the transaction."""
+    for statement in script.split(";\n"):
+        connection.execute(statement)
+
+
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    connection.execute("BEGIN IMMEDIATE")
+def _transaction(connection: sqlite3.Connection, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[None]:
+    connection.execute(f"BEGIN {kind}")
     try:
         yield
         connection.execute("COMMIT")
@@ -1070,6 +1190,15 @@ def _prekey(rows: sqlite3.Cursor) -> PrekeyPrivate | None:
 def _seen(connection: sqlite3.Connection, sender_id: SenderId, content_id: ContentId) -> bool:
     found = connection.execute("SELECT 1 FROM seen WHERE sender_id = ? AND content_id = ?", (sender_id, content_id)).fetchone()
     return found is not None
+
+
+def _add_notice(connection: sqlite3.Connection, notice: DeviceNotice) -> bool:
+    done = connection.execute(
+        "INSERT INTO notices (kind, at_ms, device_id, identity_public_key) SELECT ?1, ?2, ?3, ?4"
+        " WHERE ?3 IS NOT NULL OR NOT EXISTS (SELECT 1 FROM notices WHERE kind = ?1)",
+        (int(notice.kind), notice.at_ms, notice.device_id, notice.identity_public_key),
+    )
+    return done.rowcount == 1
 
 
 def _queue(connection: sqlite3.Connection, acknowledgement: PendingAcknowledgement) -> bool:

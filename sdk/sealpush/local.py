@@ -72,6 +72,10 @@ class ServerTime:
         """Unix milliseconds by the server's clock; by the local one while nothing is known."""
         return self._clock.now_ms() + (self.offset_ms or 0)
 
+    def local_ms(self) -> int:
+        """Unix milliseconds by the local clock: for what must not be the server's to tell."""
+        return self._clock.now_ms()
+
     def steady_s(self) -> float:
         """Seconds that only go forward, whatever happens to the local clock: for `sent_at`."""
         return self._clock.monotonic()

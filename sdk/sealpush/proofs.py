@@ -9,9 +9,11 @@ is worth nothing for another. Both sides build the bytes from what they know; on
     acknowledgement    "SPP1-ack"       | 1 | message_id16 | content_id16 | device_id16 | outcome1
                                            | reason_code2 | at_ms8
     change             "SPP1-change"    | 1 | device_id16 | counter8 | len1 | method (ASCII) | SHA-256(request body)32
+    vouch              "SPP1-vouch"     | 1 | device_id16 | identity_public_key32 | by_device_id16 | added_head32
 
 A change is an installation update, an unregistration, a preference or a prekey upload: anything that must not be
-replayed. Its counter rises with every change of the device; the server refuses one that does not.
+replayed. Its counter rises with every change of the device; the server refuses one that does not. A vouch needs none: the
+head of the device log right after its entry names one addition of one device in one history.
 """
 
 import enum
@@ -26,6 +28,7 @@ TAG_CHALLENGE: Final = b"SPP1-challenge"
 TAG_REGISTER: Final = b"SPP1-register"
 TAG_ACKNOWLEDGEMENT: Final = b"SPP1-ack"
 TAG_CHANGE: Final = b"SPP1-change"
+TAG_VOUCH: Final = b"SPP1-vouch"
 
 CHALLENGE_BYTES_MIN: Final = 16  # enough randomness that a challenge never repeats
 CHALLENGE_BYTES_MAX: Final = 512  # a stateless challenge carries a time, a scope and a MAC; nothing needs more
@@ -121,6 +124,19 @@ def change_proof(device_id: DeviceId, counter: int, method: str, body_sha256: by
             body_sha256,
         )
     )
+
+
+def vouch_proof(device_id: DeviceId, identity_public_key: bytes, by_device_id: DeviceId, added_head: bytes) -> bytes:
+    """What a device signs about another one of the same person: its id belongs to this identity key, and the person said so.
+
+    `added_head` is the 32-byte head of the person's device log right after the entry that added the device.
+    """
+    if len(identity_public_key) != 32:
+        raise ValueError("identity_public_key must be 32 bytes")
+    if len(added_head) != 32:
+        raise ValueError("added_head must be the 32 bytes of a device log's head")
+    device, by_device = check_id(device_id, "device_id"), check_id(by_device_id, "by_device_id")
+    return b"".join((TAG_VOUCH, _VERSION, device, identity_public_key, by_device, added_head))
 
 
 def body_digest(body: bytes) -> bytes:

@@ -11,7 +11,7 @@ sender that keeps them itself).
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -21,6 +21,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from sealpush import envelope, errors
+from sealpush.devicelog import KnownDevice
 from sealpush.errors import CallFailed, KeyRefused, ReceiptRefused, SuiteTooLow
 from sealpush.ids import (
     ContentId,
@@ -64,6 +65,7 @@ SEALED_KEPT_MAX: Final = 1024  # sealed requests without an answer, kept for the
 SUITES_KEPT_MAX: Final = 65_536  # devices above suite 1, 10 MB; a sender to more than these notices for the latest
 LIFETIME_DEFAULT: Final = timedelta(days=14)
 LIFETIME_MAX: Final = timedelta(days=28)
+IDENTITY_UNCHANGED_MAX: Final = timedelta(days=365)
 WATCH_SILENT_ENDS_MAX: Final = 3  # a service that restarts may end a watch before it said anything
 STATUS_WAIT_MAX: Final = timedelta(seconds=8)
 CONTENT_VERSION: Final = 1
@@ -116,7 +118,50 @@ class Unanswered:
     message: str
 
 
-PublishOutcome = Accepted | NotRegistered | Refused | Unanswered
+@dataclass(frozen=True, slots=True)
+class IdentityChanged:
+    """The recipient has a device that is too new (`identity_unchanged_for`), or that is not among `approved_devices`; nothing was stored.
+
+    The number may have been taken over: hold the message back, and send it over no other channel that the number leads to.
+    `changed_at` is when the newest of these devices was added.
+    """
+
+    request_id: RequestId
+    device_ids: tuple[DeviceId, ...]
+    changed_at: datetime
+
+    @property
+    def reason(self) -> str:
+        """As of a refusal."""
+        return "IDENTITY_CHANGED"
+
+    @property
+    def message(self) -> str:
+        """As of a refusal."""
+        return (
+            f"the recipient has {len(self.device_ids)} device(s) too new or not approved; hold it back until the person has confirmed them"
+        )
+
+
+PublishOutcome = Accepted | NotRegistered | Refused | Unanswered | IdentityChanged
+
+
+@dataclass(frozen=True, slots=True)
+class RecipientDevices:
+    """A recipient's devices in an app that can be sealed for, as the service says; their fingerprints are for people to compare.
+
+    `device_list_version` is the head of the person's device log over all apps; `identity_changed_at` when that last added a device.
+    """
+
+    recipient_ref: RecipientRef
+    device_list_version: bytes
+    identity_changed_at: datetime
+    devices: tuple[KnownDevice, ...]
+
+    @property
+    def approved(self) -> dict[DeviceId, bytes]:
+        """The identity key of each device: what to keep, and to give as `approved_devices`, once somebody has approved of the list."""
+        return {each.device_id: each.identity_public_key for each in self.devices}
 
 
 class PublishOptions(TypedDict, total=False):
@@ -138,6 +183,8 @@ class PublishOptions(TypedDict, total=False):
     primary_only: bool
     subscriptions: Sequence[str]
     platforms: Sequence[Platform]
+    identity_unchanged_for: timedelta | None
+    approved_devices: Mapping[DeviceId, bytes] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +192,8 @@ class Publication:
     """One message to publish. The request id is made here where none is given; keep it to ask again.
 
     `content_class` must be set, here or in the content. `lifetime` None: 14 days. `replace_key` defaults to the content's own.
+    `identity_unchanged_for`: IdentityChanged, and nothing stored, when a device that it would go to was added more recently.
+    `approved_devices`: seal to no others than these, by `RecipientDevices.approved`; for content that is sealed here.
     """
 
     recipient: Recipient
@@ -165,6 +214,8 @@ class Publication:
     primary_only: bool = False
     subscriptions: Sequence[str] = ()
     platforms: Sequence[Platform] = ()
+    identity_unchanged_for: timedelta | None = None
+    approved_devices: Mapping[DeviceId, bytes] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.request_id) <= 64 or not all(" " <= char <= "~" for char in self.request_id):
@@ -173,6 +224,8 @@ class Publication:
             raise ValueError("content_class must say whether this is informational or advertising")
         if self.lifetime is not None and not timedelta(seconds=1) <= self.lifetime <= LIFETIME_MAX:
             raise ValueError("lifetime must be 1 s to 28 days")
+        if self.identity_unchanged_for is not None and not timedelta(seconds=1) <= self.identity_unchanged_for <= IDENTITY_UNCHANGED_MAX:
+            raise ValueError("identity_unchanged_for must be 1 s to 365 days")
 
     @classmethod
     def of(cls, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> Self:
@@ -210,7 +263,15 @@ class Publication:
         )
         if self.lifetime is not None:
             request.lifetime.FromTimedelta(self.lifetime)
+        if self.identity_unchanged_for is not None:
+            request.identity_unchanged_for.FromTimedelta(self.identity_unchanged_for)
         return request
+
+    def to_plain(self) -> publish_pb2.PublishRequest:
+        """The request for the server to seal. Raises ValueError where only who seals here can keep what was asked for."""
+        if self.approved_devices is not None:
+            raise ValueError("the server chooses the devices it seals for; publish_sealed() seals to approved_devices only")
+        return self.to_wire()
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +404,7 @@ class Sender:
 
     async def publish_one(self, publication: Publication) -> PublishOutcome:
         """As `publish()`."""
-        outcome = await self._send(publication.to_wire(), self._deadline())
+        outcome = await self._send(publication.to_plain(), self._deadline())
         if isinstance(outcome, _Outdated):  # nothing was sealed here: not an answer to this request
             return _outdated_refusal(outcome)
         return outcome
@@ -377,7 +438,7 @@ class Sender:
 
     async def prepare_sealed(
         self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]
-    ) -> SealedPublication | NotRegistered | Refused:
+    ) -> SealedPublication | NotRegistered | Refused | IdentityChanged:
         """The sealed request without sending it, for a sender that keeps it over its own crashes. Raises as `publish_sealed()`."""
         publication = Publication.of(recipient, content, **options)
         sealed = await self._seal(publication, self._deadline())
@@ -390,12 +451,33 @@ class Sender:
         outcome = await self._send(publish_pb2.PublishRequest.FromString(sealed.data), self._deadline())
         return _outdated_refusal(outcome) if isinstance(outcome, _Outdated) else outcome
 
+    async def recipient_devices(self, recipient: Recipient | str, app_id: str = "") -> RecipientDevices:
+        """Which devices a recipient has, with fingerprints; uses up no one-time prekey. `app_id` "" is the sender's default app.
+
+        Raises NotFound when nobody is registered (`server_reason` says why), InvalidRequest for a recipient that cannot be.
+        """
+        query = keys_pb2.RecipientKeysQuery(recipient=Recipient.of(recipient).to_wire(), app_id=app_id, devices_only=True)
+        result = await self._recipient_keys(query, self._deadline())
+        match result.WhichOneof("outcome"):
+            case "keys":
+                keys = result.keys
+                return RecipientDevices(
+                    RecipientRef(keys.recipient_ref),
+                    keys.device_list_version,
+                    wire_time(keys.identity_changed_at),
+                    tuple(map(_known_device, keys.devices)),
+                )
+            case "not_registered":
+                reason = Reason(result.not_registered).name
+                raise errors.NotFound("nobody is registered in this app by this recipient", code="NOT_FOUND", server_reason=reason)
+        raise errors.InvalidRequest(result.refused, code="INVALID_ARGUMENT", server_reason="KEYS_REFUSED")
+
     async def publish_many(self, publications: Iterable[Publication]) -> list[PublishOutcome]:
         """Publish many messages in batches; an outcome each, in their order. Items that were only refused for now are repeated."""
         outcomes: list[PublishOutcome] = []
         in_flight: deque[asyncio.Task[list[PublishOutcome]]] = deque()
         try:
-            for chunk in _chunks(publication.to_wire() for publication in publications):
+            for chunk in _chunks(publication.to_plain() for publication in publications):
                 if len(in_flight) == BATCHES_IN_FLIGHT:
                     outcomes.extend(await in_flight.popleft())
                 in_flight.append(asyncio.create_task(self._publish_batch(chunk)))
@@ -577,24 +659,32 @@ class Sender:
             self._sealed.popitem(last=False)
         return request
 
-    async def _seal(self, publication: Publication, deadline: Deadline) -> publish_pb2.PublishRequest | NotRegistered | Refused:
-        """The request with its content sealed to the recipient's devices of now."""
-        if self._signing_key is None:
-            raise ValueError("sealing needs a signing_key whose public half stands in the sender's entry")
-        query = keys_pb2.RecipientKeysQuery(
-            request_id=publication.request_id, recipient=publication.recipient.to_wire(), app_id=publication.app_id
-        )
+    async def _recipient_keys(self, query: keys_pb2.RecipientKeysQuery, deadline: Deadline) -> keys_pb2.RecipientKeysResult:
         answer = await self._calls.call(
             self._channels.keys.GetRecipientKeys,
             keys_pb2.GetRecipientKeysRequest(queries=[query]),
             deadline=deadline,
             token=self._token,
         )
-        result = answer.results[0] if answer.results else keys_pb2.RecipientKeysResult(refused="the key service gave no result")
+        return answer.results[0] if answer.results else keys_pb2.RecipientKeysResult(refused="the key service gave no result")
+
+    async def _seal(
+        self, publication: Publication, deadline: Deadline
+    ) -> publish_pb2.PublishRequest | NotRegistered | Refused | IdentityChanged:
+        """The request with its content sealed to the recipient's devices of now."""
+        if self._signing_key is None:
+            raise ValueError("sealing needs a signing_key whose public half stands in the sender's entry")
+        query = keys_pb2.RecipientKeysQuery(
+            request_id=publication.request_id, recipient=publication.recipient.to_wire(), app_id=publication.app_id
+        )
+        result = await self._recipient_keys(query, deadline)
         if result.WhichOneof("outcome") == "not_registered":
             return NotRegistered(publication.request_id, Reason(result.not_registered))
         if result.WhichOneof("outcome") != "keys":
             return Refused(publication.request_id, "INVALID_ARGUMENT", "KEYS_REFUSED", result.refused)
+        foreign = _not_approved(publication, result.keys.devices)
+        if foreign is not None:
+            return foreign
         now_ms = self._clock.now_ms()
         request = publication.to_wire()
         lifetime = publication.lifetime or LIFETIME_DEFAULT
@@ -673,7 +763,7 @@ class _StreamSession:
     async def _read_source(self, source: AsyncIterable[Publication]) -> None:
         try:
             async for publication in source:
-                await self._gathered.put(publication.to_wire())
+                await self._gathered.put(publication.to_plain())
         except Exception:
             await self._gathered.put(None)  # what came before the failure is published; run() raises it then
             raise
@@ -796,6 +886,9 @@ def _outcome(request_id: RequestId, result: publish_pb2.PublishResult) -> Publis
             return NotRegistered(request_id, Reason(result.not_registered.reason_code))
         case "outdated_devices":
             return _Outdated(request_id)
+        case "identity_changed":
+            changed = result.identity_changed
+            return IdentityChanged(request_id, tuple(map(DeviceId, changed.device_ids)), wire_time(changed.changed_at))
         case "refusal":
             refusal = result.refusal
             retry_after = refusal.retry_after.ToTimedelta() if refusal.HasField("retry_after") else None
@@ -840,6 +933,21 @@ def _prekey(prekey: keys_pb2.Prekey, kind: PrekeyKind) -> SignedPrekey:
         prekey.expires_at_ms,
         prekey.signature,
     )
+
+
+def _known_device(keys: keys_pb2.DeviceKeys) -> KnownDevice:
+    return KnownDevice(DeviceId(keys.device_id), keys.identity_public_key, wire_time(keys.added_at), keys.vouched)
+
+
+def _not_approved(publication: Publication, devices: Iterable[keys_pb2.DeviceKeys]) -> IdentityChanged | None:
+    """Which of the devices to seal for are not approved, by id and identity key; None: all are, or nobody asked."""
+    if publication.approved_devices is None:
+        return None
+    approved = publication.approved_devices
+    foreign = [each for each in map(_known_device, devices) if approved.get(each.device_id) != each.identity_public_key]
+    if not foreign:
+        return None
+    return IdentityChanged(publication.request_id, tuple(each.device_id for each in foreign), max(each.added_at for each in foreign))
 
 
 def _device(keys: keys_pb2.DeviceKeys) -> RecipientDevice:

@@ -1,4 +1,4 @@
-"""A device's keys over time: making and signing prekeys, and what is due daily.
+"""A device's keys over time: making and signing prekeys, and what is due daily; and the look at the device log, hourly.
 
 A signed prekey serves 7 days; one-time prekeys are topped up when few are left at the service. Private halves are stored
 before anybody hears of the public ones.
@@ -8,6 +8,7 @@ import logging
 from dataclasses import replace
 from typing import Final
 
+from sealpush.devices import Devices
 from sealpush.errors import SealpushError
 from sealpush.floor import confirm, floor, raise_to
 from sealpush.ids import DeviceId
@@ -45,12 +46,22 @@ class Upkeep:
     """What is due daily. `suite` is what new prekeys are of, `one_time_prekeys` how many to keep at the service."""
 
     def __init__(
-        self, session: Session, store: Store, who: Who, time: ServerTime, trouble: Trouble, *, suite: int, one_time_prekeys: int
+        self,
+        session: Session,
+        store: Store,
+        who: Who,
+        time: ServerTime,
+        devices: Devices,
+        trouble: Trouble,
+        *,
+        suite: int,
+        one_time_prekeys: int,
     ) -> None:
         self._session = session
         self._store = store
         self._who = who
         self._time = time
+        self._devices = devices
         self._trouble = trouble
         self._suite = suite
         self._one_time_prekeys = one_time_prekeys
@@ -62,6 +73,7 @@ class Upkeep:
         if self._suite < kept.suite:
             log.warning("this device was raised to suite %d, which it keeps: suite %d is lower", kept.suite, self._suite)
         self._done_at_ms = int.from_bytes(done_at or b"", "big")
+        await self._devices.load()
 
     async def do(self, deadline: Deadline) -> None:
         """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
@@ -94,6 +106,7 @@ class Upkeep:
 
     async def do_if_due(self, deadline: Deadline, longest_s: float) -> None:
         """Messages matter more: what fails here is noted, and tried again the next time."""
+        await self._devices.check_if_due(deadline, longest_s)
         remaining_s = min(deadline.remaining_s(), longest_s)
         if abs(self._time.now_ms() - self._done_at_ms) < MAINTENANCE_PERIOD_MS or remaining_s < MAINTENANCE_S_MIN:
             return

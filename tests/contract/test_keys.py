@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
+from sealpush.devicelog import DeviceLog, EntryKind, LogEntry
 from sealpush.envelope import CONTENT_BYTES_MAX, Header, Recipient, Stanza, assemble, open_envelope, recipient, seal
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
 from sealpush.keys import (
@@ -114,13 +115,12 @@ class World:
         request = sealing_pb2.CheckStanzasRequest(checks=checks)
         return list((await self.sealing.CheckStanzas(request, metadata=self.mesh())).verdicts)
 
-    async def log(self, subscriber_id: SubscriberId) -> list[rules.LogEntry]:
+    async def log(self, subscriber_id: SubscriberId) -> list[LogEntry]:
         """The subscriber's log; makes sure that it is the one its head stands for."""
-        entries = await self.store.log(subscriber_id)
-        lists = await self.store.device_lists([subscriber_id])
-        head = lists[subscriber_id].head if lists else rules.start_head(subscriber_id)
-        assert rules.verify_log(subscriber_id, entries, head)
-        return [rules.LogEntry.decode(each) for each in entries]
+        page = await self.store.log(subscriber_id, 0, 10_000)
+        read = DeviceLog.read(subscriber_id, page.entries)
+        assert (read.seq, read.head) == (page.seq, page.head)
+        return [LogEntry.decode(each) for each in page.entries]
 
     async def sealed_for(self, phone: Phone, subscriber_id: SubscriberId) -> bool:
         """Whether something can be sealed for this phone now."""
@@ -294,7 +294,7 @@ async def platform_key(world: World) -> bytes:
 async def test_a_device_that_was_put_is_in_the_log_and_can_be_sealed_for(world: World, phone: Phone, subscriber: SubscriberId) -> None:
     assert await world.put(phone.new_device(subscriber)) == [""]
     [entry] = await world.log(subscriber)
-    assert entry == rules.LogEntry(rules.EntryKind.ADDED, phone.device_id, phone.identity.public_key, world.now_ms, recovered=False)
+    assert entry == LogEntry(EntryKind.ADDED, phone.device_id, phone.identity.public_key, world.now_ms, recovered=False)
     assert await world.sealed_for(phone, subscriber)
 
 
@@ -346,8 +346,8 @@ async def test_a_moved_device_leaves_the_old_list_and_enters_the_new(world: Worl
     new_owner = SubscriberId(uuid7())
     await world.put(phone.new_device(subscriber))
     assert await world.put(phone.new_device(new_owner)) == [""]
-    assert [each.kind for each in await world.log(subscriber)] == [rules.EntryKind.ADDED, rules.EntryKind.REMOVED]
-    assert [each.kind for each in await world.log(new_owner)] == [rules.EntryKind.ADDED]
+    assert [each.kind for each in await world.log(subscriber)] == [EntryKind.ADDED, EntryKind.REMOVED]
+    assert [each.kind for each in await world.log(new_owner)] == [EntryKind.ADDED]
     assert not await world.sealed_for(phone, subscriber)
     assert await world.sealed_for(phone, new_owner)
     # A removal that comes late, for the old owner, must not take it from the new one.
@@ -364,7 +364,7 @@ async def test_a_removed_device_is_never_sealed_for_and_may_come_back(world: Wor
     assert await world.put(phone.new_device(subscriber)) == [""]
     assert await world.sealed_for(phone, subscriber)
     kinds = [each.kind for each in await world.log(subscriber)]
-    assert kinds == [rules.EntryKind.ADDED, rules.EntryKind.REMOVED, rules.EntryKind.ADDED]
+    assert kinds == [EntryKind.ADDED, EntryKind.REMOVED, EntryKind.ADDED]
 
 
 async def test_a_registration_repeated_late_does_not_bring_back_an_old_prekey(world: World, phone: Phone, subscriber: SubscriberId) -> None:
@@ -394,7 +394,7 @@ async def test_concurrent_batches_for_the_same_subscribers_neither_deadlock_nor_
     here = [0, 0, 0]
     for n, log in enumerate(logs):
         for entry in log:
-            here[n] += 1 if entry.kind is rules.EntryKind.ADDED else -1
+            here[n] += 1 if entry.kind is EntryKind.ADDED else -1
     found = [await world.store.device(phone.device_id) for phone in phones]
     assert here == [sum(each is not None and not each.removed and each.subscriber_id == s for each in found) for s in subscribers]
 

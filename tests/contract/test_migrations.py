@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sealpush.devicelog import EntryKind, LogEntry
 from sealpush.envelope import evidence_of
 from sealpush.ids import DeviceId, SenderId, uuid7
 from sealpush.keys import EntryRole
@@ -202,3 +203,25 @@ async def rows_of_version_1(sql: Connection, subscriber: bytes, with_token: byte
             token,
             bytes(32),
         )
+
+
+async def test_devices_of_before_are_recovered_as_their_log_says(migrated: Migrated, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = await at_version(migrated, monkeypatch, "keys", 2)
+    sql = await connect(urls["admin"], search_path="keys")
+    subscriber, key = uuid7(), bytes(32)
+    first, second, gone, back = (uuid7() for _ in range(4))
+    added, removed = EntryKind.ADDED, EntryKind.REMOVED
+    history = [(added, first), (added, second), (added, gone), (removed, gone), (added, back), (removed, back), (added, back)]
+    try:
+        for device in (first, second, gone, back):
+            await sql.execute(
+                "INSERT INTO devices VALUES ($1, $2, $3, 1, 0, now(), CASE WHEN $4 THEN now() END)", device, subscriber, key, device == gone
+            )
+        for seq, (kind, device) in enumerate(history, start=1):
+            entry = LogEntry(kind, DeviceId(device), key, 1, recovered=kind is added and seq > 1).encode()
+            await sql.execute("INSERT INTO device_log VALUES ($1, $2, $3, $4)", subscriber, seq, entry, bytes(32))
+        assert "keys/0003_vouched" in await to_now(urls, "keys")
+        rows = await sql.fetch("SELECT device_id, recovered FROM devices WHERE removed_at IS NULL")
+        assert {row["device_id"]: row["recovered"] for row in rows} == {first: False, second: True, back: True}
+    finally:
+        await sql.close()

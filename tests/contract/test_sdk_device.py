@@ -29,11 +29,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
 from sealpush.device import Device, Installation, Message, Preference, SealedBy
+from sealpush.devicelog import DeviceNotice, EntryKind, LogEntry, NoticeKind, next_head, start_head
 from sealpush.entries import PROFILE_FAILED_PAUSE_S
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
 from sealpush.errors import KeystoreError, NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
 from sealpush.floor import Floor, floor
-from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, uuid7
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
     ContentSigningKey,
@@ -188,6 +189,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.ack_frames: list[int] = []
         self.refuse_acks = False
         self.confirmations: list[registration_pb2.ConfirmRegistrationRequest] = []
+        self.log_after_own: list[bytes] = []
         self.stopping = False
 
     def phone(self) -> Phone:
@@ -347,6 +349,19 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         return keys_pb2.GetPrekeyStateResponse(signed_prekey_id=phone.signed_prekey.prekey_id, one_time_prekeys_left=len(phone.one_time))
 
     async def GetRecipientKeys(self, request: keys_pb2.GetRecipientKeysRequest, context: Context) -> Any:
+        raise NotImplementedError
+
+    async def GetDeviceLog(self, request: keys_pb2.GetDeviceLogRequest, context: Context) -> Any:
+        await self.before("GetDeviceLog", context)
+        phone = await self.who(context)
+        entries = [LogEntry(EntryKind.ADDED, phone.device_id, phone.identity_public_key, 1).encode(), *self.log_after_own]
+        head = start_head(SubscriberId(request.subscriber_id))
+        for entry in entries:
+            head = next_head(head, entry)
+        await self.after("GetDeviceLog", context)
+        return keys_pb2.GetDeviceLogResponse(entries=entries[request.after_seq :], seq=len(entries), head=head)
+
+    async def VouchDevice(self, request: keys_pb2.VouchDeviceRequest, context: Context) -> Any:
         raise NotImplementedError
 
     # Accounts
@@ -1578,3 +1593,158 @@ async def test_over_tls_only_the_given_authority_is_trusted(service: Service) ->
             await register(trusted)
             service.send()
             assert texts(await trusted.on_wake()) == ["hello"]
+
+
+# --- the device log ---
+
+
+def a_newcomer() -> bytes:
+    """An entry that adds a device which nobody vouches for."""
+    return LogEntry(EntryKind.ADDED, DeviceId(uuid7()), bytes(32), 1, recovered=True).encode()
+
+
+@pytest.mark.parametrize("way", ["drain", "wake", "stream", "upkeep"])
+async def test_the_device_log_is_looked_at_once_an_hour_whatever_wakes_the_app(
+    service: Service, make: Make, clock: FakeClock, way: str
+) -> None:
+    told: list[DeviceNotice] = []
+    device = await register(make(on_notice=told.append))
+
+    async def look() -> None:
+        match way:
+            case "drain":
+                await device.drain()
+            case "wake":
+                await device.on_wake()
+            case "upkeep":
+                await device.maintain()
+            case "stream":
+                looked = service.calls["GetDeviceLog"]
+                async with device.stream() as messages:
+                    await messages.caught_up()
+                    if clock.now_ms() - looked_at_ms[-1] >= HOUR_MS:
+                        await until(lambda: service.calls["GetDeviceLog"] > looked and len(told) == len(service.log_after_own))
+
+    looked_at_ms = [clock.now_ms() - HOUR_MS]
+    await look()
+    looked_at_ms.append(clock.now_ms())
+    service.log_after_own.append(a_newcomer())
+    clock.ahead_s = service.time_ahead_s = clock.ahead_s + 3500
+    await look()
+    assert len(told) == (1 if way == "upkeep" else 0)
+    clock.ahead_s = service.time_ahead_s = clock.ahead_s + 110
+    await look()
+    assert [each.kind for each in told] == [NoticeKind.ADDED]
+    assert service.calls["GetDeviceLog"] == (3 if way == "upkeep" else 2)
+
+
+async def test_when_the_log_was_looked_at_last_is_known_to_the_next_process(service: Service, make: Make, keystore: Keystore) -> None:
+    await (await register(make(keystore))).on_wake()
+    await make(keystore).on_wake()
+    assert service.calls["GetDeviceLog"] == 1
+
+
+async def test_a_log_that_does_not_come_holds_up_no_message(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make(policy=RetryPolicy(attempts_max=1)))
+    await device.drain()
+    service.log_after_own.append(a_newcomer())
+    for fault in (service.down, service.lose_answer):
+        clock.ahead_s = service.time_ahead_s = clock.ahead_s + 3700
+        fault["GetDeviceLog"] = 100
+        for text in ("one", "two"):
+            service.send(text)
+            assert texts(await device.drain()) == [text]
+        fault.clear()
+        assert await device.notices() == []
+    # It asked once each time, and asks again after a while.
+    assert service.calls["GetDeviceLog"] == 3
+    clock.ahead_s = service.time_ahead_s = clock.ahead_s + 301
+    await device.drain()
+    assert [each.kind for each in await device.notices()] == [NoticeKind.ADDED]
+
+
+async def test_a_log_that_hangs_leaves_a_wake_up_its_deadline(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make(policy=RetryPolicy(attempts_max=1)))
+    service.hang.add("GetDeviceLog")
+    service.send()
+    started = time.monotonic()
+    assert texts(await device.on_wake(deadline=2.0)) == ["hello"]
+    assert time.monotonic() - started < 2.5
+
+
+async def test_a_notice_is_kept_whatever_the_app_does_with_it(
+    service: Service, make: Make, keystore: Keystore, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(notice: DeviceNotice) -> None:
+        raise RuntimeError("secret")
+
+    device = await register(make(keystore, on_notice=fail))
+    service.log_after_own.append(a_newcomer())
+    await device.drain()
+    [notice] = await make(keystore).notices()
+    assert "RuntimeError" in caplog.text
+    assert "secret" not in caplog.text
+    await device.dismiss_notices([notice])
+    assert await make(keystore).notices() == []
+
+
+async def test_an_app_may_ask_for_the_devices_when_it_is_told_of_one(service: Service, make: Make) -> None:
+    seen: list[int] = []
+
+    async def ask(notice: DeviceNotice) -> None:
+        seen.append(len(await device.devices()))
+
+    device = await register(make(on_notice=ask))
+    service.log_after_own.append(a_newcomer())
+    async with asyncio.timeout(5):
+        await device.drain()
+    assert seen == [2]
+
+
+async def test_a_log_without_end_is_broken_before_it_costs_anything(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    service.log_after_own = [a_newcomer()] * 40_000
+    service.send()
+    async with asyncio.timeout(10):
+        assert texts(await device.drain()) == ["hello"]
+    assert [each.kind for each in await device.notices()] == [NoticeKind.LOG_BROKEN]
+    assert keystore.device_log().entries == ()
+
+
+async def test_a_time_that_no_store_can_hold_does_not_keep_the_person_in_the_dark(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    added = a_newcomer()
+    service.log_after_own.append(added[:-8] + b"\xff" * 8)
+    await device.drain()
+    assert [each.kind for each in await device.notices()] == [NoticeKind.LOG_BROKEN]
+
+
+async def test_a_log_that_is_withheld_while_messages_come_is_told_after_days(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    await device.drain()
+
+    async def told_after(hours: float, device: Device = device) -> list[NoticeKind]:
+        clock.ahead_s = service.time_ahead_s = clock.ahead_s + hours * 3600
+        await device.drain()
+        return [each.kind for each in await device.notices()]
+
+    service.down["GetDeviceLog"] = 1
+    assert await told_after(2) == []
+    assert await told_after(100) == []  # it came in between
+    service.down["GetDeviceLog"] = 1000
+    assert await told_after(2) == []
+    assert await told_after(71) == []
+    assert await told_after(2, make(keystore, policy=RetryPolicy(attempts_max=1))) == [NoticeKind.LOG_WITHHELD]
+    await device.dismiss_notices(await device.notices())
+    assert await told_after(71) == []
+    assert await told_after(2) == [NoticeKind.LOG_WITHHELD]
+
+
+async def test_a_server_that_stops_its_clock_is_looked_at_all_the_same(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    await device.drain()
+    clock.ahead_s, service.time_ahead_s = 3700, 0
+    await device.drain()
+    assert service.calls["GetDeviceLog"] == 2

@@ -267,6 +267,12 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
             self.phones.append(self.joining.pop())
         return keys_pb2.GetRecipientKeysResponse(results=[result])
 
+    async def GetDeviceLog(self, request: keys_pb2.GetDeviceLogRequest, context: Context) -> Any:
+        raise NotImplementedError
+
+    async def VouchDevice(self, request: keys_pb2.VouchDeviceRequest, context: Context) -> Any:
+        raise NotImplementedError
+
     def take(self, request: publish_pb2.PublishRequest) -> publish_pb2.PublishResult:
         data = request.SerializeToString(deterministic=True)
         self.received.append(data)

@@ -241,10 +241,13 @@ class RecipientKeysQuery(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RECIPIENT_FIELD_NUMBER: _builtins.int
     APP_ID_FIELD_NUMBER: _builtins.int
+    DEVICES_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request id of the publish the keys are for, 1 to 64 printable ASCII characters."""
+    """The request id of the publish the keys are for, 1 to 64 printable ASCII characters; not needed with `devices_only`."""
     app_id: _builtins.str
     """Empty: the sender's default app."""
+    devices_only: _builtins.bool
+    """To learn which devices there are: no one-time prekey is handed out."""
     @_builtins.property
     def recipient(self) -> _common_pb2.Recipient:
         """Whose keys; ≤ 1024 bytes serialised."""
@@ -255,10 +258,11 @@ class RecipientKeysQuery(_message.Message):
         request_id: _builtins.str = ...,
         recipient: _common_pb2.Recipient | None = ...,
         app_id: _builtins.str = ...,
+        devices_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["recipient", b"recipient"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "recipient", b"recipient", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "devices_only", b"devices_only", "recipient", b"recipient", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,12 +377,16 @@ class DeviceKeys(_message.Message):
     SIGNED_PREKEY_FIELD_NUMBER: _builtins.int
     ONE_TIME_PREKEY_FIELD_NUMBER: _builtins.int
     MIN_SUITE_FIELD_NUMBER: _builtins.int
+    ADDED_AT_FIELD_NUMBER: _builtins.int
+    VOUCHED_FIELD_NUMBER: _builtins.int
     device_id: _builtins.bytes
     """16 bytes."""
     identity_public_key: _builtins.bytes
     """Ed25519, 32 bytes."""
     min_suite: _builtins.int
     """Lowest suite the device still accepts."""
+    vouched: _builtins.bool
+    """The first device of the log, or one that such a device vouched for. Else it proved the number, and nothing more."""
     @_builtins.property
     def signed_prekey(self) -> Global___Prekey:
         """Always present; verify its signature by the identity key."""
@@ -389,6 +397,10 @@ class DeviceKeys(_message.Message):
         a day; seal to the signed prekey.
         """
 
+    @_builtins.property
+    def added_at(self) -> _timestamp_pb2.Timestamp:
+        """When the recipient's device log added it."""
+
     def __init__(
         self,
         *,
@@ -397,11 +409,110 @@ class DeviceKeys(_message.Message):
         signed_prekey: Global___Prekey | None = ...,
         one_time_prekey: Global___Prekey | None = ...,
         min_suite: _builtins.int = ...,
+        added_at: _timestamp_pb2.Timestamp | None = ...,
+        vouched: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["one_time_prekey", b"one_time_prekey", "signed_prekey", b"signed_prekey"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["added_at", b"added_at", "one_time_prekey", b"one_time_prekey", "signed_prekey", b"signed_prekey"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "identity_public_key", b"identity_public_key", "min_suite", b"min_suite", "one_time_prekey", b"one_time_prekey", "signed_prekey", b"signed_prekey"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_at", b"added_at", "device_id", b"device_id", "identity_public_key", b"identity_public_key", "min_suite", b"min_suite", "one_time_prekey", b"one_time_prekey", "signed_prekey", b"signed_prekey", "vouched", b"vouched"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeviceKeys: _TypeAlias = DeviceKeys  # noqa: Y015
+
+@_typing.final
+class GetDeviceLogRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBSCRIBER_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQ_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    subscriber_id: _builtins.bytes
+    """16 bytes: the subscriber that the device registered for, whose log it has followed."""
+    after_seq: _builtins.int
+    """Entries with a higher number than this are answered; 0: from the first on."""
+    page_size: _builtins.int
+    """At most so many entries, up to 256; 0: 256."""
+    def __init__(
+        self,
+        *,
+        subscriber_id: _builtins.bytes = ...,
+        after_seq: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_seq", b"after_seq", "page_size", b"page_size", "subscriber_id", b"subscriber_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDeviceLogRequest: _TypeAlias = GetDeviceLogRequest  # noqa: Y015
+
+@_typing.final
+class GetDeviceLogResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    """Number of the log's last entry, counted from 1."""
+    head: _builtins.bytes
+    """32 bytes: the head after that entry, which senders see as the device_list_version."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Entries after `after_seq` without a gap, oldest first, in the bytes that are hashed. Fewer than up to `seq`: ask for the rest."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[_builtins.bytes] | None = ...,
+        seq: _builtins.int = ...,
+        head: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "head", b"head", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDeviceLogResponse: _TypeAlias = GetDeviceLogResponse  # noqa: Y015
+
+@_typing.final
+class VouchDeviceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.bytes
+    """16 bytes: the device that is vouched for."""
+    signature: _builtins.bytes
+    """64 bytes: Ed25519 by the calling device's identity key over the vouch (docs/device-protocol.md)."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VouchDeviceRequest: _TypeAlias = VouchDeviceRequest  # noqa: Y015
+
+@_typing.final
+class VouchDeviceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VouchDeviceResponse: _TypeAlias = VouchDeviceResponse  # noqa: Y015

@@ -50,6 +50,16 @@ class KeysStub:
                 request_serializer=sealpush_dot_v1_dot_keys__pb2.GetRecipientKeysRequest.SerializeToString,
                 response_deserializer=sealpush_dot_v1_dot_keys__pb2.GetRecipientKeysResponse.FromString,
                 _registered_method=True)
+        self.GetDeviceLog = channel.unary_unary(
+                '/sealpush.v1.Keys/GetDeviceLog',
+                request_serializer=sealpush_dot_v1_dot_keys__pb2.GetDeviceLogRequest.SerializeToString,
+                response_deserializer=sealpush_dot_v1_dot_keys__pb2.GetDeviceLogResponse.FromString,
+                _registered_method=True)
+        self.VouchDevice = channel.unary_unary(
+                '/sealpush.v1.Keys/VouchDevice',
+                request_serializer=sealpush_dot_v1_dot_keys__pb2.VouchDeviceRequest.SerializeToString,
+                response_deserializer=sealpush_dot_v1_dot_keys__pb2.VouchDeviceResponse.FromString,
+                _registered_method=True)
 
 
 class KeysServicer:
@@ -78,6 +88,22 @@ class KeysServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDeviceLog(self, request, context):
+        """The device log of the calling device's subscriber from some entry on. The device verifies that it goes on from what it knew
+        (docs/device-protocol.md). FAILED_PRECONDITION: the device is in another subscriber's list by now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VouchDevice(self, request, context):
+        """Vouches for another device of the same subscriber, after its user compared fingerprints. Repeating it is safe. NOT_FOUND: that device
+        is not in the list. FAILED_PRECONDITION: nobody vouches for the calling device itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KeysServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +121,16 @@ def add_KeysServicer_to_server(servicer, server):
                     servicer.GetRecipientKeys,
                     request_deserializer=sealpush_dot_v1_dot_keys__pb2.GetRecipientKeysRequest.FromString,
                     response_serializer=sealpush_dot_v1_dot_keys__pb2.GetRecipientKeysResponse.SerializeToString,
+            ),
+            'GetDeviceLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDeviceLog,
+                    request_deserializer=sealpush_dot_v1_dot_keys__pb2.GetDeviceLogRequest.FromString,
+                    response_serializer=sealpush_dot_v1_dot_keys__pb2.GetDeviceLogResponse.SerializeToString,
+            ),
+            'VouchDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.VouchDevice,
+                    request_deserializer=sealpush_dot_v1_dot_keys__pb2.VouchDeviceRequest.FromString,
+                    response_serializer=sealpush_dot_v1_dot_keys__pb2.VouchDeviceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +215,60 @@ class Keys:
             '/sealpush.v1.Keys/GetRecipientKeys',
             sealpush_dot_v1_dot_keys__pb2.GetRecipientKeysRequest.SerializeToString,
             sealpush_dot_v1_dot_keys__pb2.GetRecipientKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDeviceLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpush.v1.Keys/GetDeviceLog',
+            sealpush_dot_v1_dot_keys__pb2.GetDeviceLogRequest.SerializeToString,
+            sealpush_dot_v1_dot_keys__pb2.GetDeviceLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VouchDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpush.v1.Keys/VouchDevice',
+            sealpush_dot_v1_dot_keys__pb2.VouchDeviceRequest.SerializeToString,
+            sealpush_dot_v1_dot_keys__pb2.VouchDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

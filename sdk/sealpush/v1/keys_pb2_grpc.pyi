@@ -41,6 +41,14 @@ class KeysStub:
     """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same one-time
     prekeys for 35 days, as long as they have not expired.
     """
+    GetDeviceLog: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetDeviceLogRequest, _keys_pb2.GetDeviceLogResponse]
+    """The device log of the calling device's subscriber from some entry on. The device verifies that it goes on from what it knew
+    (docs/device-protocol.md). FAILED_PRECONDITION: the device is in another subscriber's list by now.
+    """
+    VouchDevice: _grpc.UnaryUnaryMultiCallable[_keys_pb2.VouchDeviceRequest, _keys_pb2.VouchDeviceResponse]
+    """Vouches for another device of the same subscriber, after its user compared fingerprints. Repeating it is safe. NOT_FOUND: that device
+    is not in the list. FAILED_PRECONDITION: nobody vouches for the calling device itself.
+    """
 
 @_typing.type_check_only
 class KeysAsyncStub(KeysStub):
@@ -54,6 +62,14 @@ class KeysAsyncStub(KeysStub):
     GetRecipientKeys: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetRecipientKeysRequest, _keys_pb2.GetRecipientKeysResponse]  # type: ignore[assignment]
     """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same one-time
     prekeys for 35 days, as long as they have not expired.
+    """
+    GetDeviceLog: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetDeviceLogRequest, _keys_pb2.GetDeviceLogResponse]  # type: ignore[assignment]
+    """The device log of the calling device's subscriber from some entry on. The device verifies that it goes on from what it knew
+    (docs/device-protocol.md). FAILED_PRECONDITION: the device is in another subscriber's list by now.
+    """
+    VouchDevice: _aio.UnaryUnaryMultiCallable[_keys_pb2.VouchDeviceRequest, _keys_pb2.VouchDeviceResponse]  # type: ignore[assignment]
+    """Vouches for another device of the same subscriber, after its user compared fingerprints. Repeating it is safe. NOT_FOUND: that device
+    is not in the list. FAILED_PRECONDITION: nobody vouches for the calling device itself.
     """
 
 class KeysServicer(metaclass=_abc_1.ABCMeta):
@@ -83,6 +99,26 @@ class KeysServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_keys_pb2.GetRecipientKeysResponse, _abc.Awaitable[_keys_pb2.GetRecipientKeysResponse]]:
         """Keys of a recipient's devices, for a sender that seals by itself. A result a recipient; repeating a request id gives the same one-time
         prekeys for 35 days, as long as they have not expired.
+        """
+
+    @_abc_1.abstractmethod
+    def GetDeviceLog(
+        self,
+        request: _keys_pb2.GetDeviceLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.GetDeviceLogResponse, _abc.Awaitable[_keys_pb2.GetDeviceLogResponse]]:
+        """The device log of the calling device's subscriber from some entry on. The device verifies that it goes on from what it knew
+        (docs/device-protocol.md). FAILED_PRECONDITION: the device is in another subscriber's list by now.
+        """
+
+    @_abc_1.abstractmethod
+    def VouchDevice(
+        self,
+        request: _keys_pb2.VouchDeviceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_keys_pb2.VouchDeviceResponse, _abc.Awaitable[_keys_pb2.VouchDeviceResponse]]:
+        """Vouches for another device of the same subscriber, after its user compared fingerprints. Repeating it is safe. NOT_FOUND: that device
+        is not in the list. FAILED_PRECONDITION: nobody vouches for the calling device itself.
         """
 
 def add_KeysServicer_to_server(servicer: KeysServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -48,6 +48,7 @@ class PublishRequest(_message.Message):
     PRIMARY_ONLY_FIELD_NUMBER: _builtins.int
     SUBSCRIPTIONS_FIELD_NUMBER: _builtins.int
     PLATFORMS_FIELD_NUMBER: _builtins.int
+    IDENTITY_UNCHANGED_FOR_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key of the sender, 1 to 64 printable ASCII characters, kept 28 days."""
     app_id: _builtins.str
@@ -100,6 +101,12 @@ class PublishRequest(_message.Message):
     def platforms(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Platform.ValueType]:
         """Only installations on these platforms; empty: all."""
 
+    @_builtins.property
+    def identity_unchanged_for(self) -> _duration_pb2.Duration:
+        """Refuse it (see IdentityChanged) when a device that it would go to was added to the recipient's list more recently than this: 1 s to
+        365 days; absent: do not look.
+        """
+
     def __init__(
         self,
         *,
@@ -122,10 +129,11 @@ class PublishRequest(_message.Message):
         primary_only: _builtins.bool = ...,
         subscriptions: _abc.Iterable[_builtins.str] | None = ...,
         platforms: _abc.Iterable[_common_pb2.Platform.ValueType] | None = ...,
+        identity_unchanged_for: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "lifetime", b"lifetime", "plain", b"plain", "recipient", b"recipient", "sealed", b"sealed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "identity_unchanged_for", b"identity_unchanged_for", "lifetime", b"lifetime", "plain", b"plain", "recipient", b"recipient", "sealed", b"sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "channel", b"channel", "content", b"content", "content_class", b"content_class", "group_id", b"group_id", "leg_no", b"leg_no", "lifetime", b"lifetime", "order_id", b"order_id", "originator", b"originator", "plain", b"plain", "platforms", b"platforms", "primary_only", b"primary_only", "priority", b"priority", "recipient", b"recipient", "replace_key", b"replace_key", "request_id", b"request_id", "sealed", b"sealed", "subscriptions", b"subscriptions", "tag", b"tag", "traffic_type", b"traffic_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "channel", b"channel", "content", b"content", "content_class", b"content_class", "group_id", b"group_id", "identity_unchanged_for", b"identity_unchanged_for", "leg_no", b"leg_no", "lifetime", b"lifetime", "order_id", b"order_id", "originator", b"originator", "plain", b"plain", "platforms", b"platforms", "primary_only", b"primary_only", "priority", b"priority", "recipient", b"recipient", "replace_key", b"replace_key", "request_id", b"request_id", "sealed", b"sealed", "subscriptions", b"subscriptions", "tag", b"tag", "traffic_type", b"traffic_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["plain", "sealed"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
@@ -166,7 +174,7 @@ class PublishResponse(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def result(self) -> Global___PublishResult:
-        """Accepted, NotRegistered or OutdatedDevices."""
+        """Accepted, NotRegistered, OutdatedDevices or IdentityChanged."""
 
     def __init__(
         self,
@@ -192,6 +200,7 @@ class PublishResult(_message.Message):
     NOT_REGISTERED_FIELD_NUMBER: _builtins.int
     OUTDATED_DEVICES_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    IDENTITY_CHANGED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """As in the request."""
     @_builtins.property
@@ -210,6 +219,10 @@ class PublishResult(_message.Message):
     def refusal(self) -> Global___Refusal:
         """In batches and streams only; a unary Publish answers with the status code instead."""
 
+    @_builtins.property
+    def identity_changed(self) -> Global___IdentityChanged:
+        """Only where the request says `identity_unchanged_for`."""
+
     def __init__(
         self,
         *,
@@ -218,12 +231,13 @@ class PublishResult(_message.Message):
         not_registered: Global___NotRegistered | None = ...,
         outdated_devices: Global___OutdatedDevices | None = ...,
         refusal: Global___Refusal | None = ...,
+        identity_changed: Global___IdentityChanged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "not_registered", b"not_registered", "outcome", b"outcome", "outdated_devices", b"outdated_devices", "refusal", b"refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "identity_changed", b"identity_changed", "not_registered", b"not_registered", "outcome", b"outcome", "outdated_devices", b"outdated_devices", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "not_registered", b"not_registered", "outcome", b"outcome", "outdated_devices", b"outdated_devices", "refusal", b"refusal", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "identity_changed", b"identity_changed", "not_registered", b"not_registered", "outcome", b"outcome", "outdated_devices", b"outdated_devices", "refusal", b"refusal", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["accepted", "not_registered", "outdated_devices", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["accepted", "not_registered", "outdated_devices", "refusal", "identity_changed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
@@ -326,6 +340,38 @@ class OutdatedDevices(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OutdatedDevices: _TypeAlias = OutdatedDevices  # noqa: Y015
+
+@_typing.final
+class IdentityChanged(_message.Message):
+    """A device that the message would go to is too new; nothing was stored. The number may have been taken over: hold the message back, and do
+    not send it over another channel that the number leads to.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    CHANGED_AT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The devices that are too new, 16 bytes each."""
+
+    @_builtins.property
+    def changed_at(self) -> _timestamp_pb2.Timestamp:
+        """When the newest of them was added."""
+
+    def __init__(
+        self,
+        *,
+        device_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        changed_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "device_ids", b"device_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IdentityChanged: _TypeAlias = IdentityChanged  # noqa: Y015
 
 @_typing.final
 class Refusal(_message.Message):

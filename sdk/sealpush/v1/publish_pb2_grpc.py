@@ -82,7 +82,7 @@ class PublishingServicer:
     """
 
     def Publish(self, request, context):
-        """Accepts one message. OK means: durably stored, or NotRegistered, or OutdatedDevices (see PublishResult).
+        """Accepts one message. OK means: durably stored, or NotRegistered, OutdatedDevices or IdentityChanged (see PublishResult).
         Repeating a call with the same request id is always safe. ALREADY_EXISTS: the request id was used for another request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

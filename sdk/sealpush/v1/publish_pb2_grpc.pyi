@@ -34,7 +34,7 @@ class PublishingStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PublishingAsyncStub: ...
     Publish: _grpc.UnaryUnaryMultiCallable[_publish_pb2.PublishRequest, _publish_pb2.PublishResponse]
-    """Accepts one message. OK means: durably stored, or NotRegistered, or OutdatedDevices (see PublishResult).
+    """Accepts one message. OK means: durably stored, or NotRegistered, OutdatedDevices or IdentityChanged (see PublishResult).
     Repeating a call with the same request id is always safe. ALREADY_EXISTS: the request id was used for another request.
     """
     PublishBatch: _grpc.UnaryUnaryMultiCallable[_publish_pb2.PublishBatchRequest, _publish_pb2.PublishBatchResponse]
@@ -58,7 +58,7 @@ class PublishingAsyncStub(PublishingStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Publish: _aio.UnaryUnaryMultiCallable[_publish_pb2.PublishRequest, _publish_pb2.PublishResponse]  # type: ignore[assignment]
-    """Accepts one message. OK means: durably stored, or NotRegistered, or OutdatedDevices (see PublishResult).
+    """Accepts one message. OK means: durably stored, or NotRegistered, OutdatedDevices or IdentityChanged (see PublishResult).
     Repeating a call with the same request id is always safe. ALREADY_EXISTS: the request id was used for another request.
     """
     PublishBatch: _aio.UnaryUnaryMultiCallable[_publish_pb2.PublishBatchRequest, _publish_pb2.PublishBatchResponse]  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class PublishingServicer(metaclass=_abc_1.ABCMeta):
         request: _publish_pb2.PublishRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_publish_pb2.PublishResponse, _abc.Awaitable[_publish_pb2.PublishResponse]]:
-        """Accepts one message. OK means: durably stored, or NotRegistered, or OutdatedDevices (see PublishResult).
+        """Accepts one message. OK means: durably stored, or NotRegistered, OutdatedDevices or IdentityChanged (see PublishResult).
         Repeating a call with the same request id is always safe. ALREADY_EXISTS: the request id was used for another request.
         """
 

@@ -1,19 +1,10 @@
 """Decisions about keys: the device log, which prekeys are taken, what is sealed to, whether stanzas fit. Pure.
 
-The device log of a subscriber is a hash chain. Numbers are big-endian:
-
-    entry = "SPL1" | kind1 | flags1 | device_id16 | identity_public_key32 | at_ms8
-    head0 = SHA-256("SPL1-start" | subscriber_id16)
-    headN = SHA-256("SPL1-log" | headN-1 | entryN)
-
-kind: 1 added, 2 removed. flags bit 0: recovered, that is no device which was there before vouches for this one. The head is the
-`device_list_version` that senders see: a server that slips in a device cannot hide that from whoever compares heads.
+The layout of the log, and what it may say, stand in sealpush/devicelog.py: phones read by the same rules.
 """
 
 from __future__ import annotations
 
-import enum
-import hashlib
 import hmac
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -21,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
 from sealpush import envelope
-from sealpush.errors import ContentTooLarge, KeyRefused
+from sealpush.devicelog import DeviceLog, EntryKind, LogEntry, next_head
+from sealpush.errors import ContentTooLarge, DeviceLogBroken, KeyRefused
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId
 from sealpush.keys import (
     MESSAGE_LIFETIME_MS_MAX,
@@ -35,7 +27,7 @@ from sealpush.keys import (
     verify_prekey,
 )
 from sealpush.suites import SUITES
-from sealpushd.platform.errors import InvalidRequest
+from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, NotFound
 
 # A refill comes when fewer than 20 are left and brings 100; an upload repeated under a new counter still fits.
 ONE_TIME_PREKEYS_MAX: Final = 2 * ONE_TIME_PREKEYS_BATCH
@@ -45,60 +37,6 @@ SUPERSEDED_GRACE_MS: Final = PREKEY_RETENTION_MS - MESSAGE_LIFETIME_MS_MAX
 # A sender may hold a prekey for a week before it seals, and what it sealed may be published, also again, until the envelope ends, 28 days
 # later: until then it must be known whose the key is.
 HANDOUT_LIFETIME_MS: Final = PREKEY_RETENTION_MS
-
-
-class EntryKind(enum.IntEnum):
-    ADDED = 1
-    REMOVED = 2
-
-
-_ENTRY: Final = struct.Struct(">4sBB16s32sQ")
-_MAGIC: Final = b"SPL1"
-_RECOVERED: Final = 1
-
-
-@dataclass(frozen=True, slots=True)
-class LogEntry:
-    """One change of a subscriber's devices."""
-
-    kind: EntryKind
-    device_id: DeviceId
-    identity_public_key: bytes
-    at_ms: int
-    recovered: bool = False
-
-    def encode(self) -> bytes:
-        flags = _RECOVERED if self.recovered else 0
-        return _ENTRY.pack(_MAGIC, self.kind, flags, self.device_id, self.identity_public_key, self.at_ms)
-
-    @classmethod
-    def decode(cls, entry: bytes) -> Self:
-        """The entry in exactly these bytes; raises ValueError."""
-        try:
-            magic, kind, flags, device_id, identity_public_key, at_ms = _ENTRY.unpack(entry)
-        except struct.error as e:
-            raise ValueError("not an entry of a device log") from e
-        if magic != _MAGIC or flags & ~_RECOVERED:
-            raise ValueError("not an entry of a device log that this release knows")
-        return cls(EntryKind(kind), DeviceId(device_id), identity_public_key, at_ms, bool(flags & _RECOVERED))
-
-
-def start_head(subscriber_id: SubscriberId) -> bytes:
-    """The head of a log that has no entries yet."""
-    return hashlib.sha256(b"SPL1-start" + subscriber_id).digest()
-
-
-def next_head(head: bytes, entry: bytes) -> bytes:
-    """The head after one more entry."""
-    return hashlib.sha256(b"SPL1-log" + head + entry).digest()
-
-
-def verify_log(subscriber_id: SubscriberId, entries: Iterable[bytes], head: bytes) -> bool:
-    """Whether these are all entries of the log that ends in `head`, in their order."""
-    computed = start_head(subscriber_id)
-    for entry in entries:
-        computed = next_head(computed, entry)
-    return hmac.compare_digest(computed, head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +75,8 @@ class DeviceKeys:
 
     device: Device
     prekeys: tuple[StoredPrekey, ...]
+    added_at_ms: int = 0
+    vouched: bool = False
 
     @property
     def current(self) -> SignedPrekey | None:
@@ -191,6 +131,9 @@ class Plan:
     # A text a device that was asked for, empty where nothing is against it.
     refusals: list[str] = field(default_factory=list)
     placed: Mapping[DeviceId, SubscriberId] = field(default_factory=dict)
+    # Of those placed.
+    recovered: Set[DeviceId] = frozenset()
+    vouched: Sequence[DeviceId] = ()
     removed: Sequence[DeviceId] = ()
     prekeys: Mapping[DeviceId, SignedPrekey] = field(default_factory=dict)
     # Devices that accept no lower suite than this any more. All that was signed for a lower one goes.
@@ -214,6 +157,7 @@ def plan_put(
     logs = _Logs(ends)
     known = dict(known)
     placed: dict[DeviceId, SubscriberId] = {}
+    recovered: set[DeviceId] = set()
     taken: dict[DeviceId, SignedPrekey] = {}
     raised: dict[DeviceId, int] = {}
     refusals = []
@@ -232,9 +176,12 @@ def plan_put(
             if not device.removed:
                 logs.append(device.subscriber_id, LogEntry(EntryKind.REMOVED, device.device_id, device.identity_public_key, now_ms))
             # Nothing in a registration is signed by a device that was there before: only the first needs nobody to vouch for it.
-            recovered = not logs.is_empty(new.subscriber_id)
-            logs.append(new.subscriber_id, LogEntry(EntryKind.ADDED, device.device_id, device.identity_public_key, now_ms, recovered))
+            is_recovered = not logs.is_empty(new.subscriber_id)
+            logs.append(new.subscriber_id, LogEntry(EntryKind.ADDED, device.device_id, device.identity_public_key, now_ms, is_recovered))
             placed[device.device_id] = new.subscriber_id
+            recovered.discard(device.device_id)
+            if is_recovered:
+                recovered.add(device.device_id)
             known[device.device_id] = replace(device, subscriber_id=new.subscriber_id, removed=False)
         if new.min_suite > device.min_suite:
             raised[device.device_id] = new.min_suite
@@ -243,7 +190,15 @@ def plan_put(
         # brings the only prekey that says so.
         if new.min_suite > device.min_suite or all(new.signed_prekey.created_at_ms > each.created_at_ms for each in held):
             taken[device.device_id] = new.signed_prekey
-    return Plan(refusals, placed=placed, prekeys=taken, raised=raised, appends=logs.appends, ends=logs.moved_ends)
+    return Plan(
+        refusals,
+        placed=placed,
+        recovered=recovered,
+        prekeys=taken,
+        raised=raised,
+        appends=logs.appends,
+        ends=logs.moved_ends,
+    )
 
 
 def plan_remove(
@@ -262,6 +217,30 @@ def plan_remove(
         logs.append(subscriber_id, LogEntry(EntryKind.REMOVED, device_id, device.identity_public_key, now_ms))
         removed[device_id] = None
     return Plan(removed=list(removed), appends=logs.appends, ends=logs.moved_ends)
+
+
+def plan_vouch(
+    subscriber_id: SubscriberId, log: DeviceLog, device_id: DeviceId, by_device_id: DeviceId, signature: bytes, now_ms: int
+) -> Plan:
+    """What it means that one device of this log vouches for another. For a device that needs it no more it means nothing.
+
+    Raises NotFound for a device that is not in the list, FailedPrecondition for one that may not vouch, InvalidRequest for a signature
+    over something else.
+    """
+    by, listed = log.devices.get(by_device_id), log.devices.get(device_id)
+    if listed is None:
+        raise NotFound("no such device in this list; read the device log again")
+    if by is None or not by.vouched:
+        raise FailedPrecondition("nobody vouches for this device itself, so it cannot vouch for others; use the device that was first")
+    if listed.vouched:
+        return Plan()
+    entry = LogEntry(EntryKind.VOUCHED, device_id, listed.identity_public_key, now_ms, by_device_id=by_device_id, signature=signature)
+    try:
+        after = log.then(entry.encode())
+    except (ValueError, DeviceLogBroken) as e:
+        raise InvalidRequest("the vouch is not the calling device's signature over this device and its entry", field="signature") from e
+    end = ListEnd(subscriber_id, after.seq, after.head)
+    return Plan(vouched=(device_id,), appends=(Append(subscriber_id, after.seq, entry.encode(), after.head),), ends=(end,))
 
 
 def _refuse_device(new: NewDevice, device: Device, now_ms: int) -> str:
@@ -489,6 +468,7 @@ class SealingKey:
     """What sealing needs of a device. Its signature was checked when it came, and nobody else writes where it is kept."""
 
     subscriber_id: SubscriberId
+    added_at_ms: int
     expires_at_ms: int
     recipient: envelope.Recipient
 
@@ -503,6 +483,22 @@ class SealItem:
     content: bytes = field(repr=False)
     created_at_ms: int
     expires_at_ms: int
+    # 0: however new they are.
+    added_until_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TooNew:
+    """Devices that came after a message's bound, and when the newest of them did."""
+
+    device_ids: tuple[DeviceId, ...]
+    changed_at_ms: int
+
+
+def _too_new(added: Iterable[tuple[DeviceId, int]], added_until_ms: int) -> TooNew | None:
+    """Those of a recipient's devices that were added after the bound; None: there are none, or no bound (0)."""
+    found = {device_id: at_ms for device_id, at_ms in added if at_ms > added_until_ms} if added_until_ms else {}
+    return TooNew(tuple(found), max(found.values())) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,11 +514,15 @@ def seal(
     content_id: ContentId,
     recipient_ref: RecipientRef,
     now_ms: int,
-) -> Sealed:
+) -> Sealed | TooNew:
     """The content sealed for those of its devices that have a prekey, and the others. Raises ValueError, ContentTooLarge.
 
-    A device that is not the subscriber's (any more) counts as one without a prekey.
+    A device that is not the subscriber's (any more) counts as one without a prekey. Nothing is sealed where one is too new for the item.
     """
+    own = ((each, keys[each].added_at_ms) for each in item.device_ids if each in keys and keys[each].subscriber_id == item.subscriber_id)
+    newcomers = _too_new(own, item.added_until_ms)
+    if newcomers is not None:
+        return newcomers
     recipients = []
     without = []
     for device_id in dict.fromkeys(item.device_ids):
@@ -572,15 +572,18 @@ class StanzaCheck:
     device_ids: tuple[DeviceId, ...]
     stanzas: tuple[StanzaKey, ...]
     recipient_ref: bytes
+    # 0: however new they are.
+    added_until_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StanzaVerdict:
-    """All empty: the envelope fits."""
+    """All empty and None: the envelope fits."""
 
     missing: tuple[DeviceId, ...] = ()
     surplus: tuple[DeviceId, ...] = ()
     stale: tuple[DeviceId, ...] = ()
+    too_new: TooNew | None = None
 
 
 def usable(keys: DeviceKeys | None, subscriber_id: SubscriberId, now_ms: int) -> SignedPrekey | None:
@@ -643,6 +646,8 @@ def check_stanzas(
     """
     devices = set(check.device_ids)
     sealed = {each.device_id for each in check.stanzas}
+    found = (keys[each] for each in check.device_ids if each in keys)
+    own = ((each.device.device_id, each.added_at_ms) for each in found if each.device.subscriber_id == check.subscriber_id)
     return StanzaVerdict(
         missing=tuple(
             device_id
@@ -657,4 +662,5 @@ def check_stanzas(
                 if each.device_id in devices and not accepted(each, keys.get(each.device_id), check, handouts, now_ms)
             )
         ),
+        too_new=_too_new(own, check.added_until_ms),
     )

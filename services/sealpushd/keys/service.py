@@ -9,12 +9,13 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
+from sealpush.devicelog import start_head
 from sealpush.errors import ContentTooLarge
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, check_id, uuid7
 from sealpush.keys import ONE_TIME_PREKEYS_BATCH, ContentSigningKey, PrekeyKind, SignedPrekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.suites import SUITE_X25519
-from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc
+from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc, publish_pb2
 from sealpushd.keys import rules
 from sealpushd.keys.rules import NewDevice, SealItem, StanzaCheck, StanzaKey, Upload
 from sealpushd.keys.store import DeviceList, KeyStore
@@ -22,7 +23,7 @@ from sealpushd.platform import rpc
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.clients import BatchedCall
 from sealpushd.platform.clock import Clock, to_ms
-from sealpushd.platform.errors import InvalidRequest, PermissionDenied
+from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.platform.vault import Vault
 from sealpushd.v1 import directory_pb2, sealing_pb2, sealing_pb2_grpc
@@ -35,6 +36,8 @@ REQUEST_ID_CHARS_MAX: Final = 64
 APP_ID_CHARS_MAX: Final = 64
 # An identifier of 128 characters and what surrounds it: recipients of all senders travel to registration in one frame.
 RECIPIENT_BYTES_MAX: Final = 1024
+# 142 bytes an entry at the most.
+LOG_PAGE_MAX: Final = 256
 # Counters are kept in 63 bits.
 COUNTER_MAX: Final = (1 << 63) - 1
 # Devices of all items of a batch: in the largest suite 5.2 MB of stanzas, within a frame of the mesh, and under a second's work.
@@ -127,9 +130,7 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         counter = request.proof.counter
         if not 1 <= counter <= COUNTER_MAX:
             raise InvalidRequest("counter must be 1 or more within 63 bits", field="proof.counter")
-        device = await self._store.device(caller.device_id)
-        if device is None or device.removed:
-            raise PermissionDenied("this device is not registered (any more); register again")
+        device = await self._listed(caller.device_id)
         proof = change_proof(caller.device_id, counter, UPLOAD_METHOD, body_digest(request.change))
         if not verify_proof(device.identity_public_key, proof, request.proof.signature):
             raise InvalidRequest("the proof is not the device's signature over this change and counter", field="proof.signature")
@@ -137,6 +138,35 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         min_suite = rules.check_upload(upload, device, to_ms(now))
         left = await self._store.upload(device, counter, min_suite, upload, now)
         return keys_pb2.UploadPrekeysResponse(one_time_prekeys_left=left)
+
+    async def _listed(self, device_id: DeviceId) -> rules.Device:
+        """The device, if it is in a list. Whose it is, a token may say as it was a quarter of an hour ago: the row knows."""
+        device = await self._store.device(device_id)
+        if device is None or device.removed:
+            raise PermissionDenied("this device is not registered (any more); register again")
+        return device
+
+    async def GetDeviceLog(self, request: keys_pb2.GetDeviceLogRequest, context: Context) -> keys_pb2.GetDeviceLogResponse:
+        caller = rpc.require_device()
+        if request.page_size > LOG_PAGE_MAX:
+            raise InvalidRequest(f"page_size is at most {LOG_PAGE_MAX}", field="page_size")
+        if request.after_seq > COUNTER_MAX:
+            raise InvalidRequest("after_seq must be within 63 bits", field="after_seq")
+        device = await self._listed(caller.device_id)
+        if device.subscriber_id != request.subscriber_id:
+            raise FailedPrecondition("this device is in another subscriber's list; finish the registration and name that subscriber")
+        page = await self._store.log(device.subscriber_id, request.after_seq, request.page_size or LOG_PAGE_MAX)
+        return keys_pb2.GetDeviceLogResponse(entries=page.entries, seq=page.seq, head=page.head)
+
+    async def VouchDevice(self, request: keys_pb2.VouchDeviceRequest, context: Context) -> keys_pb2.VouchDeviceResponse:
+        caller = rpc.require_device()
+        try:
+            device_id = DeviceId(check_id(request.device_id, "device_id"))
+        except ValueError as e:
+            raise InvalidRequest(str(e), field="device_id") from e
+        device = await self._listed(caller.device_id)
+        await self._store.vouch(device.subscriber_id, device_id, caller.device_id, request.signature, self._clock.now())
+        return keys_pb2.VouchDeviceResponse()
 
     async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> keys_pb2.GetPrekeyStateResponse:
         caller = rpc.require_device()
@@ -167,6 +197,7 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         wanted = [
             rules.Wanted(query.request_id, found.device.device_id, prekey.suite, found.device.min_suite)
             for query, devices in zip(asked[:full], usable, strict=False)
+            if not query.devices_only
             for found, prekey in devices
         ]
         one_time = await self._store.hand_out(sender.sender_id, wanted, now)
@@ -182,7 +213,10 @@ class KeysService(keys_pb2_grpc.KeysServicer):
                     return keys_pb2.RecipientKeysResult(ask_again=True)
                 case "resolved":
                     devices = [
-                        _from_device(found, prekey, one_time.get((query.request_id, found.device.device_id))) for found, prekey in usable[n]
+                        _from_device(
+                            found, prekey, None if query.devices_only else one_time.get((query.request_id, found.device.device_id))
+                        )
+                        for found, prekey in usable[n]
                     ]
                     return self._recipient_keys(sender.sender_id, SubscriberId(answer.resolved.subscriber_id), devices, lists)
                 case _:
@@ -225,18 +259,21 @@ def _usable_devices(
 
 
 def _from_device(keys: rules.DeviceKeys, signed: SignedPrekey, one_time: SignedPrekey | None) -> keys_pb2.DeviceKeys:
-    return keys_pb2.DeviceKeys(
+    message = keys_pb2.DeviceKeys(
         device_id=keys.device.device_id,
         identity_public_key=keys.device.identity_public_key,
         signed_prekey=_from_prekey(signed),
         one_time_prekey=None if one_time is None else _from_prekey(one_time),
         min_suite=keys.device.min_suite,
+        vouched=keys.vouched,
     )
+    message.added_at.FromMilliseconds(keys.added_at_ms)
+    return message
 
 
 def _refuse_query(query: keys_pb2.RecipientKeysQuery, sender: SenderCaller) -> str:
     """Why a query is refused; empty: it is not."""
-    if not 1 <= len(query.request_id) <= REQUEST_ID_CHARS_MAX:
+    if not query.devices_only and not 1 <= len(query.request_id) <= REQUEST_ID_CHARS_MAX:
         return f"request_id must have 1 to {REQUEST_ID_CHARS_MAX} characters: that of the publish the keys are for"
     if not query.request_id.isascii() or not query.request_id.isprintable():
         return "request_id must be printable ASCII: that of the publish the keys are for"
@@ -328,8 +365,9 @@ class SealingService(sealing_pb2_grpc.SealingServicer):
                 missing_device_ids=verdict.missing,
                 surplus_device_ids=verdict.surplus,
                 stale_device_ids=verdict.stale,
-                device_list_version=rules.start_head(check.subscriber_id) if device_list is None else device_list.head,
+                device_list_version=start_head(check.subscriber_id) if device_list is None else device_list.head,
                 foreign_recipient_ref=check.recipient_ref != recipient_ref(self._vault, check.sender_id, check.subscriber_id),
+                identity_changed=None if verdict.too_new is None else _from_too_new(verdict.too_new),
             )
         return response
 
@@ -377,6 +415,7 @@ def _to_seal_items(request: sealing_pb2.SealRequest) -> list[SealItem]:
                 each.content,
                 each.created_at_ms,
                 each.expires_at_ms,
+                each.added_until_ms,
             )
             rules.check_seal_item(item)
         except (ValueError, ContentTooLarge) as e:
@@ -385,7 +424,15 @@ def _to_seal_items(request: sealing_pb2.SealRequest) -> list[SealItem]:
     return items
 
 
-def _from_sealed(sealed: rules.Sealed) -> sealing_pb2.SealResult:
+def _from_too_new(too_new: rules.TooNew) -> publish_pb2.IdentityChanged:
+    message = publish_pb2.IdentityChanged(device_ids=too_new.device_ids)
+    message.changed_at.FromMilliseconds(too_new.changed_at_ms)
+    return message
+
+
+def _from_sealed(sealed: rules.Sealed | rules.TooNew) -> sealing_pb2.SealResult:
+    if isinstance(sealed, rules.TooNew):
+        return sealing_pb2.SealResult(identity_changed=_from_too_new(sealed))
     made = sealed.envelope
     parts = sealing_pb2.SealedParts(
         content_id=made.header.content_id,
@@ -407,6 +454,7 @@ def _to_check(message: sealing_pb2.StanzaCheck, n: int) -> StanzaCheck:
                 for each in message.stanzas
             ),
             message.recipient_ref,
+            message.added_until_ms,
         )
     except ValueError as e:
         raise InvalidRequest(str(e), field=f"checks[{n}]") from e

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import asyncpg
 
+from sealpush.devicelog import DeviceLog, start_head
 from sealpush.envelope import Recipient
 from sealpush.ids import DeviceId, SenderId, SubscriberId
 from sealpush.keys import PrekeyKind, SignedPrekey
@@ -44,6 +45,15 @@ class DeviceList:
 
     head: bytes
     identity_changed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """Some entries of a device log, oldest first, and where the log ends."""
+
+    entries: list[bytes]
+    seq: int
+    head: bytes
 
 
 def _columns(rows: Iterable[Sequence[Any]], width: int) -> list[list[Any]]:
@@ -86,11 +96,22 @@ class KeyStore:
             ends = await self._lock_lists(connection, {each.subscriber_id for each in known.values()})
             await self._apply(connection, rules.plan_remove(devices, known, ends, to_ms(now)), now)
 
+    async def vouch(
+        self, subscriber_id: SubscriberId, device_id: DeviceId, by_device_id: DeviceId, signature: bytes, now: datetime
+    ) -> None:
+        """Note that one device of a subscriber vouches for another. Safe to repeat and to race. Raises as `rules.plan_vouch()`."""
+        async with self._db.transaction() as connection:
+            await self._lock_devices(connection, [device_id, by_device_id])
+            await self._lock_lists(connection, [subscriber_id])
+            # Under the lock of its end: nobody appends meanwhile.
+            log = DeviceLog.read(subscriber_id, [row["entry"] for row in await connection.fetch(self._sql["log"], subscriber_id)])
+            await self._apply(connection, rules.plan_vouch(subscriber_id, log, device_id, by_device_id, signature, to_ms(now)), now)
+
     async def _lock_devices(self, connection: Connection, ids: Sequence[DeviceId]) -> dict[DeviceId, Device]:
         return {row["device_id"]: _device(row) for row in await connection.fetch(self._sql["lock_devices"], ids)}
 
     async def _lock_lists(self, connection: Connection, subscribers: Iterable[SubscriberId]) -> dict[SubscriberId, ListEnd]:
-        starts = [(each, rules.start_head(each)) for each in subscribers]
+        starts = [(each, start_head(each)) for each in subscribers]
         await connection.execute(self._sql["add_lists"], *_columns(starts, 2))
         rows = await connection.fetch(self._sql["lock_lists"], [each for each, _ in starts])
         return {row["subscriber_id"]: ListEnd(SubscriberId(row["subscriber_id"]), row["seq"], row["head"]) for row in rows}
@@ -103,9 +124,11 @@ class KeyStore:
         if plan.removed:
             await connection.execute(self._sql["forget_devices"], list(plan.removed), now)
         if plan.placed:
-            await connection.execute(self._sql["place_devices"], *_columns(plan.placed.items(), 2), now)
+            await connection.execute(self._sql["place_devices"], *_columns(plan.placed.items(), 2), now, list(plan.recovered))
         if plan.raised:
             await connection.execute(self._sql["raise_min_suites"], *_columns(plan.raised.items(), 2))
+        if plan.vouched:
+            await connection.execute(self._sql["vouch_devices"], list(plan.vouched))
         if plan.prekeys:
             await self._put_signed(connection, list(plan.prekeys.items()), now)
 
@@ -227,6 +250,7 @@ class KeyStore:
         return {
             row["device_id"]: SealingKey(
                 row["subscriber_id"],
+                to_ms(row["added_at"]),
                 row["expires_at_ms"],
                 Recipient(row["device_id"], row["prekey_id"], PrekeyKind.SIGNED, row["public_key"], row["suite"]),
             )
@@ -237,9 +261,12 @@ class KeyStore:
         rows = await self._db.fetch("lists", self._sql["lists"], subscriber_ids)
         return {row["subscriber_id"]: DeviceList(row["head"], row["identity_changed_at"]) for row in rows}
 
-    async def log(self, subscriber_id: SubscriberId) -> list[bytes]:
-        """The entries of a subscriber's device log, oldest first."""
-        return [row["entry"] for row in await self._db.fetch("log", self._sql["log"], subscriber_id)]
+    async def log(self, subscriber_id: SubscriberId, after_seq: int, most: int) -> LogPage:
+        """Entries of a subscriber's device log after this number, at most so many."""
+        rows = await self._db.fetch("log_after", self._sql["log_after"], subscriber_id, after_seq, most)
+        if not rows:
+            return LogPage([], 0, start_head(subscriber_id))
+        return LogPage([row["entry"] for row in rows if row["entry"] is not None], rows[0]["seq"], rows[0]["head"])
 
 
 def _device(row: asyncpg.Record) -> Device:
@@ -275,8 +302,8 @@ def _device_keys(rows: Iterable[asyncpg.Record]) -> dict[DeviceId, DeviceKeys]:
         stored = StoredPrekey(prekey, None if row["superseded_at"] is None else to_ms(row["superseded_at"]))
         device_id = DeviceId(row["device_id"])
         if device_id in found:
-            found[device_id] = DeviceKeys(found[device_id].device, (*found[device_id].prekeys, stored))
+            found[device_id] = replace(found[device_id], prekeys=(*found[device_id].prekeys, stored))
         else:
             device = Device(device_id, SubscriberId(row["subscriber_id"]), row["identity_public_key"], row["min_suite"], removed=False)
-            found[device_id] = DeviceKeys(device, (stored,))
+            found[device_id] = DeviceKeys(device, (stored,), to_ms(row["added_at"]), vouched=not row["recovered"])
     return found

@@ -61,6 +61,8 @@ ACCESS: Final[dict[str, Rule]] = {
     "/sealpush.v1.Keys/UploadPrekeys": AnyDevice(),
     "/sealpush.v1.Keys/GetPrekeyState": AnyDevice(),
     "/sealpush.v1.Keys/GetRecipientKeys": SenderWith("keys"),
+    "/sealpush.v1.Keys/GetDeviceLog": AnyDevice(),
+    "/sealpush.v1.Keys/VouchDevice": AnyDevice(),
     "/sealpush.v1.Publishing/Publish": SenderWith("publish"),
     "/sealpush.v1.Publishing/PublishBatch": SenderWith("publish"),
     "/sealpush.v1.Publishing/PublishStream": SenderWith("publish"),

@@ -154,6 +154,7 @@ class Acceptance:
                         for stanza in envelope.stanzas
                     ],
                     recipient_ref=envelope.header.recipient_ref,
+                    added_until_ms=_added_until_ms(candidate),
                 )
             )
             candidate.content_id = envelope.header.content_id
@@ -165,6 +166,8 @@ class Acceptance:
                     "the envelope's recipient_ref is not this sender's for this recipient; ask for the recipient's keys",
                     field="sealed.envelope",
                 )
+            elif verdict.HasField("identity_changed"):
+                candidate.outcome = _identity_changed(candidate, verdict.identity_changed)
             elif verdict.missing_device_ids or verdict.surplus_device_ids or verdict.stale_device_ids:
                 candidate.outcome = publish_pb2.PublishResult(
                     request_id=candidate.request.request_id,
@@ -196,9 +199,13 @@ class Acceptance:
                     content=publication.plain,
                     created_at_ms=to_ms(publication.created_at),
                     expires_at_ms=to_ms(publication.expires_at),
+                    added_until_ms=_added_until_ms(candidate),
                 )
             )
         for candidate, result in zip(plain, await self._peers.seal.submit_many(items), strict=True):
+            if result.HasField("identity_changed"):
+                candidate.outcome = _identity_changed(candidate, result.identity_changed)
+                continue
             candidate.content_id = result.parts.content_id or uuid7()
             candidate.head, candidate.tail = result.parts.head, result.parts.tail
             candidate.stanzas = {stanza.device_id: stanza.stanza for stanza in result.parts.stanzas}
@@ -277,6 +284,15 @@ def _key(candidate: _Candidate) -> mailbox_pb2.AcceptedKey:
     if candidate.key is None:
         raise AssertionError("what could not be parsed goes no further")
     return candidate.key
+
+
+def _added_until_ms(candidate: _Candidate) -> int:
+    added_until = _publication(candidate).added_until
+    return 0 if added_until is None else to_ms(added_until)
+
+
+def _identity_changed(candidate: _Candidate, changed: publish_pb2.IdentityChanged) -> publish_pb2.PublishResult:
+    return publish_pb2.PublishResult(request_id=candidate.request.request_id, identity_changed=changed)
 
 
 def _push_reason(candidate: _Candidate, device: directory_pb2.ResolvedDevice) -> common_pb2.ReasonCode.ValueType:

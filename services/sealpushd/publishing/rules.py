@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import Final
+from typing import Final, Literal
 
 from sealpush.envelope import CONTENT_BYTES_MAX, Envelope, content_public_key, verify_signature
 from sealpush.errors import EnvelopeRefused
@@ -22,8 +22,10 @@ REQUEST_ID_MAX: Final = 64
 BATCH_REQUESTS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 2 * 1024 * 1024
 LIFETIME_DEFAULT: Final = timedelta(days=14)
-LIFETIME_MIN: Final = timedelta(seconds=1)
+DURATION_MIN: Final = timedelta(seconds=1)
 LIFETIME_MAX: Final = timedelta(days=28)
+# For how long no device may have been added: longer than this is no longer about a number that was taken over.
+IDENTITY_UNCHANGED_MAX: Final = timedelta(days=365)
 # A sealed creation time may differ from the server's clock by this much.
 CREATED_SKEW_MAX: Final = timedelta(minutes=5)
 # An envelope's own lifetime and the one in the request may differ by rounding, not by more.
@@ -75,6 +77,8 @@ class Publication:
     # Serialised Content for the server to seal, or the envelope that the sender sealed.
     plain: bytes | None = dataclasses.field(repr=False)
     envelope: Envelope | None
+    # Devices added later get nothing, and neither do the others then; None: however new they are.
+    added_until: datetime | None = None
 
 
 def check_request_id(request_id: str) -> None:
@@ -124,14 +128,17 @@ def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_
     if any(_CONTROL.search(each) for each in request.subscriptions):
         raise InvalidRequest("a subscription holds a control character", field="subscriptions")
     lifetime = _lifetime(request)
+    unchanged = _duration(request, "identity_unchanged_for", IDENTITY_UNCHANGED_MAX)
+    added_until = None if unchanged is None else now - unchanged
     match request.WhichOneof("content"):
         case "plain":
             expires_at = now + (lifetime or LIFETIME_DEFAULT)
-            return Publication(request, app_id, now, expires_at, _plain(request), None)
+            return Publication(request, app_id, now, expires_at, _plain(request), None, added_until)
         case "sealed":
             envelope = _sealed(request.sealed, sender_id, lifetime, now)
             header = envelope.header
-            return Publication(request, app_id, from_ms(header.created_at_ms), from_ms(header.expires_at_ms), None, envelope)
+            created_at, expires_at = from_ms(header.created_at_ms), from_ms(header.expires_at_ms)
+            return Publication(request, app_id, created_at, expires_at, None, envelope, added_until)
     raise InvalidRequest("content is missing: give `plain` or `sealed`", field="content")
 
 
@@ -152,15 +159,21 @@ def _known(request: publish_pb2.PublishRequest, field: str, enum: object) -> Non
 
 
 def _lifetime(request: publish_pb2.PublishRequest) -> timedelta | None:
-    if not request.HasField("lifetime"):
+    return _duration(request, "lifetime", LIFETIME_MAX)
+
+
+def _duration(
+    request: publish_pb2.PublishRequest, field: Literal["lifetime", "identity_unchanged_for"], most: timedelta
+) -> timedelta | None:
+    if not request.HasField(field):
         return None
     try:
-        lifetime = request.lifetime.ToTimedelta()
+        duration: timedelta = getattr(request, field).ToTimedelta()
     except (ValueError, OverflowError) as e:
-        raise InvalidRequest("lifetime is no valid duration", field="lifetime") from e
-    if not LIFETIME_MIN <= lifetime <= LIFETIME_MAX:
-        raise InvalidRequest("lifetime must be 1 second to 28 days", field="lifetime")
-    return lifetime
+        raise InvalidRequest(f"{field} is no valid duration", field=field) from e
+    if not DURATION_MIN <= duration <= most:
+        raise InvalidRequest(f"{field} must be 1 second to {most.days} days", field=field)
+    return duration
 
 
 def check_content(content: content_pb2.Content) -> None:
@@ -220,7 +233,7 @@ def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: ti
             "the envelope was made more than 5 minutes from the server's time; check your clock and seal again", field="sealed.envelope"
         )
     own = timedelta(milliseconds=header.expires_at_ms - header.created_at_ms)
-    if own < LIFETIME_MIN:
+    if own < DURATION_MIN:
         raise InvalidRequest("the envelope lives shorter than 1 second", field="sealed.envelope")
     if lifetime is not None and abs(own - lifetime) > LIFETIME_DIFFERENCE_MAX:
         raise InvalidRequest("lifetime differs from the envelope's own; leave it out or make them equal", field="lifetime")

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from sealpush.v1 import keys_pb2 as _keys_pb2
+from sealpush.v1 import publish_pb2 as _publish_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -200,6 +201,7 @@ class SealItem(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     CREATED_AT_MS_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_MS_FIELD_NUMBER: _builtins.int
+    ADDED_UNTIL_MS_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
     """16 bytes; goes into the header."""
     subscriber_id: _builtins.bytes
@@ -210,6 +212,8 @@ class SealItem(_message.Message):
     """Milliseconds since 1970-01-01 UTC; goes into the header."""
     expires_at_ms: _builtins.int
     """Milliseconds since 1970-01-01 UTC, later than the creation by ≤ 28 days; goes into the header."""
+    added_until_ms: _builtins.int
+    """Seal nothing if one of the devices was added after this, milliseconds since 1970-01-01 UTC; 0: do not look."""
     @_builtins.property
     def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """≤ 512, 16 bytes each."""
@@ -223,10 +227,11 @@ class SealItem(_message.Message):
         content: _builtins.bytes = ...,
         created_at_ms: _builtins.int = ...,
         expires_at_ms: _builtins.int = ...,
+        added_until_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "created_at_ms", b"created_at_ms", "device_ids", b"device_ids", "expires_at_ms", b"expires_at_ms", "sender_id", b"sender_id", "subscriber_id", b"subscriber_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_until_ms", b"added_until_ms", "content", b"content", "created_at_ms", b"created_at_ms", "device_ids", b"device_ids", "expires_at_ms", b"expires_at_ms", "sender_id", b"sender_id", "subscriber_id", b"subscriber_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -262,23 +267,29 @@ class SealResult(_message.Message):
 
     PARTS_FIELD_NUMBER: _builtins.int
     DEVICES_WITHOUT_PREKEY_FIELD_NUMBER: _builtins.int
+    IDENTITY_CHANGED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def parts(self) -> Global___SealedParts:
-        """Always present; without stanzas where no device has a prekey."""
+        """Without stanzas where no device has a prekey; absent where `identity_changed` is present."""
 
     @_builtins.property
     def devices_without_prekey(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Devices that nothing could be sealed for."""
+
+    @_builtins.property
+    def identity_changed(self) -> _publish_pb2.IdentityChanged:
+        """Present: devices were added too recently, and nothing was sealed."""
 
     def __init__(
         self,
         *,
         parts: Global___SealedParts | None = ...,
         devices_without_prekey: _abc.Iterable[_builtins.bytes] | None = ...,
+        identity_changed: _publish_pb2.IdentityChanged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity_changed", b"identity_changed", "parts", b"parts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_without_prekey", b"devices_without_prekey", "parts", b"parts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_without_prekey", b"devices_without_prekey", "identity_changed", b"identity_changed", "parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,12 +390,15 @@ class StanzaCheck(_message.Message):
     DEVICE_IDS_FIELD_NUMBER: _builtins.int
     STANZAS_FIELD_NUMBER: _builtins.int
     RECIPIENT_REF_FIELD_NUMBER: _builtins.int
+    ADDED_UNTIL_MS_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
     """16 bytes."""
     subscriber_id: _builtins.bytes
     """16 bytes."""
     recipient_ref: _builtins.bytes
     """From the envelope's header, 32 bytes."""
+    added_until_ms: _builtins.int
+    """As in SealItem."""
     @_builtins.property
     def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """The recipient's devices in the app."""
@@ -401,10 +415,11 @@ class StanzaCheck(_message.Message):
         device_ids: _abc.Iterable[_builtins.bytes] | None = ...,
         stanzas: _abc.Iterable[Global___StanzaKey] | None = ...,
         recipient_ref: _builtins.bytes = ...,
+        added_until_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ids", b"device_ids", "recipient_ref", b"recipient_ref", "sender_id", b"sender_id", "stanzas", b"stanzas", "subscriber_id", b"subscriber_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added_until_ms", b"added_until_ms", "device_ids", b"device_ids", "recipient_ref", b"recipient_ref", "sender_id", b"sender_id", "stanzas", b"stanzas", "subscriber_id", b"subscriber_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -477,6 +492,7 @@ class StanzaVerdict(_message.Message):
     STALE_DEVICE_IDS_FIELD_NUMBER: _builtins.int
     DEVICE_LIST_VERSION_FIELD_NUMBER: _builtins.int
     FOREIGN_RECIPIENT_REF_FIELD_NUMBER: _builtins.int
+    IDENTITY_CHANGED_FIELD_NUMBER: _builtins.int
     device_list_version: _builtins.bytes
     """32 bytes: head of the subscriber's device log now."""
     foreign_recipient_ref: _builtins.bool
@@ -493,6 +509,10 @@ class StanzaVerdict(_message.Message):
     def stale_device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Devices whose stanza was sealed to a prekey or suite that they no longer accept, or to a one-time prekey that this sender does not hold."""
 
+    @_builtins.property
+    def identity_changed(self) -> _publish_pb2.IdentityChanged:
+        """Present: devices were added too recently."""
+
     def __init__(
         self,
         *,
@@ -501,10 +521,11 @@ class StanzaVerdict(_message.Message):
         stale_device_ids: _abc.Iterable[_builtins.bytes] | None = ...,
         device_list_version: _builtins.bytes = ...,
         foreign_recipient_ref: _builtins.bool = ...,
+        identity_changed: _publish_pb2.IdentityChanged | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity_changed", b"identity_changed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_list_version", b"device_list_version", "foreign_recipient_ref", b"foreign_recipient_ref", "missing_device_ids", b"missing_device_ids", "stale_device_ids", b"stale_device_ids", "surplus_device_ids", b"surplus_device_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_list_version", b"device_list_version", "foreign_recipient_ref", b"foreign_recipient_ref", "identity_changed", b"identity_changed", "missing_device_ids", b"missing_device_ids", "stale_device_ids", b"stale_device_ids", "surplus_device_ids", b"surplus_device_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sealpush.envelope import CONTENT_BYTES_MAX
+from sealpush.devicelog import DeviceLog, EntryKind, LogEntry, start_head
+from sealpush.envelope import CONTENT_BYTES_MAX, Recipient
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
@@ -24,6 +24,7 @@ from sealpush.keys import (
     generate_prekey,
     prekey_proof,
 )
+from sealpush.proofs import vouch_proof
 from sealpush.suites import SUITES
 from sealpush.v1 import keys_pb2
 from sealpushd.keys import rules, service
@@ -31,11 +32,10 @@ from sealpushd.keys.app import load_platform_key
 from sealpushd.keys.rules import (
     Device,
     DeviceKeys,
-    EntryKind,
     ListEnd,
-    LogEntry,
     NewDevice,
     OneTimePrekeys,
+    SealingKey,
     SealItem,
     StanzaCheck,
     StanzaKey,
@@ -43,23 +43,13 @@ from sealpushd.keys.rules import (
     Upload,
 )
 from sealpushd.platform.clients import MESSAGE_BYTES_MAX
-from sealpushd.platform.errors import InvalidRequest
+from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, NotFound
 from sealpushd.platform.settings import SettingsError
 from sealpushd.v1 import sealing_pb2
 
 NOW = 1_800_000_000_000
 IDENTITY = IdentityKey.from_seed(b"i" * 32)
 DEVICE = Device(DeviceId(b"d" * 16), SubscriberId(b"s" * 16), IDENTITY.public_key, 1, removed=False)
-
-bytes16, bytes32 = st.binary(min_size=16, max_size=16), st.binary(min_size=32, max_size=32)
-entries = st.builds(
-    LogEntry,
-    st.sampled_from(EntryKind),
-    bytes16.map(DeviceId),
-    bytes32,
-    st.integers(0, TIME_MS_MAX),
-    st.booleans(),
-)
 
 
 def hybrid(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_ms: int = NOW, min_suite: int = 2) -> SignedPrekey:
@@ -75,48 +65,9 @@ def prekey(prekey_id: int = 1, kind: PrekeyKind = PrekeyKind.SIGNED, created_at_
 
 
 ONE_TIME = [prekey(n, PrekeyKind.ONE_TIME) for n in range(100)]
+STRANGER = DeviceId(b"t" * 16)
 CURRENT, PREVIOUS = prekey(2), prekey(1)
 KEYS = DeviceKeys(DEVICE, (StoredPrekey(CURRENT, None), StoredPrekey(PREVIOUS, NOW)))
-
-
-# The log.
-
-
-def test_the_chain_is_what_its_docstring_says() -> None:
-    entry = LogEntry(EntryKind.ADDED, DEVICE.device_id, IDENTITY.public_key, 0x0102, recovered=True)
-    assert entry.encode() == b"SPL1\x01\x01" + b"d" * 16 + IDENTITY.public_key + bytes(6) + b"\x01\x02"
-    # Worked out with sha256sum: what other implementations must get.
-    assert rules.start_head(SubscriberId(bytes(16))).hex() == "c24186682d24d379fd592f5dc41f1107ca43ee40fd8ce46bd172158780fcd772"
-    assert rules.next_head(bytes(32), bytes(62)).hex() == "21bb9709fa2902811c4c9f011eca24ee466f3b0309fbedaa583dcb724f90f12d"
-
-
-@given(entries)
-def test_an_entry_survives_its_encoding(entry: LogEntry) -> None:
-    assert LogEntry.decode(entry.encode()) == entry
-
-
-@given(st.binary(max_size=80))
-def test_bytes_that_are_no_entry_are_refused(data: bytes) -> None:
-    with contextlib.suppress(ValueError):
-        assert LogEntry.decode(data).encode() == data
-
-
-@given(st.lists(entries, min_size=1, max_size=6), st.data())
-def test_a_log_with_anything_changed_does_not_verify(log: list[LogEntry], data: st.DataObject) -> None:
-    subscriber = SubscriberId(b"s" * 16)
-    encoded = [each.encode() for each in log]
-    head = rules.start_head(subscriber)
-    for each in encoded:
-        head = rules.next_head(head, each)
-    assert rules.verify_log(subscriber, encoded, head)
-    at = data.draw(st.integers(0, len(encoded) - 1))
-    assert not rules.verify_log(subscriber, encoded[:at] + encoded[at + 1 :], head)
-    assert not rules.verify_log(subscriber, [*encoded, encoded[at]], head)
-    bit = data.draw(st.integers(0, 8 * len(encoded[at]) - 1))
-    flipped = bytearray(encoded[at])
-    flipped[bit // 8] ^= 1 << bit % 8
-    assert not rules.verify_log(subscriber, [*encoded[:at], bytes(flipped), *encoded[at + 1 :]], head)
-    assert not rules.verify_log(SubscriberId(b"t" * 16), encoded, head)
 
 
 # Devices.
@@ -140,11 +91,11 @@ def test_whatever_is_put_and_removed_the_logs_say_where_each_device_is(steps: li
     """Plays plans against a table in memory, and compares with a plain model and with what the logs replay to."""
     known: dict[DeviceId, Device] = {}
     ends = {
-        SubscriberId(name * 16): ListEnd(SubscriberId(name * 16), 0, rules.start_head(SubscriberId(name * 16)))
-        for name in (b"1", b"2", b"3")
+        SubscriberId(name * 16): ListEnd(SubscriberId(name * 16), 0, start_head(SubscriberId(name * 16))) for name in (b"1", b"2", b"3")
     }
     logs: dict[SubscriberId, list[bytes]] = {subscriber: [] for subscriber in ends}
     model: dict[DeviceId, SubscriberId] = {}
+    recovered: set[DeviceId] = set()
     for put, pairs in steps:
         if put:
             for name, subscriber in pairs:
@@ -160,6 +111,7 @@ def test_whatever_is_put_and_removed_the_logs_say_where_each_device_is(steps: li
             plan = rules.plan_remove([(subscriber, DeviceId(name * 16)) for name, subscriber in pairs], known, ends, NOW)
         for device_id, subscriber in plan.placed.items():
             known[device_id] = replace(known[device_id], subscriber_id=subscriber, removed=False)
+        recovered = (recovered - set(plan.placed)) | plan.recovered
         for device_id in plan.removed:
             known[device_id] = replace(known[device_id], removed=True)
         for append in plan.appends:
@@ -168,13 +120,76 @@ def test_whatever_is_put_and_removed_the_logs_say_where_each_device_is(steps: li
         ends |= {end.subscriber_id: replace(end, device_added=False) for end in plan.ends}
     assert {each.device_id: each.subscriber_id for each in known.values() if not each.removed} == model
     for subscriber, log in logs.items():
-        assert rules.verify_log(subscriber, log, ends[subscriber].head)
-        here: set[DeviceId] = set()
-        for entry in map(LogEntry.decode, log):
-            # Never added twice, never removed while away.
-            assert (entry.device_id in here) is (entry.kind is EntryKind.REMOVED)
-            here ^= {entry.device_id}
-        assert here == {device_id for device_id, owner in model.items() if owner == subscriber}
+        read = DeviceLog.read(subscriber, log)
+        assert (read.seq, read.head) == (ends[subscriber].seq, ends[subscriber].head)
+        assert set(read.devices) == {device_id for device_id, owner in model.items() if owner == subscriber}
+        assert {each.device_id for each in read.devices.values() if not each.vouched} == recovered & set(read.devices)
+
+
+def listed(*names: bytes) -> tuple[DeviceLog, list[bytes]]:
+    """A log with these devices, the first of them trusted."""
+    log, history = DeviceLog.start(PEOPLE[0]), []
+    for name in names:
+        history.append(LogEntry(EntryKind.ADDED, DeviceId(name * 16), PHONES[name].public_key, NOW, recovered=log.seq > 0).encode())
+        log = log.then(history[-1])
+    return log, history
+
+
+def vouch(log: DeviceLog, name: bytes, by: bytes) -> bytes:
+    each = log.devices[DeviceId(name * 16)]
+    return PHONES[by].sign(vouch_proof(each.device_id, each.identity_public_key, DeviceId(by * 16), each.added_head))
+
+
+def plan_vouch(log: DeviceLog, name: bytes, by: bytes, signature: bytes) -> rules.Plan:
+    return rules.plan_vouch(PEOPLE[0], log, DeviceId(name * 16), DeviceId(by * 16), signature, NOW)
+
+
+def test_a_vouch_appends_what_every_reader_accepts_and_is_no_change_of_identity() -> None:
+    log, history = listed(b"a", b"b")
+    plan = plan_vouch(log, b"b", b"a", vouch(log, b"b", b"a"))
+    [append] = plan.appends
+    after = DeviceLog.read(PEOPLE[0], [*history, append.entry])
+    assert (after.seq, after.head) == (append.seq, append.head)
+    assert after.devices[DeviceId(b"b" * 16)].vouched
+    assert plan.vouched == (DeviceId(b"b" * 16),)
+    assert [(each.seq, each.head, each.device_added) for each in plan.ends] == [(after.seq, after.head, False)]
+    assert plan_vouch(after, b"b", b"a", b"whatever") == rules.Plan()
+
+
+def test_who_may_not_vouch_and_what_cannot_be_vouched_for_is_refused() -> None:
+    log, _ = listed(b"a", b"b")
+    with pytest.raises(NotFound):
+        plan_vouch(log, b"c", b"a", bytes(64))
+    for by in (b"b", b"c"):
+        with pytest.raises(FailedPrecondition, match="nobody vouches"):
+            plan_vouch(log, b"b", by, bytes(64))
+    for signature in (b"", bytes(64), PHONES[b"b"].sign(b"something"), vouch(log, b"a", b"a")):
+        with pytest.raises(InvalidRequest) as refused:
+            plan_vouch(log, b"b", b"a", signature)
+        assert refused.value.field == "signature"
+
+
+@given(st.lists(st.integers(0, 9), max_size=5), st.integers(0, 9))
+def test_a_message_with_a_bound_is_sealed_unless_a_device_it_goes_to_is_newer(added: list[int], bound: int) -> None:
+    """By the server and by the sender alike; devices of others, and unknown ones, do not count."""
+    ids = [DeviceId(bytes((n,)) * 16) for n in range(len(added))]
+    newer = tuple(device_id for device_id, at_ms in zip(ids, added, strict=True) if bound and at_ms > bound)
+    wanted = rules.TooNew(newer, max(at_ms for at_ms in added if at_ms > bound)) if newer else None
+
+    recipient = Recipient.of(DEVICE.device_id, CURRENT)
+    sealing = {
+        d: SealingKey(DEVICE.subscriber_id, at_ms, NOW + DAY_MS, replace(recipient, device_id=d))
+        for d, at_ms in zip(ids, added, strict=True)
+    }
+    sealing[STRANGER] = SealingKey(SubscriberId(b"t" * 16), 10, NOW + DAY_MS, replace(recipient, device_id=STRANGER))
+    item = SealItem(SenderId(uuid7()), DEVICE.subscriber_id, (*ids, STRANGER, DeviceId(uuid7())), b"", NOW, NOW + 1, bound)
+    sealed = rules.seal(item, sealing, ContentSigningKey.generate(), ContentId(uuid7()), RecipientRef(bytes(32)), NOW)
+    assert (sealed if isinstance(sealed, rules.TooNew) else None) == wanted
+
+    keys = {d: replace(KEYS, device=replace(DEVICE, device_id=d), added_at_ms=at_ms) for d, at_ms in zip(ids, added, strict=True)}
+    keys[STRANGER] = replace(KEYS, device=replace(DEVICE, device_id=STRANGER, subscriber_id=SubscriberId(b"t" * 16)), added_at_ms=10)
+    verdict = rules.check_stanzas(replace(check(devices=(*ids, STRANGER)), added_until_ms=bound), keys, {}, NOW)
+    assert verdict.too_new == wanted
 
 
 # Uploads.
@@ -405,6 +420,7 @@ def test_an_item_at_its_bounds_can_be_sealed_and_one_beyond_is_refused_beforehan
     rules.check_seal_item(item)
     ref = RecipientRef(bytes(32))
     sealed = rules.seal(item, {}, ContentSigningKey.from_seed(bytes(32)), ContentId(uuid7()), ref, NOW)
+    assert isinstance(sealed, rules.Sealed)
     assert sealed.envelope.stanzas == ()
     at_the_end_of_time = replace(item, created_at_ms=TIME_MS_MAX, expires_at_ms=TIME_MS_MAX + 1)
     for bad in (at_the_end_of_time, replace(item, expires_at_ms=NOW), replace(item, expires_at_ms=item.expires_at_ms + 1)):

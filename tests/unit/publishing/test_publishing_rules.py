@@ -185,6 +185,17 @@ def test_a_lifetime_is_one_second_to_28_days(seconds: float, right: bool) -> Non
         refused(made, "lifetime")
 
 
+@pytest.mark.parametrize(("seconds", "right"), [(1, True), (0, False), (-1, False), (365 * 86_400, True), (365 * 86_400 + 1, False)])
+def test_how_long_devices_must_have_been_there_is_one_second_to_a_year(seconds: int, right: bool) -> None:
+    assert parse(request()).added_until is None
+    for made in (request(), sealed(envelope())):
+        made.identity_unchanged_for.seconds = seconds
+        if right:
+            assert parse(made).added_until == NOW - timedelta(seconds=seconds)
+        else:
+            refused(made, "identity_unchanged_for")
+
+
 # Plain contents
 
 

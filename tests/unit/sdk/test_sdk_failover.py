@@ -12,15 +12,16 @@ from sealpush.failover import (
     Delivered,
     FailoverPolicy,
     FallbackReason,
+    HoldBack,
     Push,
     after_cancel,
     after_publish,
     after_status,
     before_publish,
 )
-from sealpush.ids import MessageId, RequestId
+from sealpush.ids import DeviceId, MessageId, RequestId
 from sealpush.model import Reason, State
-from sealpush.sender import Accepted, NotRegistered, Refused, Unanswered
+from sealpush.sender import Accepted, IdentityChanged, NotRegistered, Refused, Unanswered
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 NOTHING = ClientMemory()
@@ -57,6 +58,12 @@ def test_parameters_may_be_zero_and_not_negative(name: str) -> None:
 def test_the_response_timeout_is_strictly_positive() -> None:
     with pytest.raises(ValueError, match="response_timeout"):
         FailoverPolicy(response_timeout=timedelta(0))
+
+
+@given(policies, memories)
+def test_a_number_that_may_have_been_taken_over_is_sent_nothing_over_any_channel(policy: FailoverPolicy, memory: ClientMemory) -> None:
+    changed = IdentityChanged(R, (DeviceId(b"d" * 16),), NOW)
+    assert after_publish(policy, memory, changed, NOW) == (HoldBack(), memory)
 
 
 def test_v18_anything_but_delivered_takes_the_alternative_channel() -> None:

@@ -10,18 +10,23 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sealpush.devicelog import DeviceNotice, NoticeKind
 from sealpush.errors import KeystoreBusy, KeystoreError, KeystoreTooNew, RootMismatch
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, SenderId, SubscriberId
 from sealpush.keys import DAY_MS, PREKEY_RETENTION_MS, EntryRole, IdentityKey, PrekeyKind, PrekeyPrivate, generate_prekey
 from sealpush.keystore import (
     DEDUP_MARGIN_MS,
+    NOTICES_MAX,
+    SCHEMA_VERSION,
     CommitOutcome,
     DeviceRegistration,
     InboxMessage,
+    KeptLog,
     Keystore,
     MemoryKeystore,
     PendingAcknowledgement,
@@ -367,8 +372,56 @@ def test_an_acknowledgement_of_another_message_is_refused(store: Keystore) -> No
     assert store.inbox() == []
 
 
+def notice(number: int, kind: NoticeKind = NoticeKind.ADDED) -> DeviceNotice:
+    return DeviceNotice(kind, NOW_MS + number, None if kind is NoticeKind.LOG_BROKEN else DeviceId(b"D" * 16), b"i" * 32)
+
+
+def test_a_device_log_is_kept_with_its_notices_and_only_in_the_place_of_the_known_one(store: Keystore) -> None:
+    assert store.device_log() == KeptLog()
+    first, longer, other = KeptLog((b"a", b"b"), b"1" * 32), KeptLog((b"a", b"b", b"c"), b"2" * 32), KeptLog((b"x",), b"3" * 32)
+    assert store.put_device_log(KeptLog(), first, [notice(1)]) == [replace(notice(1), number=1)]
+    assert store.put_device_log(KeptLog(), other, [notice(2)]) is None
+    assert store.device_log() == first
+    assert store.put_device_log(first, longer, []) == []
+    assert store.device_log() == longer
+    assert store.put_device_log(first, other, [notice(2)]) is None
+    assert store.put_device_log(longer, other, [notice(3), notice(4)]) == [replace(notice(3), number=2), replace(notice(4), number=3)]
+    assert store.device_log() == other
+    assert [each.number for each in store.notices()] == [1, 2, 3]
+    assert store.notices()[0] == replace(notice(1), number=1)
+
+
+def test_dismissed_notices_do_not_come_back_and_numbers_are_given_once(store: Keystore) -> None:
+    log = KeptLog()
+    store.put_device_log(log, log, [notice(1), notice(2)])
+    store.dismiss_notices([2, 7])
+    assert [each.number for each in store.notices()] == [1]
+    store.put_device_log(log, log, [notice(3)])
+    assert [each.number for each in store.notices()] == [1, 3]
+    store.dismiss_notices([1, 3])
+    assert store.notices() == []
+
+
+def test_a_broken_log_is_told_once_until_it_is_dismissed(store: Keystore) -> None:
+    log, broken = KeptLog(), notice(1, NoticeKind.LOG_BROKEN)
+    assert store.put_device_log(log, log, [broken, broken]) == [replace(broken, number=1)]
+    assert store.put_device_log(log, log, [broken, notice(2)]) == [replace(notice(2), number=2)]
+    store.dismiss_notices([1])
+    assert store.put_device_log(log, log, [broken]) == [replace(broken, number=3)]
+
+
+def test_notices_are_bounded_and_the_oldest_go(store: Keystore) -> None:
+    log = KeptLog()
+    for start in range(0, NOTICES_MAX + 500, 500):
+        added = store.put_device_log(log, log, [notice(n) for n in range(start, start + 500)])
+        assert added is not None
+        assert [each.number for each in added] == list(range(start + 1, start + 501))
+    assert [each.number for each in store.notices()] == list(range(501, NOTICES_MAX + 501))
+
+
 def test_erasing_leaves_nothing(store: Keystore) -> None:
     seed = store.create_identity().seed
+    store.put_device_log(KeptLog(), KeptLog((b"a",), b"1" * 32), [notice(1)])
     store.pin_root(b"r" * 32)
     store.add_prekeys([make_prekey(1)])
     commit(store, make_message(1))
@@ -378,6 +431,8 @@ def test_erasing_leaves_nothing(store: Keystore) -> None:
     assert not store.inbox()
     assert store.prekey_count(PrekeyKind.ONE_TIME) == 0
     assert store.pinned_root() is None
+    assert store.device_log() == KeptLog()
+    assert store.notices() == []
     assert store.create_identity().seed != seed
 
 
@@ -470,6 +525,26 @@ def test_used_keys_are_gone_from_the_bytes_of_the_file_after_a_purge(path: Path)
         assert store._connection.execute("PRAGMA secure_delete").fetchone() == (1,)
     assert prekey.private_key not in left
     assert message.content not in left
+
+
+def test_a_store_of_the_release_before_is_taken_over_with_everything_in_it(path: Path) -> None:
+    with SqliteKeystore(path) as store:
+        seed = store.create_identity().seed
+        commit(store, make_message(1))
+    connection = sqlite3.connect(path)
+    for table in ("device_log", "notices"):
+        connection.execute(f"DROP TABLE {table}")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    for _ in range(2):
+        with SqliteKeystore(path) as store:
+            assert store.create_identity().seed == seed
+            assert len(store.inbox()) == 1
+            assert store.put_device_log(store.device_log(), KeptLog((b"a",), b"1" * 32), []) == []
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    connection.close()
 
 
 def test_a_store_of_a_newer_release_is_refused_untouched(path: Path) -> None:

@@ -12,6 +12,7 @@ from nacl import bindings
 from nacl.exceptions import CryptoError
 
 from scripts import generate_vectors
+from sealpush.devicelog import DeviceLog, EntryKind, LogEntry, fingerprint
 from sealpush.envelope import (
     HEADER_BYTES,
     Envelope,
@@ -25,8 +26,16 @@ from sealpush.envelope import (
     seal,
     verify_signature,
 )
-from sealpush.errors import ContentTooLarge, EntryRefused, EnvelopeRefused, KeyRefused, ReceiptRefused, SuiteUnsupported
-from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId
+from sealpush.errors import (
+    ContentTooLarge,
+    DeviceLogBroken,
+    EntryRefused,
+    EnvelopeRefused,
+    KeyRefused,
+    ReceiptRefused,
+    SuiteUnsupported,
+)
+from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, SubscriberId
 from sealpush.keys import (
     ContentSigningKey,
     EntryRole,
@@ -53,6 +62,7 @@ from sealpush.proofs import (
     registration_proof,
     sign_proof,
     verify_proof,
+    vouch_proof,
 )
 from sealpush.receipts import Receipt, verify_receipt
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519, SUITES
@@ -62,6 +72,7 @@ Json = dict[str, Any]
 FOLDER = Path(__file__).resolve().parents[2] / "vectors"
 FILES = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in generate_vectors.VECTORS}
 SIGNATURES, PREKEYS, ENTRIES, PROOFS, RECEIPTS = (FILES[name] for name in ("signatures", "prekeys", "entries", "proofs", "receipts"))
+DEVICE_LOG = FILES["devicelog"]
 SEAL_FILES, OPEN_FILES = ("seal", "seal_hybrid"), ("open", "open_hybrid")
 
 
@@ -523,3 +534,77 @@ def test_a_check_that_drifts_from_the_files_is_noticed(tmp_path: Path, monkeypat
     (tmp_path / "signatures.json").write_text(generate_vectors.render(generate_vectors.signature_vectors()), encoding="utf-8")
     (tmp_path / "surplus.json").write_text("{}", encoding="utf-8")
     assert generate_vectors.stale_files() == ["surplus.json"]
+
+
+# --- the device log ---------------------------------------------------------------------------------------------------
+
+
+@cases(DEVICE_LOG["entries"])
+def test_an_entry_of_a_device_log_reads_and_writes_as_these_bytes(case: Json) -> None:
+    fields = case["fields"]
+    by = fields["by_device_id"]
+    made = LogEntry(
+        EntryKind(fields["kind"]),
+        DeviceId(unhex(fields["device_id"])),
+        unhex(fields["identity_public_key"]),
+        fields["time_ms"],
+        fields["recovered"],
+        None if by is None else DeviceId(unhex(by)),
+        unhex(fields["signature"]),
+    )
+    assert made.encode().hex() == case["entry"]
+    assert LogEntry.decode(unhex(case["entry"])) == made
+
+
+@cases(DEVICE_LOG["entries_refused"])
+def test_bytes_that_are_no_entry_of_a_device_log_are_refused(case: Json) -> None:
+    with pytest.raises(ValueError, match=r"not an entry|EntryKind"):
+        LogEntry.decode(unhex(case["entry"]))
+
+
+@cases(DEVICE_LOG["logs"])
+def test_a_device_log_has_these_heads_and_devices(case: Json) -> None:
+    log = DeviceLog.start(SubscriberId(unhex(case["subscriber_id"])))
+    heads = [log.head]
+    for entry in case["entries"]:
+        log = log.then(unhex(entry))
+        heads.append(log.head)
+    assert [each.hex() for each in heads] == case["heads"]
+    assert log.seq == len(case["entries"])
+    assert [
+        {
+            "device_id": each.device_id.hex(),
+            "identity_public_key": each.identity_public_key.hex(),
+            "added_ms": each.added_at_ms,
+            "added_head": each.added_head.hex(),
+            "vouched": each.vouched,
+        }
+        for each in log.devices.values()
+    ] == case["devices"]
+
+
+@cases(DEVICE_LOG["logs_refused"])
+def test_a_broken_device_log_is_refused_at_its_last_entry(case: Json) -> None:
+    *entries, last = map(unhex, case["entries"])
+    log = DeviceLog.read(SubscriberId(unhex(case["subscriber_id"])), entries)
+    with pytest.raises(DeviceLogBroken):
+        log.then(last)
+
+
+def test_a_vouch_is_these_bytes() -> None:
+    vouch = DEVICE_LOG["vouch"]
+    fields = vouch["fields"]
+    proof = vouch_proof(
+        DeviceId(unhex(fields["device_id"])),
+        unhex(fields["identity_public_key"]),
+        DeviceId(unhex(fields["by_device_id"])),
+        unhex(fields["added_head"]),
+    )
+    assert proof.hex() == vouch["signed_bytes"]
+    assert sign_proof(IdentityKey.from_seed(unhex(vouch["identity_seed"])), proof).hex() == vouch["signature"]
+
+
+@cases(DEVICE_LOG["fingerprints"])
+def test_a_fingerprint_has_these_digits(case: Json) -> None:
+    devices = [(DeviceId(unhex(each["device_id"])), unhex(each["identity_public_key"])) for each in case["devices"]]
+    assert fingerprint(devices) == case["fingerprint"]

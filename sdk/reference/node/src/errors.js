@@ -29,3 +29,11 @@ export class ReceiptRefused extends Error {
     this.name = 'ReceiptRefused';
   }
 }
+
+/** A log of devices says what it cannot say. Tell the person; messages go on. */
+export class DeviceLogBroken extends Error {
+  constructor(message) {
+    super(message);
+    this.name = 'DeviceLogBroken';
+  }
+}

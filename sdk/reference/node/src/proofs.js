@@ -54,3 +54,14 @@ export function changeStatement({ deviceId, counter, method, body }) {
     sha256(body),
   );
 }
+
+/** The vouch of one device for another: `addedHead` is the head of the device log right after the entry that added it. */
+export function vouchStatement({ deviceId, identityPublicKey, byDeviceId, addedHead }) {
+  return statement(
+    'SPP1-vouch',
+    exactly(16, deviceId, 'deviceId'),
+    exactly(32, identityPublicKey, 'identityPublicKey'),
+    exactly(16, byDeviceId, 'byDeviceId'),
+    exactly(32, addedHead, 'addedHead'),
+  );
+}

@@ -221,3 +221,60 @@ describe('what a device signs', () => {
     });
   }
 });
+
+describe('the device log', () => {
+  const file = load('devicelog');
+
+  for (const vector of file.entries) {
+    test(vector.name, () => {
+      const { byDeviceId, signature, ...said } = fields({ ...vector.fields, by_device_id: vector.fields.by_device_id ?? '' });
+      const wanted = byDeviceId.length ? { ...said, byDeviceId, signature } : said;
+      assert.equal(hex(sealpush.encodeEntry(wanted)), vector.entry);
+      const read = sealpush.decodeEntry(bytes(vector.entry));
+      assert.deepEqual(Object.fromEntries(Object.entries(read).map(([name, each]) => [name, each.length ? plain(each) : each])), wanted);
+    });
+  }
+  for (const vector of file.entries_refused) {
+    test(`no entry: ${vector.name}`, () => assert.throws(() => sealpush.decodeEntry(bytes(vector.entry)), RangeError));
+  }
+  for (const vector of file.logs) {
+    test(vector.name, () => {
+      let log = sealpush.startLog(bytes(vector.subscriber_id));
+      const heads = [log.head];
+      for (const entry of vector.entries) {
+        log = sealpush.nextLog(log, bytes(entry));
+        heads.push(log.head);
+      }
+      assert.deepEqual(heads.map(hex), vector.heads);
+      assert.equal(log.seq, vector.entries.length);
+      const devices = [...log.devices.values()].map((each) => ({
+        device_id: hex(each.deviceId),
+        identity_public_key: hex(each.identityPublicKey),
+        added_ms: each.addedMs,
+        added_head: hex(each.addedHead),
+        vouched: each.vouched,
+      }));
+      assert.deepEqual(devices, vector.devices);
+    });
+  }
+  for (const vector of file.logs_refused) {
+    test(`broken: ${vector.name}`, () => {
+      const entries = vector.entries.map(bytes);
+      const log = entries.slice(0, -1).reduce(sealpush.nextLog, sealpush.startLog(bytes(vector.subscriber_id)));
+      assert.throws(() => sealpush.nextLog(log, entries.at(-1)), sealpush.DeviceLogBroken);
+    });
+  }
+  test('a vouch', () => {
+    const { vouch } = file;
+    const statement = sealpush.vouchStatement(fields(vouch.fields));
+    assert.equal(hex(statement), vouch.signed_bytes);
+    assert.equal(hex(sealpush.signingKey(bytes(vouch.identity_seed)).sign(statement)), vouch.signature);
+  });
+  for (const vector of file.fingerprints) {
+    test(`fingerprint: ${vector.name}`, () => assert.equal(sealpush.fingerprint(fields(vector.devices)), vector.fingerprint));
+  }
+  test('no fingerprint of nothing, nor of a device twice', () => {
+    const [device] = fields(file.fingerprints[0].devices);
+    for (const devices of [[], [device, device]]) assert.throws(() => sealpush.fingerprint(devices), RangeError);
+  });
+});
