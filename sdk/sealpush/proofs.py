@@ -10,8 +10,8 @@ is worth nothing for another. Both sides build the bytes from what they know; on
                                            | reason_code2 | at_ms8
     change             "SPP1-change"    | 1 | device_id16 | counter8 | len1 | method (ASCII) | SHA-256(request body)32
 
-A change is an installation update, an unregistration, a preference or a prekey upload: anything that must not be
-replayed. Its counter rises with every change of the device; the server refuses one that does not.
+A change is an installation update, an unregistration, a preference, a registration lock or a prekey upload: anything that
+must not be replayed. Its counter rises with every change of the device; the server refuses one that does not.
 """
 
 import enum
