@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
 from pathlib import Path
@@ -65,8 +66,13 @@ class Keys(sealing_pb2_grpc.SealingServicer):
         self.put: list[tuple[bytes, bytes]] = []
         self.removed: list[tuple[bytes, bytes]] = []
         self.refuse = ""
+        # What happens once while registration waits for an answer.
+        self.meanwhile: Callable[[], Awaitable[Any]] | None = None
 
     async def PutDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self.meanwhile is not None:
+            call, self.meanwhile = self.meanwhile, None
+            await call()
         self.put.extend((one.subscriber_id, one.device_id) for one in request.devices)
         return sealing_pb2.PutDevicesResponse(refusals=[self.refuse for _ in request.devices])
 
@@ -731,17 +737,17 @@ async def test_an_attempt_counts_for_the_lock_that_was_looked_at_only(world: Wor
     owner = await locked_phone(world)
     db = Database(world.urls["registration"], "registration", 1)
     await db.open()
-    store, subscriber_id = RegistrationStore(db, Vault(b"d" * 32, b"l" * 32)), SubscriberId(owner.subscriber_id)
+    store = RegistrationStore(db, Vault(b"d" * 32, b"l" * 32))
     (row,) = await db.fetch("lock", "SELECT pin_hash FROM registration_locks")
-    looked_at = Lock(row["pin_hash"])
-    assert (await store.take_pin_attempt(subscriber_id, looked_at, world.clock.now()) or looked_at).wrong_pins == 1
+    looked_at = Lock(SubscriberId(owner.subscriber_id), row["pin_hash"])
+    assert (await store.take_pin_attempt(looked_at, world.clock.now()) or looked_at).wrong_pins == 1
     await owner.lock("161803")
-    assert await store.take_pin_attempt(subscriber_id, looked_at, world.clock.now()) is None
-    await store.forget_pin_attempts(subscriber_id, looked_at)
+    assert await store.take_pin_attempt(looked_at, world.clock.now()) is None
+    await store.forget_pin_attempts(looked_at)
     (row,) = await db.fetch("lock", "SELECT wrong_pins FROM registration_locks")
     assert row["wrong_pins"] == 0
     await owner.lock("")
-    assert await store.take_pin_attempt(subscriber_id, looked_at, world.clock.now()) is None
+    assert await store.take_pin_attempt(looked_at, world.clock.now()) is None
     await db.aclose()
 
 
@@ -849,6 +855,22 @@ async def test_a_lock_that_lapsed_is_in_force_again_when_its_phone_is_used(world
     await owner.authenticate()
     other = Phone(world, owner.number)
     assert is_locked(await refusal(other.confirm(await other.ask())), 5)
+
+
+async def test_a_lock_that_comes_into_force_while_a_device_registers_is_asked_for(world: World) -> None:
+    owner = await locked_phone(world)
+    world.clock.advance(timedelta(days=31))
+    other = Phone(world, owner.number)
+    request = await other.ask()
+    world.keys.meanwhile = owner.authenticate
+    assert is_locked(await refusal(other.confirm(request)), 5)
+    request.pin = PIN
+    await other.confirm(request)
+    # And a phone of the person that leaves in the middle of coming again is a further device by then.
+    request = await other.ask()
+    await other.authenticate()
+    world.keys.meanwhile = other.unregister
+    assert is_locked(await refusal(other.confirm(request)), 5)
 
 
 async def test_a_recycled_number_is_not_locked_and_its_old_pin_is_gone(world: World) -> None:
