@@ -329,6 +329,9 @@ async def test_apps_of_different_roots_cannot_share_a_sender_and_a_root_in_use_s
     with pytest.raises(InvalidRequest, match="new app id"):
         await world.put_app("bank-app", other_root)
     await world.put_app("other-app", world.root)
+    for unusable in (b"r" * 31, bytes(32), b"\x01" + bytes(31)):
+        with pytest.raises(InvalidRequest, match="Ed25519"):
+            await world.administer("PutApp", administration_pb2.PutAppRequest(app_id="new-app", name="An app", root_public_key=unusable))
 
 
 async def test_platform_entry_needs_the_root_of_an_app(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
 from pathlib import Path
@@ -19,17 +20,20 @@ from pydantic import SecretStr
 
 from sealpush import Device, Endpoints, MemoryKeystore, Platform, RegistrationLocked
 from sealpush.errors import InvalidRequest, Overloaded
-from sealpush.ids import AppId, DeviceId, RegistrationId, uuid7
+from sealpush.ids import AppId, DeviceId, RegistrationId, SubscriberId, uuid7
 from sealpush.keys import IdentityKey, PrekeyKind, RootKey, generate_prekey
 from sealpush.proofs import body_digest, challenge_proof, change_proof, registration_proof
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2, registration_pb2_grpc
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import connect
+from sealpushd.platform.db import Database, connect
 from sealpushd.platform.settings import Settings, load
 from sealpushd.platform.tokens import DeviceCaller
+from sealpushd.platform.vault import Vault
 from sealpushd.registration.app import build
+from sealpushd.registration.rules import Lock
+from sealpushd.registration.store import RegistrationStore
 from sealpushd.simulators.control import SmsControlService
 from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1 import (
@@ -64,8 +68,13 @@ class Keys(sealing_pb2_grpc.SealingServicer):
         self.min_suites: dict[bytes, int] = {}
         self.removed: list[tuple[bytes, bytes]] = []
         self.refuse = ""
+        # What happens once while registration waits for an answer.
+        self.meanwhile: Callable[[], Awaitable[Any]] | None = None
 
     async def PutDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self.meanwhile is not None:
+            call, self.meanwhile = self.meanwhile, None
+            await call()
         self.put.extend((one.subscriber_id, one.device_id) for one in request.devices)
         self.min_suites.update((one.device_id, one.min_suite) for one in request.devices)
         return sealing_pb2.PutDevicesResponse(refusals=[self.refuse for _ in request.devices])
@@ -154,6 +163,7 @@ class Phone:
     number: str
     device_id: DeviceId = field(default_factory=lambda: DeviceId(uuid7()))
     identity: IdentityKey = field(default_factory=IdentityKey.generate)
+    app_id: AppId = APP
     counter: int = 0
     token: str = ""
     subscriber_id: bytes = b""
@@ -181,7 +191,7 @@ class Phone:
                 signature=prekey.signature,
             ),
             installation=registration_pb2.Installation(**said),
-            proof=self.identity.sign(registration_proof(RegistrationId(registration_id), self.identity.public_key, APP)),
+            proof=self.identity.sign(registration_proof(RegistrationId(registration_id), self.identity.public_key, self.app_id)),
             # Phones of suite 1 that were made before the field do not send it.
             min_suite=suite if suite > SUITE_X25519 else 0,
             pin=pin,
@@ -193,7 +203,7 @@ class Phone:
     async def ask(self, pin: str = "", **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
         """The confirmation by a new code."""
         self.world.clock.advance(timedelta(seconds=31))
-        started = await self.world.start(self.number)
+        started = await self.world.start(self.number, self.app_id)
         return self.confirmation(started.registration_id, self.world.code(self.number), pin, **installation)
 
     async def register(self, pin: str = "", **installation: Any) -> registration_pb2.ConfirmRegistrationRequest:
@@ -733,6 +743,33 @@ async def test_a_device_that_moves_to_a_locked_number_gives_the_pin(world: World
     assert (await mover.confirm(request)).subscriber_id == owner.subscriber_id
 
 
+async def test_a_lock_stands_before_every_app_of_the_person(world: World) -> None:
+    owner = await locked_phone(world)
+    other = Phone(world, owner.number, app_id=AppId("other-app"))
+    request = await other.ask()
+    assert is_locked(await refusal(other.confirm(request)), 5)
+    request.pin = PIN
+    assert (await other.confirm(request)).subscriber_id == owner.subscriber_id
+
+
+async def test_an_attempt_counts_for_the_lock_that_was_looked_at_only(world: World) -> None:
+    owner = await locked_phone(world)
+    db = Database(world.urls["registration"], "registration", 1)
+    await db.open()
+    store = RegistrationStore(db, Vault(b"d" * 32, b"l" * 32))
+    (row,) = await db.fetch("lock", "SELECT pin_hash FROM registration_locks")
+    looked_at = Lock(SubscriberId(owner.subscriber_id), row["pin_hash"])
+    assert (await store.take_pin_attempt(looked_at, world.clock.now()) or looked_at).wrong_pins == 1
+    await owner.lock("161803")
+    assert await store.take_pin_attempt(looked_at, world.clock.now()) is None
+    await store.forget_pin_attempts(looked_at)
+    (row,) = await db.fetch("lock", "SELECT wrong_pins FROM registration_locks")
+    assert row["wrong_pins"] == 0
+    await owner.lock("")
+    assert await store.take_pin_attempt(looked_at, world.clock.now()) is None
+    await db.aclose()
+
+
 async def test_a_lock_is_changed_and_removed_by_any_phone_of_the_person(world: World) -> None:
     owner = await locked_phone(world)
     assert (await owner.preferences()).registration_lock
@@ -837,6 +874,22 @@ async def test_a_lock_that_lapsed_is_in_force_again_when_its_phone_is_used(world
     await owner.authenticate()
     other = Phone(world, owner.number)
     assert is_locked(await refusal(other.confirm(await other.ask())), 5)
+
+
+async def test_a_lock_that_comes_into_force_while_a_device_registers_is_asked_for(world: World) -> None:
+    owner = await locked_phone(world)
+    world.clock.advance(timedelta(days=31))
+    other = Phone(world, owner.number)
+    request = await other.ask()
+    world.keys.meanwhile = owner.authenticate
+    assert is_locked(await refusal(other.confirm(request)), 5)
+    request.pin = PIN
+    await other.confirm(request)
+    # And a phone of the person that leaves in the middle of coming again is a further device by then.
+    request = await other.ask()
+    await other.authenticate()
+    world.keys.meanwhile = other.unregister
+    assert is_locked(await refusal(other.confirm(request)), 5)
 
 
 async def test_a_recycled_number_is_not_locked_and_its_old_pin_is_gone(world: World) -> None:

@@ -149,7 +149,8 @@ class RegistrationServicer:
 
     def SetRegistrationLock(self, request, context):
         """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
-        gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+        gives the PIN beside the code. INVALID_ARGUMENT with the field `pin`: too short, too long or too easy. RESOURCE_EXHAUSTED with
+        RetryInfo: changed too often.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

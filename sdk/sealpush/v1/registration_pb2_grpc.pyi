@@ -57,7 +57,8 @@ class RegistrationStub:
     """Decides about one sender, for all of the recipient's devices. Queued deliveries that are blocked now end at once."""
     SetRegistrationLock: _grpc.UnaryUnaryMultiCallable[_registration_pb2.SetRegistrationLockRequest, _registration_pb2.SetRegistrationLockResponse]
     """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
-    gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+    gives the PIN beside the code. INVALID_ARGUMENT with the field `pin`: too short, too long or too easy. RESOURCE_EXHAUSTED with
+    RetryInfo: changed too often.
     """
 
 @_typing.type_check_only
@@ -89,7 +90,8 @@ class RegistrationAsyncStub(RegistrationStub):
     """Decides about one sender, for all of the recipient's devices. Queued deliveries that are blocked now end at once."""
     SetRegistrationLock: _aio.UnaryUnaryMultiCallable[_registration_pb2.SetRegistrationLockRequest, _registration_pb2.SetRegistrationLockResponse]  # type: ignore[assignment]
     """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
-    gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+    gives the PIN beside the code. INVALID_ARGUMENT with the field `pin`: too short, too long or too easy. RESOURCE_EXHAUSTED with
+    RetryInfo: changed too often.
     """
 
 class RegistrationServicer(metaclass=_abc_1.ABCMeta):
@@ -172,7 +174,8 @@ class RegistrationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registration_pb2.SetRegistrationLockResponse, _abc.Awaitable[_registration_pb2.SetRegistrationLockResponse]]:
         """Sets, changes or removes the registration lock of the recipient, for all of its devices and apps: while it is in force a further device
-        gives the PIN beside the code. RESOURCE_EXHAUSTED with RetryInfo: changed too often.
+        gives the PIN beside the code. INVALID_ARGUMENT with the field `pin`: too short, too long or too easy. RESOURCE_EXHAUSTED with
+        RetryInfo: changed too often.
         """
 
 def add_RegistrationServicer_to_server(servicer: RegistrationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

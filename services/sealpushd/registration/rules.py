@@ -22,7 +22,7 @@ lock. It is the subscriber's: one for all of its apps, devices and identifiers, 
 - While the lock is in force, a device that proves the number gives the PIN as well, also one that moves here from another number. Only an
   active installation of the subscriber (same device id and identity key) needs none: its key proves more than a PIN.
 - The code is looked at first: who has not got the number learns of no lock. A missing or wrong PIN leaves the code good.
-- Wrong PINs are counted for the lock, over all registrations and processes: `PIN_ATTEMPTS`, then none for `PIN_ATTEMPTS_AFTER`.
+- Wrong PINs are counted for the lock, over all registrations and processes: `PIN_ATTEMPTS`, then none for `PIN_ATTEMPTS_RETURN_AFTER`.
 - It is in force only while an active installation of the subscriber was used within `LOCK_LAPSES_AFTER`. That is shorter than
   `RECYCLED_AFTER`, and operators let a number rest for longer: the next owner of a number is never locked out by somebody who is gone, and
   who lost every phone and forgot the PIN waits so long at the most. Who goes on using the app with a number that is no longer theirs keeps
@@ -52,7 +52,7 @@ RECYCLED_AFTER: Final = timedelta(days=90)
 LOCK_LAPSES_AFTER: Final = timedelta(days=30)
 # Of ten thousand PINs of four digits, 150 in the month that a taken number may stay unnoticed.
 PIN_ATTEMPTS: Final = 5
-PIN_ATTEMPTS_AFTER: Final = timedelta(days=1)
+PIN_ATTEMPTS_RETURN_AFTER: Final = timedelta(days=1)
 PIN_CHARACTERS_MIN: Final = 4
 PIN_CHARACTERS_MAX: Final = 32
 # As typed. NFKC makes one character of up to four.
@@ -197,6 +197,7 @@ class OwnInstallation:
 class Lock:
     """A registration lock. Two are equal when they have the same PIN, set at the same time, however many wrong ones were tried."""
 
+    subscriber_id: SubscriberId
     pin_hash: bytes = field(repr=False)
     wrong_pins: int = field(default=0, compare=False)
     last_wrong_at: datetime | None = field(default=None, compare=False)
@@ -362,7 +363,7 @@ def locked_until(facts: Facts, *, now: datetime) -> datetime | None:
 
 
 def pin_attempts_left(lock: Lock, *, now: datetime) -> int:
-    if lock.last_wrong_at is None or now - lock.last_wrong_at >= PIN_ATTEMPTS_AFTER:
+    if lock.last_wrong_at is None or now - lock.last_wrong_at >= PIN_ATTEMPTS_RETURN_AFTER:
         return PIN_ATTEMPTS
     return PIN_ATTEMPTS - lock.wrong_pins
 
@@ -383,7 +384,7 @@ def take_pin_attempt(lock: Lock, *, now: datetime) -> Lock:
 
 
 def _attempts_return_in(lock: Lock, now: datetime) -> timedelta:
-    return PIN_ATTEMPTS_AFTER - (now - (lock.last_wrong_at or now))
+    return PIN_ATTEMPTS_RETURN_AFTER - (now - (lock.last_wrong_at or now))
 
 
 def locked(lock: Lock, until: datetime, *, pin_given: bool, now: datetime) -> RegistrationLocked:

@@ -199,9 +199,10 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 return repeated
             if pending.used_by is not None:
                 raise FailedPrecondition("the code was used; start again")
-            if facts.owner is not None and facts.lock is not None and facts.lock != opened:
-                await self._open(facts.owner, facts.lock, rules.locked_until(facts, now=now), pin, now)
-                opened = facts.lock
+            lock, until = facts.lock, rules.locked_until(facts, now=now)
+            if lock is not None and until is not None and lock != opened:
+                await self._open(lock, until, pin, now)
+                opened = lock
             await self._outbox.settle(device.device_id)
             binding = rules.decide_binding(facts, device.device_id, pending.new_subscriber_id, now=now)
             logged = LoggedDevice(binding.subscriber_id, device.device_id, device.identity_public_key, prekey, min_suite)
@@ -214,24 +215,22 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 return binding.subscriber_id
         raise Aborted("other registrations of this number or device are going on; try again")
 
-    async def _open(self, owner: SubscriberId, lock: Lock, until: datetime | None, pin: Pin | None, now: datetime) -> None:
-        """Returns when the lock is not in this device's way, or the PIN opens it. Raises RegistrationLocked, LimitExceeded."""
-        if until is None:
-            return
+    async def _open(self, lock: Lock, until: datetime, pin: Pin | None, now: datetime) -> None:
+        """Returns when the PIN opens the lock, which is in force until then. Raises RegistrationLocked, LimitExceeded."""
         if pin is None:
             LOCKED.labels("no_pin").inc()
             raise rules.locked(lock, until, pin_given=False, now=now)
         # A turn first: who waits for one in vain has lost no attempt.
         async with self._argon2 as argon2:
             try:
-                taken = await self._store.take_pin_attempt(owner, lock, now)
+                taken = await self._store.take_pin_attempt(lock, now)
             except LimitExceeded:
                 LOCKED.labels("too_many").inc()
                 raise
             if taken is None:
                 raise Aborted("the registration lock was changed just now; try again")
             if await argon2.is_password(lock.pin_hash, self._store.pin_secret(pin)):
-                await self._store.forget_pin_attempts(owner, lock)
+                await self._store.forget_pin_attempts(lock)
                 return
         LOCKED.labels("wrong_pin").inc()
         raise rules.locked(taken, until, pin_given=True, now=now)

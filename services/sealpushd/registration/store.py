@@ -411,18 +411,18 @@ class RegistrationStore:
     async def has_lock(self, device_id: DeviceId) -> bool:
         return await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id) is not None
 
-    async def take_pin_attempt(self, subscriber_id: SubscriberId, lock: Lock, now: datetime) -> Lock | None:
+    async def take_pin_attempt(self, lock: Lock, now: datetime) -> Lock | None:
         """The lock after the attempt that was noted; None: it is another one by now. Raises LimitExceeded when none is left."""
         async with self._db.transaction() as c:
-            held = _lock(await c.fetchrow(HOLD_REGISTRATION_LOCK, subscriber_id))
+            held = _lock(await c.fetchrow(HOLD_REGISTRATION_LOCK, lock.subscriber_id))
             if held is None or held != lock:
                 return None
             taken = rules.take_pin_attempt(held, now=now)
-            await c.execute(NOTE_PIN_ATTEMPT, subscriber_id, taken.wrong_pins, taken.last_wrong_at)
+            await c.execute(NOTE_PIN_ATTEMPT, lock.subscriber_id, taken.wrong_pins, taken.last_wrong_at)
             return taken
 
-    async def forget_pin_attempts(self, subscriber_id: SubscriberId, lock: Lock) -> None:
-        await self._db.execute("forget_pin_attempts", FORGET_PIN_ATTEMPTS, subscriber_id, lock.pin_hash)
+    async def forget_pin_attempts(self, lock: Lock) -> None:
+        await self._db.execute("forget_pin_attempts", FORGET_PIN_ATTEMPTS, lock.subscriber_id, lock.pin_hash)
 
     # --- what others must be told ---
 
@@ -485,7 +485,9 @@ async def _facts(c: Connection, phone_lookup: bytes, device_id: DeviceId) -> Fac
 
 
 def _lock(row: Any) -> Lock | None:
-    return None if row is None or row["pin_hash"] is None else Lock(row["pin_hash"], row["wrong_pins"], row["last_wrong_at"])
+    if row is None or row["pin_hash"] is None:
+        return None
+    return Lock(SubscriberId(row["subscriber_id"]), row["pin_hash"], row["wrong_pins"], row["last_wrong_at"])
 
 
 def _lock_number(value: bytes) -> int:

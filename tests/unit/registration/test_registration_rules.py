@@ -61,7 +61,7 @@ facts_known = st.builds(
     owner=st.just(OWNER),
     owner_devices=st.lists(devices, max_size=4).map(tuple),
     own=owns,
-    lock=st.none() | st.just(Lock(b"a hash")),
+    lock=st.none() | st.just(Lock(OWNER, b"a hash")),
 )
 
 
@@ -190,20 +190,20 @@ def test_whoever_joins_under_a_lapsed_lock_ends_it_and_nobody_else_does(facts: F
 
 
 def test_an_ended_installation_gives_the_pin_like_any_other() -> None:
-    lock, others = Lock(b"a hash"), (known(1),)
+    lock, others = Lock(OWNER, b"a hash"), (known(1),)
     assert rules.locked_until(Facts(OWNER, others, owned(InstallState.ACTIVE), lock), now=NOW) is None
     assert rules.locked_until(Facts(OWNER, others, owned(InstallState.UNREGISTERED), lock), now=NOW) == NOW + 29 * DAY
 
 
 def test_locks_are_equal_by_their_pin_and_print_nothing_of_it() -> None:
-    assert Lock(b"h") == Lock(b"h", 3, NOW) != Lock(b"i")
-    assert "a hash" not in repr(Lock(b"a hash"))
+    assert Lock(OWNER, b"h") == Lock(OWNER, b"h", 3, NOW) != Lock(OWNER, b"i")
+    assert "a hash" not in repr(Lock(OWNER, b"a hash"))
     assert repr(Pin("271828")) == f"{Pin('271828')}" == "Pin(…)"
 
 
 @given(st.lists(st.integers(0, 30 * 3600), min_size=1, max_size=60))
 def test_no_day_sees_more_than_five_wrong_pins(pauses_s: list[int]) -> None:
-    lock, now = Lock(b"h"), NOW
+    lock, now = Lock(OWNER, b"h"), NOW
     tried: list[datetime] = []
     for pause_s in pauses_s:
         now += timedelta(seconds=pause_s)
@@ -222,10 +222,10 @@ def test_no_day_sees_more_than_five_wrong_pins(pauses_s: list[int]) -> None:
 
 def test_a_refusal_says_how_many_are_left_and_the_day_but_not_the_minute_of_the_end() -> None:
     until = NOW + timedelta(days=3, hours=5, minutes=7)
-    refused = rules.locked(Lock(b"h", 2, NOW), until, pin_given=True, now=NOW)
+    refused = rules.locked(Lock(OWNER, b"h", 2, NOW), until, pin_given=True, now=NOW)
     assert refused.metadata == {"attempts_left": "3", "lock_lapses_at": "2026-11-26T00:00:00Z"}
     assert (refused.reason, refused.retry_after) == ("REGISTRATION_LOCKED", None)
-    spent = rules.locked(Lock(b"h", 5, NOW - timedelta(hours=1)), until, pin_given=False, now=NOW)
+    spent = rules.locked(Lock(OWNER, b"h", 5, NOW - timedelta(hours=1)), until, pin_given=False, now=NOW)
     assert (spent.metadata["attempts_left"], spent.retry_after) == ("0", timedelta(hours=23))
 
 
