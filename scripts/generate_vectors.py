@@ -46,6 +46,7 @@ Json = dict[str, Any]
 
 NOW_MS = 1_700_000_000_000
 SKEW_MS = 5 * 60 * 1000
+RISE_SKEW_MS = 6 * 60 * 1000
 ENVELOPE_HEX_BYTES_MAX = 1500  # above this an envelope is described by its pieces and its SHA-256
 LIFETIME_MS_MAX = 28 * DAY_MS
 ED25519_ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -815,6 +816,7 @@ def opening_context(phones: list[Phone]) -> Json:
             "now_ms": NOW_MS,
             "skew_ms": SKEW_MS,
             "min_suite": 1,
+            "raised_at_ms": None,
             "seen": [],
             "root_public_key": ROOT.public_key.hex(),
             "sender_entry": signed_entry(entry()),
@@ -897,6 +899,13 @@ def open_hybrid_vectors() -> Json:
         {"name": "one device, one-time prekey", "base": "hybrid, one-time", "changes": []},
         {"name": "a device that accepts suite 2 only", "base": "hybrid", "changes": [], "context": {"min_suite": 2}},
         *({"name": f"8 devices, opened by device {n}", "base": "mixed", "changes": [], "context": {"device": n}} for n in range(8)),
+        *(
+            {"name": name, "base": "mixed", "changes": [], "context": {"device": 0, "min_suite": 2, "raised_at_ms": raised_at_ms}}
+            for name, raised_at_ms in (
+                ("suite 1, created before the device went to suite 2", NOW_MS + DAY_MS),
+                ("suite 1, created as late after the rise as may be", NOW_MS - RISE_SKEW_MS),
+            )
+        ),
         {"name": "put together by hand", "envelope": forged().hex()},
     ]
 
@@ -919,6 +928,12 @@ def open_hybrid_vectors() -> Json:
         on_hybrid("suite 3, which is not known and may have this length", "stanza", replace(stanza + 16, b"\x03")),
         on_hybrid("below the lowest suite that the device accepts", "stanza", context={"min_suite": 3}),
         on_hybrid("suite 1 for a device that accepts suite 2 only", "stanza", base="mixed", context={"device": 0, "min_suite": 2}),
+        on_hybrid(
+            "suite 1, created a millisecond too late after the rise",
+            "stanza",
+            base="mixed",
+            context={"device": 0, "min_suite": 2, "raised_at_ms": NOW_MS - RISE_SKEW_MS - 1},
+        ),
         on_hybrid("sealed to another device", "stanza", context={"device": 3}),
         # The wrapped key.
         on_hybrid("an unknown prekey", "unwrap", replace(stanza + 17, (77).to_bytes(4, "big"))),

@@ -14,6 +14,7 @@
 draft-irtf-cfrg-concrete-hybrid-kems define it, so it is the id 0x647a that counts here, whatever becomes of the drafts' names.
 """
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -134,13 +135,13 @@ class _Hybrid(Suite):
         return seed, of_mlkem.public_key().public_bytes_raw() + of_x25519.public_key().public_bytes_raw()
 
     def check_public(self, public_key: bytes) -> None:
-        self._loaded(public_key)
+        _loaded(public_key)
         if _is_low_order(public_key[_MLKEM_PUBLIC_BYTES:]):
             raise _not_usable("hybrid")
 
     def wrap(self, payload: bytes, public_key: bytes, random: Random) -> bytes:
         try:
-            return self._hpke.encrypt(payload, self._loaded(public_key), info=INFO_STANZA)
+            return self._hpke.encrypt(payload, _loaded(public_key), info=INFO_STANZA)
         except ValueError:
             # A shared secret of zero: the X25519 half has low order.
             raise _not_usable("hybrid") from None
@@ -151,19 +152,22 @@ class _Hybrid(Suite):
         except InvalidTag:
             raise EnvelopeRefused from None
 
-    def _loaded(self, public_key: bytes) -> hpke.MLKEM768X25519PublicKey:
-        """Raises KeyRefused for a wrong length and for ML-KEM coefficients that are not below the modulus (FIPS 203, 7.2)."""
-        try:
-            return hpke.MLKEM768X25519PublicKey(
-                mlkem.MLKEM768PublicKey.from_public_bytes(public_key[:_MLKEM_PUBLIC_BYTES]),
-                x25519.X25519PublicKey.from_public_bytes(public_key[_MLKEM_PUBLIC_BYTES:]),
-            )
-        except ValueError:
-            raise _not_usable("hybrid") from None
-
 
 # Every suite that this release can make, wrap to and open, by its id.
 SUITES: Final[Mapping[int, Suite]] = {each.suite_id: each for each in (_X25519(), _Hybrid())}
+
+
+# Loading takes a fifth of wrapping: a sender loads the keys of one envelope's devices to check them, then to wrap.
+@functools.lru_cache(maxsize=64)
+def _loaded(public_key: bytes) -> hpke.MLKEM768X25519PublicKey:
+    """Raises KeyRefused for a wrong length and for ML-KEM coefficients that are not below the modulus (FIPS 203, 7.2)."""
+    try:
+        return hpke.MLKEM768X25519PublicKey(
+            mlkem.MLKEM768PublicKey.from_public_bytes(public_key[:_MLKEM_PUBLIC_BYTES]),
+            x25519.X25519PublicKey.from_public_bytes(public_key[_MLKEM_PUBLIC_BYTES:]),
+        )
+    except ValueError:
+        raise _not_usable("hybrid") from None
 
 
 def _not_usable(which: str) -> KeyRefused:

@@ -593,7 +593,7 @@ def usable(keys: DeviceKeys | None, subscriber_id: SubscriberId, now_ms: int) ->
     return keys.current if keys.current.expires_at_ms > now_ms else None
 
 
-def first_beyond(counts: Sequence[int], most: int) -> int:
+def fitting(counts: Sequence[int], most: int) -> int:
     """How many from the beginning fit together into `most`, the first in any case."""
     total = 0
     for n, count in enumerate(counts):

@@ -193,10 +193,10 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         keys = await self._store.device_keys([DeviceId(device.device_id) for each in resolved for device in each.devices])
         now = self._clock.now()
         usable = [list(_usable_devices(answer.resolved, keys, to_ms(now))) for answer in answers]
-        full = rules.first_beyond([len(each) for each in usable], RECIPIENT_DEVICES_MAX)
+        fitting = rules.fitting([len(each) for each in usable], RECIPIENT_DEVICES_MAX)
         wanted = [
             rules.Wanted(query.request_id, found.device.device_id, prekey.suite, found.device.min_suite)
-            for query, devices in zip(asked[:full], usable, strict=False)
+            for query, devices in zip(asked[:fitting], usable, strict=False)
             if not query.devices_only
             for found, prekey in devices
         ]
@@ -209,7 +209,7 @@ class KeysService(keys_pb2_grpc.KeysServicer):
             match answer.WhichOneof("outcome"):
                 case "not_registered":
                     return keys_pb2.RecipientKeysResult(not_registered=answer.not_registered)
-                case "resolved" if n >= full:
+                case "resolved" if n >= fitting:
                     return keys_pb2.RecipientKeysResult(ask_again=True)
                 case "resolved":
                     devices = [

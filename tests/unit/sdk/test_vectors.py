@@ -35,6 +35,7 @@ from sealpush.errors import (
     ReceiptRefused,
     SuiteUnsupported,
 )
+from sealpush.floor import Floor
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, SubscriberId
 from sealpush.keys import (
     ContentSigningKey,
@@ -251,8 +252,15 @@ def whole_device(data: bytes, context: Json) -> bytes:
         device_id=device_id,
         private_prekey_lookup=lookup_of(device),
         sender_public_key=entry_key(header, context),
-        min_suite=context["min_suite"],
+        min_suite=min_suite_of(header, context),
     )
+
+
+def min_suite_of(header: Header, context: Json) -> int:
+    """What the device accepts for this content."""
+    if context["raised_at_ms"] is None:
+        return int(context["min_suite"])
+    return Floor(context["min_suite"], context["raised_at_ms"]).min_suite(header.created_at_ms)
 
 
 def entry_key(header: Header, context: Json) -> bytes:
@@ -277,7 +285,7 @@ def stages(data: bytes, context: Json) -> Iterator[str]:
     device = context["device"]
     device_id = DeviceId(unhex(device["device_id"]))
     stanza = parsed.stanza_for(device_id)
-    if stanza is None or stanza.suite not in SUITES or stanza.suite < context["min_suite"]:
+    if stanza is None or stanza.suite not in SUITES or stanza.suite < min_suite_of(header, context):
         return
     yield "times"
     if check_times(header, context["now_ms"], context["skew_ms"]) is not TimeCheck.OK:

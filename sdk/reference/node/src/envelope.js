@@ -12,6 +12,7 @@ import { SUITE_X25519, suiteOf } from './suites.js';
 export const CONTENT_BYTES_MAX = 65_535;
 export const DEVICES_MAX = 512;
 const FLAG_SERVER_SEALED = 1;
+const RISE_SKEW_MS = 6 * 60 * 1000; // a sealer's clock may be ahead
 const LIFETIME_MS_MAX = 28 * 24 * 3600 * 1000;
 const BUCKET_MIN = 256;
 const BUCKET_MAX = 65_536;
@@ -222,7 +223,8 @@ function wrap(contentKey, headerBytes, recipient, random) {
 /**
  * The content, after all checks of a device in their order. Throws EnvelopeRefused, always the same.
  *
- * `device`: deviceId, `minSuite` and `prekeys`, a list of `{ suite, prekeyId, kind, publicKey, privateKey }`.
+ * `device`: deviceId, `prekeys`, a list of `{ suite, prekeyId, kind, publicKey, privateKey }`, `minSuite`, and when it was raised to that,
+ * `raisedAtMs` by the server's time (left out: before anything that still lives).
  * `trust`: rootPublicKey, and as blobs senderEntry and platformEntry (null if none).
  * `nowMs` is the server's time, `skewMs` how far it may be off; `seen(senderId, contentId)` tells repetitions. An
  * application treats those two more finely: it holds a message from the future, and acknowledges a repeated one again.
@@ -255,9 +257,12 @@ function trustedKey(header, { rootPublicKey, senderEntry, platformEntry }, nowMs
   }
 }
 
-function ownStanza(envelope, { deviceId, minSuite = SUITE_X25519 }) {
+function ownStanza(envelope, { deviceId, minSuite = SUITE_X25519, raisedAtMs = -Infinity }) {
   const stanza = stanzaOf(envelope, deviceId);
-  if (!stanza || !suiteOf(stanza.suite) || stanza.suite < minSuite) throw new EnvelopeRefused();
+  if (!stanza || !suiteOf(stanza.suite)) throw new EnvelopeRefused();
+  // What was sealed before the device went up may be on its way.
+  const isLate = envelope.header.createdMs > raisedAtMs + RISE_SKEW_MS;
+  if (stanza.suite < minSuite && isLate) throw new EnvelopeRefused();
   return stanza;
 }
 

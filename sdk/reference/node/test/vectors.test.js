@@ -88,7 +88,7 @@ for (const name of ['open', 'open_hybrid']) describe(name, () => {
   function openAsIn(vector, onStage, envelope = envelopeOf(vector)) {
     const context = { ...file.context, ...vector.context };
     return sealpush.open(envelope, {
-      device: { ...devices[context.device], minSuite: context.min_suite },
+      device: { ...devices[context.device], minSuite: context.min_suite, raisedAtMs: context.raised_at_ms ?? undefined },
       trust: {
         rootPublicKey: bytes(context.root_public_key),
         senderEntry: bytes(context.sender_entry),
