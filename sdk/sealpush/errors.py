@@ -51,6 +51,12 @@ class EntryRefused(SealpushError):
     reason = "ENTRY_REFUSED"
 
 
+class RevocationsRefused(SealpushError):
+    """A revocation list is malformed or not signed by the pinned root."""
+
+    reason = "REVOCATIONS_REFUSED"
+
+
 class KeystoreError(SealpushError):
     """The local store failed; nothing of the attempted change was kept."""
 
