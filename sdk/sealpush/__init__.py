@@ -8,7 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from sealpush.device import Device, Diagnosis, Installation, Message, MessageStream, Preference, RegistrationStarted, SealedBy
+    from sealpush.device import (
+        Device,
+        Diagnosis,
+        Installation,
+        Message,
+        MessageStream,
+        Preference,
+        RegistrationStarted,
+        SealedBy,
+        SenderProfile,
+    )
     from sealpush.errors import (
         CallFailed,
         KeyRefused,
@@ -102,6 +112,7 @@ __all__ = [
     "SealedPublication",
     "SealpushError",
     "Sender",
+    "SenderProfile",
     "SqliteKeystore",
     "State",
     "StopPoint",
@@ -125,6 +136,7 @@ _HOMES: Final = {
         "Preference",
         "RegistrationStarted",
         "SealedBy",
+        "SenderProfile",
     ),
     "errors": (
         "CallFailed",

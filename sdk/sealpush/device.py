@@ -4,7 +4,7 @@ How it is done stands beside it, from what every part knows to what uses all of 
 
     local          the store, who this device is, the server's time
     session        calls as this device: token, proof on a change
-    entries        whose signature counts: sender entries under the pinned root
+    entries        whose signature counts: sender entries under the pinned root, and what it revoked
     inbox          messages for the app, each handed over once
     receiving      the checks on a delivery, in their order: the security argument
     acknowledging  what is owed to the service
@@ -26,7 +26,7 @@ from typing import Any, Final, Self
 from sealpush import errors
 from sealpush.acknowledging import Acknowledgements
 from sealpush.draining import Drainer, Taken, parse_wake_up_id
-from sealpush.entries import PLATFORM_ENTRY, SenderEntries
+from sealpush.entries import PLATFORM_ENTRY, Revocations, SenderEntries, SenderProfile
 from sealpush.errors import CallFailed, KeystoreBusy, NotRegisteredHere
 from sealpush.ids import AppId, DeviceId, MessageId, RegistrationId, SenderId, SubscriberId, check_id, uuid7
 from sealpush.inbox import Committed, Inbox, Message, SealedBy
@@ -43,7 +43,18 @@ from sealpush.transport import Calls, Channels, Endpoints, UnaryMethod
 from sealpush.upkeep import Upkeep, first_signed_prekey, set_uploaded, wire_prekey
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 
-__all__ = ["Device", "Diagnosis", "Installation", "Message", "MessageStream", "OnMessage", "Preference", "RegistrationStarted", "SealedBy"]
+__all__ = [
+    "Device",
+    "Diagnosis",
+    "Installation",
+    "Message",
+    "MessageStream",
+    "OnMessage",
+    "Preference",
+    "RegistrationStarted",
+    "SealedBy",
+    "SenderProfile",
+]
 
 log = logging.getLogger("sealpush")
 
@@ -165,8 +176,9 @@ class Device:
         self._time = time = ServerTime(self._clock, store)
         self._trouble = trouble = Trouble()
         self._session = session = Session(calls, channels, store, who, time, trouble)
-        self._upkeep = upkeep = Upkeep(session, store, who, time, trouble, one_time_prekeys=one_time_prekeys)
-        self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble)
+        revocations = Revocations(root_public_key, calls, channels, store, trouble)
+        self._upkeep = upkeep = Upkeep(session, store, who, time, trouble, revocations, one_time_prekeys=one_time_prekeys)
+        self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble, revocations)
         self._inbox = inbox = Inbox(store, time, entries)
         self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble)
         acknowledgements = Acknowledgements(session, store, who, trouble)
@@ -336,6 +348,16 @@ class Device:
         )
         return [StoppedDelivery.from_wire(each) for each in answer.stopped]
 
+    async def sender_profile(self, sender_id: SenderId) -> SenderProfile:
+        """Who a sender is: name and modes out of its entry, which the pinned root certified, and its brand.
+
+        The brand (colours, logo) is not signed: it is what the server says. Raises NotFound, EntryRefused for an entry that
+        the root did not sign, revoked, or that is out of its time, and CallFailed.
+        """
+        check_id(sender_id, "sender_id")
+        await self._prepare()
+        return await self._entries.profile(sender_id, self._session.deadline())
+
     # --- messages ---
 
     async def on_wake(self, wake_up_id: bytes | str | None = None, deadline: float = WAKE_UP_DEADLINE_S) -> list[Message]:
@@ -420,7 +442,8 @@ class Device:
     # --- upkeep ---
 
     async def maintain(self) -> None:
-        """What is due daily: a new signed prekey every 7 days, more one-time prekeys, and forgetting what has run out.
+        """What is due daily: a new signed prekey every 7 days, more one-time prekeys, the root's revocation list, and forgetting
+        what has run out.
 
         `drain()`, `on_wake()` and streams do it by themselves when it is due; calling it more often is harmless.
         """

@@ -1,12 +1,13 @@
 """A device's keys over time: making and signing prekeys, and what is due daily.
 
 A signed prekey serves 7 days; one-time prekeys are topped up when few are left at the service. Private halves are stored
-before anybody hears of the public ones.
+before anybody hears of the public ones. The root's revocation list is asked for as often.
 """
 
 from dataclasses import replace
 from typing import Final
 
+from sealpush.entries import Revocations
 from sealpush.errors import SealpushError
 from sealpush.ids import DeviceId
 from sealpush.keys import (
@@ -40,12 +41,23 @@ _MAINTAINED_AT: Final = "maintained.at"
 class Upkeep:
     """What is due daily. `one_time_prekeys` is how many to keep at the service."""
 
-    def __init__(self, session: Session, store: Store, who: Who, time: ServerTime, trouble: Trouble, *, one_time_prekeys: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        store: Store,
+        who: Who,
+        time: ServerTime,
+        trouble: Trouble,
+        revocations: Revocations,
+        *,
+        one_time_prekeys: int,
+    ) -> None:
         self._session = session
         self._store = store
         self._who = who
         self._time = time
         self._trouble = trouble
+        self._revocations = revocations
         self._one_time_prekeys = one_time_prekeys
         self._done_at_ms = 0
 
@@ -55,7 +67,7 @@ class Upkeep:
         self._done_at_ms = int.from_bytes(done_at or b"", "big")
 
     async def do(self, deadline: Deadline) -> None:
-        """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
+        """Rotate, top up, learn what was revoked, forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
         await self._session.bearer(deadline)  # and with it the server's time
         signed, rotated = await self._signed_prekey()
         upload = keys_pb2.PrekeyUpload(prekeys=[*([wire_prekey(signed)] if rotated else []), *await self._one_time(deadline)])
@@ -68,6 +80,7 @@ class Upkeep:
                 change,
                 deadline,
             )
+        await self._revocations.refresh(deadline)
         now_ms = self._time.now_ms()
 
         def finish(keystore: Keystore) -> None:

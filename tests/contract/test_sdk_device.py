@@ -171,6 +171,8 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.tokens: dict[str, bytes] = {}
         self.token_lifetime_s = 900.0
         self.entry: bytes = make_entry()
+        self.platform_entry = PLATFORM_ENTRY
+        self.revocations = b""
         # Faults: names of methods that answer UNAVAILABLE before, or after, doing their work; so many times.
         self.down: Counter[str] = Counter()
         self.lose_answer: Counter[str] = Counter()
@@ -337,7 +339,12 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         await self.before("GetSenderProfile", context)
         if request.sender_id != SENDER:
             await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
-        return accounts_pb2.GetSenderProfileResponse(sender_entry=self.entry, platform_entry=PLATFORM_ENTRY)
+        return accounts_pb2.GetSenderProfileResponse(sender_entry=self.entry, platform_entry=self.platform_entry)
+
+    async def GetRevocations(self, request: accounts_pb2.GetRevocationsRequest, context: Context) -> Any:
+        await self.before("GetRevocations", context)
+        assert request.root_public_key == ROOT.public_key
+        return accounts_pb2.GetRevocationsResponse(revocations=self.revocations)
 
     # Messages
 
