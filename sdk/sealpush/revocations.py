@@ -12,6 +12,7 @@ to renew it must not silence every sender. So whoever withholds a new list is bo
 """
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, Self
@@ -117,15 +118,6 @@ class RevocationList:
         """Whether this content-signing key is revoked."""
         return public_key in self._keys
 
-    def adding(self, more: Revoked, *, issued_ms: int) -> Self:
-        """The next list: with one revocation more. Raises ValueError where that is revoked already, or the list is full."""
-        kept = {item.subject: item for item in self.items}
-        known = kept.get(more.subject)
-        if known is not None and known.encode() >= more.encode():
-            raise ValueError("the list revokes this already")
-        kept[more.subject] = more
-        return type(self)(self.serial + 1, issued_ms, tuple(item for _, item in sorted(kept.items())))
-
     def encode(self) -> bytes:
         """The one encoding of this list, without signature."""
         head = _HEAD.pack(_MAGIC, _VERSION, self.serial, self.issued_ms, len(self.items))
@@ -159,6 +151,20 @@ class RevocationList:
         if position != len(body):
             raise ValueError("the list is longer than it says")
         return cls(serial, issued_ms, tuple(items))
+
+
+def revoking(known: RevocationList | None, more: Iterable[Revoked], *, issued_ms: int) -> RevocationList:
+    """The list that follows the known one, or a root's first, and revokes more.
+
+    Raises ValueError for what is revoked already, and where the list is full.
+    """
+    kept = {item.subject: item for item in known.items} if known else {}
+    for item in more:
+        before = kept.get(item.subject)
+        if before is not None and before.encode() >= item.encode():
+            raise ValueError("the list revokes this already: there is nothing to sign")
+        kept[item.subject] = item
+    return RevocationList(known.serial + 1 if known else 1, issued_ms, tuple(kept[subject] for subject in sorted(kept)))
 
 
 def sign_revocations(root: RootKey, revocations: RevocationList) -> bytes:
