@@ -23,7 +23,7 @@ from sealpush.envelope import (
     seal,
     verify_signature,
 )
-from sealpush.errors import ContentTooLarge, EntryRefused, EnvelopeRefused, KeyRefused, SuiteUnsupported
+from sealpush.errors import ContentTooLarge, EntryRefused, EnvelopeRefused, KeyRefused, RevocationsRefused, SuiteUnsupported
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId
 from sealpush.keys import (
     SUITES_SUPPORTED,
@@ -53,12 +53,14 @@ from sealpush.proofs import (
     sign_proof,
     verify_proof,
 )
+from sealpush.revocations import RevocationList, RevokedEntries, sign_revocations, verify_revocations
 
 Json = dict[str, Any]
 
 FOLDER = Path(__file__).resolve().parents[2] / "vectors"
 FILES = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in generate_vectors.VECTORS}
 SEAL, OPEN, SIGNATURES, PREKEYS, ENTRIES, PROOFS = (FILES[name] for name in ("seal", "open", "signatures", "prekeys", "entries", "proofs"))
+REVOCATIONS = FILES["revocations"]
 
 
 def cases(found: list[Json]) -> pytest.MarkDecorator:
@@ -408,6 +410,56 @@ def test_statements_out_of_bounds_are_refused(case: Json) -> None:
 @cases(PROOFS["verify"])
 def test_proofs_are_checked(case: Json) -> None:
     assert verify_proof(unhex(case["public_key"]), unhex(case["signed_bytes"]), unhex(case["signature"])) is case["valid"]
+
+
+def revocations_json(found: RevocationList) -> Json:
+    items: list[Json] = [
+        {"kind": 1, "sender_id": item.sender_id.hex(), "serial": str(item.serial)}
+        if isinstance(item, RevokedEntries)
+        else {"kind": 2, "public_key": item.public_key.hex()}
+        for item in found.items
+    ]
+    return {"serial": str(found.serial), "issued_ms": found.issued_ms, "items": items}
+
+
+@cases(REVOCATIONS["verify"])
+def test_revocation_lists_are_read_or_refused(case: Json) -> None:
+    root = RootKey.from_seed(unhex(REVOCATIONS["root_seed"]))
+    assert root.public_key.hex() == REVOCATIONS["root_public_key"]
+    blob = unhex(case["blob"])
+    if case["list"] is None:
+        with pytest.raises(RevocationsRefused):
+            verify_revocations(root.public_key, blob)
+        return
+    found = verify_revocations(root.public_key, blob)
+    assert revocations_json(found) == case["list"]
+    assert sign_revocations(root, found) == blob
+
+
+@cases(REVOCATIONS["rising_keys"])
+def test_a_revocation_list_has_a_largest_size(case: Json) -> None:
+    listed = b"".join(b"\x02" + number.to_bytes(32, "big") for number in range(case["keys"]))
+    blob = unhex(case["head"]) + listed + unhex(case["signature"])
+    if not case["accepted"]:
+        with pytest.raises(RevocationsRefused):
+            verify_revocations(unhex(REVOCATIONS["root_public_key"]), blob)
+        return
+    found = verify_revocations(unhex(REVOCATIONS["root_public_key"]), blob)
+    assert len(found.items) == case["keys"]
+    assert found.revokes_key((case["keys"] - 1).to_bytes(32, "big"))
+    assert not found.revokes_key(case["keys"].to_bytes(32, "big"))
+
+
+@cases(REVOCATIONS["judged"])
+def test_what_is_revoked_does_not_count(case: Json) -> None:
+    root, now_ms = unhex(REVOCATIONS["root_public_key"]), REVOCATIONS["now_ms"]
+    revoked = verify_revocations(root, unhex(case["list"]))
+    entries = [verify_sender_entry(root, unhex(case["sender_entry"]), now_ms)]
+    if case["platform_entry"]:
+        entries.append(verify_sender_entry(root, unhex(case["platform_entry"]), now_ms, role=EntryRole.PLATFORM))
+    public_key = unhex(case["public_key"])
+    assert entries[-1].public_key(content_key_id(public_key), now_ms) == public_key
+    assert (not any(map(revoked.revokes_entry, entries)) and not revoked.revokes_key(public_key)) is case["trusted"]
 
 
 def test_the_scripts_own_hsalsa20_is_libsodiums() -> None:

@@ -6,6 +6,7 @@ import { concat, exactly, hex, Reader, same, sha256, sha512, TIME_MS_MAX, u16, u
 import { contentKeyOf, Role, verifyEntry } from './entries.js';
 import { EnvelopeRefused, EntryRefused, KeyRefused } from './errors.js';
 import { Kind, SUITE_X25519, SUITES } from './prekeys.js';
+import { revokesEntry, revokesKey } from './revocations.js';
 import { contentKeyId, sodium, verify } from './signing.js';
 
 export const CONTENT_BYTES_MAX = 65_535;
@@ -217,7 +218,8 @@ function sealedBoxFrom(ephemeralSecret, payload, publicKey) {
  * The content, after all checks of a device in their order. Throws EnvelopeRefused, always the same.
  *
  * `device`: deviceId, `minSuite` and `prekeys`, a list of `{ suite, prekeyId, kind, publicKey, privateKey }`.
- * `trust`: rootPublicKey, and as blobs senderEntry and platformEntry (null if none).
+ * `trust`: rootPublicKey, as blobs senderEntry and platformEntry (null if none), and `revocations`, the newest list that
+ * `verifyRevocations` gave (null if none).
  * `nowMs` is the server's time, `skewMs` how far it may be off; `seen(senderId, contentId)` tells repetitions. An
  * application treats those two more finely: it holds a message from the future, and acknowledges a repeated one again.
  *
@@ -238,11 +240,17 @@ export function open(bytes, { device, trust, nowMs, skewMs, seen = () => false, 
   return openSignedBy(envelope, { device, senderPublicKey, onStage });
 }
 
-function trustedKey(header, { rootPublicKey, senderEntry, platformEntry }, nowMs) {
+function trustedKey(header, { rootPublicKey, senderEntry, platformEntry, revocations = null }, nowMs) {
   try {
     const sender = verifyEntry(rootPublicKey, senderEntry, nowMs);
     const needsPlatform = header.serverSealed && platformEntry;
-    return contentKeyOf(header, sender, needsPlatform ? verifyEntry(rootPublicKey, platformEntry, nowMs, Role.PLATFORM) : null);
+    const platform = needsPlatform ? verifyEntry(rootPublicKey, platformEntry, nowMs, Role.PLATFORM) : null;
+    const publicKey = contentKeyOf(header, sender, platform);
+    if (revocations) {
+      const entries = platform ? [sender, platform] : [sender];
+      if (entries.some((entry) => revokesEntry(revocations, entry)) || revokesKey(revocations, publicKey)) throw new EnvelopeRefused();
+    }
+    return publicKey;
   } catch (cause) {
     if (cause instanceof EntryRefused) throw new EnvelopeRefused();
     throw cause;

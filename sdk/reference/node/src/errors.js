@@ -21,3 +21,11 @@ export class EntryRefused extends Error {
     this.name = 'EntryRefused';
   }
 }
+
+/** A revocation list is malformed or not signed by the pinned root. */
+export class RevocationsRefused extends Error {
+  constructor(message) {
+    super(message);
+    this.name = 'RevocationsRefused';
+  }
+}
