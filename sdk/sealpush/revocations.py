@@ -102,7 +102,7 @@ class RevocationList:
         if not 0 <= self.issued_ms <= TIME_MS_MAX:
             raise ValueError("issued_ms must be Unix milliseconds")
         if len(self.items) > REVOCATIONS_MAX:
-            raise ValueError(f"a list holds at most {REVOCATIONS_MAX} revocations; leave out those whose entries have ended")
+            raise ValueError(f"a list holds at most {REVOCATIONS_MAX} revocations")
         subjects = [item.subject for item in self.items]
         if any(one >= later for one, later in pairwise(subjects)):
             raise ValueError("items must rise by their bytes, and none may stand twice")

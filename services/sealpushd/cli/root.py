@@ -66,6 +66,7 @@ def create(file: Path, people: tuple[str, ...], passphrase_files: tuple[str, ...
     with _told():
         named = rootfile.check_people(people)
         passphrases = _passphrases(named, passphrase_files, new=True)
+        click.echo("making the root takes some seconds a person ...", err=True)
         made = RootKey.generate()
         kept = rootfile.create(made, passphrases, cost=rootfile.SENSITIVE)
     files.write_new(file, kept.encode())
@@ -153,7 +154,7 @@ def _certify(file: Path, entry: SenderEntry, out: Path, names: Sequence[str], pa
 @click.argument("file", type=files.EXISTING)
 @click.option("--list", "list_file", type=files.EXISTING, help="The newest list of this root, which is added to.")
 @click.option("--new", is_flag=True, help="Begin the root's first list.")
-@click.option("--sender-id", "sender_id_text", metavar="UUID", help="Revoke the entries of this sender.")
+@click.option("--sender-id", "sender_id_text", metavar="UUID", help="Revoke the entries of this id: a sender's, or the platform's.")
 @click.option(
     "--up-to-serial", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Revoke its entries up to this one. Default: all until now."
 )
@@ -239,7 +240,9 @@ def _use(file: Path, names: Sequence[str], passphrase_files: Sequence[str], line
             raise WronglyCalled(f"say who uses the root: --as twice, with two of {', '.join(kept.people)}")
         pair = rootfile.check_pair(kept, names or kept.people)
         click.echo(f"{pair[0]} and {pair[1]} sign with the root {kept.root_public_key.hex()}:\n\n{_listed(lines)}\n", err=True)
-        return rootfile.open_root(kept, _passphrases(pair, passphrase_files, new=False))
+        passphrases = _passphrases(pair, passphrase_files, new=False)
+        click.echo("opening the root takes some seconds ...", err=True)
+        return rootfile.open_root(kept, passphrases)
 
 
 def _passphrases(names: Sequence[str], passphrase_files: Sequence[str], *, new: bool) -> dict[str, str]:
