@@ -64,8 +64,7 @@ class Revocations:
     async def newest(self) -> RevocationList | None:
         """The list, None before there was one."""
         if not self._is_read:
-            blob = await self._store(lambda keystore: keystore.revocations())
-            self._list = None if blob is None else self._verified(blob)
+            await self._read()
             self._is_read = True
         return self._list
 
@@ -85,14 +84,25 @@ class Revocations:
         if fresh is None or (known is not None and fresh.serial <= known.serial):
             return
         if await self._store(lambda keystore: keystore.put_revocations(fresh.serial, blob)):
-            self._list = fresh
+            self._go_by(fresh)
         else:
-            self._is_read = False  # another process of this device was faster, with a newer one
+            await self._read()  # another process of this device was faster, with a newer one
 
     async def refresh_if_old(self, deadline: Deadline) -> None:
         """As `refresh()`, unless that was a moment ago."""
         if self._asked_at is None or self._calls.clock.monotonic() - self._asked_at >= REVOCATIONS_PAUSE_S:
             await self.refresh(deadline)
+
+    async def _read(self) -> None:
+        blob = await self._store(lambda keystore: keystore.revocations())
+        kept = None if blob is None else self._verified(blob)
+        if kept is not None:
+            self._go_by(kept)
+
+    def _go_by(self, verified: RevocationList) -> None:
+        """From now on, unless somebody who asked at the same time came here with a newer one."""
+        if self._list is None or verified.serial > self._list.serial:
+            self._list = verified
 
     def _verified(self, blob: bytes) -> RevocationList | None:
         try:

@@ -29,7 +29,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
 from sealpush.device import Device, Installation, Message, Preference, SealedBy
-from sealpush.entries import PROFILE_FAILED_PAUSE_S, PROFILE_PAUSE_S, SenderProfile
+from sealpush.entries import PROFILE_FAILED_PAUSE_S, PROFILE_PAUSE_S, Revocations, SenderProfile
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
 from sealpush.errors import (
     EntryRefused,
@@ -56,6 +56,7 @@ from sealpush.keys import (
     verify_prekey,
 )
 from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
+from sealpush.local import Store, Trouble
 from sealpush.model import Platform, Reason
 from sealpush.proofs import (
     AckOutcome,
@@ -66,9 +67,9 @@ from sealpush.proofs import (
     registration_proof,
     verify_proof,
 )
-from sealpush.retry import RetryPolicy, SystemClock
+from sealpush.retry import Deadline, RetryPolicy, SystemClock
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
-from sealpush.transport import Channels, Endpoints
+from sealpush.transport import Calls, Channels, Endpoints
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
 from sealpush.v1.content_pb2 import Content
@@ -1039,6 +1040,37 @@ async def test_two_processes_over_one_store_go_by_the_newer_list(service: Servic
     service.send()
     assert await second.drain() == []
     assert service.outcomes() == [AckOutcome.UNDELIVERED]
+
+
+async def test_of_two_questions_at_once_the_newer_list_counts_whichever_is_stored_last(
+    service: Service, channels: Channels, clock: FakeClock
+) -> None:
+    class LateStore(Store):
+        """Resumes who stored first after who stored second, as threads may."""
+
+        held = False
+
+        async def __call__(self, use: Callable[[Keystore], Any]) -> Any:
+            result = await super().__call__(use)
+            if result is True and not self.held:  # a list was put
+                self.held = True
+                await second_is_done.wait()
+            return result
+
+    second_is_done = asyncio.Event()
+    calls = Calls(clock, lambda: 0.5, RetryPolicy())
+    revocations = Revocations(ROOT.public_key, calls, channels, LateStore(MemoryKeystore()), Trouble())
+    deadline = Deadline.after(clock, 10)
+    revoke(service, serial=1)
+    first = asyncio.create_task(revocations.refresh(deadline))
+    await until(lambda: service.calls["GetRevocations"] == 1)
+    revoke(service, RevokedKey(SENDER_KEY.public_key), serial=2)
+    await revocations.refresh(deadline)
+    second_is_done.set()
+    await first
+    newest = await revocations.newest()
+    assert newest is not None
+    assert newest.serial == 2
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sealpushd.cli import files
-from sealpushd.cli.errors import WronglyCalled
+from sealpushd.cli.errors import CommandFailed, WronglyCalled
 from sealpushd.cli.installation import Installation, installation_of
 
 if TYPE_CHECKING:
@@ -107,16 +107,21 @@ def put_platform(installation: Installation, entry: Path, as_json: bool) -> None
     from sealpushd.up.endpoints import Endpoints
     from sealpushd.up.errors import UpError
     from sealpushd.v1 import administration_pb2 as administration
+    from sealpushd.v1 import sealing_pb2 as sealing
     from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+    from sealpushd.v1.sealing_pb2_grpc import SealingStub
 
     signed = _signed(entry, Kind.PLATFORM_ENTRY)
     with contextlib.suppress(UpError):
         if Endpoints.load(installation.data_dir).root_public_key == signed.root_public_key.hex():
             raise WronglyCalled("this is the root of the demo: `sealpush up` certifies the platform's key with it by itself")
-    certified = signed.entry()
+    certified = [key.public_key for key in signed.entry().keys]
+    present: bytes = installation.service("keys").call(SealingStub, "GetPlatformKey", sealing.GetPlatformKeyRequest()).public_key
+    if present not in certified:
+        raise CommandFailed(f"{entry} certifies another key than the platform seals with, which is {present.hex()}: certify that one")
     request = administration.PutPlatformEntryRequest(platform_entry=signed.signed, root_public_key=signed.root_public_key)
     installation.service("accounts").call(AdministrationStub, "PutPlatformEntry", request)
-    _show({"platform_public_key": certified.keys[0].public_key.hex()}, as_json)
+    _show({"platform_public_key": present.hex()}, as_json)
 
 
 @accounts.command("put-sender", short_help="Put a sender with its entry.")

@@ -118,6 +118,15 @@ def test_what_the_root_signed_is_put_as_it_is(tmp_path: Path, answered: Installa
     assert verify_revocations(asked[-1].root_public_key, asked[-1].revocations).revokes_key(KEY)
 
 
+def test_an_entry_of_a_key_that_the_platform_does_not_seal_with_is_not_put(
+    tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered.answers.given["GetPlatformKey"] = sealing_pb2.GetPlatformKeyResponse(public_key=b"\x07" * 32)
+    assert run(["accounts", "put-platform", "--entry", str(platform_file(tmp_path)), *answered.accounts]) == 1
+    assert f"which is {'07' * 32}: certify that one" in refusal(capsys)
+    assert len(answered.answers.asked) == 1
+
+
 def test_a_file_of_another_kind_changed_or_strange_is_refused_before_anybody_is_called(
     tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]
 ) -> None:
