@@ -83,10 +83,12 @@ class World:
         in_order = tuple(sorted(items, key=lambda item: item.encode()))
         return sign_revocations(self.root, RevocationList(serial, to_ms(self.clock.now()), in_order))
 
-    async def put_revocations(self, signed: bytes, root: RootKey | None = None) -> None:
+    async def put_revocations(self, signed: bytes, root: RootKey | None = None) -> list[tuple[bytes, str]]:
+        """What of that is in use: ids and names."""
         root_public_key = (root or self.root).public_key
         request = administration_pb2.PutRevocationsRequest(revocations=signed, root_public_key=root_public_key)
-        await self.administer("PutRevocations", request)
+        answer = await self.administer("PutRevocations", request)
+        return [(each.sender_id, each.display_name) for each in answer.revoked]
 
     async def get_revocations(self, root_public_key: bytes | None = None, known_serial: int = 0) -> bytes:
         root_public_key = self.root.public_key if root_public_key is None else root_public_key
@@ -464,14 +466,15 @@ async def test_services_are_told_what_of_a_sender_is_revoked(world: World) -> No
         sender = await world.sender(sender_id)
         return sender.is_entry_revoked, list(sender.revoked_keys), sender.is_platform_revoked
 
-    await world.put_revocations(world.revocations(RevokedKey(platform_key), serial=1))
+    assert await world.put_revocations(world.revocations(RevokedKey(platform_key), serial=1)) == []
     assert await told() == (False, [], False), "there is no key of the platform yet"
     await world.put_platform_entry(world.entry(platform_id, role=EntryRole.PLATFORM, keys=[b"q" * 32]))
     assert await told() == (False, [], False)
-    await world.put_revocations(world.revocations(RevokedKey(b"q" * 32), RevokedKey(old), serial=2))
+    hit = await world.put_revocations(world.revocations(RevokedKey(b"q" * 32), RevokedKey(old), serial=2))
+    assert sorted(hit) == [(b"", "A Bank"), (sender_id, "A Bank")]
     assert await told() == (False, [old], True)
     by_entry = [RevokedEntries(SenderId(each), 5) for each in (sender_id, platform_id)]
-    await world.put_revocations(world.revocations(*by_entry, serial=3))
+    assert len(await world.put_revocations(world.revocations(*by_entry, serial=3))) == 2
     assert await told() == (True, [], True)
     await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=6, keys=[new]))
     assert await told() == (False, [], True)

@@ -414,7 +414,9 @@ def test_two_people_certify_and_revoke_for_an_app_with_a_root_of_its_own(up: Up,
     assert f"certify-sender --sender-id {sender_id}" in line
 
     revoked = signed("revoke", "list", "--new", "--sender-id", sender_id)
-    assert put(up, "put-revocations", revoked) == "1"
+    published = run("accounts", "put-revocations", revoked, "--data-dir", up.data_dir)
+    assert (published.stdout, published.returncode) == ("1\n", 0)
+    assert f"the entry of the sender Post, {sender_id}" in published.stderr
     again = run("accounts", *sender, entry, "--data-dir", up.data_dir)
     assert again.returncode == 1
     assert "the root revoked this entry; certify a new one" in again.stderr

@@ -33,8 +33,8 @@ ROOT_KEY_BYTES: Final = 32
 # PostgreSQL's bigint; a serial is a counter or a time, never near it.
 SERIAL_MAX: Final = 2**63 - 1
 ENTRY_SIGNATURE_BYTES: Final = 64
-# What an operator can read, and more than anybody lets come to that.
-ENDING_ENTRIES_MAX: Final = 512
+# What an operator is told at once: more than anybody reads.
+ENTRIES_TOLD_MAX: Final = 512
 
 _NAME = re.compile(r"[a-z0-9.-]{1,64}", re.ASCII)
 _COLOUR = re.compile(r"#[0-9a-f]{6}", re.ASCII)
@@ -284,7 +284,18 @@ def _is_useless(entry: SenderEntry, revocations: RevocationList) -> bool:
 def ending_entries(entries: Sequence[StoredEntry], before_ms: int) -> list[StoredEntry]:
     """Those that end before a time, soonest first, as many as are told."""
     ending = sorted((each for each in entries if each.entry.not_after_ms < before_ms), key=lambda each: each.entry.not_after_ms)
-    return ending[:ENDING_ENTRIES_MAX]
+    return ending[:ENTRIES_TOLD_MAX]
+
+
+def revoked_entries(entries: Sequence[StoredEntry], root_public_key: bytes, revocations: RevocationList) -> list[StoredEntry]:
+    """Those of this root that the list revokes, or keys of which, as many as are told."""
+    revoked = [
+        each
+        for each in entries
+        if each.root_public_key == root_public_key
+        and (revocations.revokes_entry(each.entry) or any(revocations.revokes_key(key.public_key) for key in each.entry.keys))
+    ]
+    return revoked[:ENTRIES_TOLD_MAX]
 
 
 def check_entry_of(sender_id: SenderId, entry: SenderEntry) -> SenderEntry:

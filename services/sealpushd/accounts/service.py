@@ -12,6 +12,7 @@ from nacl.pwhash import argon2id
 
 from sealpush.ids import ID_BYTES, SenderId, is_app_id
 from sealpush.keys import EntryRole
+from sealpush.model import moment
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
 from sealpushd.accounts.store import AccountStore, NewOrganisation, NewSender
@@ -244,7 +245,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         root = await self._pinned(request.root_public_key)
         revocations = rules.check_revocations(request.revocations, root)
         await self._store.put_revocations(request.revocations, revocations, root, actor=actor, now=self._clock.now())
-        return administration_pb2.PutRevocationsResponse()
+        revoked = rules.revoked_entries(await self._store.entries(), root, revocations)
+        return administration_pb2.PutRevocationsResponse(revoked=map(_to_entry_in_use, revoked))
 
     async def _pinned(self, root_public_key: bytes) -> bytes:
         """The root, if an app pins it."""
@@ -256,13 +258,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         self, request: administration_pb2.GetEndingEntriesRequest, context: rpc.Context
     ) -> administration_pb2.GetEndingEntriesResponse:
         ending = rules.ending_entries(await self._store.entries(), request.before.ToMilliseconds())
-        answer = administration_pb2.GetEndingEntriesResponse()
-        for each in ending:
-            told = answer.entries.add(
-                sender_id=each.sender_id or b"", display_name=each.entry.display_name, root_public_key=each.root_public_key
-            )
-            told.ends_at.FromMilliseconds(each.entry.not_after_ms)
-        return answer
+        return administration_pb2.GetEndingEntriesResponse(entries=map(_to_entry_in_use, ending))
 
     async def GetSenders(
         self, request: administration_pb2.GetSendersRequest, context: rpc.Context
@@ -278,6 +274,14 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         _check_batch(len(request.app_ids), "app_ids")
         apps = await self._store.apps([app_id for app_id in request.app_ids if is_app_id(app_id)])
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=app.app_id, name=app.name) for app in apps])
+
+
+def _to_entry_in_use(stored: rules.StoredEntry) -> administration_pb2.EntryInUse:
+    told = administration_pb2.EntryInUse(
+        sender_id=stored.sender_id or b"", display_name=stored.entry.display_name, root_public_key=stored.root_public_key
+    )
+    told.ends_at.FromDatetime(moment(stored.entry.not_after_ms))
+    return told
 
 
 def _to_sender(sender: rules.Sender, revoked: rules.Revoked) -> administration_pb2.Sender:

@@ -182,11 +182,12 @@ def put_sender(
 @_json
 @installation_of("accounts", "keys")
 def put_revocations(installation: Installation, revocations: Path, as_json: bool) -> None:
-    """Put LIST, as `sealpush root revoke` signed it, and print its number.
+    """Put LIST, as `sealpush root revoke` signed it, print its number, and say which entries in use it hits.
 
     What it revokes is refused at publishing within 30 seconds. Phones learn it within a day, or when they see a sender that is
     new to them.
     """
+    from sealpush.ids import uuid_text
     from sealpushd.signedfile import Kind
     from sealpushd.v1 import administration_pb2 as administration
     from sealpushd.v1.administration_pb2_grpc import AdministrationStub
@@ -194,7 +195,12 @@ def put_revocations(installation: Installation, revocations: Path, as_json: bool
     signed = _signed(revocations, Kind.REVOCATIONS)
     serial = signed.revocations().serial
     request = administration.PutRevocationsRequest(revocations=signed.signed, root_public_key=signed.root_public_key)
-    installation.service("accounts").call(AdministrationStub, "PutRevocations", request)
+    answer = installation.service("accounts").call(AdministrationStub, "PutRevocations", request)
+    for each in answer.revoked:
+        whose = f"the sender {each.display_name}, {uuid_text(each.sender_id)}" if each.sender_id else "the platform's sealing key"
+        click.echo(f"revoked, wholly or a key of it: the entry of {whose}", err=True)
+    if not answer.revoked:
+        click.echo(f"nothing in use is revoked: compare ids, serials and keys with `sealpush root show {revocations}`", err=True)
     _show({"serial": str(serial)}, as_json)
 
 

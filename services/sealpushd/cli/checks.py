@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from sealpushd.v1.administration_pb2 import EndingEntry
+    from sealpushd.v1.administration_pb2 import EntryInUse
     from sealpushd.v1.lanes_pb2 import Lane
     from sealpushd.v1.mailbox_pb2 import Queue
     from sealpushd.v1.providers_pb2 import StoredProvider
@@ -236,7 +236,7 @@ async def check_entries(accounts: str, operator_key: Path, log: Path, now: datet
     return [judge_entry(each, now) for each in ending]
 
 
-def judge_entry(entry: EndingEntry, now: datetime) -> Check:
+def judge_entry(entry: EntryInUse, now: datetime) -> Check:
     """An entry that ends soon, or has ended."""
     from sealpush.ids import uuid_text
 

@@ -258,12 +258,19 @@ Global___PutRevocationsRequest: _TypeAlias = PutRevocationsRequest  # noqa: Y015
 class PutRevocationsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    REVOKED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def revoked(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryInUse]:
+        """Entries in use that this list revokes, or keys of which; up to 512. None: nothing in use is what somebody wanted to revoke."""
+
     def __init__(
         self,
+        *,
+        revoked: _abc.Iterable[Global___EntryInUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoked", b"revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -295,13 +302,13 @@ class GetEndingEntriesResponse(_message.Message):
 
     ENTRIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndingEntry]:
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryInUse]:
         """The 512 that end soonest, those that have ended among them."""
 
     def __init__(
         self,
         *,
-        entries: _abc.Iterable[Global___EndingEntry] | None = ...,
+        entries: _abc.Iterable[Global___EntryInUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -312,8 +319,8 @@ class GetEndingEntriesResponse(_message.Message):
 Global___GetEndingEntriesResponse: _TypeAlias = GetEndingEntriesResponse  # noqa: Y015
 
 @_typing.final
-class EndingEntry(_message.Message):
-    """An entry that must be certified anew."""
+class EntryInUse(_message.Message):
+    """An entry that accounts holds for phones and services."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -326,7 +333,7 @@ class EndingEntry(_message.Message):
     display_name: _builtins.str
     """As the root certified it."""
     root_public_key: _builtins.bytes
-    """32 bytes: the root that has to sign."""
+    """32 bytes: the root that signed it."""
     @_builtins.property
     def ends_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -343,7 +350,7 @@ class EndingEntry(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EndingEntry: _TypeAlias = EndingEntry  # noqa: Y015
+Global___EntryInUse: _TypeAlias = EntryInUse  # noqa: Y015
 
 @_typing.final
 class GetSendersRequest(_message.Message):

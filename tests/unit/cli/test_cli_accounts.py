@@ -15,6 +15,7 @@ from sealpushd.cli.app import run
 from sealpushd.platform.settings import Settings
 from sealpushd.signedfile import SignedFile
 from sealpushd.v1 import sealing_pb2
+from sealpushd.v1.administration_pb2 import EntryInUse, PutRevocationsResponse
 from tests.unit.cli.answering import Installation, answering
 
 ID = "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
@@ -114,8 +115,20 @@ def test_what_the_root_signed_is_put_as_it_is(tmp_path: Path, answered: Installa
     assert (asked[-1].sender_id, list(asked[-1].app_ids), asked[-1].is_default) == (SENDER_ID, ["a"], True)
     assert verify_sender_entry(ROOT.public_key, asked[-1].sender_entry, now_ms()).display_name == "Post"
     assert run(["accounts", "put-revocations", str(list_file(tmp_path)), "--json", *answered.accounts]) == 0
-    assert json.loads(capsys.readouterr().out) == {"serial": "1"}
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"serial": "1"}
+    assert f"nothing in use is revoked: compare ids, serials and keys with `sealpush root show {tmp_path / 'revoked'}`" in captured.err
     assert verify_revocations(asked[-1].root_public_key, asked[-1].revocations).revokes_key(KEY)
+
+
+def test_who_revokes_is_told_whom_that_hits(tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+    hit = [EntryInUse(sender_id=SENDER_ID, display_name="Post"), EntryInUse(display_name="Sealpush")]
+    answered.answers.given["PutRevocations"] = PutRevocationsResponse(revoked=hit)
+    assert run(["accounts", "put-revocations", str(list_file(tmp_path)), *answered.accounts]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "1\n"
+    assert f"the entry of the sender Post, {ID}\n" in captured.err
+    assert "the entry of the platform's sealing key\n" in captured.err
 
 
 def test_an_entry_of_a_key_that_the_platform_does_not_seal_with_is_not_put(

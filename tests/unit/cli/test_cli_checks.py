@@ -19,7 +19,7 @@ from sealpushd.cli.checks import (
 from sealpushd.platform.tls import CERTIFICATE_LIFETIME, LocalAuthority
 from sealpushd.up.ports import Ports
 from sealpushd.v1 import lanes_pb2, mailbox_pb2
-from sealpushd.v1.administration_pb2 import EndingEntry, GetEndingEntriesResponse
+from sealpushd.v1.administration_pb2 import EntryInUse, GetEndingEntriesResponse
 from sealpushd.v1.providers_pb2 import ListProvidersResponse, StoredProvider
 from tests.unit.cli.answering import answering
 
@@ -122,8 +122,8 @@ async def test_every_credential_and_lane_is_checked(tmp_path: Path) -> None:
     assert "3 wait and nothing pushes them" in checks[2].text
 
 
-def ending(days: float, sender_id: bytes = b"") -> EndingEntry:
-    entry = EndingEntry(sender_id=sender_id, display_name="Bank" if sender_id else "Sealpush", root_public_key=b"\x07" * 32)
+def ending(days: float, sender_id: bytes = b"") -> EntryInUse:
+    entry = EntryInUse(sender_id=sender_id, display_name="Bank" if sender_id else "Sealpush", root_public_key=b"\x07" * 32)
     entry.ends_at.FromDatetime(NOW + timedelta(days=days))
     return entry
 
@@ -141,7 +141,7 @@ def ending(days: float, sender_id: bytes = b"") -> EndingEntry:
     ],
     ids=["platform", "over", "now"],
 )
-def test_an_entry_that_ends_soon_is_told_with_what_to_do(entry: EndingEntry, name: str, text: str) -> None:
+def test_an_entry_that_ends_soon_is_told_with_what_to_do(entry: EntryInUse, name: str, text: str) -> None:
     check = judge_entry(entry, NOW)
     assert (check.ok, check.name) == (False, name)
     assert check.text.startswith(text)
