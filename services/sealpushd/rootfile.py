@@ -159,11 +159,14 @@ def check_name(name: str) -> str:
 def check_passphrase(name: str, passphrase: str) -> bytes:
     """The bytes that a passphrase stands for. Raises RootFileError that names the person."""
     text = unicodedata.normalize("NFC", passphrase)
-    if len(text) < PASSPHRASE_CHARACTERS_MIN or len(text.encode()) > PASSPHRASE_BYTES_MAX:
+    # What a terminal gave that is no UTF-8 counts as nothing: an error of the codec would quote it.
+    written = text.encode(errors="ignore")
+    if len(text) < PASSPHRASE_CHARACTERS_MIN or len(written) > PASSPHRASE_BYTES_MAX or written.decode() != text:
         raise RootFileError(
-            f"the passphrase of {name} must have {PASSPHRASE_CHARACTERS_MIN} characters or more, and {PASSPHRASE_BYTES_MAX} bytes at most"
+            f"the passphrase of {name} must have {PASSPHRASE_CHARACTERS_MIN} characters or more, and {PASSPHRASE_BYTES_MAX} bytes of UTF-8"
+            " at most"
         )
-    return text.encode()
+    return written
 
 
 def create(root: RootKey, passphrases: Mapping[str, str], *, cost: Cost = SENSITIVE) -> RootFile:

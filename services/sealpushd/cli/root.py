@@ -204,7 +204,7 @@ def revoke(
 
 @root.command(short_help="Say what is in a root's file, an entry or a list.")
 @click.argument("file", type=files.EXISTING)
-@click.option("--root-public-key", metavar="HEX", help="Say also whether this root signed it, or is in it.")
+@click.option("--root-public-key", metavar="HEX", help="Fail unless this root signed it, or is in it.")
 def show(file: Path, root_public_key: str | None) -> None:
     """Say in words what is in FILE, once its signature was checked. Needs no passphrase."""
     from sealpushd.rootfile import RootFile, RootFileError

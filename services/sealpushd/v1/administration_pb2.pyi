@@ -282,7 +282,9 @@ class GetEndingEntriesRequest(_message.Message):
 
     BEFORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def before(self) -> _timestamp_pb2.Timestamp: ...
+    def before(self) -> _timestamp_pb2.Timestamp:
+        """What ends before it is told; absent: nothing."""
+
     def __init__(
         self,
         *,
@@ -335,7 +337,9 @@ class EntryInUse(_message.Message):
     root_public_key: _builtins.bytes
     """32 bytes: the root that signed it."""
     @_builtins.property
-    def ends_at(self) -> _timestamp_pb2.Timestamp: ...
+    def ends_at(self) -> _timestamp_pb2.Timestamp:
+        """From then on nobody believes it."""
+
     def __init__(
         self,
         *,

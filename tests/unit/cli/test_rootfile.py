@@ -85,6 +85,8 @@ def test_a_passphrase_means_the_same_however_a_keyboard_composes_it() -> None:
         ({"Anna": "the first of them", "Borys": "the first of them"}, "same passphrase"),
         ({"Anna": "the first of them", "Borys": "elevenchars"}, "passphrase of Borys must have 12"),
         ({"Anna": "the first of them", "Borys": "x" * 1025}, "passphrase of Borys must have 12"),
+        ({"Anna": "the first of them", "Borys": "not UTF-8 \udcff at all"}, "passphrase of Borys must have 12"),
+        ({"Anna": "the first of them", "Bor\udcffys": "the second of them"}, "a person's name"),
         ({"Anna": "the first of them", " Borys": "the second of them"}, "a person's name"),
         ({"Anna": "the first of them", "Bo=rys": "the second of them"}, "a person's name"),
         ({"Anna": "the first of them", "": "the second of them"}, "a person's name"),
