@@ -25,7 +25,7 @@ bench: $(VENV)/.dev
 # Coverage-guided, a minute a target: make fuzz SECONDS=3600 for an hour each. Needs Linux on x86-64 (atheris).
 SECONDS ?= 60
 fuzz: $(VENV)/.dev
-	@for target in parse open resigned entry; do $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1; done
+	@for target in parse open resigned entry revocations; do $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1; done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -1843,6 +1843,116 @@ def device_log_vectors() -> Json:
     }
 
 
+def revocation_vectors() -> Json:
+    def item(kind: int, subject: bytes, serial: int = 0) -> bytes:
+        return bytes((kind,)) + subject + (struct.pack(">Q", serial) if kind == 1 else b"")
+
+    def body(*items: bytes, magic: bytes = b"SPRL", version: int = 1, serial: int = 7, issued_ms: int = NOW_MS, count: int = -1) -> bytes:
+        counted = len(items) if count < 0 else count
+        return magic + struct.pack(">BQQH", version, serial, issued_ms, counted) + b"".join(items)
+
+    def signed(data: bytes) -> bytes:
+        return data + ROOT.sign(b"SPC1-revoked" + data)
+
+    def described(kind: int, subject: bytes, serial: int = 0) -> Json:
+        if kind == 1:
+            return {"kind": 1, "sender_id": subject.hex(), "serial": str(serial)}
+        return {"kind": 2, "public_key": subject.hex()}
+
+    def good(name: str, *items: tuple[int, bytes, int], serial: int = 7, issued_ms: int = NOW_MS) -> Json:
+        read = {"serial": str(serial), "issued_ms": issued_ms, "items": [described(*each) for each in items]}
+        return {
+            "name": name,
+            "blob": signed(body(*(item(*each) for each in items), serial=serial, issued_ms=issued_ms)).hex(),
+            "list": read,
+        }
+
+    def refused(name: str, blob: bytes) -> Json:
+        return {"name": name, "blob": blob.hex(), "list": None}
+
+    def rising(name: str, count: int, *, accepted: bool) -> Json:
+        """So many keys that the list is told, not written out."""
+        numbered = [item(2, number.to_bytes(32, "big")) for number in range(count)]
+        signature = ROOT.sign(b"SPC1-revoked" + body(*numbered)).hex()
+        return {"name": name, "head": body(count=count).hex(), "keys": count, "signature": signature, "accepted": accepted}
+
+    sender = (1, SENDER_ID, 5)
+    other_sender = (1, PLATFORM_ID, 2**64 - 1)
+    key = (2, BANK_KEY.public_key, 0)
+    other_key = (2, PLATFORM_KEY.public_key, 0)
+    senders = sorted([sender, other_sender], key=lambda each: each[1])
+    certified = sorted([key, other_key], key=lambda each: each[1])
+    both = body(item(*sender), item(*key))
+    blob = signed(both)
+    scalar = int.from_bytes(blob[-32:], "little")
+
+    def judged(name: str, *items: tuple[int, bytes, int], trusted: bool, server: bool = False, **changes: Any) -> Json:
+        """Whether a content that this key signed counts, by these entries and a list of these items."""
+        platform = dataclasses.replace(PLATFORM_ENTRY, **changes) if server else None
+        return {
+            "name": name,
+            "list": signed(body(*(item(*each) for each in items))).hex(),
+            "sender_entry": keys.sign_sender_entry(ROOT, entry() if server else entry(**changes)).hex(),
+            "platform_entry": keys.sign_sender_entry(ROOT, platform).hex() if platform else None,
+            "public_key": (PLATFORM_KEY if server else BANK_KEY).public_key.hex(),
+            "trusted": trusted,
+        }
+
+    return {
+        "about": "Revocation lists as the root signed them, or somebody else. `list` is what is read, null where the blob must be refused.",
+        "root_seed": ROOT.seed.hex(),
+        "root_public_key": ROOT.public_key.hex(),
+        "now_ms": NOW_MS,
+        "verify": [
+            good("a sender and a key", sender, key),
+            good("two of each", *senders, *certified),
+            good("nothing is revoked", serial=1),
+            good("the largest serial and the last time there is", sender, serial=2**64 - 1, issued_ms=TIME_MS_MAX),
+            good("the first time there is", key, issued_ms=0),
+            refused("signed by another root", both + OTHER_ROOT.sign(b"SPC1-revoked" + both)),
+            refused("signed without the tag", both + ROOT.sign(both)),
+            refused("signed with the tag of an entry", both + ROOT.sign(b"SPC1-entry" + both)),
+            refused("a bit of a key flipped", blob[:-65] + bytes((blob[-65] ^ 1,)) + blob[-64:]),
+            refused("signature not canonical: S + L", blob[:-32] + (scalar + ED25519_ORDER).to_bytes(32, "little")),
+            refused("empty", b""),
+            refused("a signature alone", ROOT.sign(b"SPC1-revoked")),
+            refused("cut short", blob[:-1]),
+            refused("a byte after the end", blob + b"\x00"),
+            refused("a signed byte after the end", signed(both + b"\x00")),
+            refused("signed, but cut within an item", signed(both[:-1])),
+            refused("signed, but cut within the head", signed(both[:20])),
+            refused("another magic", signed(body(item(*key), magic=b"SPCE"))),
+            refused("version 0", signed(body(item(*key), version=0))),
+            refused("version 2", signed(body(item(*key), version=2))),
+            refused("serial 0", signed(body(item(*key), serial=0))),
+            refused("issued after the last time there is", signed(body(item(*key), issued_ms=TIME_MS_MAX + 1))),
+            refused("kind 0", signed(body(b"\x00" + bytes(32)))),
+            refused("kind 3", signed(body(b"\x03" + bytes(32)))),
+            refused("more items counted than there are", signed(body(item(*key), count=2))),
+            refused("fewer items counted than there are", signed(body(item(*sender), item(*key), count=1))),
+            refused("a key before a sender", signed(body(item(*key), item(*sender)))),
+            refused("senders that fall", signed(body(*(item(*each) for each in reversed(senders))))),
+            refused("keys that fall", signed(body(*(item(*each) for each in reversed(certified))))),
+            refused("the same key twice", signed(body(item(*key), item(*key)))),
+            refused("the same sender twice", signed(body(item(*sender), item(1, SENDER_ID, 6)))),
+        ],
+        "rising_keys": [rising("as many as there may be", 4096, accepted=True), rising("one more", 4097, accepted=False)],
+        "judged": [
+            judged("nothing is revoked", trusted=True),
+            judged("another key and another sender", other_sender, other_key, trusted=True),
+            judged("the key that signed", key, trusted=False),
+            judged("the key that signed, whatever the entry", key, serial=2**64 - 1, trusted=False),
+            judged("the entry", sender, trusted=False),
+            judged("an entry with a lower serial", sender, serial=4, trusted=False),
+            judged("an entry with a higher serial", sender, serial=6, trusted=True),
+            judged("the sender's key, where the platform sealed", key, server=True, trusted=True),
+            judged("the sender's entry, where the platform sealed", sender, server=True, trusted=False),
+            judged("the platform's key", other_key, server=True, trusted=False),
+            judged("the platform's entry", other_sender, server=True, trusted=False),
+        ],
+    }
+
+
 VECTORS: dict[str, Callable[[], Json]] = {
     "seal": seal_vectors,
     "seal_hybrid": seal_hybrid_vectors,
@@ -1854,6 +1964,7 @@ VECTORS: dict[str, Callable[[], Json]] = {
     "proofs": proof_vectors,
     "receipts": receipt_vectors,
     "devicelog": device_log_vectors,
+    "revocations": revocation_vectors,
 }
 
 

@@ -8,7 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from sealpush.device import Device, Diagnosis, Installation, Message, MessageStream, Preference, RegistrationStarted, SealedBy
+    from sealpush.device import (
+        Device,
+        Diagnosis,
+        Installation,
+        Message,
+        MessageStream,
+        Preference,
+        RegistrationStarted,
+        SealedBy,
+        SenderProfile,
+    )
     from sealpush.devicelog import DeviceNotice, KnownDevice, NoticeKind, fingerprint
     from sealpush.errors import (
         CallFailed,
@@ -127,6 +137,7 @@ __all__ = [
     "SealedPublication",
     "SealpushError",
     "Sender",
+    "SenderProfile",
     "SignedAcknowledgement",
     "SqliteKeystore",
     "State",
@@ -154,6 +165,7 @@ _HOMES: Final = {
         "Preference",
         "RegistrationStarted",
         "SealedBy",
+        "SenderProfile",
     ),
     "devicelog": (
         "DeviceNotice",

@@ -4,7 +4,7 @@ How it is done stands beside it, from what every part knows to what uses all of 
 
     local          the store, who this device is, the server's time
     session        calls as this device: token, proof on a change
-    entries        whose signature counts: sender entries under the pinned root
+    entries        whose signature counts: sender entries under the pinned root, and what it revoked
     inbox          messages for the app, each handed over once
     receiving      the checks on a delivery, in their order: the security argument
     acknowledging  what is owed to the service
@@ -29,7 +29,7 @@ from sealpush.acknowledging import Acknowledgements
 from sealpush.devicelog import DeviceNotice, KnownDevice, fingerprint
 from sealpush.devices import Devices
 from sealpush.draining import Drainer, Taken, parse_wake_up_id
-from sealpush.entries import PLATFORM_ENTRY, SenderEntries
+from sealpush.entries import PLATFORM_ENTRY, Revocations, SenderEntries, SenderProfile
 from sealpush.errors import CallFailed, KeystoreBusy, NotRegisteredHere
 from sealpush.ids import AppId, DeviceId, MessageId, RegistrationId, SenderId, SubscriberId, check_id, uuid7
 from sealpush.inbox import Committed, Inbox, Message, SealedBy
@@ -58,6 +58,7 @@ __all__ = [
     "Preference",
     "RegistrationStarted",
     "SealedBy",
+    "SenderProfile",
 ]
 
 log = logging.getLogger("sealpush")
@@ -194,8 +195,11 @@ class Device:
         self._trouble = trouble = Trouble()
         self._session = session = Session(calls, channels, store, who, time, trouble)
         self._devices = devices = Devices(session, store, who, time, trouble, self._tell_notice)
-        self._upkeep = upkeep = Upkeep(session, store, who, time, devices, trouble, suite=suite, one_time_prekeys=one_time_prekeys)
-        self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble)
+        revocations = Revocations(root_public_key, calls, channels, store, trouble)
+        self._upkeep = upkeep = Upkeep(
+            session, store, who, time, devices, revocations, trouble, suite=suite, one_time_prekeys=one_time_prekeys
+        )
+        self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble, revocations)
         self._inbox = inbox = Inbox(store, time, entries)
         self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble)
         acknowledgements = Acknowledgements(session, store, who, trouble)
@@ -403,6 +407,16 @@ class Device:
         request = registration_pb2.ListPreferencesRequest(page_size=1)
         return bool((await self._session.call(self._channels.registration.ListPreferences, request, deadline)).registration_lock)
 
+    async def sender_profile(self, sender_id: SenderId) -> SenderProfile:
+        """Who a sender is: name and modes out of its entry, which the pinned root certified, and its brand.
+
+        The brand (colours, logo) is not signed: it is what the server says. Raises NotFound, EntryRefused for an entry that
+        the root did not sign, revoked, or that is out of its time, and CallFailed.
+        """
+        check_id(sender_id, "sender_id")
+        await self._prepare()
+        return await self._entries.profile(sender_id, self._session.deadline())
+
     # --- messages ---
 
     async def on_wake(self, wake_up_id: bytes | str | None = None, deadline: float = WAKE_UP_DEADLINE_S) -> list[Message]:
@@ -521,7 +535,8 @@ class Device:
     # --- upkeep ---
 
     async def maintain(self) -> None:
-        """What is due daily: a new signed prekey every 7 days, more one-time prekeys, forgetting what has run out, and the device log.
+        """What is due daily: a new signed prekey every 7 days, more one-time prekeys, the root's revocation list, forgetting what has run
+        out, and the device log.
 
         `drain()`, `on_wake()` and streams do it by themselves when it is due; calling it more often is harmless.
         """

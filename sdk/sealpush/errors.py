@@ -70,6 +70,12 @@ class DeviceLogBroken(SealpushError):
     reason = "DEVICE_LOG_BROKEN"
 
 
+class RevocationsRefused(SealpushError):
+    """A revocation list is malformed or not signed by the pinned root."""
+
+    reason = "REVOCATIONS_REFUSED"
+
+
 class KeystoreError(SealpushError):
     """The local store failed; nothing of the attempted change was kept."""
 

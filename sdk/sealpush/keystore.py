@@ -173,6 +173,14 @@ class Keystore(Protocol):
         """The cached signed blob, or None. Verify it again before use: it may have run out."""
         ...
 
+    def put_revocations(self, serial: int, blob: bytes) -> bool:
+        """Keep a verified revocation list of the pinned root; False, and nothing kept, if one with a higher serial is here."""
+        ...
+
+    def revocations(self) -> bytes | None:
+        """The kept signed list, or None."""
+        ...
+
     def reserve_prekey_ids(self, count: int) -> int:
         """The first of `count` consecutive prekey ids that are given to nobody else."""
         ...
@@ -327,6 +335,7 @@ class MemoryKeystore:
         "_notices",
         "_prekeys",
         "_registration",
+        "_revocations",
         "_root_public_key",
         "_seen",
     )
@@ -347,6 +356,8 @@ class MemoryKeystore:
         self._last_local_id = 0
         # (sender, role) → (serial, not_after_ms, blob)
         self._entries: dict[tuple[SenderId, EntryRole], tuple[int, int, bytes]] = {}
+        # (serial, blob)
+        self._revocations: tuple[int, bytes] | None = None
         # (suite, id, kind) → (private half, time of deletion)
         self._prekeys: dict[tuple[int, int, PrekeyKind], tuple[PrekeyPrivate, int]] = {}
         # (sender, content) → time until which it is known
@@ -418,6 +429,7 @@ class MemoryKeystore:
             _check_root(self._root_public_key, root_public_key, replace=replace)
             if self._root_public_key not in (None, root_public_key):
                 self._entries.clear()
+                self._revocations = None
             self._root_public_key = root_public_key
 
     def pinned_root(self) -> bytes | None:
@@ -436,6 +448,17 @@ class MemoryKeystore:
         with self._open():
             known = self._entries.get((sender_id, role))
             return None if known is None else known[2]
+
+    def put_revocations(self, serial: int, blob: bytes) -> bool:
+        with self._open():
+            if self._revocations is not None and self._revocations[0] > serial:
+                return False
+            self._revocations = (serial, blob)
+            return True
+
+    def revocations(self) -> bytes | None:
+        with self._open():
+            return None if self._revocations is None else self._revocations[1]
 
     def reserve_prekey_ids(self, count: int) -> int:
         with self._open():
@@ -628,7 +651,7 @@ def _deleted_at_ms(prekey: PrekeyPrivate) -> int:
 
 _SCHEMA = """
 -- One value per name: identity_seed, root_public_key, clock_offset_ms, counter, next_prekey_id, log_head, the registration,
--- and "fact:…" for the caller's own.
+-- the revocation list with its serial, and "fact:…" for the caller's own.
 CREATE TABLE facts (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 
 -- Private prekeys; deleted_at_ms is when purge() takes them.
@@ -811,6 +834,8 @@ class SqliteKeystore:
             _check_root(pinned, root_public_key, replace=replace)
             if pinned not in (None, root_public_key):
                 connection.execute("DELETE FROM entries")
+                _set_value(connection, "revocations", None)
+                _set_value(connection, "revocations_serial", None)
             _set_value(connection, "root_public_key", root_public_key)
 
     def pinned_root(self) -> bytes | None:
@@ -834,6 +859,18 @@ class SqliteKeystore:
                 "SELECT blob FROM entries WHERE sender_id = ? AND role = ?", (sender_id, int(role))
             ).fetchone()
             return None if row is None else row[0]
+
+    def put_revocations(self, serial: int, blob: bytes) -> bool:
+        with self._writing() as connection:
+            if (_number(connection, "revocations_serial") or 0) > serial:
+                return False
+            _set_number(connection, "revocations_serial", serial)
+            _set_value(connection, "revocations", blob)
+            return True
+
+    def revocations(self) -> bytes | None:
+        with self._reading() as connection:
+            return _value(connection, "revocations")
 
     def reserve_prekey_ids(self, count: int) -> int:
         with self._writing() as connection:

@@ -1,7 +1,7 @@
 """A device's keys over time: making and signing prekeys, and what is due daily; and the look at the device log, hourly.
 
 A signed prekey serves 7 days; one-time prekeys are topped up when few are left at the service. Private halves are stored
-before anybody hears of the public ones.
+before anybody hears of the public ones. The root's revocation list is asked for as often.
 """
 
 import logging
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from sealpush.devices import Devices
+from sealpush.entries import Revocations
 from sealpush.errors import SealpushError
 from sealpush.floor import confirm, floor, raise_to
 from sealpush.ids import DeviceId
@@ -52,6 +53,7 @@ class Upkeep:
         who: Who,
         time: ServerTime,
         devices: Devices,
+        revocations: Revocations,
         trouble: Trouble,
         *,
         suite: int,
@@ -64,6 +66,7 @@ class Upkeep:
         self._devices = devices
         self._trouble = trouble
         self._suite = suite
+        self._revocations = revocations
         self._one_time_prekeys = one_time_prekeys
         self._done_at_ms = 0
 
@@ -76,7 +79,7 @@ class Upkeep:
         await self._devices.load()
 
     async def do(self, deadline: Deadline) -> None:
-        """Rotate, top up, and forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
+        """Rotate, top up, learn what was revoked, forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
         await self._session.know_time(deadline)
         signed, rotated, rising = await self._signed_prekey()
         upload = keys_pb2.PrekeyUpload(prekeys=map(wire_prekey, await self._one_time(signed.suite, deadline, rising=rising)))
@@ -92,6 +95,7 @@ class Upkeep:
                 change,
                 deadline,
             )
+        await self._revocations.refresh(deadline)
         now_ms = self._time.now_ms()
 
         def finish(keystore: Keystore) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,7 @@ from pydantic import SecretStr
 from sealpush.envelope import Header
 from sealpush.ids import ContentId, RecipientRef, SenderId, uuid7
 from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
+from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts.app import build
 from sealpushd.platform.clients import MeshChannel
@@ -72,6 +75,33 @@ class World:
         root_public_key = (root or self.root).public_key
         await self.administer("PutApp", administration_pb2.PutAppRequest(app_id=app_id, name="An app", root_public_key=root_public_key))
 
+    async def put_platform_entry(self, signed: bytes, root: RootKey | None = None) -> None:
+        root_public_key = (root or self.root).public_key
+        request = administration_pb2.PutPlatformEntryRequest(platform_entry=signed, root_public_key=root_public_key)
+        await self.administer("PutPlatformEntry", request)
+
+    def revocations(self, *items: Revoked, serial: int = 1) -> bytes:
+        in_order = tuple(sorted(items, key=lambda item: item.encode()))
+        return sign_revocations(self.root, RevocationList(serial, to_ms(self.clock.now()), in_order))
+
+    async def put_revocations(self, signed: bytes, root: RootKey | None = None) -> list[tuple[bytes, str]]:
+        """What of that is in use: ids and names."""
+        root_public_key = (root or self.root).public_key
+        request = administration_pb2.PutRevocationsRequest(revocations=signed, root_public_key=root_public_key)
+        answer = await self.administer("PutRevocations", request)
+        return [(each.sender_id, each.display_name) for each in answer.revoked]
+
+    async def get_revocations(self, root_public_key: bytes | None = None, known_serial: int = 0) -> bytes:
+        root_public_key = self.root.public_key if root_public_key is None else root_public_key
+        request = accounts_pb2.GetRevocationsRequest(root_public_key=root_public_key, known_serial=known_serial)
+        revocations: bytes = (await self.accounts.GetRevocations(request)).revocations
+        return revocations
+
+    async def sender(self, sender_id: bytes) -> administration_pb2.Sender:
+        answer = await self.administer("GetSenders", administration_pb2.GetSendersRequest(sender_ids=[sender_id]))
+        sender: administration_pb2.Sender = answer.senders[0]
+        return sender
+
     def entry(
         self,
         sender_id: bytes,
@@ -80,15 +110,16 @@ class World:
         root: RootKey | None = None,
         role: EntryRole = EntryRole.SENDER,
         name: str = "A Bank",
-        key: ContentSigningKey | None = None,
+        keys: Sequence[bytes] = (),
+        days: int = 1,
     ) -> bytes:
         now_ms = to_ms(self.clock.now())
-        window = now_ms - 1000, now_ms + 86_400_000
+        window = now_ms - 1000, now_ms + days * 86_400_000
         entry = SenderEntry(
             sender_id=SenderId(sender_id),
             display_name=name,
             modes=SenderMode.SERVER if role is EntryRole.PLATFORM else SenderMode.SERVER | SenderMode.END_TO_END,
-            keys=(EntryKey((key or ContentSigningKey.generate()).public_key, *window),),
+            keys=tuple(EntryKey(key, *window) for key in keys or [ContentSigningKey.generate().public_key]),
             not_before_ms=window[0],
             not_after_ms=window[1],
             serial=serial,
@@ -124,7 +155,9 @@ async def world(migrated: Migrated, valkey_url: str, serve: Serve, mesh_channel:
     served = await serve("accounts", build, settings, clock)
     made = World(served, mesh_channel("accounts", served.mesh_address, "operator"), clock, _urls)
     admin = await connect(_urls["admin"])
-    await admin.execute("TRUNCATE accounts.organisations, accounts.apps, accounts.platform_entries, accounts.journal CASCADE")
+    await admin.execute(
+        "TRUNCATE accounts.organisations, accounts.apps, accounts.platform_entries, accounts.revocations, accounts.journal CASCADE"
+    )
     await admin.close()
     await made.put_app("bank-app")
     return made
@@ -345,6 +378,131 @@ async def test_platform_entry_needs_the_root_of_an_app(world: World) -> None:
         assert caught.value.field == wrong
 
 
+async def test_a_revocation_list_is_given_to_anybody_as_the_root_signed_it(world: World) -> None:
+    assert await world.get_revocations() == b""
+    signed = world.revocations(RevokedKey(b"k" * 32))
+    await world.put_revocations(signed)
+    assert await world.get_revocations() == b"", "an answer is good for five seconds"
+    world.clock.advance(timedelta(seconds=5))
+    assert await world.get_revocations() == signed
+    assert await world.get_revocations(known_serial=1) == b""
+    assert await world.get_revocations(RootKey.generate().public_key) == b""
+    wrong = await refusal(world.accounts.GetRevocations(accounts_pb2.GetRevocationsRequest(root_public_key=b"short")))
+    assert (wrong.code, wrong.field) == (StatusCode.INVALID_ARGUMENT, "root_public_key")
+
+
+async def test_roots_that_somebody_makes_up_do_not_push_out_the_one_that_is_pinned(world: World) -> None:
+    signed = world.revocations(RevokedKey(b"k" * 32))
+    await world.put_revocations(signed)
+    for n in range(100):
+        assert await world.get_revocations(n.to_bytes(32, "big")) == b""
+    assert await world.get_revocations() == signed
+
+
+async def test_a_revocation_list_never_goes_back_and_the_same_may_be_put_again(world: World) -> None:
+    newest = world.revocations(RevokedKey(b"k" * 32), serial=5)
+    await world.put_revocations(newest)
+    await world.put_revocations(newest)
+    for older in (world.revocations(serial=4), world.revocations(RevokedKey(b"q" * 32), serial=5)):
+        with pytest.raises(InvalidRequest, match="root revoke --list") as caught:
+            await world.put_revocations(older)
+        assert caught.value.field == "revocations"
+    assert await world.get_revocations() == newest
+    longest = world.revocations(*(RevokedKey(n.to_bytes(32, "big")) for n in range(4096)), serial=2**63 - 1)
+    await world.put_revocations(longest)
+    world.clock.advance(timedelta(seconds=5))
+    assert await world.get_revocations() == longest
+
+
+async def test_of_two_lists_put_at_once_the_newer_one_stays(world: World) -> None:
+    lists = [world.revocations(RevokedKey(bytes([serial]) * 32), serial=serial) for serial in range(1, 9)]
+    await asyncio.gather(*(world.put_revocations(each) for each in lists), return_exceptions=True)
+    assert await world.get_revocations() == lists[-1]
+
+
+async def test_a_revocation_list_must_be_signed_by_the_root_of_an_app(world: World) -> None:
+    stranger = RootKey.generate()
+    signed = world.revocations(RevokedKey(b"k" * 32))
+    too_high = world.revocations(serial=2**63)
+    for root, blob, wrong in (
+        (stranger, signed, "root_public_key"),
+        (world.root, sign_revocations(stranger, RevocationList(1, 0)), "revocations"),
+        (world.root, signed[:-1], "revocations"),
+        (world.root, b"", "revocations"),
+        (world.root, too_high, "revocations"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            await world.put_revocations(blob, root)
+        assert caught.value.field == wrong
+    assert await world.get_revocations() == b""
+
+
+async def test_what_is_revoked_cannot_be_put(world: World) -> None:
+    organisation_id, sender_id, platform_id = await world.put_organisation("bank"), uuid7(), uuid7()
+    revoked_key, good_key = b"r" * 32, b"g" * 32
+    await world.put_revocations(
+        world.revocations(RevokedEntries(SenderId(sender_id), 5), RevokedEntries(SenderId(platform_id), 5), RevokedKey(revoked_key))
+    )
+    for entry, words in (
+        (world.entry(sender_id, serial=5, keys=[good_key]), "revoked this entry"),
+        (world.entry(sender_id, serial=6, keys=[good_key, revoked_key]), revoked_key.hex()),
+    ):
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            await world.put_sender(organisation_id, sender_id, sender_entry=entry)
+        assert caught.value.field == "sender_entry"
+    for entry, words in (
+        (world.entry(platform_id, serial=5, role=EntryRole.PLATFORM, keys=[good_key]), "revoked this entry"),
+        (world.entry(platform_id, serial=6, role=EntryRole.PLATFORM, keys=[revoked_key]), revoked_key.hex()),
+    ):
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            await world.put_platform_entry(entry)
+        assert caught.value.field == "platform_entry"
+    await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=6, keys=[good_key]))
+    await world.put_platform_entry(world.entry(platform_id, serial=6, role=EntryRole.PLATFORM, keys=[good_key]))
+
+
+async def test_services_are_told_what_of_a_sender_is_revoked(world: World) -> None:
+    organisation_id, sender_id, platform_id = await world.put_organisation("bank"), uuid7(), uuid7()
+    old, new, platform_key = b"o" * 32, b"n" * 32, b"p" * 32
+    await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=5, keys=[old, new]))
+
+    async def told() -> tuple[bool, list[bytes], bool]:
+        sender = await world.sender(sender_id)
+        return sender.is_entry_revoked, list(sender.revoked_keys), sender.is_platform_revoked
+
+    assert await world.put_revocations(world.revocations(RevokedKey(platform_key), serial=1)) == []
+    assert await told() == (False, [], False), "there is no key of the platform yet"
+    await world.put_platform_entry(world.entry(platform_id, role=EntryRole.PLATFORM, keys=[b"q" * 32]))
+    assert await told() == (False, [], False)
+    hit = await world.put_revocations(world.revocations(RevokedKey(b"q" * 32), RevokedKey(old), serial=2))
+    assert sorted(hit) == [(b"", "A Bank"), (sender_id, "A Bank")]
+    assert await told() == (False, [old], True)
+    by_entry = [RevokedEntries(SenderId(each), 5) for each in (sender_id, platform_id)]
+    assert len(await world.put_revocations(world.revocations(*by_entry, serial=3))) == 2
+    assert await told() == (True, [], True)
+    await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=6, keys=[new]))
+    assert await told() == (False, [], True)
+
+
+async def test_entries_that_end_are_told_soonest_first(world: World) -> None:
+    organisation_id, soon, late, platform_id = await world.put_organisation("bank"), uuid7(), uuid7(), uuid7()
+    await world.put_sender(organisation_id, late, name="late", sender_entry=world.entry(late, days=30))
+    await world.put_sender(organisation_id, soon, name="soon", sender_entry=world.entry(soon, days=2, name="Soon"))
+    await world.put_platform_entry(world.entry(platform_id, role=EntryRole.PLATFORM, days=1))
+
+    async def ending(days: int) -> list[tuple[bytes, str, bytes]]:
+        request = administration_pb2.GetEndingEntriesRequest()
+        request.before.FromDatetime(world.clock.now() + timedelta(days=days))
+        answer = await world.administer("GetEndingEntries", request)
+        return [(each.sender_id, each.display_name, each.root_public_key) for each in answer.entries]
+
+    assert await ending(1) == []
+    assert await ending(14) == [(b"", "A Bank", world.root.public_key), (soon, "Soon", world.root.public_key)]
+    assert [each[0] for each in await ending(60)] == [b"", soon, late]
+    world.clock.advance(timedelta(days=31))
+    assert [each[0] for each in await ending(0)] == [b"", soon, late]
+
+
 async def test_an_organisation_needs_a_password_at_first_and_proper_networks(world: World) -> None:
     for fields, wrong in (
         ({"password": ""}, "password"),
@@ -372,6 +530,7 @@ async def test_look_ups_leave_out_what_is_unknown(world: World) -> None:
 async def test_every_change_is_in_the_journal_without_its_secrets(world: World) -> None:
     organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
     await world.put_sender(organisation_id, sender_id)
+    await world.put_revocations(world.revocations(RevokedKey(b"k" * 32), RevokedEntries(SenderId(sender_id), 0), serial=3))
     admin = await connect(world.urls["admin"])
     rows = await admin.fetch("SELECT actor, action, subject, detail::text FROM accounts.journal ORDER BY entry_id")
     await admin.close()
@@ -379,7 +538,9 @@ async def test_every_change_is_in_the_journal_without_its_secrets(world: World) 
         ("operator", "PutApp", "bank-app"),
         ("operator", "PutOrganisation", organisation_id.hex()),
         ("operator", "PutSender", sender_id.hex()),
+        ("operator", "PutRevocations", world.root.public_key.hex()),
     ]
+    assert json.loads(rows[3]["detail"]) == {"serial": 3, "senders": 1, "keys": 1}
     assert json.loads(rows[1]["detail"])["password_changed"] is True
     assert PASSWORD not in rows[1]["detail"]
 
@@ -412,7 +573,7 @@ async def test_the_entry_of_a_time_is_found_after_others_and_a_refused_one_is_no
     publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
     organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
     key, next_key = ContentSigningKey.generate(), ContentSigningKey.generate()
-    first, renewed = world.entry(sender_id, serial=1, key=key), world.entry(sender_id, serial=2, key=key)
+    first, renewed = world.entry(sender_id, serial=1, keys=[key.public_key]), world.entry(sender_id, serial=2, keys=[key.public_key])
     await world.put_sender(organisation_id, sender_id, sender_entry=first)
     assert await certified(world, publishing, sender_id, key) == first
     world.clock.advance(timedelta(seconds=1))
@@ -422,12 +583,12 @@ async def test_the_entry_of_a_time_is_found_after_others_and_a_refused_one_is_no
     assert await certified(world, publishing, sender_id, key) == renewed
     world.clock.advance(timedelta(seconds=-1))
     assert await certified(world, publishing, sender_id, key) == first
-    replaced = world.entry(sender_id, serial=3, key=next_key)
+    replaced = world.entry(sender_id, serial=3, keys=[next_key.public_key])
     await world.put_sender(organisation_id, sender_id, sender_entry=replaced)
     assert await certified(world, publishing, sender_id, next_key) == replaced
     assert await certified(world, publishing, sender_id, key) == first
     with pytest.raises(InvalidRequest):
-        await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=2, key=next_key))
+        await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=2, keys=[next_key.public_key]))
     admin = await connect(world.urls["admin"])
     kept = await admin.fetch("SELECT serial FROM accounts.entries WHERE sender_id = $1 ORDER BY serial", sender_id)
     await admin.close()
@@ -437,7 +598,7 @@ async def test_the_entry_of_a_time_is_found_after_others_and_a_refused_one_is_no
 async def test_an_entry_that_was_put_after_the_content_serves_where_there_is_no_other(world: World, mesh_channel: Connect) -> None:
     publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
     organisation_id, sender_id, key = await world.put_organisation("bank"), uuid7(), ContentSigningKey.generate()
-    entry = world.entry(sender_id, key=key)
+    entry = world.entry(sender_id, keys=[key.public_key])
     world.clock.advance(timedelta(seconds=1))
     await world.put_sender(organisation_id, sender_id, sender_entry=entry)
     world.clock.advance(timedelta(seconds=-1))
@@ -450,5 +611,5 @@ async def test_a_sender_that_was_put_by_another_organisation_leaves_no_entry(wor
     key = ContentSigningKey.generate()
     await world.put_sender(bank, sender_id)
     with pytest.raises(InvalidRequest):
-        await world.put_sender(shop, sender_id, sender_entry=world.entry(sender_id, serial=9, key=key))
+        await world.put_sender(shop, sender_id, sender_entry=world.entry(sender_id, serial=9, keys=[key.public_key]))
     assert await certified(world, publishing, sender_id, key) == b""

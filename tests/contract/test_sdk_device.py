@@ -30,9 +30,18 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sealpush.device import Device, Installation, Message, Preference, SealedBy
 from sealpush.devicelog import DeviceNotice, EntryKind, LogEntry, NoticeKind, next_head, start_head
-from sealpush.entries import PROFILE_FAILED_PAUSE_S
+from sealpush.entries import PROFILE_FAILED_PAUSE_S, PROFILE_PAUSE_S, Revocations, SenderProfile
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
-from sealpush.errors import KeystoreError, NotRegisteredHere, StreamTakenOver, Unauthenticated, Unavailable, WrongCode
+from sealpush.errors import (
+    EntryRefused,
+    KeystoreError,
+    NotFound,
+    NotRegisteredHere,
+    StreamTakenOver,
+    Unauthenticated,
+    Unavailable,
+    WrongCode,
+)
 from sealpush.floor import Floor, floor
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SenderKeyId, SubscriberId, uuid7
 from sealpush.keys import (
@@ -49,7 +58,7 @@ from sealpush.keys import (
     verify_prekey,
 )
 from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
-from sealpush.local import FUTURE_SKEW_MS
+from sealpush.local import FUTURE_SKEW_MS, Store, Trouble
 from sealpush.model import Platform, Reason
 from sealpush.proofs import (
     AckOutcome,
@@ -60,9 +69,10 @@ from sealpush.proofs import (
     registration_proof,
     verify_proof,
 )
-from sealpush.retry import RetryPolicy, SystemClock
+from sealpush.retry import Deadline, RetryPolicy, SystemClock
+from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
-from sealpush.transport import Channels, Endpoints
+from sealpush.transport import Calls, Channels, Endpoints
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
 from sealpush.v1.content_pb2 import Content
@@ -176,6 +186,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.tokens: dict[str, bytes] = {}
         self.token_lifetime_s = 900.0
         self.entry: bytes = make_entry()
+        self.platform_entry = PLATFORM_ENTRY
+        self.brand: dict[str, Any] = {}
+        self.revocations = b""
         # Faults: names of methods that answer UNAVAILABLE before, or after, doing their work; so many times.
         self.down: Counter[str] = Counter()
         self.lose_answer: Counter[str] = Counter()
@@ -373,7 +386,12 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         await self.before("GetSenderProfile", context)
         if request.sender_id != SENDER:
             await fail(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
-        return accounts_pb2.GetSenderProfileResponse(sender_entry=self.entry, platform_entry=PLATFORM_ENTRY)
+        return accounts_pb2.GetSenderProfileResponse(sender_entry=self.entry, platform_entry=self.platform_entry, **self.brand)
+
+    async def GetRevocations(self, request: accounts_pb2.GetRevocationsRequest, context: Context) -> Any:
+        await self.before("GetRevocations", context)
+        assert request.root_public_key == ROOT.public_key
+        return accounts_pb2.GetRevocationsResponse(revocations=self.revocations)
 
     # Messages
 
@@ -957,6 +975,235 @@ async def test_without_the_accounts_service_messages_wait(service: Service, make
     assert service.calls["GetSenderProfile"] == 2  # not once a message
     clock.ahead_s += PROFILE_FAILED_PAUSE_S
     assert len(await device.drain()) == 10
+
+
+# --- what the root took back ---
+
+
+def revoke(service: Service, *items: Revoked, serial: int = 1, root: RootKey = ROOT) -> None:
+    """Have the service give this list from now on."""
+    in_order = tuple(sorted(items, key=lambda item: item.encode()))
+    service.revocations = sign_revocations(root, RevocationList(serial, 0, in_order))
+
+
+async def test_a_key_revoked_after_its_entry_was_cached_is_refused_from_the_next_day_on(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    device = await register(make(keystore))
+    service.send("before", lifetime_ms=7 * DAY_MS)
+    assert texts(await device.drain()) == ["before"]
+    revoke(service, RevokedKey(SENDER_KEY.public_key))
+    service.send("not known yet", lifetime_ms=7 * DAY_MS)
+    assert texts(await device.drain()) == ["not known yet"]
+    clock.ahead_s = service.time_ahead_s = 24 * 3600 + 1
+    assert await device.drain() == []  # nothing waits, but what is due daily is done
+    service.send("after")
+    assert await device.drain() == []
+    assert service.reasons()[-1] == (AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)
+    assert "revoked the key that signed this message" in (await device.diagnose()).last_error
+    assert texts(await device.inbox()) == ["not known yet", "before"]  # what was believed stays
+
+
+async def test_the_list_is_asked_for_before_an_entry_is_trusted_that_is_new_here(service: Service, make: Make) -> None:
+    device = await register(make())
+    revoke(service, RevokedKey(SENDER_KEY.public_key))
+    for _ in range(5):
+        service.send()
+    assert await device.drain() == []
+    assert service.outcomes() == [AckOutcome.UNDELIVERED] * 5
+    assert service.calls["GetRevocations"] == 1 + 1  # before the entry, and by what is due daily
+
+
+async def test_a_revoked_sender_that_is_certified_anew_is_believed_again(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    device = await register(make(keystore))
+    service.send("one")
+    await device.drain()
+    revoke(service, RevokedEntries(SENDER, 1))
+    await device.maintain()
+    service.send("two")
+    assert await device.drain() == []
+    assert "revoked the entry of Банк Приклад" in (await device.diagnose()).last_error
+    clock.ahead_s += PROFILE_PAUSE_S
+    service.entry = make_entry(serial=2)
+    service.send("three")
+    assert texts(await device.drain()) == ["three"]
+
+
+async def test_a_flood_of_a_revoked_sender_asks_the_service_once_a_minute(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    revoke(service, RevokedEntries(SENDER, 1))
+    for _ in range(200):
+        service.send()
+    await device.drain()
+    assert service.calls["GetSenderProfile"] == 1
+    clock.ahead_s += PROFILE_PAUSE_S
+    service.send()
+    await device.drain()
+    assert service.calls["GetSenderProfile"] == 2
+    assert service.outcomes() == [AckOutcome.UNDELIVERED] * 201
+
+
+async def test_a_list_outlives_the_process_and_never_goes_back(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    revoke(service, RevokedKey(SENDER_KEY.public_key), serial=2)
+    await device.maintain()
+    kept = keystore.revocations()
+    assert kept == service.revocations
+    revoke(service, serial=1)  # an older one, that revokes nothing
+    again = make(keystore)
+    await again.maintain()
+    assert keystore.revocations() == kept
+    service.send()
+    assert await again.drain() == []
+    assert service.outcomes() == [AckOutcome.UNDELIVERED]
+    revoke(service, serial=3)
+    await again.maintain()
+    service.send("taken back by a newer list")
+    assert texts(await again.drain()) == ["taken back by a newer list"]
+
+
+async def test_two_processes_over_one_store_go_by_the_newer_list(service: Service, make: Make, keystore: Keystore) -> None:
+    first = await register(make(keystore))
+    second = make(keystore)
+    revoke(service, serial=1)
+    await second.maintain()
+    revoke(service, RevokedKey(SENDER_KEY.public_key), serial=3)
+    await first.maintain()
+    revoke(service, serial=2)  # a server that lags behind; its list is newer than what the second process has seen
+    await second.maintain()
+    service.send()
+    assert await second.drain() == []
+    assert service.outcomes() == [AckOutcome.UNDELIVERED]
+
+
+async def test_of_two_questions_at_once_the_newer_list_counts_whichever_is_stored_last(
+    service: Service, channels: Channels, clock: FakeClock
+) -> None:
+    class LateStore(Store):
+        """Resumes who stored first after who stored second, as threads may."""
+
+        held = False
+
+        async def __call__(self, use: Callable[[Keystore], Any]) -> Any:
+            result = await super().__call__(use)
+            if result is True and not self.held:  # a list was put
+                self.held = True
+                await second_is_done.wait()
+            return result
+
+    second_is_done = asyncio.Event()
+    calls = Calls(clock, lambda: 0.5, RetryPolicy())
+    revocations = Revocations(ROOT.public_key, calls, channels, LateStore(MemoryKeystore()), Trouble())
+    deadline = Deadline.after(clock, 10)
+    revoke(service, serial=1)
+    first = asyncio.create_task(revocations.refresh(deadline))
+    await until(lambda: service.calls["GetRevocations"] == 1)
+    revoke(service, RevokedKey(SENDER_KEY.public_key), serial=2)
+    await revocations.refresh(deadline)
+    second_is_done.set()
+    await first
+    newest = await revocations.newest()
+    assert newest is not None
+    assert newest.serial == 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda service: revoke(service, RevokedKey(SENDER_KEY.public_key), root=RootKey.from_seed(b"\x08" * 32)),
+        lambda service: setattr(service, "revocations", service.revocations[:-1]),
+        lambda service: setattr(service, "revocations", b"garbage"),
+        lambda service: setattr(service, "revocations", bytes(200_000)),
+    ],
+    ids=["another root", "cut short", "garbage", "too long"],
+)
+async def test_a_list_that_cannot_be_trusted_is_noted_and_changes_nothing(
+    service: Service, make: Make, spoil: Callable[[Service], None]
+) -> None:
+    device = await register(make())
+    revoke(service, RevokedKey(SENDER_KEY.public_key))
+    spoil(service)
+    service.send()
+    assert texts(await device.drain()) == ["hello"]
+    assert "the revocation list" in (await device.diagnose()).last_error
+
+
+async def test_a_service_that_does_not_give_the_list_holds_up_no_message(service: Service, make: Make) -> None:
+    device = await register(make(policy=RetryPolicy(attempts_max=2)))
+    revoke(service, RevokedKey(b"k" * 32))
+    service.down["GetRevocations"] = 1000
+    for n in range(10):
+        service.send(str(n))
+    assert len(await device.drain()) == 10
+    assert service.calls["GetRevocations"] == 2 + 2  # not once a message
+    service.down.clear()
+    await device.maintain()
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 10
+
+
+async def test_a_list_damaged_in_the_store_is_noted_and_got_again(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    revoke(service, RevokedKey(SENDER_KEY.public_key), serial=4)
+    keystore.put_revocations(4, b"damaged")
+    service.send()
+    assert await device.drain() == []
+    assert keystore.revocations() == service.revocations
+
+
+async def test_who_unregisters_forgets_the_list_and_asks_again(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    revoke(service, RevokedKey(SENDER_KEY.public_key), serial=4)
+    await device.maintain()
+    await device.unregister()
+    assert keystore.revocations() is None
+    await register(device)
+    service.send()
+    assert await device.drain() == []
+    assert keystore.revocations() == service.revocations
+
+
+async def test_a_sender_profile_is_what_the_root_certified_and_a_brand(service: Service, make: Make) -> None:
+    device = make()  # entries are public: nobody has to be registered
+    service.brand = {"brand_colour": "#0a7c4a", "brand_text_colour": "#ffffff", "logo_png": b"png", "display_name": "Somebody Else"}
+    profile = await device.sender_profile(SENDER)
+    assert profile == SenderProfile(SENDER, "Банк Приклад", SenderMode.END_TO_END | SenderMode.SERVER, "#0a7c4a", "#ffffff", b"png")
+    with pytest.raises(NotFound):
+        await device.sender_profile(SenderId(b"X" * 16))
+    with pytest.raises(ValueError, match="sender_id"):
+        await device.sender_profile(SenderId(b"X"))
+    service.down["GetSenderProfile"] = 1000
+    with pytest.raises(Unavailable):
+        await make(policy=RetryPolicy(attempts_max=2)).sender_profile(SENDER)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda service: setattr(service, "entry", make_entry(root=RootKey.from_seed(b"\x08" * 32))), "not signed by the pinned root"),
+        (lambda service: setattr(service, "entry", make_entry(not_after_ms=1)), "outside its time"),
+        (lambda service: setattr(service, "entry", PLATFORM_ENTRY), "certifies a platform"),
+        (lambda service: revoke(service, RevokedEntries(SENDER, 1)), "revoked the entry of Банк Приклад"),
+    ],
+    ids=["another root", "expired", "the platform's", "revoked"],
+)
+async def test_a_sender_profile_that_cannot_be_trusted_is_refused(
+    service: Service, make: Make, spoil: Callable[[Service], None], words: str
+) -> None:
+    device = make()
+    spoil(service)
+    with pytest.raises(EntryRefused, match=words):
+        await device.sender_profile(SENDER)
+
+
+async def test_a_sender_profile_never_goes_back_to_an_older_entry(service: Service, make: Make) -> None:
+    device = make()
+    service.entry = make_entry(serial=5)
+    await device.sender_profile(SENDER)
+    service.entry = make_entry(serial=4)
+    with pytest.raises(EntryRefused, match="older entry"):
+        await device.sender_profile(SENDER)
 
 
 async def test_content_of_a_higher_version_shows_title_and_body(service: Service, make: Make) -> None:

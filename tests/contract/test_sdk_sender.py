@@ -243,6 +243,9 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
     async def GetSenderProfile(self, request: accounts_pb2.GetSenderProfileRequest, context: Context) -> Any:
         raise NotImplementedError
 
+    async def GetRevocations(self, request: accounts_pb2.GetRevocationsRequest, context: Context) -> Any:
+        raise NotImplementedError
+
     async def UploadPrekeys(self, request: keys_pb2.UploadPrekeysRequest, context: Context) -> Any:
         raise NotImplementedError
 

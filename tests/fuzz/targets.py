@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import atheris
 
-with atheris.instrument_imports(include=["sealpush.envelope", "sealpush.keys", "sealpush.suites"]):
+with atheris.instrument_imports(include=["sealpush.envelope", "sealpush.keys", "sealpush.revocations", "sealpush.suites"]):
     from sealpush.envelope import HEADER_BYTES, Envelope, Header, Recipient, _signed_bytes, open_envelope, seal
     from sealpush.keys import (
         ContentSigningKey,
@@ -26,8 +26,9 @@ with atheris.instrument_imports(include=["sealpush.envelope", "sealpush.keys", "
         sign_sender_entry,
         verify_sender_entry,
     )
+    from sealpush.revocations import RevocationList, RevokedEntries, RevokedKey, sign_revocations, verify_revocations
     from sealpush.suites import SUITE_HYBRID, SUITE_X25519
-from sealpush.errors import EntryRefused, EnvelopeRefused
+from sealpush.errors import EntryRefused, EnvelopeRefused, RevocationsRefused
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId
 
 NOW_MS = 1_800_000_000_000
@@ -160,6 +161,23 @@ def entry(data: bytes) -> None:
     assert decoded.encode() == data
 
 
+LIST = sign_revocations(ROOT, RevocationList(3, NOW_MS, (RevokedEntries(SenderId(b"s" * 16), 7), RevokedKey(SIGNER.public_key))))
+
+
+def revocations(data: bytes) -> None:
+    """Only what the root signed is a list, and any body has one encoding."""
+    try:
+        verify_revocations(ROOT.public_key, data)
+        assert data == LIST
+    except RevocationsRefused:
+        pass
+    try:
+        decoded = RevocationList.decode(data)
+    except ValueError:
+        return
+    assert decoded.encode() == data
+
+
 _WHOLE = ENVELOPE.encode()
 _ENVELOPES = (_WHOLE, *(ENVELOPE.for_device(device_id) for device_id in DEVICES))
 TARGETS = {
@@ -167,4 +185,5 @@ TARGETS = {
     "open": Target(open_, _ENVELOPES),
     "resigned": Target(resigned, _ENVELOPES),
     "entry": Target(entry, (ENTRY, ENTRY[:-64])),
+    "revocations": Target(revocations, (LIST, LIST[:-64])),
 }

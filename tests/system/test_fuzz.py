@@ -13,7 +13,9 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this machine")
 
 
-@pytest.mark.parametrize(("target", "runs"), [("parse", 50_000), ("open", 10_000), ("resigned", 8_000), ("entry", 50_000)])
+@pytest.mark.parametrize(
+    ("target", "runs"), [("parse", 50_000), ("open", 10_000), ("resigned", 8_000), ("entry", 50_000), ("revocations", 50_000)]
+)
 def test_nothing_but_a_clean_refusal_comes_of_strange_bytes(target: str, runs: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", target, "--runs", str(runs)],

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpush/v1/accounts.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\rSignInRequest\x12\r\n\x05login\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x13\n\x0bsender_name\x18\x03 \x01(\t\"i\n\x0eSignInResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsender_id\x18\x03 \x01(\x0c\",\n\x17GetSenderProfileRequest\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\"\xa1\x01\n\x18GetSenderProfileResponse\x12\x14\n\x0csender_entry\x18\x01 \x01(\x0c\x12\x16\n\x0eplatform_entry\x18\x02 \x01(\x0c\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x14\n\x0c\x62rand_colour\x18\x04 \x01(\t\x12\x19\n\x11\x62rand_text_colour\x18\x05 \x01(\t\x12\x10\n\x08logo_png\x18\x06 \x01(\x0c\x32\xae\x01\n\x08\x41\x63\x63ounts\x12\x41\n\x06SignIn\x12\x1a.sealpush.v1.SignInRequest\x1a\x1b.sealpush.v1.SignInResponse\x12_\n\x10GetSenderProfile\x12$.sealpush.v1.GetSenderProfileRequest\x1a%.sealpush.v1.GetSenderProfileResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpush/v1/accounts.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"E\n\rSignInRequest\x12\r\n\x05login\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x13\n\x0bsender_name\x18\x03 \x01(\t\"i\n\x0eSignInResponse\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12.\n\nexpires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tsender_id\x18\x03 \x01(\x0c\",\n\x17GetSenderProfileRequest\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\"\xa1\x01\n\x18GetSenderProfileResponse\x12\x14\n\x0csender_entry\x18\x01 \x01(\x0c\x12\x16\n\x0eplatform_entry\x18\x02 \x01(\x0c\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x14\n\x0c\x62rand_colour\x18\x04 \x01(\t\x12\x19\n\x11\x62rand_text_colour\x18\x05 \x01(\t\x12\x10\n\x08logo_png\x18\x06 \x01(\x0c\"F\n\x15GetRevocationsRequest\x12\x17\n\x0froot_public_key\x18\x01 \x01(\x0c\x12\x14\n\x0cknown_serial\x18\x02 \x01(\x04\"-\n\x16GetRevocationsResponse\x12\x13\n\x0brevocations\x18\x01 \x01(\x0c\x32\x89\x02\n\x08\x41\x63\x63ounts\x12\x41\n\x06SignIn\x12\x1a.sealpush.v1.SignInRequest\x1a\x1b.sealpush.v1.SignInResponse\x12_\n\x10GetSenderProfile\x12$.sealpush.v1.GetSenderProfileRequest\x1a%.sealpush.v1.GetSenderProfileResponse\x12Y\n\x0eGetRevocations\x12\".sealpush.v1.GetRevocationsRequest\x1a#.sealpush.v1.GetRevocationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,6 +40,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSENDERPROFILEREQUEST']._serialized_end=298
   _globals['_GETSENDERPROFILERESPONSE']._serialized_start=301
   _globals['_GETSENDERPROFILERESPONSE']._serialized_end=462
-  _globals['_ACCOUNTS']._serialized_start=465
-  _globals['_ACCOUNTS']._serialized_end=639
+  _globals['_GETREVOCATIONSREQUEST']._serialized_start=464
+  _globals['_GETREVOCATIONSREQUEST']._serialized_end=534
+  _globals['_GETREVOCATIONSRESPONSE']._serialized_start=536
+  _globals['_GETREVOCATIONSRESPONSE']._serialized_end=581
+  _globals['_ACCOUNTS']._serialized_start=584
+  _globals['_ACCOUNTS']._serialized_end=849
 # @@protoc_insertion_point(module_scope)

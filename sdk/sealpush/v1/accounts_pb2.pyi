@@ -134,3 +134,47 @@ class GetSenderProfileResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetSenderProfileResponse: _TypeAlias = GetSenderProfileResponse  # noqa: Y015
+
+@_typing.final
+class GetRevocationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    KNOWN_SERIAL_FIELD_NUMBER: _builtins.int
+    root_public_key: _builtins.bytes
+    """32 bytes: the root that the app pins."""
+    known_serial: _builtins.int
+    """Serial of the list that the caller has; 0: none."""
+    def __init__(
+        self,
+        *,
+        root_public_key: _builtins.bytes = ...,
+        known_serial: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_serial", b"known_serial", "root_public_key", b"root_public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRevocationsRequest: _TypeAlias = GetRevocationsRequest  # noqa: Y015
+
+@_typing.final
+class GetRevocationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    revocations: _builtins.bytes
+    """The newest list, signed by that root (layout: sealpush.revocations), ≤ 135,255 bytes; empty: none, or none newer than the caller's."""
+    def __init__(
+        self,
+        *,
+        revocations: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revocations", b"revocations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRevocationsResponse: _TypeAlias = GetRevocationsResponse  # noqa: Y015

@@ -45,6 +45,11 @@ class AccountsStub:
                 request_serializer=sealpush_dot_v1_dot_accounts__pb2.GetSenderProfileRequest.SerializeToString,
                 response_deserializer=sealpush_dot_v1_dot_accounts__pb2.GetSenderProfileResponse.FromString,
                 _registered_method=True)
+        self.GetRevocations = channel.unary_unary(
+                '/sealpush.v1.Accounts/GetRevocations',
+                request_serializer=sealpush_dot_v1_dot_accounts__pb2.GetRevocationsRequest.SerializeToString,
+                response_deserializer=sealpush_dot_v1_dot_accounts__pb2.GetRevocationsResponse.FromString,
+                _registered_method=True)
 
 
 class AccountsServicer:
@@ -67,6 +72,13 @@ class AccountsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRevocations(self, request, context):
+        """What a root took back before its time. Needs no token; phones ask daily, and before they trust an entry that is new to them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AccountsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +91,11 @@ def add_AccountsServicer_to_server(servicer, server):
                     servicer.GetSenderProfile,
                     request_deserializer=sealpush_dot_v1_dot_accounts__pb2.GetSenderProfileRequest.FromString,
                     response_serializer=sealpush_dot_v1_dot_accounts__pb2.GetSenderProfileResponse.SerializeToString,
+            ),
+            'GetRevocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRevocations,
+                    request_deserializer=sealpush_dot_v1_dot_accounts__pb2.GetRevocationsRequest.FromString,
+                    response_serializer=sealpush_dot_v1_dot_accounts__pb2.GetRevocationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +153,33 @@ class Accounts:
             '/sealpush.v1.Accounts/GetSenderProfile',
             sealpush_dot_v1_dot_accounts__pb2.GetSenderProfileRequest.SerializeToString,
             sealpush_dot_v1_dot_accounts__pb2.GetSenderProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRevocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpush.v1.Accounts/GetRevocations',
+            sealpush_dot_v1_dot_accounts__pb2.GetRevocationsRequest.SerializeToString,
+            sealpush_dot_v1_dot_accounts__pb2.GetRevocationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class AccountsStub:
     """
     GetSenderProfile: _grpc.UnaryUnaryMultiCallable[_accounts_pb2.GetSenderProfileRequest, _accounts_pb2.GetSenderProfileResponse]
     """What a phone needs to know of a sender: certificate, name, brand. Needs no token. NOT_FOUND: no such sender."""
+    GetRevocations: _grpc.UnaryUnaryMultiCallable[_accounts_pb2.GetRevocationsRequest, _accounts_pb2.GetRevocationsResponse]
+    """What a root took back before its time. Needs no token; phones ask daily, and before they trust an entry that is new to them."""
 
 @_typing.type_check_only
 class AccountsAsyncStub(AccountsStub):
@@ -53,6 +55,8 @@ class AccountsAsyncStub(AccountsStub):
     """
     GetSenderProfile: _aio.UnaryUnaryMultiCallable[_accounts_pb2.GetSenderProfileRequest, _accounts_pb2.GetSenderProfileResponse]  # type: ignore[assignment]
     """What a phone needs to know of a sender: certificate, name, brand. Needs no token. NOT_FOUND: no such sender."""
+    GetRevocations: _aio.UnaryUnaryMultiCallable[_accounts_pb2.GetRevocationsRequest, _accounts_pb2.GetRevocationsResponse]  # type: ignore[assignment]
+    """What a root took back before its time. Needs no token; phones ask daily, and before they trust an entry that is new to them."""
 
 class AccountsServicer(metaclass=_abc_1.ABCMeta):
     """Who may send. Public listener."""
@@ -75,5 +79,13 @@ class AccountsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_accounts_pb2.GetSenderProfileResponse, _abc.Awaitable[_accounts_pb2.GetSenderProfileResponse]]:
         """What a phone needs to know of a sender: certificate, name, brand. Needs no token. NOT_FOUND: no such sender."""
+
+    @_abc_1.abstractmethod
+    def GetRevocations(
+        self,
+        request: _accounts_pb2.GetRevocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_accounts_pb2.GetRevocationsResponse, _abc.Awaitable[_accounts_pb2.GetRevocationsResponse]]:
+        """What a root took back before its time. Needs no token; phones ask daily, and before they trust an entry that is new to them."""
 
 def add_AccountsServicer_to_server(servicer: AccountsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

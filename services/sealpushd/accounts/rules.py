@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import re
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,11 @@ from datetime import datetime
 from typing import Final
 
 from sealpush.envelope import HEADER_BYTES, Header, content_public_key
-from sealpush.errors import EntryRefused, EnvelopeRefused
+from sealpush.errors import EntryRefused, EnvelopeRefused, RevocationsRefused
 from sealpush.ids import AppId, SenderId, is_app_id
 from sealpush.keys import EntryRole, SenderEntry, verify_sender_entry
 from sealpush.receipts import verify_entry_then
+from sealpush.revocations import RevocationList, verify_revocations
 from sealpushd.platform.access import SCOPES
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.errors import InvalidRequest
@@ -30,8 +32,12 @@ SENDER_APPS_MAX: Final = 64
 # Anybody may ask for it: small enough that many who ask and do not read hold up nobody.
 LOGO_BYTES_MAX: Final = 128 * 1024
 LOGO_SIDE_PIXELS: Final = 512
+ROOT_KEY_BYTES: Final = 32
 # PostgreSQL's bigint; a serial is a counter or a time, never near it.
-ENTRY_SERIAL_MAX: Final = 2**63 - 1
+SERIAL_MAX: Final = 2**63 - 1
+ENTRY_SIGNATURE_BYTES: Final = 64
+# What an operator is told at once: more than anybody reads.
+ENTRIES_TOLD_MAX: Final = 512
 
 _NAME = re.compile(r"[a-z0-9.-]{1,64}", re.ASCII)
 _COLOUR = re.compile(r"#[0-9a-f]{6}", re.ASCII)
@@ -54,6 +60,27 @@ class Sender:
     name: str
     sender_entry: bytes
     app_ids: tuple[AppId, ...]
+    root_public_key: bytes
+    # Empty: the root has certified no key of the platform yet.
+    platform_entry: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """What the root took back of a sender."""
+
+    is_entry_revoked: bool
+    keys: tuple[bytes, ...]
+    is_platform_revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry:
+    """An entry in use; without a sender it is the platform's."""
+
+    sender_id: SenderId | None
+    root_public_key: bytes
+    entry: SenderEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +236,77 @@ def check_entry(entry: bytes, root_public_key: bytes, role: EntryRole, now: date
         checked = verify_sender_entry(root_public_key, entry, to_ms(now), role=role)
     except EntryRefused as e:
         raise InvalidRequest(str(e), field=field) from e
-    if checked.serial > ENTRY_SERIAL_MAX:
+    if checked.serial > SERIAL_MAX:
         raise InvalidRequest("the entry's serial must fit 63 bits", field=field)
     return checked
+
+
+def stored_entry(signed_entry: bytes) -> SenderEntry:
+    """An entry out of the store, which holds only what `check_entry()` let in."""
+    return SenderEntry.decode(signed_entry[:-ENTRY_SIGNATURE_BYTES])
+
+
+def check_not_revoked(entry: SenderEntry, revocations: RevocationList | None, field: str) -> None:
+    """Raises InvalidRequest for an entry that nobody would trust: revoked itself, or with a revoked key."""
+    if revocations is None:
+        return
+    if revocations.revokes_entry(entry):
+        raise InvalidRequest("the root revoked this entry; certify a new one", field=field)
+    revoked = [key.public_key.hex() for key in entry.keys if revocations.revokes_key(key.public_key)]
+    if revoked:
+        raise InvalidRequest(f"the root revoked a key of this entry ({revoked[0]}); certify a new one without it", field=field)
+
+
+def check_revocations(revocations: bytes, root_public_key: bytes) -> RevocationList:
+    """The list, if this root signed it."""
+    try:
+        checked = verify_revocations(root_public_key, revocations)
+    except RevocationsRefused as e:
+        raise InvalidRequest(str(e), field="revocations") from e
+    if checked.serial > SERIAL_MAX:
+        raise InvalidRequest("the list's serial must fit 63 bits", field="revocations")
+    return checked
+
+
+# A list is decoded for every look-up of senders; there are as many as roots.
+@functools.lru_cache(maxsize=16)
+def stored_revocations(root_public_key: bytes, revocations: bytes) -> RevocationList:
+    """A list out of the store, which holds only what `check_revocations()` let in."""
+    return verify_revocations(root_public_key, revocations)
+
+
+def revoked_of(sender: Sender, revocations: RevocationList | None) -> Revoked:
+    """What of a sender, and of the platform that may seal for it, the root took back."""
+    if revocations is None:
+        return Revoked(False, (), False)
+    entry = stored_entry(sender.sender_entry)
+    return Revoked(
+        is_entry_revoked=revocations.revokes_entry(entry),
+        keys=tuple(key.public_key for key in entry.keys if revocations.revokes_key(key.public_key)),
+        is_platform_revoked=bool(sender.platform_entry) and _is_useless(stored_entry(sender.platform_entry), revocations),
+    )
+
+
+def _is_useless(entry: SenderEntry, revocations: RevocationList) -> bool:
+    """Whether no key of the entry counts any more."""
+    return revocations.revokes_entry(entry) or all(revocations.revokes_key(key.public_key) for key in entry.keys)
+
+
+def ending_entries(entries: Sequence[StoredEntry], before_ms: int) -> list[StoredEntry]:
+    """Those that end before a time, soonest first, as many as are told."""
+    ending = sorted((each for each in entries if each.entry.not_after_ms < before_ms), key=lambda each: each.entry.not_after_ms)
+    return ending[:ENTRIES_TOLD_MAX]
+
+
+def revoked_entries(entries: Sequence[StoredEntry], root_public_key: bytes, revocations: RevocationList) -> list[StoredEntry]:
+    """Those of this root that the list revokes, or keys of which, as many as are told."""
+    revoked = [
+        each
+        for each in entries
+        if each.root_public_key == root_public_key
+        and (revocations.revokes_entry(each.entry) or any(revocations.revokes_key(key.public_key) for key in each.entry.keys))
+    ]
+    return revoked[:ENTRIES_TOLD_MAX]
 
 
 def check_entry_of(sender_id: SenderId, entry: SenderEntry) -> SenderEntry:

@@ -28,6 +28,9 @@ from sealpushd.v1 import administration_pb2, administration_pb2_grpc
 PROFILE_CACHED: Final = timedelta(seconds=5)
 # With logos of 1 MiB each, 64 MiB at the most.
 PROFILES_CACHED_MAX: Final = 64
+# Lists of 132 KiB at the most, 8 MiB. There are as many as roots; more are asked for only by somebody who makes them up.
+LISTS_CACHED: Final = timedelta(seconds=5)
+LISTS_CACHED_MAX: Final = 64
 
 # Envelopes whose entries one call asks for: each may cost a hundred signatures to check, of 60 µs, before the one that fits is found.
 HEADERS_MAX: Final = 16
@@ -58,6 +61,9 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         self._passwords = PasswordChecker()
         self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, datetime]] = {}
         self._profile_batcher = NaturalBatcher(store.profiles)
+        # Root → its list's serial and bytes, 0 and nothing without one, and until when that is believed.
+        self._lists: dict[bytes, tuple[int, bytes, datetime]] = {}
+        self._list_batcher = NaturalBatcher(store.signed_revocations)
 
     async def SignIn(self, request: accounts_pb2.SignInRequest, context: rpc.Context) -> accounts_pb2.SignInResponse:
         address = rpc.caller_address()
@@ -111,6 +117,21 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         self._profiles[sender_id] = response, now + PROFILE_CACHED
         return response
 
+    async def GetRevocations(
+        self, request: accounts_pb2.GetRevocationsRequest, context: rpc.Context
+    ) -> accounts_pb2.GetRevocationsResponse:
+        root_public_key = _root_public_key(request.root_public_key)
+        now = self._clock.now()
+        cached = self._lists.pop(root_public_key, None)
+        if cached is None or cached[2] <= now:
+            signed = await self._list_batcher.submit(root_public_key)
+            serial = rules.stored_revocations(root_public_key, signed).serial if signed is not None else 0
+            cached = serial, signed or b"", now + LISTS_CACHED
+        if len(self._lists) >= LISTS_CACHED_MAX:
+            del self._lists[next(iter(self._lists))]
+        self._lists[root_public_key] = cached
+        return accounts_pb2.GetRevocationsResponse(revocations=cached[1] if cached[0] > request.known_serial else b"")
+
 
 class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     """Mesh: operators set up, services look up."""
@@ -146,6 +167,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         )
         root = rules.common_root(app_ids, await self._store.apps(app_ids))
         entry = rules.check_entry(request.sender_entry, root, EntryRole.SENDER, now, "sender_entry")
+        rules.check_not_revoked(entry, (await self._store.revocations([root])).get(root), "sender_entry")
         new = NewSender(
             sender_id=sender_id,
             organisation_id=request.organisation_id,
@@ -178,28 +200,42 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     ) -> administration_pb2.PutPlatformEntryResponse:
         actor = rpc.require_service().name
         now = self._clock.now()
-        if not await self._store.root_in_use(request.root_public_key):
-            raise InvalidRequest("this root is not pinned by any app; put the app first", field="root_public_key")
-        entry = rules.check_entry(request.platform_entry, request.root_public_key, EntryRole.PLATFORM, now, "platform_entry")
-        await self._store.put_platform_entry(request.platform_entry, entry, request.root_public_key, actor=actor, now=now)
+        root = await self._pinned(request.root_public_key)
+        entry = rules.check_entry(request.platform_entry, root, EntryRole.PLATFORM, now, "platform_entry")
+        rules.check_not_revoked(entry, (await self._store.revocations([root])).get(root), "platform_entry")
+        await self._store.put_platform_entry(request.platform_entry, entry, root, actor=actor, now=now)
         return administration_pb2.PutPlatformEntryResponse()
+
+    async def PutRevocations(
+        self, request: administration_pb2.PutRevocationsRequest, context: rpc.Context
+    ) -> administration_pb2.PutRevocationsResponse:
+        actor = rpc.require_service().name
+        root = await self._pinned(request.root_public_key)
+        revocations = rules.check_revocations(request.revocations, root)
+        await self._store.put_revocations(request.revocations, revocations, root, actor=actor, now=self._clock.now())
+        revoked = rules.revoked_entries(await self._store.entries_in_use(), root, revocations)
+        return administration_pb2.PutRevocationsResponse(revoked=map(_to_entry_in_use, revoked))
+
+    async def _pinned(self, root_public_key: bytes) -> bytes:
+        """The root, if an app pins it."""
+        if not await self._store.root_in_use(_root_public_key(root_public_key)):
+            raise InvalidRequest("this root is not pinned by any app; put the app first", field="root_public_key")
+        return root_public_key
+
+    async def GetEndingEntries(
+        self, request: administration_pb2.GetEndingEntriesRequest, context: rpc.Context
+    ) -> administration_pb2.GetEndingEntriesResponse:
+        ending = rules.ending_entries(await self._store.entries_in_use(), request.before.ToMilliseconds())
+        return administration_pb2.GetEndingEntriesResponse(entries=map(_to_entry_in_use, ending))
 
     async def GetSenders(
         self, request: administration_pb2.GetSendersRequest, context: rpc.Context
     ) -> administration_pb2.GetSendersResponse:
         _check_batch(len(request.sender_ids), "sender_ids")
         senders = await self._store.senders([_sender_id(sender_id, "sender_ids") for sender_id in request.sender_ids])
+        revocations = await self._store.revocations([sender.root_public_key for sender in senders])
         return administration_pb2.GetSendersResponse(
-            senders=[
-                administration_pb2.Sender(
-                    sender_id=sender.sender_id,
-                    organisation_id=sender.organisation_id,
-                    name=sender.name,
-                    sender_entry=sender.sender_entry,
-                    app_ids=sender.app_ids,
-                )
-                for sender in senders
-            ]
+            senders=[_to_sender(sender, rules.revoked_of(sender, revocations.get(sender.root_public_key))) for sender in senders]
         )
 
     async def FindEntries(
@@ -231,6 +267,33 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         _check_batch(len(request.app_ids), "app_ids")
         apps = await self._store.apps([app_id for app_id in request.app_ids if is_app_id(app_id)])
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=app.app_id, name=app.name) for app in apps])
+
+
+def _to_entry_in_use(stored: rules.StoredEntry) -> administration_pb2.EntryInUse:
+    told = administration_pb2.EntryInUse(
+        sender_id=stored.sender_id or b"", display_name=stored.entry.display_name, root_public_key=stored.root_public_key
+    )
+    told.ends_at.FromDatetime(moment(stored.entry.not_after_ms))
+    return told
+
+
+def _to_sender(sender: rules.Sender, revoked: rules.Revoked) -> administration_pb2.Sender:
+    return administration_pb2.Sender(
+        sender_id=sender.sender_id,
+        organisation_id=sender.organisation_id,
+        name=sender.name,
+        sender_entry=sender.sender_entry,
+        app_ids=sender.app_ids,
+        is_entry_revoked=revoked.is_entry_revoked,
+        revoked_keys=revoked.keys,
+        is_platform_revoked=revoked.is_platform_revoked,
+    )
+
+
+def _root_public_key(value: bytes) -> bytes:
+    if len(value) != rules.ROOT_KEY_BYTES:
+        raise InvalidRequest("root_public_key must be 32 bytes", field="root_public_key")
+    return value
 
 
 def _sender_id(value: bytes, field: str = "sender_id") -> SenderId:

@@ -13,7 +13,19 @@ import asyncpg
 
 from sealpush.ids import AppId, SenderId, uuid7
 from sealpush.keys import EntryRole, SenderEntry
-from sealpushd.accounts.rules import Account, AccountSender, App, Brand, Profile, Sender, SignedEntry
+from sealpush.revocations import RevocationList, RevokedKey
+from sealpushd.accounts.rules import (
+    Account,
+    AccountSender,
+    App,
+    Brand,
+    Profile,
+    Sender,
+    SignedEntry,
+    StoredEntry,
+    stored_entry,
+    stored_revocations,
+)
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted, InvalidRequest
 
@@ -40,6 +52,9 @@ CLEAR_SENDER_APPS: Final = _sql("clear_sender_apps")
 PUT_SENDER_APPS: Final = _sql("put_sender_apps")
 PUT_PLATFORM_ENTRY: Final = _sql("put_platform_entry")
 APPEND_ENTRY: Final = _sql("append_entry")
+ENTRIES_IN_USE: Final = _sql("entries_in_use")
+PUT_REVOCATIONS: Final = _sql("put_revocations")
+REVOCATIONS: Final = _sql("revocations")
 ENTRIES: Final = _sql("entries")
 APPEND_JOURNAL: Final = _sql("append_journal")
 
@@ -49,6 +64,7 @@ PLATFORM: Final = SenderId(bytes(16))
 ENTRIES_MAX: Final = 64
 
 _ENTRY_WENT_BACK: Final = "a stored entry has this or a higher serial; sign a new one with a higher serial"
+_LIST_WENT_BACK: Final = "the stored list has this or a higher serial; add to the newest list with `sealpush root revoke --list`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +147,37 @@ class AccountStore:
     async def senders(self, sender_ids: Sequence[SenderId]) -> list[Sender]:
         rows = await self._db.fetch("senders", SENDERS, sender_ids)
         return [
-            Sender(SenderId(row["sender_id"]), row["organisation_id"], row["name"], row["sender_entry"], tuple(row["app_ids"]))
+            Sender(
+                sender_id=SenderId(row["sender_id"]),
+                organisation_id=row["organisation_id"],
+                name=row["name"],
+                sender_entry=row["sender_entry"],
+                app_ids=tuple(row["app_ids"]),
+                root_public_key=row["root_public_key"],
+                platform_entry=row["platform_entry"] or b"",
+            )
             for row in rows
         ]
+
+    async def entries_in_use(self) -> list[StoredEntry]:
+        """Every entry in use, in no promised order."""
+        rows = await self._db.fetch("entries_in_use", ENTRIES_IN_USE)
+        return [
+            StoredEntry(SenderId(row["sender_id"]) if row["sender_id"] else None, row["root_public_key"], stored_entry(row["entry"]))
+            for row in rows
+        ]
+
+    async def signed_revocations(self, root_public_keys: Sequence[bytes]) -> list[bytes | None]:
+        """The newest list of each root as it was signed, in their order."""
+        rows = await self._db.fetch("revocations", REVOCATIONS, list(dict.fromkeys(root_public_keys)))
+        found: dict[bytes, bytes] = {row["root_public_key"]: row["revocations"] for row in rows}
+        return [found.get(root_public_key) for root_public_key in root_public_keys]
+
+    async def revocations(self, root_public_keys: Sequence[bytes]) -> dict[bytes, RevocationList]:
+        """The newest lists by root; roots without one are left out."""
+        roots = list(dict.fromkeys(root_public_keys))
+        signed = zip(roots, await self.signed_revocations(roots), strict=True)
+        return {root: stored_revocations(root, blob) for root, blob in signed if blob is not None}
 
     async def apps(self, app_ids: Sequence[str]) -> list[App]:
         rows = await self._db.fetch("apps", APPS, app_ids)
@@ -245,6 +289,17 @@ class AccountStore:
                 raise InvalidRequest(_ENTRY_WENT_BACK, field="platform_entry")
             await c.execute(APPEND_ENTRY, root_public_key, EntryRole.PLATFORM, PLATFORM, entry.serial, signed_entry, now)
             await _journal(c, now, actor, "PutPlatformEntry", root_public_key.hex(), {"entry_serial": entry.serial})
+
+    async def put_revocations(
+        self, signed: bytes, revocations: RevocationList, root_public_key: bytes, *, actor: str, now: datetime
+    ) -> None:
+        """Raises InvalidRequest when the list is older than the stored one."""
+        async with self._db.transaction() as c:
+            if await c.fetchrow(PUT_REVOCATIONS, root_public_key, signed, revocations.serial, now) is None:
+                raise InvalidRequest(_LIST_WENT_BACK, field="revocations")
+            keys = sum(isinstance(item, RevokedKey) for item in revocations.items)
+            detail = {"serial": revocations.serial, "senders": len(revocations.items) - keys, "keys": keys}
+            await _journal(c, now, actor, "PutRevocations", root_public_key.hex(), detail)
 
 
 async def _journal(c: Connection, now: datetime, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:

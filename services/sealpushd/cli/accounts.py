@@ -1,56 +1,48 @@
-"""`sealpush accounts`: organisations, apps and senders of an installation, put by its operator, and the root that certifies them."""
+"""`sealpush accounts`: organisations, apps and senders of an installation, put by its operator; their root is `sealpush root`'s."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import operator
-import os
-import secrets as randomness
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
+from sealpushd.cli import files
 from sealpushd.cli.errors import CommandFailed, WronglyCalled
 from sealpushd.cli.installation import Installation, installation_of
 
 if TYPE_CHECKING:
-    from sealpush.keys import RootKey
+    from sealpushd.signedfile import Kind, SignedFile
 
-_KEY_BYTES: Final = 32
-_file = click.Path(exists=True, dir_okay=False, path_type=Path)
-_new_file = click.Path(dir_okay=False, path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_root_key = click.option("--root-key", type=_file, required=True, help="File with the root key, as `new-root` makes it.")
-_days = click.option(
-    "--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="How long the entry is good; put it anew before."
-)
+_entry = click.option("--entry", type=files.EXISTING, required=True, help="The entry as `sealpush root` signed it.")
 
 
 @click.group(short_help="Set up organisations, apps and senders.")
 def accounts() -> None:
     """Set up organisations, apps and senders, as the installation's operator. Putting again changes what is there.
 
-    In this order: new-root, put-app, put-platform, put-organisation, put-sender.
+    In this order: put-app, platform-key, put-platform, put-organisation, put-sender. Entries are signed by `sealpush root` before,
+    with keys that new-sender-key and platform-key print.
     """
 
 
-@accounts.command("new-root", short_help="Make a root key.")
-@click.argument("file", type=_new_file)
+@accounts.command("new-sender-key", short_help="Make a key that a sender signs with.")
+@click.argument("file", type=files.NEW)
 @_json
-def new_root(file: Path, as_json: bool) -> None:
-    """Make a root key in FILE and print its public half, which apps pin.
+def new_sender_key(file: Path, as_json: bool) -> None:
+    """Make a content-signing key in FILE and print its public half, which `sealpush root certify-sender` certifies.
 
-    Keep FILE offline: anybody who has it can speak for every sender. No service needs it; put-sender and put-platform sign with it.
+    For the sender itself, where it seals by itself: FILE stays with it. Calls nobody.
     """
-    from sealpush.keys import RootKey
+    from sealpush.keys import ContentSigningKey
 
-    root = RootKey.generate()
-    _write_new(file, root.seed)
-    _show({"root_public_key": root.public_key.hex()}, as_json)
+    key = ContentSigningKey.generate()
+    files.write_new(file, key.seed.hex().encode() + b"\n")
+    _show({"public_key": key.public_key.hex()}, as_json)
 
 
 @accounts.command("put-organisation", short_help="Put an organisation and its login.")
@@ -76,41 +68,42 @@ def put_organisation(
 @accounts.command("put-app", short_help="Put an app and the root it pins.")
 @click.argument("app_id")
 @click.option("--name", required=True, help="Name for people, also in the SMS with the code.")
-@click.option("--root-key", type=_file, help="File with the root key whose public half the app pins.")
-@click.option("--root-public-key", metavar="HEX", help="The public half itself, as `new-root` printed it.")
+@click.option("--root-public-key", metavar="HEX", required=True, help="The root that the app pins, as `sealpush root create` printed it.")
 @_json
 @installation_of("accounts", "keys")
-def put_app(
-    installation: Installation,
-    app_id: str,
-    name: str,
-    root_key: Path | None,
-    root_public_key: str | None,
-    as_json: bool,
-) -> None:
+def put_app(installation: Installation, app_id: str, name: str, root_public_key: str, as_json: bool) -> None:
     """Create or change the app APP_ID (a-z 0-9 - .). Its root stays as long as senders hold entries of it."""
     from sealpushd.v1 import administration_pb2 as administration
     from sealpushd.v1.administration_pb2_grpc import AdministrationStub
 
-    if (root_key is None) == (root_public_key is None):
-        raise WronglyCalled("give either --root-key or --root-public-key")
-    public_key = _root(root_key).public_key if root_key is not None else _key((root_public_key or "").encode(), "--root-public-key")
+    public_key = files.parse_key(root_public_key, "--root-public-key")
     request = administration.PutAppRequest(app_id=app_id, name=name, root_public_key=public_key)
     installation.service("accounts").call(AdministrationStub, "PutApp", request)
     _show({"app_id": app_id}, as_json)
 
 
-@accounts.command("put-platform", short_help="Certify the platform's sealing key.")
-@_root_key
-@_days
+@accounts.command("platform-key", short_help="Print the platform's public sealing key.")
 @_json
 @installation_of("accounts", "keys")
-def put_platform(installation: Installation, root_key: Path, days: int, as_json: bool) -> None:
-    """Certify the key that the platform seals with for senders that let it, and print its public half.
+def platform_key(installation: Installation, as_json: bool) -> None:
+    """Print the public half of the key that the platform seals with, which `sealpush root certify-platform` certifies."""
+    from sealpushd.v1 import sealing_pb2 as sealing
+    from sealpushd.v1.sealing_pb2_grpc import SealingStub
 
-    Once for each root that apps pin, and again when the platform's key changes.
+    answer = installation.service("keys").call(SealingStub, "GetPlatformKey", sealing.GetPlatformKeyRequest())
+    _show({"platform_public_key": answer.public_key.hex()}, as_json)
+
+
+@accounts.command("put-platform", short_help="Put the entry of the platform's sealing key.")
+@_entry
+@_json
+@installation_of("accounts", "keys")
+def put_platform(installation: Installation, entry: Path, as_json: bool) -> None:
+    """Put the entry of the key that the platform seals with, for senders that let it, and print that key.
+
+    Once for each root that apps pin, again before the entry ends, and when the platform's key changes.
     """
-    from sealpushd.certify import certify_platform
+    from sealpushd.signedfile import Kind
     from sealpushd.up.endpoints import Endpoints
     from sealpushd.up.errors import UpError
     from sealpushd.v1 import administration_pb2 as administration
@@ -118,114 +111,105 @@ def put_platform(installation: Installation, root_key: Path, days: int, as_json:
     from sealpushd.v1.administration_pb2_grpc import AdministrationStub
     from sealpushd.v1.sealing_pb2_grpc import SealingStub
 
-    root = _root(root_key)
+    signed = _signed(entry, Kind.PLATFORM_ENTRY)
     with contextlib.suppress(UpError):
-        if Endpoints.load(installation.data_dir).root_public_key == root.public_key.hex():
+        if Endpoints.load(installation.data_dir).root_public_key == signed.root_public_key.hex():
             raise WronglyCalled("this is the root of the demo: `sealpush up` certifies the platform's key with it by itself")
-    service = installation.service("accounts")
-    platform = installation.service("keys").call(SealingStub, "GetPlatformKey", sealing.GetPlatformKeyRequest())
-    request = administration.PutPlatformEntryRequest(
-        platform_entry=certify_platform(root, platform.public_key, days=days), root_public_key=root.public_key
-    )
-    service.call(AdministrationStub, "PutPlatformEntry", request)
-    _show({"platform_public_key": platform.public_key.hex()}, as_json)
+    certified = [key.public_key for key in signed.entry().keys]
+    present: bytes = installation.service("keys").call(SealingStub, "GetPlatformKey", sealing.GetPlatformKeyRequest()).public_key
+    if present not in certified:
+        raise CommandFailed(f"{entry} certifies another key than the platform seals with, which is {present.hex()}: certify that one")
+    request = administration.PutPlatformEntryRequest(platform_entry=signed.signed, root_public_key=signed.root_public_key)
+    installation.service("accounts").call(AdministrationStub, "PutPlatformEntry", request)
+    _show({"platform_public_key": present.hex()}, as_json)
 
 
-@accounts.command("put-sender", short_help="Certify a sender and put it.")
+@accounts.command("put-sender", short_help="Put a sender with its entry.")
 @click.argument("organisation_id")
 @click.argument("name")
-@click.option("--display-name", required=True, help="Name that phones show, as the root certifies it.")
+@_entry
 @click.option(
     "--app", "app_ids", multiple=True, required=True, metavar="APP_ID", help="App it may send to; first: its default. Repeatable."
 )
-@click.option(
-    "--mode",
-    "modes",
-    type=click.Choice(["server", "end_to_end"]),
-    multiple=True,
-    required=True,
-    help="Who may seal for it: the server, or the sender itself. Repeatable.",
-)
-@click.option(
-    "--sender-key", "sender_keys", type=_file, multiple=True, help="File with a key it signs with (64 hex digits). Repeatable: old and new."
-)
-@click.option("--new-sender-key", type=_new_file, help="Make a key it signs with in this file, which must not exist.")
-@_root_key
-@_days
-@click.option("--logo", type=_file, help="PNG of 512 x 512 pixels, up to 128 KiB. Default when changing: the present one.")
+@click.option("--logo", type=files.EXISTING, help="PNG of 512 x 512 pixels, up to 128 KiB. Default when changing: the present one.")
 @click.option("--colour", default="", metavar="'#rrggbb'", help="Brand colour.")
 @click.option("--text-colour", default="", metavar="'#rrggbb'", help="Colour of text on the brand colour.")
 @click.option("--scope", "scopes", multiple=True, help="What it may do: publish, status, cancel, keys. Repeatable. Default: all.")
 @click.option("--default", "is_default", is_flag=True, help="The organisation signs in as this sender when it names none.")
-@click.option("--sender-id", "sender_id_text", metavar="UUID", help="The sender to change, as a whole. Default: a new one.")
 @_json
 @installation_of("accounts", "keys")
 def put_sender(
     installation: Installation,
     organisation_id: str,
     name: str,
-    display_name: str,
+    entry: Path,
     app_ids: tuple[str, ...],
-    modes: tuple[str, ...],
-    sender_keys: tuple[Path, ...],
-    new_sender_key: Path | None,
-    root_key: Path,
-    days: int,
     logo: Path | None,
     colour: str,
     text_colour: str,
     scopes: tuple[str, ...],
     is_default: bool,
-    sender_id_text: str | None,
     as_json: bool,
 ) -> None:
-    """Certify the sender NAME of the organisation ORGANISATION_ID with the root, put it, and print its id.
+    """Put the sender NAME of the organisation ORGANISATION_ID, as a whole, and print its id, which its entry names.
 
-    Its apps must pin this root. A sender that seals by itself (end_to_end) needs a key.
+    Its apps must pin the root that signed the entry. Again before the entry ends, with a new one of the same id.
     """
-    from sealpush.ids import SenderId, uuid7, uuid_text
-    from sealpush.keys import ContentSigningKey, SenderMode
-    from sealpushd.certify import certify_sender
-    from sealpushd.platform.errors import ServiceError
+    from sealpush.ids import uuid_text
+    from sealpushd.signedfile import Kind
     from sealpushd.v1 import administration_pb2 as administration
     from sealpushd.v1.administration_pb2_grpc import AdministrationStub
 
-    if "end_to_end" in modes and not sender_keys and new_sender_key is None:
-        raise WronglyCalled("the mode end_to_end needs a key: give --sender-key or --new-sender-key")
+    signed = _signed(entry, Kind.SENDER_ENTRY)
     request = administration.PutSenderRequest(
         organisation_id=_id(organisation_id, "organisation"),
-        sender_id=uuid7() if sender_id_text is None else _id(sender_id_text, "sender"),
+        sender_id=signed.entry().sender_id,
         name=name,
+        sender_entry=signed.signed,
         app_ids=app_ids,
         brand_colour=colour,
         brand_text_colour=text_colour,
-        logo_png=b"" if logo is None else _read(logo),
+        logo_png=b"" if logo is None else files.read(logo),
         scopes=scopes,
         is_default=is_default,
     )
-    root = _root(root_key)
-    seeds = [_key(_read(path), str(path)) for path in sender_keys]
-    new_seed = None if new_sender_key is None else randomness.token_bytes(_KEY_BYTES)
-    if new_seed is not None:
-        seeds.append(new_seed)
-    sender_id = SenderId(request.sender_id)
-    try:
-        mode = functools.reduce(operator.or_, (SenderMode[each.upper()] for each in modes))
-        public_keys = [ContentSigningKey.from_seed(seed).public_key for seed in seeds]
-        request.sender_entry = certify_sender(root, sender_id, display_name, mode, public_keys, days=days)
-    except ValueError as e:
-        raise WronglyCalled(str(e)) from e
-    service = installation.service("accounts")
-    again = [] if sender_id_text else [f"add --sender-id {uuid_text(sender_id)}"]
-    if new_sender_key is not None and new_seed is not None:
-        # Before the entry that names it: a certified key must not be lost.
-        _write_new(new_sender_key, new_seed)
-        again.append(f"give the key that was made with --sender-key {new_sender_key}")
-    try:
-        service.call(AdministrationStub, "PutSender", request)
-    except ServiceError as e:
-        raise CommandFailed(f"{e}; to try again, {' and '.join(again)}" if again else str(e)) from e
-    _show({"sender_id": uuid_text(sender_id)}, as_json)
+    installation.service("accounts").call(AdministrationStub, "PutSender", request)
+    _show({"sender_id": uuid_text(request.sender_id)}, as_json)
+
+
+@accounts.command("put-revocations", short_help="Put a root's newest revocation list.")
+@click.argument("revocations", metavar="LIST", type=files.EXISTING)
+@_json
+@installation_of("accounts", "keys")
+def put_revocations(installation: Installation, revocations: Path, as_json: bool) -> None:
+    """Put LIST, as `sealpush root revoke` signed it, print its number, and say which entries in use it hits.
+
+    What it revokes is refused at publishing within 30 seconds. Phones learn it within a day, or when they see a sender that is
+    new to them.
+    """
+    from sealpush.ids import uuid_text
+    from sealpushd.signedfile import Kind
+    from sealpushd.v1 import administration_pb2 as administration
+    from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+
+    signed = _signed(revocations, Kind.REVOCATIONS)
+    serial = signed.revocations().serial
+    request = administration.PutRevocationsRequest(revocations=signed.signed, root_public_key=signed.root_public_key)
+    answer = installation.service("accounts").call(AdministrationStub, "PutRevocations", request)
+    for each in answer.revoked:
+        whose = f"the sender {each.display_name}, {uuid_text(each.sender_id)}" if each.sender_id else "the platform's sealing key"
+        click.echo(f"revoked, wholly or a key of it: the entry of {whose}", err=True)
+    if not answer.revoked:
+        click.echo(f"nothing in use is revoked: compare ids, serials and keys with `sealpush root show {revocations}`", err=True)
+    _show({"serial": str(serial)}, as_json)
+
+
+def _signed(path: Path, kind: Kind) -> SignedFile:
+    """A file of this kind. Raises WronglyCalled."""
+    signed = files.read_signed(path)
+    if signed.kind is not kind:
+        raise WronglyCalled(f"{path} holds a {signed.kind.value}, not a {kind.value}")
+    return signed
 
 
 def _show(answer: dict[str, str], as_json: bool) -> None:
@@ -255,40 +239,3 @@ def _id(text: str, whose: str) -> bytes:
         return parse_uuid(text)
     except ValueError as e:
         raise WronglyCalled(f"{text!r} is no id of a{'n' if whose == 'organisation' else ''} {whose}: {e}") from e
-
-
-def _root(path: Path) -> RootKey:
-    from sealpush.keys import RootKey
-
-    return RootKey.from_seed(_key(_read(path), str(path)))
-
-
-def _key(digits: bytes, where: str) -> bytes:
-    """A key of 32 bytes as hex. The error names no content: it may be a secret."""
-    try:
-        key = bytes.fromhex(digits.decode("ascii").strip())
-    except ValueError:
-        key = b""
-    if len(key) != _KEY_BYTES:
-        raise WronglyCalled(f"{where} does not hold a key of 64 hex digits")
-    return key
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise WronglyCalled(f"{path} cannot be read: {e.strerror}") from e
-
-
-def _write_new(path: Path, seed: bytes) -> None:
-    """Write a key that only its owner reads. Raises WronglyCalled when the file is there: a key in use must not be replaced."""
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(seed.hex().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError as e:
-        raise WronglyCalled(f"{path} exists already; a key is never written over: name another file") from e
-    except OSError as e:
-        raise WronglyCalled(f"{path} cannot be written: {e.strerror}") from e

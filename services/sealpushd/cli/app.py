@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "health": "sealpushd.cli.serve:health",
     "db": "sealpushd.cli.db:db",
     "prepare": "sealpushd.cli.prepare:prepare",
+    "root": "sealpushd.cli.root:root",
     "accounts": "sealpushd.cli.accounts:accounts",
     "providers": "sealpushd.cli.providers:providers",
     "lanes": "sealpushd.cli.lanes:lanes",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from sealpushd.v1.administration_pb2 import EntryInUse
     from sealpushd.v1.lanes_pb2 import Lane
     from sealpushd.v1.mailbox_pb2 import Queue
     from sealpushd.v1.providers_pb2 import StoredProvider
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Fewer weeks than this ahead mean that maintenance does not run: it keeps six.
 PARTITION_WEEKS_AHEAD_MIN: Final = 2
 CERTIFICATE_DAYS_LEFT_MIN: Final = 14
+# Two people have to meet at the machine where the root is.
+ENTRY_DAYS_LEFT_MIN: Final = 14
 # A new credential needs people at the vendor's console, and a second pair of eyes.
 CREDENTIAL_DAYS_LEFT_MIN: Final = 30
 # Tokens allow for 30 s, creation times for 5 min.
@@ -207,6 +210,44 @@ async def check_push(dispatch: str, fetch: str, operator_key: Path, log: Path) -
         *(judge_lane(each) for each in lanes),
         *(judge_queue_without_lane(each) for each in queues if (each.app_id, each.platform) not in known),
     ]
+
+
+async def check_entries(accounts: str, operator_key: Path, log: Path, now: datetime | None = None) -> list[Check]:
+    """A check for each entry of a sender, or of the platform, that ends soon. `log` is where to look when nobody answers."""
+    from sealpushd.platform.access import OPERATOR
+    from sealpushd.platform.clients import MeshChannel
+    from sealpushd.platform.errors import ServiceError
+    from sealpushd.platform.tokens import ServiceKey
+    from sealpushd.v1.administration_pb2 import GetEndingEntriesRequest
+    from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+
+    now = now or datetime.now(UTC)
+    request = GetEndingEntriesRequest()
+    request.before.FromDatetime(now + timedelta(days=ENTRY_DAYS_LEFT_MIN))
+    channel = MeshChannel("accounts", accounts, ServiceKey.load(OPERATOR, operator_key))
+    try:
+        ending = (await channel.call(AdministrationStub(channel.channel).GetEndingEntries, request, timeout_s=3)).entries
+    except ServiceError as e:
+        return [Check(False, "entries", f"accounts does not tell ({e.message}): {_LOOK.format(log)}")]
+    finally:
+        await channel.aclose()
+    if not ending:
+        return [Check(True, "entries", f"none ends within {ENTRY_DAYS_LEFT_MIN} days")]
+    return [judge_entry(each, now) for each in ending]
+
+
+def judge_entry(entry: EntryInUse, now: datetime) -> Check:
+    """An entry that ends soon, or has ended."""
+    from sealpush.ids import uuid_text
+
+    ends_at = entry.ends_at.ToDatetime(UTC)
+    ends = f"{'ended' if ends_at <= now else 'ends'} on {ends_at:%Y-%m-%d}"
+    root = f"the root {entry.root_public_key.hex()[:16]}…"
+    if not entry.sender_id:
+        todo = f"sign another with {root} (`sealpush root certify-platform`), then `sealpush accounts put-platform`"
+        return Check(False, "entry of the platform", f"{ends}: {todo}")
+    todo = f"sign another with {root} (`sealpush root certify-sender --sender-id {uuid_text(entry.sender_id)}`)"
+    return Check(False, f"entry of {entry.display_name}", f"{ends}: {todo}, then `sealpush accounts put-sender`")
 
 
 def judge_queue_without_lane(queue: Queue) -> Check:

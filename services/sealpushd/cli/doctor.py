@@ -13,11 +13,22 @@ from sealpushd.cli.options import data_dir_option
 @click.command(short_help="Say what is wrong with a running `sealpush up`.")
 @data_dir_option
 def doctor(data_dir: Path) -> None:
-    """Check a running `sealpush up`: engines, schemas, partitions, certificates, clock, ports, services, push credentials and lanes.
+    """Check a running `sealpush up`: engines, schemas, partitions, certificates, clock, ports, services, entries of senders, push
+    credentials and lanes.
 
     Exit code 0 if all is well. Every line that says FAIL says what to do.
     """
-    from sealpushd.cli.checks import Check, all_well, check_certificate, check_health, check_port, check_postgres, check_push, check_valkey
+    from sealpushd.cli.checks import (
+        Check,
+        all_well,
+        check_certificate,
+        check_entries,
+        check_health,
+        check_port,
+        check_postgres,
+        check_push,
+        check_valkey,
+    )
     from sealpushd.up.endpoints import Endpoints
 
     endpoints = Endpoints.load(data_dir)
@@ -27,9 +38,10 @@ def doctor(data_dir: Path) -> None:
         return log / f"{listener if listener in endpoints.mesh else 'simulators'}.log"
 
     async def collect() -> list[Check]:
-        postgres, valkey, push, services, ports = await asyncio.gather(
+        postgres, valkey, entries, push, services, ports = await asyncio.gather(
             check_postgres(endpoints.postgres_url),
             check_valkey(endpoints.valkey_url, log / "valkey.log"),
+            check_entries(endpoints.mesh["accounts"], Path(endpoints.operator_key), log_of("accounts")),
             check_push(endpoints.mesh["dispatch"], endpoints.mesh["fetch"], Path(endpoints.operator_key), log_of("dispatch")),
             asyncio.gather(*(check_health(name, address, log_of(name)) for name, address in endpoints.mesh.items())),
             asyncio.gather(
@@ -37,7 +49,7 @@ def doctor(data_dir: Path) -> None:
             ),
         )
         certificates = [check_certificate(path) for path in sorted(Path(endpoints.ca).parent.glob("*.pem"))]
-        return [*postgres, valkey, *services, *ports, *certificates, *push]
+        return [*postgres, valkey, *services, *ports, *certificates, *entries, *push]
 
     checks = asyncio.run(collect())
     for check in checks:

@@ -49,6 +49,7 @@ def _services(*names: str) -> Services:
 ACCESS: Final[dict[str, Rule]] = {
     "/sealpush.v1.Accounts/SignIn": Anyone(),
     "/sealpush.v1.Accounts/GetSenderProfile": Anyone(),
+    "/sealpush.v1.Accounts/GetRevocations": Anyone(),
     "/sealpush.v1.Registration/StartRegistration": Anyone(),
     "/sealpush.v1.Registration/ConfirmRegistration": Anyone(),
     "/sealpush.v1.Registration/GetChallenge": Anyone(),
@@ -79,6 +80,8 @@ ACCESS: Final[dict[str, Rule]] = {
     "/sealpushd.v1.Administration/PutSender": _services(OPERATOR),
     "/sealpushd.v1.Administration/PutApp": _services(OPERATOR),
     "/sealpushd.v1.Administration/PutPlatformEntry": _services(OPERATOR),
+    "/sealpushd.v1.Administration/PutRevocations": _services(OPERATOR),
+    "/sealpushd.v1.Administration/GetEndingEntries": _services(OPERATOR),
     "/sealpushd.v1.Administration/GetSenders": _services(OPERATOR, "publishing", "keys", "registration", "fetch"),
     "/sealpushd.v1.Administration/FindEntries": _services("publishing"),
     "/sealpushd.v1.Administration/GetApps": _services(OPERATOR, "registration", "dispatch"),

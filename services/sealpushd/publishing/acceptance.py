@@ -91,7 +91,7 @@ class Acceptance:
     async def _parse(self, caller: SenderCaller, candidates: Sequence[_Candidate]) -> None:
         now = self._clock.now()
         try:
-            entry = await self._peers.sender_entry(caller.sender_id)
+            standing = await self._peers.standing(caller.sender_id)
         except FailedPrecondition as e:
             # Only what is new: what was accepted before has its answer already.
             for candidate in candidates:
@@ -100,7 +100,7 @@ class Acceptance:
         for candidate in candidates:
             try:
                 candidate.publication = rules.parse_publish(candidate.request, caller.sender_id, caller.app_ids, now)
-                rules.check_sender_entry(candidate.publication, entry, now)
+                rules.check_standing(candidate.publication, standing, now)
             except ServiceError as e:
                 candidate.outcome = e
 

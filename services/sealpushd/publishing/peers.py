@@ -13,6 +13,7 @@ from sealpush.v1 import publish_pb2
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.errors import FailedPrecondition, Unavailable
+from sealpushd.publishing.rules import Standing
 from sealpushd.v1 import (
     administration_pb2,
     administration_pb2_grpc,
@@ -78,11 +79,11 @@ class Peers:
         self._keys = keys
         self._accounts = accounts
         self._administration = administration_pb2_grpc.AdministrationStub(accounts.channel)
-        self._entries: dict[SenderId, tuple[SenderEntry, float]] = {}
+        self._standings: dict[SenderId, tuple[Standing, float]] = {}
 
-    async def sender_entry(self, sender_id: SenderId) -> SenderEntry:
-        """The sender's entry, at most 30 s old while accounts answers. Raises FailedPrecondition for a sender without one."""
-        kept = self._entries.get(sender_id)
+    async def standing(self, sender_id: SenderId) -> Standing:
+        """What the root says of the sender, at most 30 s old while accounts answers. Raises FailedPrecondition without an entry."""
+        kept = self._standings.get(sender_id)
         now = time.monotonic()
         if kept is not None and now - kept[1] < ENTRY_FRESH_S:
             return kept[0]
@@ -95,10 +96,10 @@ class Peers:
                 return kept[0]
             raise
         # Forgotten first: a sender that was removed must not come back when accounts is away.
-        self._entries.pop(sender_id, None)
-        entry = _decode(answer.senders)
-        self._entries[sender_id] = (entry, now)
-        return entry
+        self._standings.pop(sender_id, None)
+        standing = _decode(answer.senders)
+        self._standings[sender_id] = (standing, now)
+        return standing
 
     async def evidence(self, sender_id: SenderId, message_id: MessageId) -> publish_pb2.Receipt | None:
         """The mailbox's part of a receipt; None: not a message of this sender, or too old."""
@@ -122,11 +123,16 @@ class Peers:
         return found
 
 
-def _decode(senders: Sequence[administration_pb2.Sender]) -> SenderEntry:
+def _decode(senders: Sequence[administration_pb2.Sender]) -> Standing:
     # Accounts verified the root's signature when the entry was put; phones verify it again.
     try:
         if senders and len(senders[0].sender_entry) > SIGNATURE_BYTES:
-            return SenderEntry.decode(senders[0].sender_entry[:-SIGNATURE_BYTES])
+            return Standing(
+                entry=SenderEntry.decode(senders[0].sender_entry[:-SIGNATURE_BYTES]),
+                is_revoked=senders[0].is_entry_revoked,
+                revoked_keys=frozenset(senders[0].revoked_keys),
+                is_platform_revoked=senders[0].is_platform_revoked,
+            )
     except (ValueError, EntryRefused) as e:
         raise FailedPrecondition("the sender's entry is malformed; ask the operator to certify a new one") from e
     raise FailedPrecondition("this sender has no entry or was removed; ask the operator")

@@ -14,6 +14,7 @@ from sealpush.envelope import CONTENT_BYTES_MAX, Envelope, content_public_key, v
 from sealpush.errors import EnvelopeRefused
 from sealpush.ids import ID_BYTES, SenderId
 from sealpush.keys import SenderEntry, SenderMode
+from sealpush.model import moment
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2
 from sealpushd.platform.clock import from_ms, to_ms
 from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied
@@ -79,6 +80,17 @@ class Publication:
     envelope: Envelope | None
     # Devices added later get nothing, and neither do the others then; None: however new they are.
     added_until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the platform's root says of a sender: its entry, and what it took back of it since."""
+
+    entry: SenderEntry
+    is_revoked: bool = False
+    revoked_keys: frozenset[bytes] = frozenset()
+    # The key that the platform seals with, for whichever sender.
+    is_platform_revoked: bool = False
 
 
 def check_request_id(request_id: str) -> None:
@@ -244,19 +256,39 @@ def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: ti
     return envelope
 
 
-def check_sender_entry(publication: Publication, entry: SenderEntry, now: datetime) -> None:
-    """What the sender's entry allows. Raises FailedPrecondition for the mode or an entry out of time, InvalidRequest for the signature.
+def check_standing(publication: Publication, standing: Standing, now: datetime) -> None:
+    """What the root allows the sender. Raises FailedPrecondition for the mode, an entry out of time and what was revoked,
+    InvalidRequest for the signature.
 
     Phones check the same: what they would refuse is refused here, before it is accepted.
     """
-    if not entry.not_before_ms <= to_ms(now) < entry.not_after_ms:
-        raise FailedPrecondition("the sender's entry is out of its time; ask the operator to certify a new one")
+    entry = standing.entry
+    if standing.is_revoked:
+        raise FailedPrecondition("the platform's root revoked the sender's entry; ask the operator to certify a new one")
+    if to_ms(now) < entry.not_before_ms:
+        begins_at = moment(entry.not_before_ms)
+        raise FailedPrecondition(f"the sender's entry is not in force before {begins_at:%Y-%m-%d %H:%M} UTC; publish then")
+    if to_ms(now) >= entry.not_after_ms:
+        raise FailedPrecondition("the sender's entry has ended; ask the operator to certify a new one")
     if publication.envelope is None:
         if SenderMode.SERVER not in entry.modes:
             raise FailedPrecondition("this sender is end-to-end only: seal the content yourself and publish it as `sealed`")
+        if standing.is_platform_revoked:
+            raise FailedPrecondition(
+                "the platform's root revoked the key that the platform seals with: seal the content yourself, or ask the operator"
+                " to certify another key"
+            )
         return
+    if SenderMode.END_TO_END not in entry.modes:
+        raise FailedPrecondition("this sender's entry lets only the server seal: publish the content as `plain`")
     try:
-        verify_signature(publication.envelope, content_public_key(publication.envelope.header, entry, None))
+        public_key = content_public_key(publication.envelope.header, entry, None)
+        if public_key in standing.revoked_keys:
+            raise FailedPrecondition(
+                "the platform's root revoked the key that signed the envelope: seal with another key of the entry, or ask the operator"
+                " to certify a new one"
+            )
+        verify_signature(publication.envelope, public_key)
     except EnvelopeRefused as e:
         raise InvalidRequest(
             "the envelope is not signed by a key that the sender's entry lists for this time", field="sealed.envelope"

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -230,6 +231,132 @@ class PutPlatformEntryResponse(_message.Message):
 Global___PutPlatformEntryResponse: _TypeAlias = PutPlatformEntryResponse  # noqa: Y015
 
 @_typing.final
+class PutRevocationsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    ROOT_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    revocations: _builtins.bytes
+    """The list with its signature (layout: sealpush.revocations). Its serial only rises; the same list may be put again."""
+    root_public_key: _builtins.bytes
+    """32 bytes; must be the root of at least one app."""
+    def __init__(
+        self,
+        *,
+        revocations: _builtins.bytes = ...,
+        root_public_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revocations", b"revocations", "root_public_key", b"root_public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRevocationsRequest: _TypeAlias = PutRevocationsRequest  # noqa: Y015
+
+@_typing.final
+class PutRevocationsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOKED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def revoked(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryInUse]:
+        """Entries in use that this list revokes, or keys of which; up to 512. None: nothing in use is what somebody wanted to revoke."""
+
+    def __init__(
+        self,
+        *,
+        revoked: _abc.Iterable[Global___EntryInUse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revoked", b"revoked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRevocationsResponse: _TypeAlias = PutRevocationsResponse  # noqa: Y015
+
+@_typing.final
+class GetEndingEntriesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def before(self) -> _timestamp_pb2.Timestamp:
+        """What ends before it is told; absent: nothing."""
+
+    def __init__(
+        self,
+        *,
+        before: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["before", b"before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEndingEntriesRequest: _TypeAlias = GetEndingEntriesRequest  # noqa: Y015
+
+@_typing.final
+class GetEndingEntriesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___EntryInUse]:
+        """The 512 that end soonest, those that have ended among them."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___EntryInUse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetEndingEntriesResponse: _TypeAlias = GetEndingEntriesResponse  # noqa: Y015
+
+@_typing.final
+class EntryInUse(_message.Message):
+    """An entry that accounts holds for phones and services."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SENDER_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    ENDS_AT_FIELD_NUMBER: _builtins.int
+    ROOT_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    sender_id: _builtins.bytes
+    """16 bytes; empty: the entry of the platform's sealing key."""
+    display_name: _builtins.str
+    """As the root certified it."""
+    root_public_key: _builtins.bytes
+    """32 bytes: the root that signed it."""
+    @_builtins.property
+    def ends_at(self) -> _timestamp_pb2.Timestamp:
+        """From then on nobody believes it."""
+
+    def __init__(
+        self,
+        *,
+        sender_id: _builtins.bytes = ...,
+        display_name: _builtins.str = ...,
+        ends_at: _timestamp_pb2.Timestamp | None = ...,
+        root_public_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ends_at", b"ends_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "ends_at", b"ends_at", "root_public_key", b"root_public_key", "sender_id", b"sender_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntryInUse: _TypeAlias = EntryInUse  # noqa: Y015
+
+@_typing.final
 class GetSendersRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -284,6 +411,9 @@ class Sender(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SENDER_ENTRY_FIELD_NUMBER: _builtins.int
     APP_IDS_FIELD_NUMBER: _builtins.int
+    IS_ENTRY_REVOKED_FIELD_NUMBER: _builtins.int
+    REVOKED_KEYS_FIELD_NUMBER: _builtins.int
+    IS_PLATFORM_REVOKED_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
     """16 bytes."""
     organisation_id: _builtins.bytes
@@ -292,9 +422,17 @@ class Sender(_message.Message):
     """Unique in the organisation, ≤ 64 characters."""
     sender_entry: _builtins.bytes
     """Root-signed entry (layout: sealpush.keys)."""
+    is_entry_revoked: _builtins.bool
+    """The root revoked the entry: the sender may publish nothing."""
+    is_platform_revoked: _builtins.bool
+    """The root revoked the entry of the platform's sealing key, or the keys in it: the platform may seal nothing for this sender."""
     @_builtins.property
     def app_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Apps it may send to; the first is its default."""
+
+    @_builtins.property
+    def revoked_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Content-signing keys of the entry that the root revoked, 32 bytes each."""
 
     def __init__(
         self,
@@ -304,10 +442,13 @@ class Sender(_message.Message):
         name: _builtins.str = ...,
         sender_entry: _builtins.bytes = ...,
         app_ids: _abc.Iterable[_builtins.str] | None = ...,
+        is_entry_revoked: _builtins.bool = ...,
+        revoked_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        is_platform_revoked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_ids", b"app_ids", "name", b"name", "organisation_id", b"organisation_id", "sender_entry", b"sender_entry", "sender_id", b"sender_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_ids", b"app_ids", "is_entry_revoked", b"is_entry_revoked", "is_platform_revoked", b"is_platform_revoked", "name", b"name", "organisation_id", b"organisation_id", "revoked_keys", b"revoked_keys", "sender_entry", b"sender_entry", "sender_id", b"sender_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,16 @@ class AdministrationStub:
                 request_serializer=sealpushd_dot_v1_dot_administration__pb2.PutPlatformEntryRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_administration__pb2.PutPlatformEntryResponse.FromString,
                 _registered_method=True)
+        self.PutRevocations = channel.unary_unary(
+                '/sealpushd.v1.Administration/PutRevocations',
+                request_serializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsResponse.FromString,
+                _registered_method=True)
+        self.GetEndingEntries = channel.unary_unary(
+                '/sealpushd.v1.Administration/GetEndingEntries',
+                request_serializer=sealpushd_dot_v1_dot_administration__pb2.GetEndingEntriesRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_administration__pb2.GetEndingEntriesResponse.FromString,
+                _registered_method=True)
         self.GetSenders = channel.unary_unary(
                 '/sealpushd.v1.Administration/GetSenders',
                 request_serializer=sealpushd_dot_v1_dot_administration__pb2.GetSendersRequest.SerializeToString,
@@ -104,6 +114,20 @@ class AdministrationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutRevocations(self, request, context):
+        """Publishes a root's newest revocation list. Operators only. INVALID_ARGUMENT: not signed by the root, or not newer than the stored one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetEndingEntries(self, request, context):
+        """Senders and platform whose entries end before a time, soonest first. Operators only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetSenders(self, request, context):
         """Senders by id; unknown and deleted ones are left out. Services.
         """
@@ -147,6 +171,16 @@ def add_AdministrationServicer_to_server(servicer, server):
                     servicer.PutPlatformEntry,
                     request_deserializer=sealpushd_dot_v1_dot_administration__pb2.PutPlatformEntryRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_administration__pb2.PutPlatformEntryResponse.SerializeToString,
+            ),
+            'PutRevocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutRevocations,
+                    request_deserializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsResponse.SerializeToString,
+            ),
+            'GetEndingEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetEndingEntries,
+                    request_deserializer=sealpushd_dot_v1_dot_administration__pb2.GetEndingEntriesRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_administration__pb2.GetEndingEntriesResponse.SerializeToString,
             ),
             'GetSenders': grpc.unary_unary_rpc_method_handler(
                     servicer.GetSenders,
@@ -273,6 +307,60 @@ class Administration:
             '/sealpushd.v1.Administration/PutPlatformEntry',
             sealpushd_dot_v1_dot_administration__pb2.PutPlatformEntryRequest.SerializeToString,
             sealpushd_dot_v1_dot_administration__pb2.PutPlatformEntryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutRevocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Administration/PutRevocations',
+            sealpushd_dot_v1_dot_administration__pb2.PutRevocationsRequest.SerializeToString,
+            sealpushd_dot_v1_dot_administration__pb2.PutRevocationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetEndingEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Administration/GetEndingEntries',
+            sealpushd_dot_v1_dot_administration__pb2.GetEndingEntriesRequest.SerializeToString,
+            sealpushd_dot_v1_dot_administration__pb2.GetEndingEntriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

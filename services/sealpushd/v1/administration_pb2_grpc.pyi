@@ -41,6 +41,10 @@ class AdministrationStub:
     """Creates or changes an app. Operators only."""
     PutPlatformEntry: _grpc.UnaryUnaryMultiCallable[_administration_pb2.PutPlatformEntryRequest, _administration_pb2.PutPlatformEntryResponse]
     """Publishes the root-signed entry of the platform's sealing key. Operators only. INVALID_ARGUMENT: not signed by the root."""
+    PutRevocations: _grpc.UnaryUnaryMultiCallable[_administration_pb2.PutRevocationsRequest, _administration_pb2.PutRevocationsResponse]
+    """Publishes a root's newest revocation list. Operators only. INVALID_ARGUMENT: not signed by the root, or not newer than the stored one."""
+    GetEndingEntries: _grpc.UnaryUnaryMultiCallable[_administration_pb2.GetEndingEntriesRequest, _administration_pb2.GetEndingEntriesResponse]
+    """Senders and platform whose entries end before a time, soonest first. Operators only."""
     GetSenders: _grpc.UnaryUnaryMultiCallable[_administration_pb2.GetSendersRequest, _administration_pb2.GetSendersResponse]
     """Senders by id; unknown and deleted ones are left out. Services."""
     FindEntries: _grpc.UnaryUnaryMultiCallable[_administration_pb2.FindEntriesRequest, _administration_pb2.FindEntriesResponse]
@@ -61,6 +65,10 @@ class AdministrationAsyncStub(AdministrationStub):
     """Creates or changes an app. Operators only."""
     PutPlatformEntry: _aio.UnaryUnaryMultiCallable[_administration_pb2.PutPlatformEntryRequest, _administration_pb2.PutPlatformEntryResponse]  # type: ignore[assignment]
     """Publishes the root-signed entry of the platform's sealing key. Operators only. INVALID_ARGUMENT: not signed by the root."""
+    PutRevocations: _aio.UnaryUnaryMultiCallable[_administration_pb2.PutRevocationsRequest, _administration_pb2.PutRevocationsResponse]  # type: ignore[assignment]
+    """Publishes a root's newest revocation list. Operators only. INVALID_ARGUMENT: not signed by the root, or not newer than the stored one."""
+    GetEndingEntries: _aio.UnaryUnaryMultiCallable[_administration_pb2.GetEndingEntriesRequest, _administration_pb2.GetEndingEntriesResponse]  # type: ignore[assignment]
+    """Senders and platform whose entries end before a time, soonest first. Operators only."""
     GetSenders: _aio.UnaryUnaryMultiCallable[_administration_pb2.GetSendersRequest, _administration_pb2.GetSendersResponse]  # type: ignore[assignment]
     """Senders by id; unknown and deleted ones are left out. Services."""
     FindEntries: _aio.UnaryUnaryMultiCallable[_administration_pb2.FindEntriesRequest, _administration_pb2.FindEntriesResponse]  # type: ignore[assignment]
@@ -102,6 +110,22 @@ class AdministrationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_administration_pb2.PutPlatformEntryResponse, _abc.Awaitable[_administration_pb2.PutPlatformEntryResponse]]:
         """Publishes the root-signed entry of the platform's sealing key. Operators only. INVALID_ARGUMENT: not signed by the root."""
+
+    @_abc_1.abstractmethod
+    def PutRevocations(
+        self,
+        request: _administration_pb2.PutRevocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_administration_pb2.PutRevocationsResponse, _abc.Awaitable[_administration_pb2.PutRevocationsResponse]]:
+        """Publishes a root's newest revocation list. Operators only. INVALID_ARGUMENT: not signed by the root, or not newer than the stored one."""
+
+    @_abc_1.abstractmethod
+    def GetEndingEntries(
+        self,
+        request: _administration_pb2.GetEndingEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_administration_pb2.GetEndingEntriesResponse, _abc.Awaitable[_administration_pb2.GetEndingEntriesResponse]]:
+        """Senders and platform whose entries end before a time, soonest first. Operators only."""
 
     @_abc_1.abstractmethod
     def GetSenders(

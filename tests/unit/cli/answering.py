@@ -12,7 +12,18 @@ from typing import Any
 import grpc
 
 from sealpushd.platform.errors import ServiceError, render
-from sealpushd.v1 import lanes_pb2, lanes_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc, providers_pb2, providers_pb2_grpc
+from sealpushd.v1 import (
+    administration_pb2,
+    administration_pb2_grpc,
+    lanes_pb2,
+    lanes_pb2_grpc,
+    mailbox_pb2,
+    mailbox_pb2_grpc,
+    providers_pb2,
+    providers_pb2_grpc,
+    sealing_pb2,
+    sealing_pb2_grpc,
+)
 
 
 @dataclass
@@ -59,13 +70,17 @@ class Installation:
         return ["--operator-key", str(self.key), "--dispatch", self.address]
 
     @property
+    def accounts(self) -> list[str]:
+        return ["--operator-key", str(self.key), "--accounts", self.address, "--keys", self.address]
+
+    @property
     def both(self) -> list[str]:
         return [*self.dispatch, "--fetch", self.address]
 
 
 @contextmanager
 def answering(folder: Path) -> Iterator[Installation]:
-    """Dispatch and fetch on one port."""
+    """Accounts, keys, dispatch and fetch on one port."""
     answers = Answers(
         {
             "PutProvider": providers_pb2.PutProviderResponse(),
@@ -75,6 +90,11 @@ def answering(folder: Path) -> Iterator[Installation]:
             "PauseLane": lanes_pb2.PauseLaneResponse(),
             "ResumeLane": lanes_pb2.ResumeLaneResponse(),
             "GetQueues": mailbox_pb2.GetQueuesResponse(),
+            "PutSender": administration_pb2.PutSenderResponse(),
+            "PutPlatformEntry": administration_pb2.PutPlatformEntryResponse(),
+            "PutRevocations": administration_pb2.PutRevocationsResponse(),
+            "GetEndingEntries": administration_pb2.GetEndingEntriesResponse(),
+            "GetPlatformKey": sealing_pb2.GetPlatformKeyResponse(),
         }
     )
     key = folder / "operator.key"
@@ -85,6 +105,8 @@ def answering(folder: Path) -> Iterator[Installation]:
         providers_pb2_grpc.add_ProvidersServicer_to_server(servicer, server)
         lanes_pb2_grpc.add_LanesServicer_to_server(servicer, server)
         mailbox_pb2_grpc.add_MailboxServicer_to_server(servicer, server)
+        administration_pb2_grpc.add_AdministrationServicer_to_server(servicer, server)
+        sealing_pb2_grpc.add_SealingServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         try:

@@ -1,16 +1,22 @@
 import io
 import json
 import stat
-import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from sealpush.keys import EntryRole, RootKey, SenderMode, verify_sender_entry
-from sealpushd.certify import certify_platform, certify_sender
+from sealpush.ids import SenderId, parse_uuid
+from sealpush.keys import ContentSigningKey, EntryRole, RootKey, SenderMode, verify_sender_entry
+from sealpush.revocations import RevokedKey, revoking, verify_revocations
+from sealpushd.certify import certify_platform, certify_sender, now_ms, platform_entry, sender_entry
 from sealpushd.cli.app import run
 from sealpushd.platform.settings import Settings
+from sealpushd.signedfile import SignedFile
+from sealpushd.v1 import sealing_pb2
+from sealpushd.v1.administration_pb2 import EntryInUse, PutRevocationsResponse
+from tests.unit.cli.answering import Installation, answering
 
 ID = "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
 
@@ -37,11 +43,6 @@ def installation(key_file: Path) -> list[str]:
     return ["--operator-key", str(key_file), "--accounts", "127.0.0.1:1", "--keys", "127.0.0.1:1"]
 
 
-def put_sender(key_file: Path, *more: str, organisation_id: str = ID, name: str = "Post") -> list[str]:
-    arguments = ["put-sender", organisation_id, "post", "--display-name", name, "--app", "a", "--root-key", str(key_file), *more]
-    return ["accounts", *arguments]
-
-
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -49,21 +50,123 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-def test_a_new_root_is_for_its_owner_only_and_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "root.key"
-    assert run(["accounts", "new-root", str(path), "--json"]) == 0
+@pytest.fixture
+def answered(tmp_path: Path) -> Iterator[Installation]:
+    with answering(tmp_path) as made:
+        yield made
+
+
+ROOT = RootKey.from_seed(bytes(32))
+KEY = RootKey.from_seed(bytes([1]) * 32).public_key
+SENDER_ID = SenderId(parse_uuid(ID))
+
+
+def sender_file(tmp_path: Path, content: bytes | None = None) -> Path:
+    path = tmp_path / "sender.entry"
+    entry = sender_entry(SENDER_ID, "Post", SenderMode.SERVER, [], days=2)
+    path.write_bytes(SignedFile.of_entry(ROOT, entry).encode() if content is None else content)
+    return path
+
+
+def platform_file(tmp_path: Path) -> Path:
+    path = tmp_path / "platform.entry"
+    path.write_bytes(SignedFile.of_entry(ROOT, platform_entry(KEY, days=2)).encode())
+    return path
+
+
+def list_file(tmp_path: Path) -> Path:
+    path = tmp_path / "revoked"
+    path.write_bytes(SignedFile.of_revocations(ROOT, revoking(None, [RevokedKey(KEY)], issued_ms=5)).encode())
+    return path
+
+
+def put_sender(entry: Path, organisation_id: str = ID) -> list[str]:
+    return ["accounts", "put-sender", organisation_id, "post", "--entry", str(entry), "--app", "a"]
+
+
+def test_a_new_sender_key_is_for_its_owner_only_and_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sender.key"
+    assert run(["accounts", "new-sender-key", str(path), "--json"]) == 0
     made = path.read_bytes()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    public_key = RootKey.from_seed(bytes.fromhex(made.decode().strip())).public_key
-    assert json.loads(capsys.readouterr().out) == {"root_public_key": public_key.hex()}
-    assert run(["accounts", "new-root", str(path)]) == 2
+    public_key = ContentSigningKey.from_seed(bytes.fromhex(made.decode().strip())).public_key
+    assert json.loads(capsys.readouterr().out) == {"public_key": public_key.hex()}
+    assert run(["accounts", "new-sender-key", str(path)]) == 2
     assert f"{path} exists already" in refusal(capsys)
     assert path.read_bytes() == made
 
 
-def test_a_root_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["accounts", "new-root", str(tmp_path / "nowhere" / "root.key")]) == 2
+def test_a_key_that_cannot_be_written_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["accounts", "new-sender-key", str(tmp_path / "nowhere" / "sender.key")]) == 2
     assert "cannot be written" in refusal(capsys)
+
+
+def test_what_the_root_signed_is_put_as_it_is(tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+    answered.answers.given["GetPlatformKey"] = sealing_pb2.GetPlatformKeyResponse(public_key=KEY)
+    asked = answered.answers.asked
+    assert run(["accounts", "platform-key", *answered.accounts]) == 0
+    assert capsys.readouterr().out == f"{KEY.hex()}\n"
+    assert run(["accounts", "put-platform", "--entry", str(platform_file(tmp_path)), *answered.accounts]) == 0
+    assert capsys.readouterr().out == f"{KEY.hex()}\n"
+    assert asked[-1].root_public_key == ROOT.public_key
+    assert verify_sender_entry(ROOT.public_key, asked[-1].platform_entry, now_ms(), role=EntryRole.PLATFORM).keys[0].public_key == KEY
+    assert run([*put_sender(sender_file(tmp_path)), "--default", *answered.accounts]) == 0
+    assert capsys.readouterr().out == f"{ID}\n"
+    assert (asked[-1].sender_id, list(asked[-1].app_ids), asked[-1].is_default) == (SENDER_ID, ["a"], True)
+    assert verify_sender_entry(ROOT.public_key, asked[-1].sender_entry, now_ms()).display_name == "Post"
+    assert run(["accounts", "put-revocations", str(list_file(tmp_path)), "--json", *answered.accounts]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"serial": "1"}
+    assert f"nothing in use is revoked: compare ids, serials and keys with `sealpush root show {tmp_path / 'revoked'}`" in captured.err
+    assert verify_revocations(asked[-1].root_public_key, asked[-1].revocations).revokes_key(KEY)
+
+
+def test_who_revokes_is_told_whom_that_hits(tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+    hit = [EntryInUse(sender_id=SENDER_ID, display_name="Post"), EntryInUse(display_name="Sealpush")]
+    answered.answers.given["PutRevocations"] = PutRevocationsResponse(revoked=hit)
+    assert run(["accounts", "put-revocations", str(list_file(tmp_path)), *answered.accounts]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "1\n"
+    assert f"the entry of the sender Post, {ID}\n" in captured.err
+    assert "the entry of the platform's sealing key\n" in captured.err
+
+
+def test_an_entry_of_a_key_that_the_platform_does_not_seal_with_is_not_put(
+    tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered.answers.given["GetPlatformKey"] = sealing_pb2.GetPlatformKeyResponse(public_key=b"\x07" * 32)
+    assert run(["accounts", "put-platform", "--entry", str(platform_file(tmp_path)), *answered.accounts]) == 1
+    assert f"which is {'07' * 32}: certify that one" in refusal(capsys)
+    assert len(answered.answers.asked) == 1
+
+
+def test_a_file_of_another_kind_changed_or_strange_is_refused_before_anybody_is_called(
+    tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signed = json.loads(sender_file(tmp_path).read_text())
+    changed = json.dumps({**signed, "signed": signed["signed"][:-2] + "00"}).encode()
+    relabelled = json.dumps({**signed, "kind": "platform entry"}).encode()
+    put_platform = ["accounts", "put-platform", "--entry"]
+    for arguments, exit_code, words in (
+        (put_sender(platform_file(tmp_path)), 2, "holds a platform entry, not a sender entry"),
+        ([*put_platform, str(sender_file(tmp_path))], 2, "holds a sender entry, not a platform entry"),
+        (["accounts", "put-revocations", str(sender_file(tmp_path))], 2, "holds a sender entry, not a revocation list"),
+        (put_sender(list_file(tmp_path)), 2, "holds a revocation list"),
+        (put_sender(sender_file(tmp_path), organisation_id="post"), 2, "no id of an organisation"),
+    ):
+        assert run([*arguments, *answered.accounts]) == exit_code
+        assert words in refusal(capsys)
+    for content, make, exit_code, words in (
+        (changed, put_sender, 1, "not signed by the root that the file names"),
+        (relabelled, lambda path: [*put_platform, str(path)], 1, "holds another entry"),
+        (b"hunter2", put_sender, 2, "holds nothing that `sealpush root` signed"),
+        (b"[]", put_sender, 2, "holds nothing that `sealpush root` signed"),
+        (b'{"format": "sealpush signed", "version": 2}', put_sender, 2, "holds nothing that `sealpush root` signed"),
+        (b"[" * 300_000, put_sender, 2, "holds nothing that `sealpush root` signed"),
+    ):
+        assert run([*make(sender_file(tmp_path, content)), *answered.accounts]) == exit_code
+        assert words in refusal(capsys)
+    assert answered.answers.asked == []
 
 
 def test_without_an_installation_the_command_asks_for_the_operators_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,26 +178,13 @@ def test_addresses_come_from_the_settings_where_no_up_runs(
     key_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SEALPUSH_ACCOUNTS_MESH", "127.0.0.1:1")
-    app = ["accounts", "put-app", "a", "--name", "A", "--root-key", str(key_file)]
+    app = ["accounts", "put-app", "a", "--name", "A", "--root-public-key", "07" * 32]
     assert run([*app, "--operator-key", str(key_file)]) == 1
     assert "accounts" in refusal(capsys)
 
 
-@pytest.mark.parametrize("roots", [[], ["--root-public-key", "07" * 32, "--root-key", "KEY"]], ids=["no root", "two roots"])
-def test_an_app_has_one_root(roots: list[str], key_file: Path, installation: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    given = [str(key_file) if each == "KEY" else each for each in roots]
-    assert run(["accounts", "put-app", "a", "--name", "A", *given, *installation]) == 2
-    assert "either --root-key or --root-public-key" in refusal(capsys)
-
-
 @pytest.mark.parametrize("digits", ["", "hunter2", "07" * 31])
-def test_what_is_no_key_is_refused_without_its_content(
-    digits: str, tmp_path: Path, installation: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "wrong.key"
-    path.write_text(digits)
-    assert run(["accounts", "put-platform", "--root-key", str(path), *installation]) == 2
-    assert refusal(capsys) == f"sealpush: {path} does not hold a key of 64 hex digits\n"
+def test_what_is_no_key_is_refused_without_its_content(digits: str, installation: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["accounts", "put-app", "a", "--name", "A", "--root-public-key", digits, *installation]) == 2
     assert refusal(capsys) == "sealpush: --root-public-key does not hold a key of 64 hex digits\n"
 
@@ -111,49 +201,10 @@ def test_a_password_is_asked_for_on_a_terminal_only(
     assert "not UTF-8" in refusal(capsys)
 
 
-def test_a_sender_that_cannot_be_is_refused_before_a_key_is_made(
-    key_file: Path, tmp_path: Path, installation: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    new_key = tmp_path / "new.key"
-    making = ["--mode", "end_to_end", "--new-sender-key", str(new_key)]
-    for arguments, words in (
-        (put_sender(key_file, "--mode", "end_to_end"), "needs a key"),
-        (put_sender(key_file, *making, organisation_id="post"), "no id of an organisation"),
-        (put_sender(key_file, *making, "--sender-id", "x"), "no id of a sender"),
-        (put_sender(key_file, *making, name=" Post"), "display_name"),
-    ):
-        assert run([*arguments, *installation]) == 2
-        assert words in refusal(capsys)
-    assert run(put_sender(key_file, *making)) == 2
-    assert "give --operator-key" in refusal(capsys)
-    assert not new_key.exists()
-
-
-def test_a_sender_that_nobody_answered_for_can_be_put_again_with_its_id_and_key(
-    key_file: Path, tmp_path: Path, installation: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    new_key = tmp_path / "new.key"
-    sender = put_sender(key_file, "--mode", "end_to_end", "--mode", "server", "--new-sender-key", str(new_key), *installation)
-    assert run(sender) == 1
-    err = refusal(capsys)
-    assert "to try again, add --sender-id " in err
-    assert f"--sender-key {new_key}" in err
-    assert stat.S_IMODE(new_key.stat().st_mode) == 0o600
-    kept = new_key.read_bytes()
-    assert run(sender) == 2
-    assert "exists already" in refusal(capsys)
-    assert new_key.read_bytes() == kept
-
-
 def test_what_the_root_certifies_is_taken_for_as_many_days() -> None:
-    root, key = RootKey.from_seed(bytes(32)), RootKey.from_seed(bytes([1]) * 32).public_key
-    platform = verify_sender_entry(root.public_key, certify_platform(root, key, days=2), now_ms(), role=EntryRole.PLATFORM)
-    assert (platform.modes, [each.public_key for each in platform.keys]) == (SenderMode.SERVER, [key])
-    signed = certify_sender(root, platform.sender_id, "Post", SenderMode.SERVER, [], days=2)
-    entry = verify_sender_entry(root.public_key, signed, now_ms(), role=EntryRole.SENDER)
+    platform = verify_sender_entry(ROOT.public_key, certify_platform(ROOT, KEY, days=2), now_ms(), role=EntryRole.PLATFORM)
+    assert (platform.modes, [each.public_key for each in platform.keys]) == (SenderMode.SERVER, [KEY])
+    signed = certify_sender(ROOT, platform.sender_id, "Post", SenderMode.SERVER, [], days=2)
+    entry = verify_sender_entry(ROOT.public_key, signed, now_ms(), role=EntryRole.SENDER)
     assert (entry.sender_id, entry.display_name, entry.keys) == (platform.sender_id, "Post", ())
     assert timedelta(days=2) < timedelta(milliseconds=entry.not_after_ms - entry.not_before_ms) < timedelta(days=2, hours=2)
-
-
-def now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -7,16 +7,19 @@ import pytest
 from sealpush.v1 import common_pb2
 from sealpushd.cli.checks import (
     check_certificate,
+    check_entries,
     check_health,
     check_port,
     check_push,
     judge_credential,
+    judge_entry,
     judge_lane,
     judge_partitions,
 )
 from sealpushd.platform.tls import CERTIFICATE_LIFETIME, LocalAuthority
 from sealpushd.up.ports import Ports
 from sealpushd.v1 import lanes_pb2, mailbox_pb2
+from sealpushd.v1.administration_pb2 import EntryInUse, GetEndingEntriesResponse
 from sealpushd.v1.providers_pb2 import ListProvidersResponse, StoredProvider
 from tests.unit.cli.answering import answering
 
@@ -117,3 +120,42 @@ async def test_every_credential_and_lane_is_checked(tmp_path: Path) -> None:
         (False, "lane bank rustore"),
     ]
     assert "3 wait and nothing pushes them" in checks[2].text
+
+
+def ending(days: float, sender_id: bytes = b"") -> EntryInUse:
+    entry = EntryInUse(sender_id=sender_id, display_name="Bank" if sender_id else "Sealpush", root_public_key=b"\x07" * 32)
+    entry.ends_at.FromDatetime(NOW + timedelta(days=days))
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "text"),
+    [
+        (
+            ending(3),
+            "entry of the platform",
+            "ends on 2026-11-21: sign another with the root 0707070707070707… (`sealpush root certify-platform`)",
+        ),
+        (ending(-3, bytes(16)), "entry of Bank", "ended on 2026-11-15: sign another with the root 0707070707070707…"),
+        (ending(0, bytes(16)), "entry of Bank", "ended on 2026-11-18: sign another"),
+    ],
+    ids=["platform", "over", "now"],
+)
+def test_an_entry_that_ends_soon_is_told_with_what_to_do(entry: EntryInUse, name: str, text: str) -> None:
+    check = judge_entry(entry, NOW)
+    assert (check.ok, check.name) == (False, name)
+    assert check.text.startswith(text)
+    assert f"then `sealpush accounts put-{'sender' if entry.sender_id else 'platform'}`" in check.text
+
+
+async def test_entries_are_asked_for_two_weeks_ahead(tmp_path: Path, free_base_port: int) -> None:
+    with answering(tmp_path) as installation:
+        [well] = await check_entries(installation.address, installation.key, tmp_path / "log", NOW)
+        assert (well.ok, well.text) == (True, "none ends within 14 days")
+        assert installation.answers.asked[-1].before.ToDatetime(UTC) == NOW + timedelta(days=14)
+        installation.answers.given["GetEndingEntries"] = GetEndingEntriesResponse(entries=[ending(1), ending(2, bytes(16))])
+        checks = await check_entries(installation.address, installation.key, tmp_path / "log", NOW)
+        assert [check.ok for check in checks] == [False, False]
+    [away] = await check_entries(f"127.0.0.1:{free_base_port}", installation.key, Path("data/log/accounts.log"), NOW)
+    assert not away.ok
+    assert "data/log/accounts.log" in away.text

@@ -21,7 +21,7 @@ from sealpush.v1 import common_pb2, content_pb2, publish_pb2
 from sealpushd.platform.clock import from_ms, to_ms
 from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied, ServiceError
 from sealpushd.publishing import rules
-from sealpushd.publishing.rules import Wait, assume, blocked_reason, check_request_id, check_sender_entry, parse_publish, parse_wait
+from sealpushd.publishing.rules import Standing, Wait, assume, blocked_reason, check_request_id, check_standing, parse_publish, parse_wait
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SENDER = SenderId(b"s" * 16)
@@ -333,11 +333,11 @@ def test_an_envelope_is_at_most_160_kib_which_holds_the_largest_content_for_64_h
     refused(sealed(large), "sealed.envelope")
 
 
-# The sender's entry
+# What the root says of the sender
 
 
 def check(made: publish_pb2.PublishRequest, entry: SenderEntry = ENTRY, now: datetime = NOW) -> None:
-    check_sender_entry(parse(made, now), entry, now)
+    check_standing(parse(made, now), Standing(entry), now)
 
 
 def test_an_entry_allows_what_its_modes_say() -> None:
@@ -345,24 +345,24 @@ def test_an_entry_allows_what_its_modes_say() -> None:
     check(sealed(envelope()))
     with pytest.raises(FailedPrecondition, match="end-to-end only"):
         check(request(), dataclasses.replace(ENTRY, modes=SenderMode.END_TO_END))
-    with pytest.raises(InvalidRequest, match="not signed by a key"):
+    with pytest.raises(FailedPrecondition, match="lets only the server seal"):
         check(sealed(envelope()), dataclasses.replace(ENTRY, modes=SenderMode.SERVER))
 
 
 @pytest.mark.parametrize(
-    ("at_ms", "right"),
+    ("at_ms", "wrong"),
     [
-        (ENTRY.not_before_ms - 1, False),
-        (ENTRY.not_before_ms, True),
-        (ENTRY.not_after_ms - 1, True),
-        (ENTRY.not_after_ms, False),
+        (ENTRY.not_before_ms - 1, "not in force before"),
+        (ENTRY.not_before_ms, ""),
+        (ENTRY.not_after_ms - 1, ""),
+        (ENTRY.not_after_ms, "has ended"),
     ],
 )
-def test_an_entry_out_of_its_time_allows_nothing(at_ms: int, right: bool) -> None:
-    if right:
+def test_an_entry_out_of_its_time_allows_nothing(at_ms: int, wrong: str) -> None:
+    if not wrong:
         check(request(), now=from_ms(at_ms))
     else:
-        with pytest.raises(FailedPrecondition, match="out of its time"):
+        with pytest.raises(FailedPrecondition, match=wrong):
             check(request(), now=from_ms(at_ms))
 
 

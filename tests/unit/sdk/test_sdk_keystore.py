@@ -87,6 +87,7 @@ def test_an_empty_store_knows_nothing(store: Keystore) -> None:
     assert store.clock_offset_ms() is None
     assert store.pinned_root() is None
     assert store.sender_entry(SENDER, EntryRole.SENDER) is None
+    assert store.revocations() is None
     assert store.prekey(1, 1, PrekeyKind.SIGNED) is None
     assert store.newest_signed_prekey() is None
     assert not store.pending_acknowledgements()
@@ -142,6 +143,7 @@ def test_another_root_is_refused_and_replacing_it_drops_what_the_old_one_signed(
     store.pin_root(b"r" * 32)
     store.pin_root(b"r" * 32)
     store.put_sender_entry(SENDER, EntryRole.SENDER, 1, NOW_MS, b"blob")
+    store.put_revocations(9, b"list")
     with pytest.raises(RootMismatch):
         store.pin_root(b"q" * 32)
     assert store.pinned_root() == b"r" * 32
@@ -149,6 +151,8 @@ def test_another_root_is_refused_and_replacing_it_drops_what_the_old_one_signed(
     store.pin_root(b"q" * 32, replace=True)
     assert store.pinned_root() == b"q" * 32
     assert store.sender_entry(SENDER, EntryRole.SENDER) is None
+    assert store.revocations() is None
+    assert store.put_revocations(1, b"the other root's first list")
     with pytest.raises(KeystoreError):
         store.pin_root(b"short")
 
@@ -166,6 +170,22 @@ def test_a_sender_entry_never_goes_back(store: Keystore) -> None:
     assert store.sender_entry(SENDER, EntryRole.SENDER) == b"top"
     store.purge(NOW_MS)
     assert store.sender_entry(SENDER, EntryRole.SENDER) is None
+
+
+def test_a_revocation_list_never_goes_back(store: Keystore) -> None:
+    top = (1 << 64) - 1
+    longest = bytes(135_255)
+    assert store.put_revocations(5, longest)
+    assert not store.put_revocations(4, b"four")
+    assert store.revocations() == longest
+    assert store.put_revocations(5, b"five, written anew")
+    assert store.put_revocations(top, b"top")
+    assert not store.put_revocations(top - 1, b"below")
+    store.purge(1 << 62)
+    assert store.revocations() == b"top"
+    store.erase()
+    assert store.revocations() is None
+    assert store.put_revocations(1, b"one")
 
 
 def test_prekey_ids_are_given_once(store: Keystore) -> None:
@@ -545,6 +565,16 @@ def test_a_store_of_the_release_before_is_taken_over_with_everything_in_it(path:
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
     connection.close()
+
+
+def test_a_revocation_list_outlives_the_process_and_the_other_process_sees_it(path: Path) -> None:
+    with SqliteKeystore(path) as store, SqliteKeystore(path) as other:
+        assert store.put_revocations(5, b"five")
+        assert not other.put_revocations(4, b"four")
+        assert other.revocations() == b"five"
+    with SqliteKeystore(path) as store:
+        assert store.revocations() == b"five"
+        assert not store.put_revocations(4, b"four")
 
 
 def test_a_store_of_a_newer_release_is_refused_untouched(path: Path) -> None:

@@ -33,6 +33,7 @@ from sealpush.errors import (
     EnvelopeRefused,
     KeyRefused,
     ReceiptRefused,
+    RevocationsRefused,
     SuiteUnsupported,
 )
 from sealpush.floor import Floor
@@ -66,6 +67,7 @@ from sealpush.proofs import (
     vouch_proof,
 )
 from sealpush.receipts import Receipt, verify_receipt
+from sealpush.revocations import RevocationList, RevokedEntries, sign_revocations, verify_revocations
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519, SUITES
 
 Json = dict[str, Any]
@@ -73,7 +75,7 @@ Json = dict[str, Any]
 FOLDER = Path(__file__).resolve().parents[2] / "vectors"
 FILES = {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in generate_vectors.VECTORS}
 SIGNATURES, PREKEYS, ENTRIES, PROOFS, RECEIPTS = (FILES[name] for name in ("signatures", "prekeys", "entries", "proofs", "receipts"))
-DEVICE_LOG = FILES["devicelog"]
+DEVICE_LOG, REVOCATIONS = FILES["devicelog"], FILES["revocations"]
 SEAL_FILES, OPEN_FILES = ("seal", "seal_hybrid"), ("open", "open_hybrid")
 
 
@@ -526,6 +528,56 @@ def test_what_is_no_receipt_is_refused(case: Json) -> None:
     text = case["text"] if "text" in case else receipt_text("own", case["changes"])
     with pytest.raises(ReceiptRefused):
         Receipt.from_json(text.encode())
+
+
+def revocations_json(found: RevocationList) -> Json:
+    items: list[Json] = [
+        {"kind": 1, "sender_id": item.sender_id.hex(), "serial": str(item.serial)}
+        if isinstance(item, RevokedEntries)
+        else {"kind": 2, "public_key": item.public_key.hex()}
+        for item in found.items
+    ]
+    return {"serial": str(found.serial), "issued_ms": found.issued_ms, "items": items}
+
+
+@cases(REVOCATIONS["verify"])
+def test_revocation_lists_are_read_or_refused(case: Json) -> None:
+    root = RootKey.from_seed(unhex(REVOCATIONS["root_seed"]))
+    assert root.public_key.hex() == REVOCATIONS["root_public_key"]
+    blob = unhex(case["blob"])
+    if case["list"] is None:
+        with pytest.raises(RevocationsRefused):
+            verify_revocations(root.public_key, blob)
+        return
+    found = verify_revocations(root.public_key, blob)
+    assert revocations_json(found) == case["list"]
+    assert sign_revocations(root, found) == blob
+
+
+@cases(REVOCATIONS["rising_keys"])
+def test_a_revocation_list_has_a_largest_size(case: Json) -> None:
+    listed = b"".join(b"\x02" + number.to_bytes(32, "big") for number in range(case["keys"]))
+    blob = unhex(case["head"]) + listed + unhex(case["signature"])
+    if not case["accepted"]:
+        with pytest.raises(RevocationsRefused):
+            verify_revocations(unhex(REVOCATIONS["root_public_key"]), blob)
+        return
+    found = verify_revocations(unhex(REVOCATIONS["root_public_key"]), blob)
+    assert len(found.items) == case["keys"]
+    assert found.revokes_key((case["keys"] - 1).to_bytes(32, "big"))
+    assert not found.revokes_key(case["keys"].to_bytes(32, "big"))
+
+
+@cases(REVOCATIONS["judged"])
+def test_what_is_revoked_does_not_count(case: Json) -> None:
+    root, now_ms = unhex(REVOCATIONS["root_public_key"]), REVOCATIONS["now_ms"]
+    revoked = verify_revocations(root, unhex(case["list"]))
+    entries = [verify_sender_entry(root, unhex(case["sender_entry"]), now_ms)]
+    if case["platform_entry"]:
+        entries.append(verify_sender_entry(root, unhex(case["platform_entry"]), now_ms, role=EntryRole.PLATFORM))
+    public_key = unhex(case["public_key"])
+    assert entries[-1].public_key(content_key_id(public_key), now_ms) == public_key
+    assert (not any(map(revoked.revokes_entry, entries)) and not revoked.revokes_key(public_key)) is case["trusted"]
 
 
 def test_the_scripts_own_hsalsa20_is_libsodiums() -> None:

@@ -6,6 +6,7 @@ import { concat, exactly, hex, Reader, same, sha256, sha512, TIME_MS_MAX, u16, u
 import { contentKeyOf, Role, verifyEntry } from './entries.js';
 import { EnvelopeRefused, EntryRefused, KeyRefused } from './errors.js';
 import { Kind } from './prekeys.js';
+import { revokesEntry, revokesKey } from './revocations.js';
 import { contentKeyId, sodium, verify } from './signing.js';
 import { SUITE_X25519, suiteOf } from './suites.js';
 
@@ -225,7 +226,8 @@ function wrap(contentKey, headerBytes, recipient, random) {
  *
  * `device`: deviceId, `prekeys`, a list of `{ suite, prekeyId, kind, publicKey, privateKey }`, `minSuite`, and when it was raised to that,
  * `raisedAtMs` by the server's time (left out: before anything that still lives).
- * `trust`: rootPublicKey, and as blobs senderEntry and platformEntry (null if none).
+ * `trust`: rootPublicKey, as blobs senderEntry and platformEntry (null if none), and `revocations`, the newest list that
+ * `verifyRevocations` gave (null if none).
  * `nowMs` is the server's time, `skewMs` how far it may be off; `seen(senderId, contentId)` tells repetitions. An
  * application treats those two more finely: it holds a message from the future, and acknowledges a repeated one again.
  *
@@ -246,11 +248,17 @@ export function open(bytes, { device, trust, nowMs, skewMs, seen = () => false, 
   return openSignedBy(envelope, { device, senderPublicKey, onStage });
 }
 
-function trustedKey(header, { rootPublicKey, senderEntry, platformEntry }, nowMs) {
+function trustedKey(header, { rootPublicKey, senderEntry, platformEntry, revocations = null }, nowMs) {
   try {
     const sender = verifyEntry(rootPublicKey, senderEntry, nowMs);
     const needsPlatform = header.serverSealed && platformEntry;
-    return contentKeyOf(header, sender, needsPlatform ? verifyEntry(rootPublicKey, platformEntry, nowMs, Role.PLATFORM) : null);
+    const platform = needsPlatform ? verifyEntry(rootPublicKey, platformEntry, nowMs, Role.PLATFORM) : null;
+    const publicKey = contentKeyOf(header, sender, platform);
+    if (revocations) {
+      const entries = platform ? [sender, platform] : [sender];
+      if (entries.some((entry) => revokesEntry(revocations, entry)) || revokesKey(revocations, publicKey)) throw new EnvelopeRefused();
+    }
+    return publicKey;
   } catch (cause) {
     if (cause instanceof EntryRefused) throw new EnvelopeRefused();
     throw cause;

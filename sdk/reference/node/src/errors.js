@@ -37,3 +37,11 @@ export class DeviceLogBroken extends Error {
     this.name = 'DeviceLogBroken';
   }
 }
+
+/** A revocation list is malformed or not signed by the pinned root. */
+export class RevocationsRefused extends Error {
+  constructor(message) {
+    super(message);
+    this.name = 'RevocationsRefused';
+  }
+}
