@@ -366,17 +366,36 @@ def test_mistakes_are_told_in_one_line(up: Up) -> None:
         assert words in done.stderr
 
 
-def test_the_example_of_the_readme_runs(up: Up) -> None:
-    """As printed, but for the addresses and the password of this machine."""
+def test_the_examples_of_the_readme_run(up: Up) -> None:
+    """As printed, but for the addresses, the password and the key of this machine."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    program, trying_it = (block.partition("```")[0] for block in readme.split("```python\n")[1:])
+    program, trying_it, sealed = (block.partition("```")[0] for block in readme.split("```python\n")[1:])
     imports, _, sender = trying_it.replace('Path("data")', f"Path({str(up.data_dir)!r})").rpartition("\nsender = ")
     changed = program.replace('Sender(Endpoints.single("push.example:443"), "login", "password")', sender.strip())
     assert changed != program
     before, at, after = changed.partition("\n\nasync def main()")
-    done = subprocess.run([sys.executable, "-c", before + imports + at + after], capture_output=True, text=True, timeout=60, check=False)
+    assert ran(before + imports + at + after)[-1] == "DELIVERED"
+
+    asked_for = sealed.replace("identity_unchanged_for=timedelta(days=1)", "identity_unchanged_for=timedelta(seconds=1)")
+    given = (
+        "from datetime import timedelta\nfrom sealpushd.up.sdk import content_key\n"
+        "endpoints = public_endpoints(demo)\nkey = content_key(demo, 'demo-bank')\n"
+        "content = Content(content_class=ContentClass.INFORMATIONAL, title='Payment', body='You paid 120.50.')\n"
+    )
+    for example, answer in ((sealed, "IdentityChanged"), (asked_for, "Accepted")):
+        signed_in = example.replace('"login", "password"', "demo.login, demo.password, sender_name='demo-bank'")
+        assert signed_in != example
+        body = "".join(f"    {line}\n" for line in signed_in.splitlines())
+        wrapped = f"async def main() -> None:\n{body}    print(type(outcome).__name__)\n\nasyncio.run(main())\n"
+        # The phones of this machine were registered a moment ago.
+        assert ran(before + imports + given + wrapped)[-1] == answer
+
+
+def ran(program: str) -> list[str]:
+    """The lines that a program prints."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "DELIVERED"
+    return done.stdout.splitlines()
 
 
 def put(up: Up, what: str, *arguments: str | Path, stdin: str = "") -> str:
