@@ -660,6 +660,27 @@ async def test_two_phones_that_register_a_new_number_at_once_become_one_person(w
     assert len((await world.resolve(number)).resolved.devices) == 3
 
 
+async def test_one_code_brings_one_device_into_the_log_whatever_happens_at_once_or_half_way(world: World) -> None:
+    first = Phone(world, world.number())
+    started = await world.start(first.number)
+    request = first.confirmation(started.registration_id, world.code(first.number))
+    others = [Phone(world, first.number) for _ in range(3)]
+    requests = [other.confirmation(started.registration_id, world.code(first.number)) for other in others]
+    answers: list[Any] = []
+
+    async def guests() -> None:
+        answers.extend([await _outcome(other.confirm(asked)) for other, asked in zip(others, requests, strict=True)])
+        # The caller left after its device came into the log, and before it was bound.
+        raise AssertionError("keys breaks down")
+
+    world.keys.meanwhile = guests
+    await refusal(first.confirm(request))
+    assert [answer.code for answer in answers] == [StatusCode.FAILED_PRECONDITION] * 3
+    assert (await refusal(others[0].confirm(requests[0]))).code is StatusCode.FAILED_PRECONDITION
+    await asyncio.gather(*(first.confirm(request) for _ in range(3)))
+    assert {device_id for _, device_id in world.keys.put} == {first.device_id}
+
+
 # --- the registration lock -------------------------------------------------------------------------------------------------
 
 PIN = "271828"

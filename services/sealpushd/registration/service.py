@@ -197,7 +197,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             repeated = rules.bound_before(facts.own, registration_id)
             if repeated is not None:
                 return repeated
-            if pending.used_by is not None:
+            if pending.is_used:
                 raise FailedPrecondition("the code was used; start again")
             lock, until = facts.lock, rules.locked_until(facts, now=now)
             if lock is not None and until is not None and lock != opened:
@@ -205,6 +205,13 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 opened = lock
             await self._outbox.settle(device.device_id)
             binding = rules.decide_binding(facts, device.device_id, pending.new_subscriber_id, now=now)
+            # The log keeps what is entered even if the caller leaves before it is bound: else one code would fill it with devices.
+            if not await self._store.claim_registration(registration_id, device.device_id):
+                facts = await self._store.facts(pending.phone_lookup, device.device_id)
+                repeated = rules.bound_before(facts.own, registration_id)
+                if repeated is not None:
+                    return repeated
+                raise FailedPrecondition("the code was used, or another device gave it first; start again")
             logged = LoggedDevice(binding.subscriber_id, device.device_id, device.identity_public_key, prekey, min_suite)
             refusal = await self._devices.put(logged)
             if refusal:

@@ -57,6 +57,7 @@ NEWEST_CODE: Final = _sql("newest_code")
 DROP_REGISTRATION: Final = _sql("drop_registration")
 TAKE_ATTEMPT: Final = _sql("take_attempt")
 RETURN_ATTEMPT: Final = _sql("return_attempt")
+CLAIM_REGISTRATION: Final = _sql("claim_registration")
 USE_REGISTRATION: Final = _sql("use_registration")
 PURGE_REGISTRATIONS: Final = _sql("purge_registrations")
 OWNER: Final = _sql("owner")
@@ -113,7 +114,7 @@ class PendingRegistration:
     code_hash: bytes
     attempts_left: int
     new_subscriber_id: SubscriberId
-    used_by: DeviceId | None
+    is_used: bool
 
 
 class DeadToken(NamedTuple):
@@ -213,11 +214,15 @@ class RegistrationStore:
             code_hash=row["code_hash"],
             attempts_left=row["attempts_left"],
             new_subscriber_id=SubscriberId(row["new_subscriber_id"]),
-            used_by=row["used_by_device_id"],
+            is_used=row["is_used"],
         )
 
     async def return_attempt(self, registration_id: RegistrationId) -> None:
         await self._db.execute("return_attempt", RETURN_ATTEMPT, registration_id)
+
+    async def claim_registration(self, registration_id: RegistrationId, device_id: DeviceId) -> bool:
+        """Keep the registration for this device. False: it is another one's, or was used. Safe to repeat."""
+        return await self._db.fetch_one("claim_registration", CLAIM_REGISTRATION, registration_id, device_id) is not None
 
     async def purge_registrations(self, expired_before: datetime) -> None:
         await self._db.execute("purge_registrations", PURGE_REGISTRATIONS, expired_before)

@@ -2,4 +2,4 @@
 -- repeated after its expiry. No row: unknown, expired or used up.
 UPDATE registrations SET attempts_left = attempts_left - 1
 WHERE registration_id = $1 AND attempts_left > 0 AND (expires_at > $2 OR used_at IS NOT NULL)
-RETURNING app_id, phone_lookup, phone, code_hash, attempts_left, new_subscriber_id, used_by_device_id
+RETURNING app_id, phone_lookup, phone, code_hash, attempts_left, new_subscriber_id, used_at IS NOT NULL AS is_used
