@@ -746,3 +746,20 @@ async def test_nothing_is_stored_for_a_recipient_with_a_device_that_is_too_new(w
         assert [len(await phone.inbox()) for phone in phones] == [1, 0]
         world.clock.advance(timedelta(seconds=31))
         assert isinstance(await publish(), Accepted)
+
+
+async def test_who_took_a_number_over_cannot_get_another_channel_by_blocking_the_sender(world: World) -> None:
+    number = world.number()
+    await world.phone(number)
+    world.clock.advance(timedelta(minutes=2))
+    thief = await world.phone(number)
+    async with world.sender() as sender:
+        await thief.set_preference(world.accounts.sender_id, block_all=True)
+        held: dict[str, Any] = {"identity_unchanged_for": timedelta(minutes=1)}
+        publications = [Publication.of(number, content(), **held), Publication.of(number, content())]
+        outcomes = await sender.publish_many(publications)
+        # "Blocked" would let the sender fall back to what the number leads to.
+        assert [type(outcome) for outcome in outcomes] == [IdentityChanged, Accepted]
+        assert isinstance(outcomes[0], IdentityChanged)
+        assert outcomes[0].device_ids == (await id_of(thief),)
+        assert isinstance(await sender.publish_sealed(number, content(), **held), IdentityChanged)

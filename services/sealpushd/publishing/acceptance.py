@@ -52,6 +52,7 @@ class Acceptance:
         self._identify(caller, candidates)
         await self._look_up_and_resolve(caller, _open(candidates))
         await self._check_sealed(_open(candidates))
+        await self._check_blocked(_open(candidates))
         await self._seal(caller, _open(candidates))
         await self._store(caller, _open(candidates))
         return [_decided(candidate) for candidate in candidates]
@@ -178,6 +179,23 @@ class Acceptance:
                         device_list_version=verdict.device_list_version,
                     ),
                 )
+
+    async def _check_blocked(self, candidates: Sequence[_Candidate]) -> None:
+        """Nothing is sealed for who blocks the sender, so that nothing looks at how new the devices are: whoever took a number over could
+        block, and the sender would turn to another channel that the number leads to."""
+        blocked = [each for each in candidates if each.blocked and _publication(each).envelope is None and _added_until_ms(each)]
+        checks = [
+            sealing_pb2.StanzaCheck(
+                sender_id=_key(candidate).sender_id,
+                subscriber_id=_resolved(candidate).subscriber_id,
+                device_ids=[device.device_id for device in _resolved(candidate).devices],
+                added_until_ms=_added_until_ms(candidate),
+            )
+            for candidate in blocked
+        ]
+        for candidate, verdict in zip(blocked, await self._peers.check_stanzas.submit_many(checks), strict=True):
+            if verdict.HasField("identity_changed"):
+                candidate.outcome = _identity_changed(candidate, verdict.identity_changed)
 
     async def _seal(self, caller: SenderCaller, candidates: Sequence[_Candidate]) -> None:
         plain = []
