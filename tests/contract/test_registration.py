@@ -855,6 +855,23 @@ async def test_of_parallel_guesses_in_two_processes_five_are_looked_at(world: Wo
     assert is_locked(await refusal(guessers[0].confirm(requests[0])), 0)
 
 
+async def test_who_knows_the_pin_does_not_have_it_hashed_without_end(world: World) -> None:
+    world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
+    owner = await locked_phone(world)
+    other = Phone(world, owner.number)
+    request = await other.ask(PIN)
+    # What fails behind the lock leaves the code good, and the right PIN takes no attempt.
+    world.keys.refuse = "min_suite never goes down"
+    answers = await asyncio.gather(*(_outcome(other.confirm(request)) for _ in range(5)))
+    answers += [await _outcome(other.confirm(request)) for _ in range(18)]
+    world.keys.refuse = ""
+    limited = [answer for answer in answers if answer.code is StatusCode.RESOURCE_EXHAUSTED]
+    assert 1 <= len(limited) <= 3
+    assert {dict(answer.metadata)["limit"] for answer in limited} == {"right_pins_per_lock"}
+    world.clock.advance(timedelta(hours=1))
+    await other.confirm(await other.ask(PIN))
+
+
 async def test_attempts_return_after_a_day_and_with_a_new_pin(world: World) -> None:
     owner = await locked_phone(world)
     other = Phone(world, owner.number)

@@ -110,6 +110,14 @@ LOCK_CHANGES_PER_DEVICE: Final = _limit(
     "the registration lock was changed too often; wait before the next change",
 )
 
+RIGHT_PINS_PER_LOCK: Final = _limit(
+    "right_pins_per_lock",
+    lambda _: 20,
+    _HOUR,
+    "each takes a slow hash, and what fails afterwards leaves code and attempts as they were; wrong ones the lock itself counts",
+    "this number's PIN was given too often; wait before the next registration",
+)
+
 # Counted in the handouts themselves, in the transaction that makes them: exact over any day, no counter beside them that could fail.
 ONE_TIME_PREKEYS_PER_SENDER: Final = _limit(
     "one_time_prekeys_per_sender",
@@ -128,6 +136,7 @@ LIMITS: Final = (
     SIGN_IN_FAILURES_PER_LOGIN,
     SIGN_IN_FAILURES_PER_ADDRESS,
     LOCK_CHANGES_PER_DEVICE,
+    RIGHT_PINS_PER_LOCK,
     ONE_TIME_PREKEYS_PER_SENDER,
 )
 

@@ -33,6 +33,7 @@ from sealpushd.platform.limits import (
     CODES_PER_NUMBER_DAY,
     CODES_PER_PREFIX,
     LOCK_CHANGES_PER_DEVICE,
+    RIGHT_PINS_PER_LOCK,
     Limiter,
     address_subject,
 )
@@ -229,6 +230,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             raise rules.locked(lock, until, pin_given=False, now=now)
         # A turn first: who waits for one in vain has lost no attempt.
         async with self._argon2 as argon2:
+            await self._limiter.check(RIGHT_PINS_PER_LOCK, lock.subscriber_id.hex())
             try:
                 taken = await self._store.take_pin_attempt(lock, now)
             except LimitExceeded:
@@ -237,6 +239,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             if taken is None:
                 raise Aborted("the registration lock was changed just now; try again")
             if await argon2.is_password(lock.pin_hash, self._store.pin_secret(pin)):
+                await self._limiter.add(RIGHT_PINS_PER_LOCK, lock.subscriber_id.hex())
                 await self._store.forget_pin_attempts(lock)
                 return
         LOCKED.labels("wrong_pin").inc()
