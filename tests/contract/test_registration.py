@@ -906,6 +906,27 @@ async def test_a_lock_lapses_after_thirty_days_of_silence_and_who_joins_then_end
     assert not (await owner.preferences()).registration_lock
 
 
+async def test_who_joins_after_a_lock_lapsed_does_not_end_the_one_that_is_set_meanwhile(world: World) -> None:
+    owner = await locked_phone(world)
+    world.clock.advance(timedelta(days=31))
+    other = Phone(world, owner.number)
+    request = await other.ask()
+    admin = await connect(world.urls["admin"])
+    async with admin.transaction():
+        # Holds up the binding after it has looked at the lock.
+        await admin.execute("SELECT 1 FROM registration.identifiers FOR UPDATE")
+        joining = asyncio.ensure_future(_outcome(other.confirm(request)))
+        while not await admin.fetchval("SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock')"):
+            await asyncio.sleep(0.01)
+        await owner.authenticate()
+        await owner.lock("161803")
+    await admin.close()
+    assert not isinstance(await joining, Refusal)
+    third = Phone(world, owner.number)
+    assert is_locked(await refusal(third.confirm(await third.ask())), 5)
+    await third.confirm(await third.ask("161803"))
+
+
 async def test_a_lock_that_lapsed_is_in_force_again_when_its_phone_is_used(world: World) -> None:
     owner = await locked_phone(world)
     world.clock.advance(timedelta(days=31))

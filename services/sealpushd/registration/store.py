@@ -82,6 +82,7 @@ LIST_PREFERENCES: Final = _sql("list_preferences")
 DROP_BLOCKS: Final = _sql("drop_blocks")
 PUT_REGISTRATION_LOCK: Final = _sql("put_registration_lock")
 DROP_REGISTRATION_LOCK: Final = _sql("drop_registration_lock")
+DROP_LAPSED_LOCK: Final = _sql("drop_lapsed_lock")
 DROP_IDLE_LOCK: Final = _sql("drop_idle_lock")
 HOLD_REGISTRATION_LOCK: Final = _sql("hold_registration_lock")
 NOTE_PIN_ATTEMPT: Final = _sql("note_pin_attempt")
@@ -261,8 +262,8 @@ class RegistrationStore:
                 await c.execute(UNBIND_DEVICES, list(binding.unbound), now)
                 await c.execute(CLEAR_PREFERENCES, binding.recycled)
             await self._put_installation(c, registration_id, pending.app_id, device, binding, now)
-            if binding.ends_lock:
-                await c.execute(DROP_REGISTRATION_LOCK, binding.subscriber_id)
+            if binding.ends_lock and facts.lock is not None:
+                await c.execute(DROP_LAPSED_LOCK, facts.lock.subscriber_id, facts.lock.pin_hash)
             for abandoned in filter(None, (binding.recycled, binding.left)):
                 await c.execute(DROP_IDLE_LOCK, abandoned)
             return await _put_closures(c, rules.closures_of_binding(binding, device.device_id), now, now + CLOSURE_LEASE)
