@@ -166,7 +166,7 @@ class ContentSigningKey(_SigningKey):
 
 @dataclass(frozen=True, slots=True)
 class PrekeyPrivate:
-    """The half of a prekey that never leaves the device. `(suite, prekey_id, kind)` names it."""
+    """The half of a prekey that never leaves the device. `(suite, prekey_id, kind)` names it; `private_key` is as its suite keeps it."""
 
     suite: int
     prekey_id: int

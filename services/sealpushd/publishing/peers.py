@@ -131,6 +131,7 @@ def _decode(senders: Sequence[administration_pb2.Sender]) -> Standing:
                 entry=SenderEntry.decode(senders[0].sender_entry[:-SIGNATURE_BYTES]),
                 is_revoked=senders[0].is_entry_revoked,
                 revoked_keys=frozenset(senders[0].revoked_keys),
+                platform=SenderEntry.decode(senders[0].platform_entry[:-SIGNATURE_BYTES]) if senders[0].platform_entry else None,
                 is_platform_revoked=senders[0].is_platform_revoked,
             )
     except (ValueError, EntryRefused) as e:
