@@ -150,6 +150,7 @@ class Sealing(sealing_pb2_grpc.SealingServicer):
     def __init__(self) -> None:
         self.without_prekey: set[bytes] = set()
         self.sealed = 0
+        self.head = b"head"
 
     async def Seal(self, request: sealing_pb2.SealRequest, context: Any) -> sealing_pb2.SealResponse:  # noqa: N802
         self.sealed += len(request.items)
@@ -160,7 +161,7 @@ class Sealing(sealing_pb2_grpc.SealingServicer):
                 for each in item.device_ids
                 if each not in self.without_prekey
             ]
-            parts = sealing_pb2.SealedParts(content_id=uuid7(), head=b"head", tail=b"sealed " + item.content, stanzas=stanzas)
+            parts = sealing_pb2.SealedParts(content_id=uuid7(), head=self.head, tail=b"sealed " + item.content, stanzas=stanzas)
             results.append(sealing_pb2.SealResult(parts=parts))
         return sealing_pb2.SealResponse(results=results)
 

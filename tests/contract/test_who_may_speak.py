@@ -45,6 +45,7 @@ BOTH = SenderMode.END_TO_END | SenderMode.SERVER
 PLATFORM_ID = SenderId(b"P" * 16)
 # In force when it is put; at the time of the test it lies so many days behind, or ahead.
 SERIAL = 5
+SPARE_KEY = ContentSigningKey.generate().public_key
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Case:
     # Of the platform's entry; None: none was put.
     platform_days: tuple[int, int] | None = (-1, 1)
     revoked: tuple[Revoked, ...] = ()
+    # Another key in the platform's entry, which it does not seal with.
+    platform_spare: bool = False
 
 
 NEW_ENTRY = "ask the operator to certify a new one"
@@ -105,6 +108,15 @@ CASES = [
         "revoked the key that signed this message",
         revoked=(RevokedKey(PLATFORM_KEY.public_key),),
     ),
+    Case(
+        "revoked key of the platform that has another",
+        False,
+        "revoked the key that the platform seals with: seal the content yourself",
+        "revoked the key that signed this message",
+        revoked=(RevokedKey(PLATFORM_KEY.public_key),),
+        platform_spare=True,
+    ),
+    Case("revoked is a key that the platform does not seal with", False, revoked=(RevokedKey(SPARE_KEY),), platform_spare=True),
     Case(
         "revoked entry of the platform",
         False,
@@ -153,7 +165,9 @@ class Signed:
         since, until = (now_ms + days * DAY_MS for days in case.days)
         always = (now_ms - 30 * DAY_MS, now_ms + 30 * DAY_MS)
         sender = SenderEntry(SENDER, "Bank", case.modes, (EntryKey(SENDER_KEY.public_key, *always),), since, until, SERIAL)
-        platform_keys = (EntryKey(PLATFORM_KEY.public_key, *always),)
+        platform_keys: tuple[EntryKey, ...] = (EntryKey(PLATFORM_KEY.public_key, *always),)
+        if case.platform_spare:
+            platform_keys += (EntryKey(SPARE_KEY, *always),)
         platform_entry = b""
         if case.platform_days is not None:
             since, until = (now_ms + days * DAY_MS for days in case.platform_days)
@@ -258,6 +272,9 @@ async def world(
     accounts = await serve("accounts", build_accounts, settings_of("accounts"), clock)
     mailbox = await serve("fetch", build_fetch, settings_of("fetch"), clock)
     directory, sealing = Directory(), Sealing()  # type: ignore[abstract]  # they answer only what publishing asks
+    now_ms = to_ms(clock.now())
+    header = Header(ContentId(uuid7()), SENDER, PLATFORM_KEY.key_id, REF, now_ms, now_ms + 3_600_000, FLAG_SERVER_SEALED)
+    sealing.head = header.encode() + bytes(32)
     person = directory.people[PHONE] = Person()
     registration = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
     keys = Peer([(sealing_pb2_grpc.add_SealingServicer_to_server, sealing)], mesh.verifier)

@@ -70,6 +70,7 @@ class Revoked:
     """What the root took back of a sender."""
 
     is_entry_revoked: bool
+    # Of its entry and of the platform's.
     keys: tuple[bytes, ...]
     is_platform_revoked: bool
 
@@ -280,10 +281,12 @@ def revoked_of(sender: Sender, revocations: RevocationList | None) -> Revoked:
     if revocations is None:
         return Revoked(False, (), False)
     entry = stored_entry(sender.sender_entry)
+    platform = stored_entry(sender.platform_entry) if sender.platform_entry else None
+    keys = (key.public_key for each in (entry, platform) if each is not None for key in each.keys)
     return Revoked(
         is_entry_revoked=revocations.revokes_entry(entry),
-        keys=tuple(key.public_key for key in entry.keys if revocations.revokes_key(key.public_key)),
-        is_platform_revoked=bool(sender.platform_entry) and _is_useless(stored_entry(sender.platform_entry), revocations),
+        keys=tuple(public_key for public_key in keys if revocations.revokes_key(public_key)),
+        is_platform_revoked=platform is not None and _is_useless(platform, revocations),
     )
 
 

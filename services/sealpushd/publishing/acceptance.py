@@ -16,7 +16,7 @@ from sealpushd.platform.tokens import SenderCaller
 from sealpushd.platform.vault import Vault
 from sealpushd.publishing import rules
 from sealpushd.publishing.peers import Peers
-from sealpushd.publishing.rules import Publication
+from sealpushd.publishing.rules import Publication, Standing
 from sealpushd.v1 import directory_pb2, mailbox_pb2, sealing_pb2
 
 
@@ -27,6 +27,7 @@ class _Candidate:
     request: publish_pb2.PublishRequest = field(repr=False)
     outcome: publish_pb2.PublishResult | ServiceError | None = None
     publication: Publication | None = None
+    standing: Standing | None = None
     key: mailbox_pb2.AcceptedKey | None = None
     resolved: directory_pb2.Resolved | None = None
     blocked: int = 0
@@ -102,6 +103,7 @@ class Acceptance:
             try:
                 candidate.publication = rules.parse_publish(candidate.request, caller.sender_id, caller.app_ids, now)
                 rules.check_standing(candidate.publication, standing, now)
+                candidate.standing = standing
             except ServiceError as e:
                 candidate.outcome = e
 
@@ -224,6 +226,11 @@ class Acceptance:
             if result.HasField("identity_changed"):
                 candidate.outcome = _identity_changed(candidate, result.identity_changed)
                 continue
+            try:
+                rules.check_sealing_key(result.parts.head, _standing(candidate))
+            except FailedPrecondition as e:
+                candidate.outcome = e
+                continue
             candidate.content_id = result.parts.content_id or uuid7()
             candidate.head, candidate.tail = result.parts.head, result.parts.tail
             candidate.stanzas = {stanza.device_id: stanza.stanza for stanza in result.parts.stanzas}
@@ -290,6 +297,12 @@ def _publication(candidate: _Candidate) -> Publication:
     if candidate.publication is None:
         raise AssertionError("what could not be parsed goes no further")
     return candidate.publication
+
+
+def _standing(candidate: _Candidate) -> Standing:
+    if candidate.standing is None:
+        raise AssertionError("what the root does not allow goes no further")
+    return candidate.standing
 
 
 def _resolved(candidate: _Candidate) -> directory_pb2.Resolved:

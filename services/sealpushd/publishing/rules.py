@@ -10,10 +10,10 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final, Literal
 
-from sealpush.envelope import CONTENT_BYTES_MAX, Envelope, content_public_key, verify_signature
+from sealpush.envelope import CONTENT_BYTES_MAX, HEADER_BYTES, Envelope, Header, content_public_key, verify_signature
 from sealpush.errors import EnvelopeRefused
 from sealpush.ids import ID_BYTES, SenderId
-from sealpush.keys import SenderEntry, SenderMode
+from sealpush.keys import SenderEntry, SenderMode, content_key_id
 from sealpush.model import moment
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2
 from sealpushd.platform.clock import from_ms, to_ms
@@ -43,6 +43,11 @@ SEALED_BYTES_MAX: Final = 160 * 1024
 CUSTOM_PAYLOAD_BYTES_MAX: Final = 16 * 1024
 # The waiting interval of a status; below the 10 s that any call may take.
 WAIT_MAX: Final = timedelta(seconds=8)
+
+_PLATFORM_KEY_REVOKED: Final = (
+    "the platform's root revoked the key that the platform seals with: seal the content yourself, or ask the operator to seal with another"
+    " key that the root certified"
+)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 # PostgreSQL takes no NUL in a text, and one such message would fail the whole batch it travels in; the others only spoil logs.
@@ -88,6 +93,7 @@ class Standing:
 
     entry: SenderEntry
     is_revoked: bool = False
+    # Of the sender's entry and of the platform's.
     revoked_keys: frozenset[bytes] = frozenset()
     # Of the key that the platform seals with, for every sender of the same root; None: it was never certified.
     platform: SenderEntry | None = None
@@ -257,6 +263,14 @@ def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: ti
     return envelope
 
 
+def check_sealing_key(head: bytes, standing: Standing) -> None:
+    """Raises FailedPrecondition for a content that the platform sealed with a key that the root revoked, while another is good."""
+    if not standing.revoked_keys or not head:
+        return
+    if Header.decode(head[:HEADER_BYTES]).sender_key_id in map(content_key_id, standing.revoked_keys):
+        raise FailedPrecondition(_PLATFORM_KEY_REVOKED)
+
+
 def check_standing(publication: Publication, standing: Standing, now: datetime) -> None:
     """What the root allows the sender. Raises FailedPrecondition for the mode, an entry out of time and what was revoked,
     InvalidRequest for the signature.
@@ -276,10 +290,7 @@ def check_standing(publication: Publication, standing: Standing, now: datetime) 
             )
         _check_in_force(standing.platform, "the entry of the platform's key", now)
         if standing.is_platform_revoked:
-            raise FailedPrecondition(
-                "the platform's root revoked the key that the platform seals with: seal the content yourself, or ask the operator"
-                " to certify another key"
-            )
+            raise FailedPrecondition(_PLATFORM_KEY_REVOKED)
         return
     if SenderMode.END_TO_END not in entry.modes:
         raise FailedPrecondition("this sender's entry lets only the server seal: publish the content as `plain`")

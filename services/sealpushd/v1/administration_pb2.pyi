@@ -435,7 +435,7 @@ class Sender(_message.Message):
 
     @_builtins.property
     def revoked_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Content-signing keys of the entry that the root revoked, 32 bytes each."""
+        """Content-signing keys of the entry, and of the platform's, that the root revoked, 32 bytes each."""
 
     def __init__(
         self,
