@@ -327,6 +327,9 @@ async def test_an_entry_must_be_signed_by_the_root_and_name_the_sender(world: Wo
         with pytest.raises(InvalidRequest) as caught:
             await world.put_sender(organisation_id, sender_id, sender_entry=entry)
         assert caught.value.field == "sender_entry"
+    # Whoever signed with the wrong root, or named the wrong app, is told which root it must be.
+    with pytest.raises(InvalidRequest, match=world.root.public_key.hex()):
+        await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, root=RootKey.generate()))
 
 
 async def test_an_entry_never_goes_back_to_a_lower_serial(world: World) -> None:
