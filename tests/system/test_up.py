@@ -340,7 +340,7 @@ def test_a_receipt_verifies_where_nothing_runs(up: Up, sealed: bool, tmp_path: P
     root = Endpoints.load(up.data_dir).root_public_key
     offline = run("receipt", "--verify", file, "--root-public-key", root, "--data-dir", tmp_path / "nothing")
     assert (offline.returncode, offline.stdout) == (0, shown.stdout)
-    assert "The sender's part is proven." in offline.stdout
+    assert "The sender's part is proven" in offline.stdout
     file.write_text(file.read_text().replace('"outcome": 1', '"outcome": 2', 1))
     assert run("receipt", "--verify", file, "--root-public-key", root).returncode == 1
 
