@@ -154,7 +154,7 @@ def _certify(file: Path, entry: SenderEntry, out: Path, names: Sequence[str], pa
 @click.argument("file", type=files.EXISTING)
 @click.option("--list", "list_file", type=files.EXISTING, help="The newest list of this root, which is added to.")
 @click.option("--new", is_flag=True, help="Begin the root's first list.")
-@click.option("--sender-id", "sender_id_text", metavar="UUID", help="Revoke the entries of this id: a sender's, or the platform's.")
+@click.option("--sender-id", "sender_id_text", metavar="UUID", help="Revoke the entries of this sender.")
 @click.option(
     "--up-to-serial", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Revoke its entries up to this one. Default: all until now."
 )
@@ -176,7 +176,9 @@ def revoke(
     """Revoke a sender's entries or a content-signing key with the root in FILE, before their time is over.
 
     Lists take each other's place as a whole, so the newest one is added to (--list); keep it beside FILE. A sender whose entries
-    are revoked may be certified anew. `sealpush accounts put-revocations` publishes the list.
+    are revoked may be certified anew. The platform's entries have an id each: revoke its key.
+
+    `sealpush accounts put-revocations` publishes the list.
     """
     from sealpush.ids import SenderId
     from sealpush.revocations import Revoked, RevokedEntries, RevokedKey, revoking
