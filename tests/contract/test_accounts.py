@@ -394,6 +394,17 @@ async def test_a_revocation_list_is_given_to_anybody_as_the_root_signed_it(world
     assert (wrong.code, wrong.field) == (StatusCode.INVALID_ARGUMENT, "root_public_key")
 
 
+async def test_an_operator_gets_a_lost_list_back(world: World) -> None:
+    request = administration_pb2.GetRevocationListRequest(root_public_key=world.root.public_key)
+    assert (await world.administer("GetRevocationList", request)).revocations == b""
+    await world.put_app("bank-app")
+    newest = world.revocations(RevokedKey(b"\x07" * 32), serial=2)
+    await world.put_revocations(newest)
+    assert (await world.administer("GetRevocationList", request)).revocations == newest
+    with pytest.raises(InvalidRequest, match="32 bytes"):
+        await world.administer("GetRevocationList", administration_pb2.GetRevocationListRequest())
+
+
 async def test_roots_that_somebody_makes_up_do_not_push_out_the_one_that_is_pinned(world: World) -> None:
     signed = world.revocations(RevokedKey(b"k" * 32))
     await world.put_revocations(signed)

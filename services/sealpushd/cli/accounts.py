@@ -213,6 +213,31 @@ def put_revocations(installation: Installation, revocations: Path, as_json: bool
         click.echo(serial)
 
 
+@accounts.command("get-revocations", short_help="Get a root's newest revocation list back.")
+@click.option("--root-public-key", metavar="HEX", required=True, help="The root whose list it is.")
+@click.option("--out", type=files.NEW, required=True, help="File to write, which must not exist.")
+@installation_of("accounts", "keys")
+def get_revocations(installation: Installation, root_public_key: str, out: Path) -> None:
+    """Write the newest list of a root to a file as `sealpush root revoke --list` takes it, for people who no longer have theirs.
+
+    Its signature is checked. That no newer one was put is the installation's word: compare its number with what is remembered.
+    """
+    from sealpushd.signedfile import Kind, SignedFile
+    from sealpushd.v1 import administration_pb2 as administration
+    from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+
+    files.check_new(out)
+    root = files.parse_key(root_public_key, "--root-public-key")
+    request = administration.GetRevocationListRequest(root_public_key=root)
+    answer = installation.service("accounts").call(AdministrationStub, "GetRevocationList", request)
+    if not answer.revocations:
+        raise CommandFailed("this root has no list here: begin its first with `sealpush root revoke --new`")
+    signed = SignedFile(Kind.REVOCATIONS, root, answer.revocations)
+    number = signed.revocations().serial
+    files.write_new(out, signed.encode(), mode=0o644)
+    click.echo(f"list number {number}: {out}")
+
+
 @accounts.command("ending-entries", short_help="Say which entries end soon.")
 @click.option("--days", type=click.IntRange(1, 3650), default=ENTRY_DAYS_LEFT_MIN, show_default=True, help="How far ahead to look.")
 @installation_of("accounts", "keys")

@@ -15,7 +15,7 @@ from sealpushd.cli.app import run
 from sealpushd.platform.settings import Settings
 from sealpushd.signedfile import SignedFile
 from sealpushd.v1 import sealing_pb2
-from sealpushd.v1.administration_pb2 import EntryInUse, GetEndingEntriesResponse, PutRevocationsResponse
+from sealpushd.v1.administration_pb2 import EntryInUse, GetEndingEntriesResponse, GetRevocationListResponse, PutRevocationsResponse
 from tests.unit.cli.answering import Installation, answering
 
 ID = "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
@@ -132,6 +132,26 @@ def test_who_revokes_is_told_whom_that_hits(tmp_path: Path, answered: Installati
     assert run(["accounts", "put-revocations", str(list_file(tmp_path)), "--json", *answered.accounts]) == 0
     told = [{"sender_id": ID, "display_name": "Post"}, {"sender_id": None, "display_name": "Sealpush"}]
     assert json.loads(capsys.readouterr().out)["revoked"] == told
+
+
+def test_a_lost_list_comes_back_as_the_root_signed_it(tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+    signed = SignedFile.decode(list_file(tmp_path).read_bytes())
+    out = tmp_path / "list-again"
+    get = ["accounts", "get-revocations", "--root-public-key", signed.root_public_key.hex(), "--out", str(out), *answered.accounts]
+    answered.answers.given["GetRevocationList"] = [
+        GetRevocationListResponse(),
+        GetRevocationListResponse(revocations=signed.signed[:-1] + b"\x00"),
+        GetRevocationListResponse(revocations=signed.signed),
+    ]
+    for words in ("root revoke --new", "not signed by the root"):
+        assert run(get) == 1
+        assert words in refusal(capsys)
+        assert not out.exists()
+    assert run(get) == 0
+    assert capsys.readouterr().out == f"list number 1: {out}\n"
+    assert SignedFile.decode(out.read_bytes()) == signed
+    assert run(get) == 2
+    assert "exists already" in refusal(capsys)
 
 
 def test_entries_that_end_soon_are_told_without_an_up_and_fail(answered: Installation, capsys: pytest.CaptureFixture[str]) -> None:
