@@ -123,12 +123,21 @@ def certify_sender(
 
 @root.command("certify-platform", short_help="Sign the entry of the platform's sealing key.")
 @click.argument("file", type=files.EXISTING)
-@click.option("--key", required=True, metavar="HEX", help="The platform's public key, as `sealpush accounts platform-key` prints it.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    required=True,
+    metavar="HEX",
+    help="The platform's public key, as `sealpush accounts platform-key` prints it. Repeatable: old and new.",
+)
 @_days
 @_out
 @_as
 @_passphrase_files
-def certify_platform(file: Path, key: str, days: int, out: Path, names: tuple[str, ...], passphrase_files: tuple[str, ...]) -> None:
+def certify_platform(
+    file: Path, keys: tuple[str, ...], days: int, out: Path, names: tuple[str, ...], passphrase_files: tuple[str, ...]
+) -> None:
     """Sign the entry of the key that the platform seals with, for senders that let it, with the root in FILE.
 
     Compare the key with what `sealpush accounts platform-key` prints, over another way than the one it came by: whoever has its
@@ -137,7 +146,7 @@ def certify_platform(file: Path, key: str, days: int, out: Path, names: tuple[st
     from sealpushd.certify import platform_entry
 
     with _told():
-        entry = platform_entry(files.parse_key(key, "--key"), days=days)
+        entry = platform_entry(*(files.parse_key(each, "--key") for each in keys), days=days)
     _certify(file, entry, out, names, passphrase_files)
 
 
