@@ -18,9 +18,12 @@ def sender_entry(sender_id: SenderId, display_name: str, modes: SenderMode, publ
     return _entry(sender_id, display_name, EntryRole.SENDER, modes, public_keys, days)
 
 
-def platform_entry(public_key: bytes, *, days: int) -> SenderEntry:
-    """The entry of the platform's sealing key, good from now on for so many days. Raises ValueError for what is no key."""
-    return _entry(SenderId(uuid7()), "Sealpush", EntryRole.PLATFORM, SenderMode.SERVER, [public_key], days)
+def platform_entry(*public_keys: bytes, days: int) -> SenderEntry:
+    """The entry of the platform's sealing key, or of the old and the new one, good from now on for so many days.
+
+    Raises ValueError for what is no key.
+    """
+    return _entry(SenderId(uuid7()), "Sealpush", EntryRole.PLATFORM, SenderMode.SERVER, public_keys, days)
 
 
 def certify_sender(

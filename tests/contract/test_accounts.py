@@ -327,6 +327,9 @@ async def test_an_entry_must_be_signed_by_the_root_and_name_the_sender(world: Wo
         with pytest.raises(InvalidRequest) as caught:
             await world.put_sender(organisation_id, sender_id, sender_entry=entry)
         assert caught.value.field == "sender_entry"
+    # Whoever signed with the wrong root, or named the wrong app, is told which root it must be.
+    with pytest.raises(InvalidRequest, match=world.root.public_key.hex()):
+        await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, root=RootKey.generate()))
 
 
 async def test_an_entry_never_goes_back_to_a_lower_serial(world: World) -> None:
@@ -389,6 +392,17 @@ async def test_a_revocation_list_is_given_to_anybody_as_the_root_signed_it(world
     assert await world.get_revocations(RootKey.generate().public_key) == b""
     wrong = await refusal(world.accounts.GetRevocations(accounts_pb2.GetRevocationsRequest(root_public_key=b"short")))
     assert (wrong.code, wrong.field) == (StatusCode.INVALID_ARGUMENT, "root_public_key")
+
+
+async def test_an_operator_gets_a_lost_list_back(world: World) -> None:
+    request = administration_pb2.GetRevocationListRequest(root_public_key=world.root.public_key)
+    assert (await world.administer("GetRevocationList", request)).revocations == b""
+    await world.put_app("bank-app")
+    newest = world.revocations(RevokedKey(b"\x07" * 32), serial=2)
+    await world.put_revocations(newest)
+    assert (await world.administer("GetRevocationList", request)).revocations == newest
+    with pytest.raises(InvalidRequest, match="32 bytes"):
+        await world.administer("GetRevocationList", administration_pb2.GetRevocationListRequest())
 
 
 async def test_roots_that_somebody_makes_up_do_not_push_out_the_one_that_is_pinned(world: World) -> None:

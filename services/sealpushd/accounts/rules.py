@@ -14,7 +14,7 @@ from typing import Final
 from sealpush.envelope import HEADER_BYTES, Header, content_public_key
 from sealpush.errors import EntryRefused, EnvelopeRefused, RevocationsRefused
 from sealpush.ids import AppId, SenderId, is_app_id
-from sealpush.keys import EntryRole, SenderEntry, verify_sender_entry
+from sealpush.keys import TAG_ENTRY, EntryRole, SenderEntry, verify_ed25519, verify_sender_entry
 from sealpush.receipts import verify_entry_then
 from sealpush.revocations import RevocationList, verify_revocations
 from sealpushd.platform.access import SCOPES
@@ -233,6 +233,12 @@ def common_root(app_ids: Sequence[AppId], apps: Sequence[App]) -> bytes:
 
 def check_entry(entry: bytes, root_public_key: bytes, role: EntryRole, now: datetime, field: str) -> SenderEntry:
     """The entry, if this root signed it, it is in time and of this role."""
+    # Said apart, in words for who signs: what a phone says of it is about a server that nobody should trust.
+    if not verify_ed25519(root_public_key, TAG_ENTRY + entry[:-ENTRY_SIGNATURE_BYTES], entry[-ENTRY_SIGNATURE_BYTES:]):
+        raise InvalidRequest(
+            f"the entry is not signed by the root that the apps pin, {root_public_key.hex()}; sign it with that one, or name other apps",
+            field=field,
+        )
     try:
         checked = verify_sender_entry(root_public_key, entry, to_ms(now), role=role)
     except EntryRefused as e:

@@ -216,6 +216,12 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         revoked = rules.revoked_entries(await self._store.entries_in_use(), root, revocations)
         return administration_pb2.PutRevocationsResponse(revoked=map(_to_entry_in_use, revoked))
 
+    async def GetRevocationList(
+        self, request: administration_pb2.GetRevocationListRequest, context: rpc.Context
+    ) -> administration_pb2.GetRevocationListResponse:
+        found = await self._store.signed_revocations([_root_public_key(request.root_public_key)])
+        return administration_pb2.GetRevocationListResponse(revocations=found[0] or b"")
+
     async def _pinned(self, root_public_key: bytes) -> bytes:
         """The root, if an app pins it."""
         if not await self._store.root_in_use(_root_public_key(root_public_key)):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from sealpushd.cli import files
+from sealpushd.cli.checks import ENTRY_DAYS_LEFT_MIN, all_well, judge_entries
 from sealpushd.cli.errors import CommandFailed, WronglyCalled
 from sealpushd.cli.installation import Installation, installation_of
 
@@ -26,7 +28,7 @@ def accounts() -> None:
     """Set up organisations, apps and senders, as the installation's operator. Putting again changes what is there.
 
     In this order: put-app, platform-key, put-platform, put-organisation, put-sender. Entries are signed by `sealpush root` before,
-    with keys that new-sender-key and platform-key print.
+    with keys that new-sender-key and platform-key print; ending-entries says when to sign anew.
     """
 
 
@@ -201,7 +203,60 @@ def put_revocations(installation: Installation, revocations: Path, as_json: bool
         click.echo(f"revoked, wholly or a key of it: the entry of {whose}", err=True)
     if not answer.revoked:
         click.echo(f"nothing in use is revoked: compare ids, serials and keys with `sealpush root show {revocations}`", err=True)
-    _show({"serial": str(serial)}, as_json)
+    if as_json:
+        hit = [
+            {"sender_id": uuid_text(each.sender_id) if each.sender_id else None, "display_name": each.display_name}
+            for each in answer.revoked
+        ]
+        click.echo(json.dumps({"serial": str(serial), "revoked": hit}))
+    else:
+        click.echo(serial)
+
+
+@accounts.command("get-revocations", short_help="Get a root's newest revocation list back.")
+@click.option("--root-public-key", metavar="HEX", required=True, help="The root whose list it is.")
+@click.option("--out", type=files.NEW, required=True, help="File to write, which must not exist.")
+@installation_of("accounts", "keys")
+def get_revocations(installation: Installation, root_public_key: str, out: Path) -> None:
+    """Write the newest list of a root to a file as `sealpush root revoke --list` takes it, for people who no longer have theirs.
+
+    Its signature is checked. That no newer one was put is the installation's word: compare its number with what is remembered.
+    """
+    from sealpushd.signedfile import Kind, SignedFile
+    from sealpushd.v1 import administration_pb2 as administration
+    from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+
+    files.check_new(out)
+    root = files.parse_key(root_public_key, "--root-public-key")
+    request = administration.GetRevocationListRequest(root_public_key=root)
+    answer = installation.service("accounts").call(AdministrationStub, "GetRevocationList", request)
+    if not answer.revocations:
+        raise CommandFailed("this root has no list here: begin its first with `sealpush root revoke --new`")
+    signed = SignedFile(Kind.REVOCATIONS, root, answer.revocations)
+    number = signed.revocations().serial
+    files.write_new(out, signed.encode(), mode=0o644)
+    click.echo(f"list number {number}: {out}")
+
+
+@accounts.command("ending-entries", short_help="Say which entries end soon.")
+@click.option("--days", type=click.IntRange(1, 3650), default=ENTRY_DAYS_LEFT_MIN, show_default=True, help="How far ahead to look.")
+@installation_of("accounts", "keys")
+def ending_entries(installation: Installation, days: int) -> None:
+    """Say which entries of senders, and of the platform, end within some days, and what to do: for a daily job.
+
+    Exit code 0 only if none does. `sealpush doctor` says the same beside a running `sealpush up`.
+    """
+    from sealpushd.v1 import administration_pb2 as administration
+    from sealpushd.v1.administration_pb2_grpc import AdministrationStub
+
+    now = datetime.now(UTC)
+    request = administration.GetEndingEntriesRequest()
+    request.before.FromDatetime(now + timedelta(days=days))
+    checks = judge_entries(installation.service("accounts").call(AdministrationStub, "GetEndingEntries", request).entries, now, days)
+    for check in checks:
+        click.echo(check.line)
+    if not all_well(checks):
+        raise click.exceptions.Exit(1)
 
 
 def _signed(path: Path, kind: Kind) -> SignedFile:

@@ -231,8 +231,13 @@ async def check_entries(accounts: str, operator_key: Path, log: Path, now: datet
         return [Check(False, "entries", f"accounts does not tell ({e.message}): {_LOOK.format(log)}")]
     finally:
         await channel.aclose()
+    return judge_entries(ending, now, ENTRY_DAYS_LEFT_MIN)
+
+
+def judge_entries(ending: Sequence[EntryInUse], now: datetime, days: int) -> list[Check]:
+    """A check for each entry that ends within so many days; one that is well where none does."""
     if not ending:
-        return [Check(True, "entries", f"none ends within {ENTRY_DAYS_LEFT_MIN} days")]
+        return [Check(True, "entries", f"none ends within {days} days")]
     return [judge_entry(each, now) for each in ending]
 
 

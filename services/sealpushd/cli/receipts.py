@@ -78,7 +78,11 @@ def conclusion(verdict: ReceiptVerdict) -> str:
         0: "No device has signed that it opened the message.",
         1: "One device signed that it opened the message; that it is the recipient's is the platform's word.",
     }.get(devices, f"{devices} devices signed that they opened the message; that they are the recipient's is the platform's word.")
-    return f"The sender's part is proven. {delivery}" if verdict.sender_proven else f"The sender's part is NOT proven. {delivery}"
+    if not verdict.sender_proven:
+        return f"The sender's part is NOT proven. {delivery}"
+    if any(each.name == "platform_entry" for each in verdict.claims):
+        return f"The sender's part is proven, by the key of the platform, which the sender lets speak for it. {delivery}"
+    return f"The sender's part is proven. {delivery}"
 
 
 def read_receipt(path: Path) -> Receipt:

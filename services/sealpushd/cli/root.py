@@ -123,12 +123,21 @@ def certify_sender(
 
 @root.command("certify-platform", short_help="Sign the entry of the platform's sealing key.")
 @click.argument("file", type=files.EXISTING)
-@click.option("--key", required=True, metavar="HEX", help="The platform's public key, as `sealpush accounts platform-key` prints it.")
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    required=True,
+    metavar="HEX",
+    help="The platform's public key, as `sealpush accounts platform-key` prints it. Repeatable: old and new.",
+)
 @_days
 @_out
 @_as
 @_passphrase_files
-def certify_platform(file: Path, key: str, days: int, out: Path, names: tuple[str, ...], passphrase_files: tuple[str, ...]) -> None:
+def certify_platform(
+    file: Path, keys: tuple[str, ...], days: int, out: Path, names: tuple[str, ...], passphrase_files: tuple[str, ...]
+) -> None:
     """Sign the entry of the key that the platform seals with, for senders that let it, with the root in FILE.
 
     Compare the key with what `sealpush accounts platform-key` prints, over another way than the one it came by: whoever has its
@@ -137,7 +146,7 @@ def certify_platform(file: Path, key: str, days: int, out: Path, names: tuple[st
     from sealpushd.certify import platform_entry
 
     with _told():
-        entry = platform_entry(files.parse_key(key, "--key"), days=days)
+        entry = platform_entry(*(files.parse_key(each, "--key") for each in keys), days=days)
     _certify(file, entry, out, names, passphrase_files)
 
 
@@ -154,7 +163,7 @@ def _certify(file: Path, entry: SenderEntry, out: Path, names: Sequence[str], pa
 @click.argument("file", type=files.EXISTING)
 @click.option("--list", "list_file", type=files.EXISTING, help="The newest list of this root, which is added to.")
 @click.option("--new", is_flag=True, help="Begin the root's first list.")
-@click.option("--sender-id", "sender_id_text", metavar="UUID", help="Revoke the entries of this id: a sender's, or the platform's.")
+@click.option("--sender-id", "sender_id_text", metavar="UUID", help="Revoke the entries of this sender.")
 @click.option(
     "--up-to-serial", type=click.IntRange(0, 2**63 - 1), metavar="N", help="Revoke its entries up to this one. Default: all until now."
 )
@@ -176,7 +185,9 @@ def revoke(
     """Revoke a sender's entries or a content-signing key with the root in FILE, before their time is over.
 
     Lists take each other's place as a whole, so the newest one is added to (--list); keep it beside FILE. A sender whose entries
-    are revoked may be certified anew. `sealpush accounts put-revocations` publishes the list.
+    are revoked may be certified anew. The platform's entries have an id each: revoke its key.
+
+    `sealpush accounts put-revocations` publishes the list.
     """
     from sealpush.ids import SenderId
     from sealpush.revocations import Revoked, RevokedEntries, RevokedKey, revoking

@@ -81,6 +81,7 @@ ACCESS: Final[dict[str, Rule]] = {
     "/sealpushd.v1.Administration/PutApp": _services(OPERATOR),
     "/sealpushd.v1.Administration/PutPlatformEntry": _services(OPERATOR),
     "/sealpushd.v1.Administration/PutRevocations": _services(OPERATOR),
+    "/sealpushd.v1.Administration/GetRevocationList": _services(OPERATOR),
     "/sealpushd.v1.Administration/GetEndingEntries": _services(OPERATOR),
     "/sealpushd.v1.Administration/GetSenders": _services(OPERATOR, "publishing", "keys", "registration", "fetch"),
     "/sealpushd.v1.Administration/FindEntries": _services("publishing"),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!sealpushd/v1/administration.proto\x12\x0csealpushd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"Y\n\x16PutOrganisationRequest\x12\r\n\x05login\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08networks\x18\x04 \x03(\t\"2\n\x17PutOrganisationResponse\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\"\xda\x01\n\x10PutSenderRequest\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\x12\x11\n\tsender_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\x12\x14\n\x0c\x62rand_colour\x18\x06 \x01(\t\x12\x19\n\x11\x62rand_text_colour\x18\x07 \x01(\t\x12\x10\n\x08logo_png\x18\x08 \x01(\x0c\x12\x0e\n\x06scopes\x18\t \x03(\t\x12\x12\n\nis_default\x18\n \x01(\x08\"\x13\n\x11PutSenderResponse\"L\n\rPutAppRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0froot_public_key\x18\x03 \x01(\x0cJ\x04\x08\x04\x10\x05\"\x10\n\x0ePutAppResponse\"J\n\x17PutPlatformEntryRequest\x12\x16\n\x0eplatform_entry\x18\x01 \x01(\x0c\x12\x17\n\x0froot_public_key\x18\x02 \x01(\x0c\"\x1a\n\x18PutPlatformEntryResponse\"E\n\x15PutRevocationsRequest\x12\x13\n\x0brevocations\x18\x01 \x01(\x0c\x12\x17\n\x0froot_public_key\x18\x02 \x01(\x0c\"C\n\x16PutRevocationsResponse\x12)\n\x07revoked\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.EntryInUse\"E\n\x17GetEndingEntriesRequest\x12*\n\x06\x62\x65\x66ore\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"E\n\x18GetEndingEntriesResponse\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.EntryInUse\"{\n\nEntryInUse\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12+\n\x07\x65nds_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0froot_public_key\x18\x04 \x01(\x0c\"\'\n\x11GetSendersRequest\x12\x12\n\nsender_ids\x18\x01 \x03(\x0c\";\n\x12GetSendersResponse\x12%\n\x07senders\x18\x01 \x03(\x0b\x32\x14.sealpushd.v1.Sender\"\xce\x01\n\x06Sender\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x17\n\x0forganisation_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\x12\x18\n\x10is_entry_revoked\x18\x06 \x01(\x08\x12\x14\n\x0crevoked_keys\x18\x07 \x03(\x0c\x12\x1b\n\x13is_platform_revoked\x18\x08 \x01(\x08\x12\x16\n\x0eplatform_entry\x18\t \x01(\x0c\"%\n\x12\x46indEntriesRequest\x12\x0f\n\x07headers\x18\x01 \x03(\x0c\"G\n\x13\x46indEntriesResponse\x12\x30\n\x07results\x18\x01 \x03(\x0b\x32\x1f.sealpushd.v1.CertifyingEntries\"A\n\x11\x43\x65rtifyingEntries\x12\x14\n\x0csender_entry\x18\x01 \x01(\x0c\x12\x16\n\x0eplatform_entry\x18\x02 \x01(\x0c\"!\n\x0eGetAppsRequest\x12\x0f\n\x07\x61pp_ids\x18\x01 \x03(\t\"2\n\x0fGetAppsResponse\x12\x1f\n\x04\x61pps\x18\x01 \x03(\x0b\x32\x11.sealpushd.v1.App\")\n\x03\x41pp\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\tJ\x04\x08\x03\x10\x04\x32\x93\x06\n\x0e\x41\x64ministration\x12^\n\x0fPutOrganisation\x12$.sealpushd.v1.PutOrganisationRequest\x1a%.sealpushd.v1.PutOrganisationResponse\x12L\n\tPutSender\x12\x1e.sealpushd.v1.PutSenderRequest\x1a\x1f.sealpushd.v1.PutSenderResponse\x12\x43\n\x06PutApp\x12\x1b.sealpushd.v1.PutAppRequest\x1a\x1c.sealpushd.v1.PutAppResponse\x12\x61\n\x10PutPlatformEntry\x12%.sealpushd.v1.PutPlatformEntryRequest\x1a&.sealpushd.v1.PutPlatformEntryResponse\x12[\n\x0ePutRevocations\x12#.sealpushd.v1.PutRevocationsRequest\x1a$.sealpushd.v1.PutRevocationsResponse\x12\x61\n\x10GetEndingEntries\x12%.sealpushd.v1.GetEndingEntriesRequest\x1a&.sealpushd.v1.GetEndingEntriesResponse\x12O\n\nGetSenders\x12\x1f.sealpushd.v1.GetSendersRequest\x1a .sealpushd.v1.GetSendersResponse\x12R\n\x0b\x46indEntries\x12 .sealpushd.v1.FindEntriesRequest\x1a!.sealpushd.v1.FindEntriesResponse\x12\x46\n\x07GetApps\x12\x1c.sealpushd.v1.GetAppsRequest\x1a\x1d.sealpushd.v1.GetAppsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!sealpushd/v1/administration.proto\x12\x0csealpushd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"Y\n\x16PutOrganisationRequest\x12\r\n\x05login\x18\x01 \x01(\t\x12\x10\n\x08password\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x10\n\x08networks\x18\x04 \x03(\t\"2\n\x17PutOrganisationResponse\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\"\xda\x01\n\x10PutSenderRequest\x12\x17\n\x0forganisation_id\x18\x01 \x01(\x0c\x12\x11\n\tsender_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\x12\x14\n\x0c\x62rand_colour\x18\x06 \x01(\t\x12\x19\n\x11\x62rand_text_colour\x18\x07 \x01(\t\x12\x10\n\x08logo_png\x18\x08 \x01(\x0c\x12\x0e\n\x06scopes\x18\t \x03(\t\x12\x12\n\nis_default\x18\n \x01(\x08\"\x13\n\x11PutSenderResponse\"L\n\rPutAppRequest\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0froot_public_key\x18\x03 \x01(\x0cJ\x04\x08\x04\x10\x05\"\x10\n\x0ePutAppResponse\"J\n\x17PutPlatformEntryRequest\x12\x16\n\x0eplatform_entry\x18\x01 \x01(\x0c\x12\x17\n\x0froot_public_key\x18\x02 \x01(\x0c\"\x1a\n\x18PutPlatformEntryResponse\"E\n\x15PutRevocationsRequest\x12\x13\n\x0brevocations\x18\x01 \x01(\x0c\x12\x17\n\x0froot_public_key\x18\x02 \x01(\x0c\"C\n\x16PutRevocationsResponse\x12)\n\x07revoked\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.EntryInUse\"3\n\x18GetRevocationListRequest\x12\x17\n\x0froot_public_key\x18\x01 \x01(\x0c\"0\n\x19GetRevocationListResponse\x12\x13\n\x0brevocations\x18\x01 \x01(\x0c\"E\n\x17GetEndingEntriesRequest\x12*\n\x06\x62\x65\x66ore\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"E\n\x18GetEndingEntriesResponse\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.EntryInUse\"{\n\nEntryInUse\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12+\n\x07\x65nds_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0froot_public_key\x18\x04 \x01(\x0c\"\'\n\x11GetSendersRequest\x12\x12\n\nsender_ids\x18\x01 \x03(\x0c\";\n\x12GetSendersResponse\x12%\n\x07senders\x18\x01 \x03(\x0b\x32\x14.sealpushd.v1.Sender\"\xce\x01\n\x06Sender\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x17\n\x0forganisation_id\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0csender_entry\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61pp_ids\x18\x05 \x03(\t\x12\x18\n\x10is_entry_revoked\x18\x06 \x01(\x08\x12\x14\n\x0crevoked_keys\x18\x07 \x03(\x0c\x12\x1b\n\x13is_platform_revoked\x18\x08 \x01(\x08\x12\x16\n\x0eplatform_entry\x18\t \x01(\x0c\"%\n\x12\x46indEntriesRequest\x12\x0f\n\x07headers\x18\x01 \x03(\x0c\"G\n\x13\x46indEntriesResponse\x12\x30\n\x07results\x18\x01 \x03(\x0b\x32\x1f.sealpushd.v1.CertifyingEntries\"A\n\x11\x43\x65rtifyingEntries\x12\x14\n\x0csender_entry\x18\x01 \x01(\x0c\x12\x16\n\x0eplatform_entry\x18\x02 \x01(\x0c\"!\n\x0eGetAppsRequest\x12\x0f\n\x07\x61pp_ids\x18\x01 \x03(\t\"2\n\x0fGetAppsResponse\x12\x1f\n\x04\x61pps\x18\x01 \x03(\x0b\x32\x11.sealpushd.v1.App\")\n\x03\x41pp\x12\x0e\n\x06\x61pp_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\tJ\x04\x08\x03\x10\x04\x32\xf9\x06\n\x0e\x41\x64ministration\x12^\n\x0fPutOrganisation\x12$.sealpushd.v1.PutOrganisationRequest\x1a%.sealpushd.v1.PutOrganisationResponse\x12L\n\tPutSender\x12\x1e.sealpushd.v1.PutSenderRequest\x1a\x1f.sealpushd.v1.PutSenderResponse\x12\x43\n\x06PutApp\x12\x1b.sealpushd.v1.PutAppRequest\x1a\x1c.sealpushd.v1.PutAppResponse\x12\x61\n\x10PutPlatformEntry\x12%.sealpushd.v1.PutPlatformEntryRequest\x1a&.sealpushd.v1.PutPlatformEntryResponse\x12[\n\x0ePutRevocations\x12#.sealpushd.v1.PutRevocationsRequest\x1a$.sealpushd.v1.PutRevocationsResponse\x12\x64\n\x11GetRevocationList\x12&.sealpushd.v1.GetRevocationListRequest\x1a\'.sealpushd.v1.GetRevocationListResponse\x12\x61\n\x10GetEndingEntries\x12%.sealpushd.v1.GetEndingEntriesRequest\x1a&.sealpushd.v1.GetEndingEntriesResponse\x12O\n\nGetSenders\x12\x1f.sealpushd.v1.GetSendersRequest\x1a .sealpushd.v1.GetSendersResponse\x12R\n\x0b\x46indEntries\x12 .sealpushd.v1.FindEntriesRequest\x1a!.sealpushd.v1.FindEntriesResponse\x12\x46\n\x07GetApps\x12\x1c.sealpushd.v1.GetAppsRequest\x1a\x1d.sealpushd.v1.GetAppsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,30 +52,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTREVOCATIONSREQUEST']._serialized_end=738
   _globals['_PUTREVOCATIONSRESPONSE']._serialized_start=740
   _globals['_PUTREVOCATIONSRESPONSE']._serialized_end=807
-  _globals['_GETENDINGENTRIESREQUEST']._serialized_start=809
-  _globals['_GETENDINGENTRIESREQUEST']._serialized_end=878
-  _globals['_GETENDINGENTRIESRESPONSE']._serialized_start=880
-  _globals['_GETENDINGENTRIESRESPONSE']._serialized_end=949
-  _globals['_ENTRYINUSE']._serialized_start=951
-  _globals['_ENTRYINUSE']._serialized_end=1074
-  _globals['_GETSENDERSREQUEST']._serialized_start=1076
-  _globals['_GETSENDERSREQUEST']._serialized_end=1115
-  _globals['_GETSENDERSRESPONSE']._serialized_start=1117
-  _globals['_GETSENDERSRESPONSE']._serialized_end=1176
-  _globals['_SENDER']._serialized_start=1179
-  _globals['_SENDER']._serialized_end=1385
-  _globals['_FINDENTRIESREQUEST']._serialized_start=1387
-  _globals['_FINDENTRIESREQUEST']._serialized_end=1424
-  _globals['_FINDENTRIESRESPONSE']._serialized_start=1426
-  _globals['_FINDENTRIESRESPONSE']._serialized_end=1497
-  _globals['_CERTIFYINGENTRIES']._serialized_start=1499
-  _globals['_CERTIFYINGENTRIES']._serialized_end=1564
-  _globals['_GETAPPSREQUEST']._serialized_start=1566
-  _globals['_GETAPPSREQUEST']._serialized_end=1599
-  _globals['_GETAPPSRESPONSE']._serialized_start=1601
-  _globals['_GETAPPSRESPONSE']._serialized_end=1651
-  _globals['_APP']._serialized_start=1653
-  _globals['_APP']._serialized_end=1694
-  _globals['_ADMINISTRATION']._serialized_start=1697
-  _globals['_ADMINISTRATION']._serialized_end=2484
+  _globals['_GETREVOCATIONLISTREQUEST']._serialized_start=809
+  _globals['_GETREVOCATIONLISTREQUEST']._serialized_end=860
+  _globals['_GETREVOCATIONLISTRESPONSE']._serialized_start=862
+  _globals['_GETREVOCATIONLISTRESPONSE']._serialized_end=910
+  _globals['_GETENDINGENTRIESREQUEST']._serialized_start=912
+  _globals['_GETENDINGENTRIESREQUEST']._serialized_end=981
+  _globals['_GETENDINGENTRIESRESPONSE']._serialized_start=983
+  _globals['_GETENDINGENTRIESRESPONSE']._serialized_end=1052
+  _globals['_ENTRYINUSE']._serialized_start=1054
+  _globals['_ENTRYINUSE']._serialized_end=1177
+  _globals['_GETSENDERSREQUEST']._serialized_start=1179
+  _globals['_GETSENDERSREQUEST']._serialized_end=1218
+  _globals['_GETSENDERSRESPONSE']._serialized_start=1220
+  _globals['_GETSENDERSRESPONSE']._serialized_end=1279
+  _globals['_SENDER']._serialized_start=1282
+  _globals['_SENDER']._serialized_end=1488
+  _globals['_FINDENTRIESREQUEST']._serialized_start=1490
+  _globals['_FINDENTRIESREQUEST']._serialized_end=1527
+  _globals['_FINDENTRIESRESPONSE']._serialized_start=1529
+  _globals['_FINDENTRIESRESPONSE']._serialized_end=1600
+  _globals['_CERTIFYINGENTRIES']._serialized_start=1602
+  _globals['_CERTIFYINGENTRIES']._serialized_end=1667
+  _globals['_GETAPPSREQUEST']._serialized_start=1669
+  _globals['_GETAPPSREQUEST']._serialized_end=1702
+  _globals['_GETAPPSRESPONSE']._serialized_start=1704
+  _globals['_GETAPPSRESPONSE']._serialized_end=1754
+  _globals['_APP']._serialized_start=1756
+  _globals['_APP']._serialized_end=1797
+  _globals['_ADMINISTRATION']._serialized_start=1800
+  _globals['_ADMINISTRATION']._serialized_end=2689
 # @@protoc_insertion_point(module_scope)

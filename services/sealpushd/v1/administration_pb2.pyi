@@ -277,6 +277,46 @@ class PutRevocationsResponse(_message.Message):
 Global___PutRevocationsResponse: _TypeAlias = PutRevocationsResponse  # noqa: Y015
 
 @_typing.final
+class GetRevocationListRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    root_public_key: _builtins.bytes
+    """32 bytes."""
+    def __init__(
+        self,
+        *,
+        root_public_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["root_public_key", b"root_public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRevocationListRequest: _TypeAlias = GetRevocationListRequest  # noqa: Y015
+
+@_typing.final
+class GetRevocationListResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    revocations: _builtins.bytes
+    """As it was put, with its signature; empty: this root has none."""
+    def __init__(
+        self,
+        *,
+        revocations: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revocations", b"revocations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRevocationListResponse: _TypeAlias = GetRevocationListResponse  # noqa: Y015
+
+@_typing.final
 class GetEndingEntriesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -60,6 +60,11 @@ class AdministrationStub:
                 request_serializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsResponse.FromString,
                 _registered_method=True)
+        self.GetRevocationList = channel.unary_unary(
+                '/sealpushd.v1.Administration/GetRevocationList',
+                request_serializer=sealpushd_dot_v1_dot_administration__pb2.GetRevocationListRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_administration__pb2.GetRevocationListResponse.FromString,
+                _registered_method=True)
         self.GetEndingEntries = channel.unary_unary(
                 '/sealpushd.v1.Administration/GetEndingEntries',
                 request_serializer=sealpushd_dot_v1_dot_administration__pb2.GetEndingEntriesRequest.SerializeToString,
@@ -121,6 +126,13 @@ class AdministrationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRevocationList(self, request, context):
+        """A root's newest revocation list, for root's people who no longer have it: the next one adds to it. Operators only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetEndingEntries(self, request, context):
         """Senders and platform whose entries end before a time, soonest first. Operators only.
         """
@@ -176,6 +188,11 @@ def add_AdministrationServicer_to_server(servicer, server):
                     servicer.PutRevocations,
                     request_deserializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_administration__pb2.PutRevocationsResponse.SerializeToString,
+            ),
+            'GetRevocationList': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRevocationList,
+                    request_deserializer=sealpushd_dot_v1_dot_administration__pb2.GetRevocationListRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_administration__pb2.GetRevocationListResponse.SerializeToString,
             ),
             'GetEndingEntries': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEndingEntries,
@@ -334,6 +351,33 @@ class Administration:
             '/sealpushd.v1.Administration/PutRevocations',
             sealpushd_dot_v1_dot_administration__pb2.PutRevocationsRequest.SerializeToString,
             sealpushd_dot_v1_dot_administration__pb2.PutRevocationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRevocationList(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Administration/GetRevocationList',
+            sealpushd_dot_v1_dot_administration__pb2.GetRevocationListRequest.SerializeToString,
+            sealpushd_dot_v1_dot_administration__pb2.GetRevocationListResponse.FromString,
             options,
             channel_credentials,
             insecure,

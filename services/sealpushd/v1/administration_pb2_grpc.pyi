@@ -43,6 +43,8 @@ class AdministrationStub:
     """Publishes the root-signed entry of the platform's sealing key. Operators only. INVALID_ARGUMENT: not signed by the root."""
     PutRevocations: _grpc.UnaryUnaryMultiCallable[_administration_pb2.PutRevocationsRequest, _administration_pb2.PutRevocationsResponse]
     """Publishes a root's newest revocation list. Operators only. INVALID_ARGUMENT: not signed by the root, or not newer than the stored one."""
+    GetRevocationList: _grpc.UnaryUnaryMultiCallable[_administration_pb2.GetRevocationListRequest, _administration_pb2.GetRevocationListResponse]
+    """A root's newest revocation list, for root's people who no longer have it: the next one adds to it. Operators only."""
     GetEndingEntries: _grpc.UnaryUnaryMultiCallable[_administration_pb2.GetEndingEntriesRequest, _administration_pb2.GetEndingEntriesResponse]
     """Senders and platform whose entries end before a time, soonest first. Operators only."""
     GetSenders: _grpc.UnaryUnaryMultiCallable[_administration_pb2.GetSendersRequest, _administration_pb2.GetSendersResponse]
@@ -67,6 +69,8 @@ class AdministrationAsyncStub(AdministrationStub):
     """Publishes the root-signed entry of the platform's sealing key. Operators only. INVALID_ARGUMENT: not signed by the root."""
     PutRevocations: _aio.UnaryUnaryMultiCallable[_administration_pb2.PutRevocationsRequest, _administration_pb2.PutRevocationsResponse]  # type: ignore[assignment]
     """Publishes a root's newest revocation list. Operators only. INVALID_ARGUMENT: not signed by the root, or not newer than the stored one."""
+    GetRevocationList: _aio.UnaryUnaryMultiCallable[_administration_pb2.GetRevocationListRequest, _administration_pb2.GetRevocationListResponse]  # type: ignore[assignment]
+    """A root's newest revocation list, for root's people who no longer have it: the next one adds to it. Operators only."""
     GetEndingEntries: _aio.UnaryUnaryMultiCallable[_administration_pb2.GetEndingEntriesRequest, _administration_pb2.GetEndingEntriesResponse]  # type: ignore[assignment]
     """Senders and platform whose entries end before a time, soonest first. Operators only."""
     GetSenders: _aio.UnaryUnaryMultiCallable[_administration_pb2.GetSendersRequest, _administration_pb2.GetSendersResponse]  # type: ignore[assignment]
@@ -118,6 +122,14 @@ class AdministrationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_administration_pb2.PutRevocationsResponse, _abc.Awaitable[_administration_pb2.PutRevocationsResponse]]:
         """Publishes a root's newest revocation list. Operators only. INVALID_ARGUMENT: not signed by the root, or not newer than the stored one."""
+
+    @_abc_1.abstractmethod
+    def GetRevocationList(
+        self,
+        request: _administration_pb2.GetRevocationListRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_administration_pb2.GetRevocationListResponse, _abc.Awaitable[_administration_pb2.GetRevocationListResponse]]:
+        """A root's newest revocation list, for root's people who no longer have it: the next one adds to it. Operators only."""
 
     @_abc_1.abstractmethod
     def GetEndingEntries(

@@ -2,7 +2,7 @@ import io
 import json
 import stat
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from sealpushd.cli.app import run
 from sealpushd.platform.settings import Settings
 from sealpushd.signedfile import SignedFile
 from sealpushd.v1 import sealing_pb2
-from sealpushd.v1.administration_pb2 import EntryInUse, PutRevocationsResponse
+from sealpushd.v1.administration_pb2 import EntryInUse, GetEndingEntriesResponse, GetRevocationListResponse, PutRevocationsResponse
 from tests.unit.cli.answering import Installation, answering
 
 ID = "0199a1b2-c3d4-7e5f-8a9b-0c1d2e3f4a5b"
@@ -116,7 +116,7 @@ def test_what_the_root_signed_is_put_as_it_is(tmp_path: Path, answered: Installa
     assert verify_sender_entry(ROOT.public_key, asked[-1].sender_entry, now_ms()).display_name == "Post"
     assert run(["accounts", "put-revocations", str(list_file(tmp_path)), "--json", *answered.accounts]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == {"serial": "1"}
+    assert json.loads(captured.out) == {"serial": "1", "revoked": []}
     assert f"nothing in use is revoked: compare ids, serials and keys with `sealpush root show {tmp_path / 'revoked'}`" in captured.err
     assert verify_revocations(asked[-1].root_public_key, asked[-1].revocations).revokes_key(KEY)
 
@@ -129,6 +129,44 @@ def test_who_revokes_is_told_whom_that_hits(tmp_path: Path, answered: Installati
     assert captured.out == "1\n"
     assert f"the entry of the sender Post, {ID}\n" in captured.err
     assert "the entry of the platform's sealing key\n" in captured.err
+    assert run(["accounts", "put-revocations", str(list_file(tmp_path)), "--json", *answered.accounts]) == 0
+    told = [{"sender_id": ID, "display_name": "Post"}, {"sender_id": None, "display_name": "Sealpush"}]
+    assert json.loads(capsys.readouterr().out)["revoked"] == told
+
+
+def test_a_lost_list_comes_back_as_the_root_signed_it(tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+    signed = SignedFile.decode(list_file(tmp_path).read_bytes())
+    out = tmp_path / "list-again"
+    get = ["accounts", "get-revocations", "--root-public-key", signed.root_public_key.hex(), "--out", str(out), *answered.accounts]
+    answered.answers.given["GetRevocationList"] = [
+        GetRevocationListResponse(),
+        GetRevocationListResponse(revocations=signed.signed[:-1] + b"\x00"),
+        GetRevocationListResponse(revocations=signed.signed),
+    ]
+    for words in ("root revoke --new", "not signed by the root"):
+        assert run(get) == 1
+        assert words in refusal(capsys)
+        assert not out.exists()
+    assert run(get) == 0
+    assert capsys.readouterr().out == f"list number 1: {out}\n"
+    assert SignedFile.decode(out.read_bytes()) == signed
+    assert run(get) == 2
+    assert "exists already" in refusal(capsys)
+
+
+def test_entries_that_end_soon_are_told_without_an_up_and_fail(answered: Installation, capsys: pytest.CaptureFixture[str]) -> None:
+    answered.answers.given["GetEndingEntries"] = GetEndingEntriesResponse()
+    assert run(["accounts", "ending-entries", *answered.accounts]) == 0
+    assert capsys.readouterr().out == "ok    entries                      none ends within 14 days\n"
+    ending = EntryInUse(sender_id=SENDER_ID, display_name="Post", root_public_key=b"\x09" * 32)
+    ending.ends_at.FromDatetime(datetime(2020, 1, 2, tzinfo=UTC))
+    answered.answers.given["GetEndingEntries"] = GetEndingEntriesResponse(entries=[ending])
+    assert run(["accounts", "ending-entries", "--days", "30", *answered.accounts]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("FAIL  entry of Post                ended on 2020-01-02: sign another with the root 0909")
+    assert "--sender-id " + ID in out
+    asked = answered.answers.asked[-1].before.ToDatetime(UTC) - datetime.now(UTC)
+    assert timedelta(days=29) < asked <= timedelta(days=30)
 
 
 def test_an_entry_of_a_key_that_the_platform_does_not_seal_with_is_not_put(

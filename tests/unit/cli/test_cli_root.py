@@ -154,6 +154,13 @@ def test_the_platform_is_certified_for_the_server_only(root_file: Path, two: lis
     assert (entry.modes, [key.public_key for key in entry.keys]) == (SenderMode.SERVER, [KEY])
 
 
+def test_the_platforms_key_changes_without_a_gap_by_an_entry_of_both(root_file: Path, two: list[str], tmp_path: Path) -> None:
+    out, new_key = tmp_path / "platform.entry", ContentSigningKey.from_seed(b"\x02" * 32).public_key
+    keys = ["--key", KEY.hex(), "--key", new_key.hex()]
+    assert run(["root", "certify-platform", str(root_file), *keys, "--out", str(out), *two]) == 0
+    assert [key.public_key for key in SignedFile.decode(out.read_bytes()).entry().keys] == [KEY, new_key]
+
+
 @pytest.mark.parametrize(
     ("people", "words"),
     [
