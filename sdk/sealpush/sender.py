@@ -226,6 +226,8 @@ class Publication:
             raise ValueError("lifetime must be 1 s to 28 days")
         if self.identity_unchanged_for is not None and not timedelta(seconds=1) <= self.identity_unchanged_for <= IDENTITY_UNCHANGED_MAX:
             raise ValueError("identity_unchanged_for must be 1 s to 365 days")
+        if self.identity_unchanged_for is not None and (self.primary_only or self.subscriptions):
+            raise ValueError("identity_unchanged_for does not go with primary_only or subscriptions: devices say these of themselves")
 
     @classmethod
     def of(cls, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> Self:

@@ -104,7 +104,7 @@ class PublishRequest(_message.Message):
     @_builtins.property
     def identity_unchanged_for(self) -> _duration_pb2.Duration:
         """Refuse it (see IdentityChanged) when a device that it would go to was added to the recipient's list more recently than this: 1 s to
-        365 days; absent: do not look.
+        365 days; absent: do not look. Not together with primary_only and subscriptions: which device these choose is the devices' own to say.
         """
 
     def __init__(

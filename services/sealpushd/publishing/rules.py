@@ -148,6 +148,14 @@ def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_
         raise InvalidRequest("a subscription holds a control character", field="subscriptions")
     lifetime = _lifetime(request)
     unchanged = _duration(request, "identity_unchanged_for", IDENTITY_UNCHANGED_MAX)
+    if unchanged is not None and (request.primary_only or request.subscriptions):
+        # Whoever took the number over makes its own device the primary one and ends it again: then nobody is left to look at, and
+        # "not registered" would send the message to that number by SMS.
+        raise InvalidRequest(
+            "identity_unchanged_for does not go with primary_only or subscriptions, which the recipient's devices say of themselves:"
+            " leave these out",
+            field="identity_unchanged_for",
+        )
     added_until = None if unchanged is None else now - unchanged
     match request.WhichOneof("content"):
         case "plain":

@@ -197,6 +197,16 @@ def test_how_long_devices_must_have_been_there_is_one_second_to_a_year(seconds: 
             refused(made, "identity_unchanged_for")
 
 
+def test_who_is_asked_for_unchanged_devices_does_not_choose_by_what_devices_say_of_themselves() -> None:
+    for made in (request(primary_only=True), request(subscriptions=["codes"])):
+        assert parse(made).added_until is None
+        made.identity_unchanged_for.seconds = 1
+        refused(made, "identity_unchanged_for")
+    made = request(platforms=[common_pb2.PLATFORM_IOS])
+    made.identity_unchanged_for.seconds = 1
+    assert parse(made).added_until == NOW - timedelta(seconds=1)
+
+
 # Plain contents
 
 
