@@ -33,6 +33,7 @@ from sealpush.devicelog import DeviceNotice, EntryKind, LogEntry, NoticeKind, ne
 from sealpush.entries import PROFILE_FAILED_PAUSE_S, PROFILE_PAUSE_S, Revocations, SenderProfile
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
 from sealpush.errors import (
+    CallFailed,
     EntryRefused,
     KeystoreError,
     NotFound,
@@ -1012,6 +1013,19 @@ async def test_the_list_is_asked_for_before_an_entry_is_trusted_that_is_new_here
     assert await device.drain() == []
     assert service.outcomes() == [AckOutcome.UNDELIVERED] * 5
     assert service.calls["GetRevocations"] == 1 + 1  # before the entry, and by what is due daily
+
+
+@pytest.mark.parametrize("failing", ["UploadPrekeys", "GetChallenge"])
+async def test_the_list_comes_also_where_the_rest_of_what_is_due_fails(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock, failing: str
+) -> None:
+    device = await register(make(keystore))
+    revoke(service, RevokedKey(SENDER_KEY.public_key))
+    clock.ahead_s = service.time_ahead_s = 8 * 24 * 3600
+    service.down[failing] = 1000
+    with pytest.raises(CallFailed):
+        await device.maintain()
+    assert keystore.revocations() == service.revocations
 
 
 async def test_a_revoked_sender_that_is_certified_anew_is_believed_again(
