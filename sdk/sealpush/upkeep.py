@@ -98,12 +98,14 @@ class Upkeep:
                 deadline,
             )
         now_ms = self._time.now_ms()
+        # What is forgotten does not come back when a clock is set right: only what has run out by both clocks goes.
+        run_out_ms = min(now_ms, self._time.local_ms())
 
         def finish(keystore: Keystore) -> None:
             if rotated:
                 set_uploaded(keystore, signed, now_ms)
                 keystore.retire_signed_prekeys(signed.prekey_id, now_ms)
-            keystore.purge(now_ms)
+            keystore.purge(run_out_ms)
             keystore.set_fact(_MAINTAINED_AT, now_ms.to_bytes(8, "big"))
 
         await self._store(finish)

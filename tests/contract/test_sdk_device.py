@@ -824,6 +824,24 @@ async def test_a_duplicate_is_acknowledged_again_and_not_shown(service: Service,
     assert texts(await device.inbox()) == ["once"]
 
 
+async def test_a_service_whose_clock_runs_ahead_for_a_while_makes_a_phone_forget_nothing(
+    service: Service, make: Make, keystore: Keystore
+) -> None:
+    device = await register(make(keystore))
+    shown = service.send("once", lifetime_ms=20 * DAY_MS)
+    assert texts(await device.drain()) == ["once"]
+    service.time_ahead_s = 30 * 24 * 3600
+    await make(keystore).maintain()
+    service.time_ahead_s = 0
+    again = make(keystore)
+    await again.maintain()
+    service.put(shown.envelope)
+    assert await again.drain() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+    service.send("twice")
+    assert texts(await again.drain()) == ["twice"]
+
+
 async def test_two_processes_of_one_phone_show_a_message_once(service: Service, make: Make, tmp_path: Path) -> None:
     with SqliteKeystore(tmp_path / "keys.db") as one, SqliteKeystore(tmp_path / "keys.db") as other:
         await register(make(one, one_time_prekeys=30))
