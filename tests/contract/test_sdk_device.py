@@ -1917,6 +1917,21 @@ async def test_the_device_log_is_looked_at_once_an_hour_whatever_wakes_the_app(
     assert service.calls["GetDeviceLog"] == (3 if way == "upkeep" else 2)
 
 
+@pytest.mark.parametrize("first_look", [True, False])
+async def test_another_key_under_the_phones_own_id_is_told_and_is_not_this_phone(
+    service: Service, make: Make, keystore: Keystore, first_look: bool
+) -> None:
+    device = await register(make(keystore))
+    if not first_look:
+        await device.maintain()
+    phone, foreign = service.phone(), bytes(32)
+    service.log_after_own.append(LogEntry(EntryKind.REMOVED, phone.device_id, phone.identity_public_key, 2).encode())
+    service.log_after_own.append(LogEntry(EntryKind.ADDED, phone.device_id, foreign, 3, recovered=True).encode())
+    await device.maintain()
+    assert [(each.kind, each.identity_public_key) for each in keystore.notices()] == [(NoticeKind.ADDED, foreign)]
+    assert [each.is_this for each in await device.devices()] == [False]
+
+
 async def test_when_the_log_was_looked_at_last_is_known_to_the_next_process(service: Service, make: Make, keystore: Keystore) -> None:
     await (await register(make(keystore))).on_wake()
     await make(keystore).on_wake()
