@@ -219,23 +219,28 @@ _NOTICE_OF: Final = {
 }
 
 
-def notices_of(entries: Iterable[bytes], own: DeviceId) -> list[DeviceNotice]:
-    """What a device tells of entries that came: nothing of itself, and not what it vouched for."""
+def notices_of(entries: Iterable[bytes], own: DeviceId, own_key: bytes) -> list[DeviceNotice]:
+    """What a device tells of entries that came: nothing of itself, and not what it vouched for.
+
+    Itself is its id under its own identity key: somebody else's key under its id is told like any other device.
+    """
     said = [LogEntry.decode(entry) for entry in entries]
     return [
         DeviceNotice(_NOTICE_OF[each.kind], each.at_ms, each.device_id, each.identity_public_key)
         for each in said
-        if own not in (each.device_id, each.by_device_id)
+        if (each.device_id, each.identity_public_key) != (own, own_key) and each.by_device_id != own
     ]
 
 
-def new_to(own: DeviceId, entries: Sequence[bytes]) -> Sequence[bytes]:
-    """What of a whole log came after the device itself; all of it where the device is not in it."""
-    added = [n for n, each in enumerate(map(LogEntry.decode, entries)) if each.kind is EntryKind.ADDED and each.device_id == own]
+def new_to(own: DeviceId, own_key: bytes, entries: Sequence[bytes]) -> Sequence[bytes]:
+    """What of a whole log came after the device itself; all of it where the device is not in it under its own identity key."""
+    said = map(LogEntry.decode, entries)
+    itself = (EntryKind.ADDED, own, own_key)
+    added = [n for n, each in enumerate(said) if (each.kind, each.device_id, each.identity_public_key) == itself]
     return entries[added[-1] + 1 :] if added else entries
 
 
-def notices_of_another(before: DeviceLog, after: DeviceLog, own: DeviceId, now_ms: int) -> list[DeviceNotice]:
+def notices_of_another(before: DeviceLog, after: DeviceLog, own: DeviceId, own_key: bytes, now_ms: int) -> list[DeviceNotice]:
     """What a device tells when the service has another history than the one that was known: that, and how the lists differ."""
     found = [DeviceNotice(NoticeKind.LOG_BROKEN, now_ms)]
     for device_id, each in before.devices.items():
@@ -244,7 +249,8 @@ def notices_of_another(before: DeviceLog, after: DeviceLog, own: DeviceId, now_m
             found.append(DeviceNotice(NoticeKind.REMOVED, now_ms, device_id, each.identity_public_key))
     for device_id, each in after.devices.items():
         known = before.devices.get(device_id)
-        if device_id != own and (known is None or known.identity_public_key != each.identity_public_key):
+        is_own = (device_id, each.identity_public_key) == (own, own_key)
+        if not is_own and (known is None or known.identity_public_key != each.identity_public_key):
             found.append(DeviceNotice(NoticeKind.ADDED, each.added_at_ms, device_id, each.identity_public_key))
     return found
 

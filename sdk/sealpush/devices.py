@@ -128,11 +128,16 @@ class Devices:
 
     async def listed(self, deadline: Deadline) -> list[KnownDevice]:
         """The person's devices now, oldest first. Raises CallFailed, KeystoreError."""
-        _, registration = self._who.registered()
+        identity, registration = self._who.registered()
+        own = (registration.device_id, identity.public_key)
         log = await self.check(deadline)
         return [
             KnownDevice(
-                each.device_id, each.identity_public_key, moment(each.added_at_ms), each.vouched, each.device_id == registration.device_id
+                each.device_id,
+                each.identity_public_key,
+                moment(each.added_at_ms),
+                each.vouched,
+                (each.device_id, each.identity_public_key) == own,
             )
             for each in log.devices.values()
         ]
@@ -148,7 +153,7 @@ class Devices:
             raise KeyRefused("the device has another fingerprint than the one that was compared; do not vouch for it")
         if listed.vouched:
             return
-        if own is None or not own.vouched:
+        if own is None or not own.vouched or own.identity_public_key != identity.public_key:
             raise errors.FailedPrecondition("nobody vouches for this device, so it cannot vouch for others; use one that is vouched for")
         proof = vouch_proof(listed.device_id, listed.identity_public_key, own.device_id, listed.added_head)
         request = keys_pb2.VouchDeviceRequest(device_id=device_id, signature=sign_proof(identity, proof))
@@ -157,27 +162,27 @@ class Devices:
 
     async def _follow(self, deadline: Deadline) -> Followed | None:
         """Read on from what is kept, and keep what comes; None: another process kept something else meanwhile."""
-        _, registration = self._who.registered()
-        own, subscriber_id = registration.device_id, registration.subscriber_id
+        identity, registration = self._who.registered()
+        own, own_key, subscriber_id = registration.device_id, identity.public_key, registration.subscriber_id
         kept = await self._store(lambda keystore: keystore.device_log())
         known = _known(subscriber_id, kept)
         try:
             log, entries = await self._read(subscriber_id, known or DeviceLog.start(subscriber_id), deadline)
             if known is None:
                 # The first look at this person's log: what was there before this device, it did not see come.
-                new, notices = KeptLog(entries, log.head), notices_of(new_to(own, entries), own)
+                new, notices = KeptLog(entries, log.head), notices_of(new_to(own, own_key, entries), own, own_key)
             else:
-                new, notices = KeptLog(kept.entries + entries, log.head), notices_of(entries, own)
+                new, notices = KeptLog(kept.entries + entries, log.head), notices_of(entries, own, own_key)
         except DeviceLogBroken as error:
             self._trouble.note(error)
-            log, new, notices = await self._read_anew(registration, known, kept, deadline)
+            log, new, notices = await self._read_anew(registration, own_key, known, kept, deadline)
         if new == kept and not notices:
             return log, []
         told = await self._store(lambda keystore: keystore.put_device_log(kept, new, notices))
         return None if told is None else (log, told)
 
     async def _read_anew(
-        self, registration: DeviceRegistration, known: DeviceLog | None, kept: KeptLog, deadline: Deadline
+        self, registration: DeviceRegistration, own_key: bytes, known: DeviceLog | None, kept: KeptLog, deadline: Deadline
     ) -> tuple[DeviceLog, KeptLog, list[DeviceNotice]]:
         """What to go on with where the service did not go on from what was known."""
         start, own, now_ms = DeviceLog.start(registration.subscriber_id), registration.device_id, self._time.now_ms()
@@ -189,8 +194,8 @@ class Devices:
             else:
                 new = KeptLog(entries, log.head)
                 if entries[: len(kept.entries)] == kept.entries:  # it does go on from there: only the first answer was wrong
-                    return log, new, notices_of(entries[len(kept.entries) :], own)
-                return log, new, notices_of_another(known, log, own, now_ms)
+                    return log, new, notices_of(entries[len(kept.entries) :], own, own_key)
+                return log, new, notices_of_another(known, log, own, own_key, now_ms)
         return known or start, kept, [DeviceNotice(NoticeKind.LOG_BROKEN, now_ms)]
 
     async def _read(self, subscriber_id: SubscriberId, log: DeviceLog, deadline: Deadline) -> tuple[DeviceLog, tuple[bytes, ...]]:

@@ -47,8 +47,10 @@ def raise_to(keystore: Keystore, suite: int) -> int:
 
 
 def confirm(keystore: Keystore, suite: int, now_ms: int) -> None:
-    """The service knows of this suite by `now_ms`, the server's time. Repeating it keeps the first time."""
-    if floor(keystore) == Floor(suite):
+    """The service knows of this suite by `now_ms`, the server's time. Repeating it keeps the earliest time: a clock that ran ahead at the
+    rise, by mistake or on purpose, would otherwise hold the floor down until that time has come."""
+    kept = floor(keystore)
+    if kept.suite == suite and (kept.raised_at_ms is None or now_ms < kept.raised_at_ms):
         _keep(keystore, suite, now_ms)
 
 

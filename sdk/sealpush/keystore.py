@@ -166,7 +166,7 @@ class Keystore(Protocol):
         ...
 
     def put_sender_entry(self, sender_id: SenderId, role: EntryRole, serial: int, not_after_ms: int, blob: bytes) -> bool:
-        """Cache a verified entry; False, and nothing kept, if one with a higher serial is here."""
+        """Cache a verified entry; False, and nothing kept, if one with a higher serial is here, or was before it ran out."""
         ...
 
     def sender_entry(self, sender_id: SenderId, role: EntryRole) -> bytes | None:
@@ -281,7 +281,7 @@ class Keystore(Protocol):
         ...
 
     def purge(self, now_ms: int) -> None:
-        """Forget what has run out: private prekeys, records of seen content, cached entries. Call it daily."""
+        """Forget what has run out: private prekeys, records of seen content, cached entries but for their serials. Call it daily."""
         ...
 
     def erase(self) -> None:
@@ -354,7 +354,7 @@ class MemoryKeystore:
         self._root_public_key: bytes | None = None
         self._next_prekey_id = 1
         self._last_local_id = 0
-        # (sender, role) → (serial, not_after_ms, blob)
+        # (sender, role) → (serial, not_after_ms, blob); no blob once that has run out, while the serial stays
         self._entries: dict[tuple[SenderId, EntryRole], tuple[int, int, bytes]] = {}
         # (serial, blob)
         self._revocations: tuple[int, bytes] | None = None
@@ -447,7 +447,7 @@ class MemoryKeystore:
     def sender_entry(self, sender_id: SenderId, role: EntryRole) -> bytes | None:
         with self._open():
             known = self._entries.get((sender_id, role))
-            return None if known is None else known[2]
+            return None if known is None else known[2] or None
 
     def put_revocations(self, serial: int, blob: bytes) -> bool:
         with self._open():
@@ -617,7 +617,9 @@ class MemoryKeystore:
         with self._open():
             self._prekeys = {name: each for name, each in self._prekeys.items() if each[1] > now_ms}
             self._seen = {name: until_ms for name, until_ms in self._seen.items() if until_ms > now_ms}
-            self._entries = {name: each for name, each in self._entries.items() if each[1] > now_ms}
+            for name, (serial, not_after_ms, _) in self._entries.items():
+                if not_after_ms <= now_ms:
+                    self._entries[name] = (serial, not_after_ms, b"")
 
     def erase(self) -> None:
         with self._open():
@@ -662,7 +664,8 @@ CREATE TABLE prekeys (
     PRIMARY KEY (suite, prekey_id, kind)
 ) WITHOUT ROWID;
 
--- Verified sender entries; serial is 8 bytes big-endian, since it may exceed SQLite's signed integers.
+-- Verified sender entries; serial is 8 bytes big-endian, since it may exceed SQLite's signed integers. The blob of one that has run
+-- out is emptied, while its serial stays: no older entry that ends later takes its place.
 CREATE TABLE entries (
     sender_id BLOB NOT NULL, role INTEGER NOT NULL, serial BLOB NOT NULL,
     not_after_ms INTEGER NOT NULL, blob BLOB NOT NULL,
@@ -858,7 +861,7 @@ class SqliteKeystore:
             row: tuple[bytes] | None = connection.execute(
                 "SELECT blob FROM entries WHERE sender_id = ? AND role = ?", (sender_id, int(role))
             ).fetchone()
-            return None if row is None else row[0]
+            return None if row is None else row[0] or None
 
     def put_revocations(self, serial: int, blob: bytes) -> bool:
         with self._writing() as connection:
@@ -1089,7 +1092,7 @@ class SqliteKeystore:
         with self._writing() as connection:
             connection.execute("DELETE FROM prekeys WHERE deleted_at_ms <= ?", (now_ms,))
             connection.execute("DELETE FROM seen WHERE until_ms <= ?", (now_ms,))
-            connection.execute("DELETE FROM entries WHERE not_after_ms <= ?", (now_ms,))
+            connection.execute("UPDATE entries SET blob = x'' WHERE not_after_ms <= ?", (now_ms,))
         self._empty_log()
 
     def erase(self) -> None:

@@ -435,7 +435,7 @@ def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
     yield Claim(
         "message",
         Finding.PROVEN if linked else Finding.UNPROVEN,
-        f"A device's key signed that the message {message} carried this content."
+        f"A device's key signed that the message {message} carried the content of this id, which who sealed it must not have used twice."
         if linked
         else f"That the message {message} carried this content: only a device's signature would show it.",
     )

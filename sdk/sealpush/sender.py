@@ -684,6 +684,7 @@ class Sender:
             return NotRegistered(publication.request_id, Reason(result.not_registered))
         if result.WhichOneof("outcome") != "keys":
             return Refused(publication.request_id, "INVALID_ARGUMENT", "KEYS_REFUSED", result.refused)
+        _check_keys(result.keys)
         foreign = _not_approved(publication, result.keys.devices)
         if foreign is not None:
             return foreign
@@ -939,6 +940,12 @@ def _prekey(prekey: keys_pb2.Prekey, kind: PrekeyKind) -> SignedPrekey:
 
 def _known_device(keys: keys_pb2.DeviceKeys) -> KnownDevice:
     return KnownDevice(DeviceId(keys.device_id), keys.identity_public_key, wire_time(keys.added_at), keys.vouched)
+
+
+def _check_keys(keys: keys_pb2.RecipientKeys) -> None:
+    """Raises KeyRefused for an answer that nothing can be sealed by; what is signed in it is checked device by device."""
+    if len(keys.recipient_ref) != 32 or len({each.device_id for each in keys.devices}) != len(keys.devices):
+        raise KeyRefused("the key service's answer about the recipient is malformed; ask for the keys again, or report it")
 
 
 def _not_approved(publication: Publication, devices: Iterable[keys_pb2.DeviceKeys]) -> IdentityChanged | None:

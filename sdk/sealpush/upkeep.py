@@ -79,7 +79,9 @@ class Upkeep:
         await self._devices.load()
 
     async def do(self, deadline: Deadline) -> None:
-        """Rotate, top up, learn what was revoked, forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
+        """Learn what was revoked, rotate, top up, forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
+        # Before what may fail: who keeps a revocation from a phone must not be anybody who can make the phone's uploads fail.
+        await self._revocations.refresh(Deadline.after(deadline.clock, deadline.remaining_s() / 2))
         await self._session.know_time(deadline)
         signed, rotated, rising = await self._signed_prekey()
         upload = keys_pb2.PrekeyUpload(prekeys=map(wire_prekey, await self._one_time(signed.suite, deadline, rising=rising)))
@@ -95,14 +97,15 @@ class Upkeep:
                 change,
                 deadline,
             )
-        await self._revocations.refresh(deadline)
         now_ms = self._time.now_ms()
+        # What is forgotten does not come back when a clock is set right: only what has run out by both clocks goes.
+        run_out_ms = min(now_ms, self._time.local_ms())
 
         def finish(keystore: Keystore) -> None:
             if rotated:
                 set_uploaded(keystore, signed, now_ms)
                 keystore.retire_signed_prekeys(signed.prekey_id, now_ms)
-            keystore.purge(now_ms)
+            keystore.purge(run_out_ms)
             keystore.set_fact(_MAINTAINED_AT, now_ms.to_bytes(8, "big"))
 
         await self._store(finish)

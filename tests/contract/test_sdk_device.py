@@ -33,6 +33,7 @@ from sealpush.devicelog import DeviceNotice, EntryKind, LogEntry, NoticeKind, ne
 from sealpush.entries import PROFILE_FAILED_PAUSE_S, PROFILE_PAUSE_S, Revocations, SenderProfile
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
 from sealpush.errors import (
+    CallFailed,
     EntryRefused,
     KeystoreError,
     NotFound,
@@ -823,6 +824,24 @@ async def test_a_duplicate_is_acknowledged_again_and_not_shown(service: Service,
     assert texts(await device.inbox()) == ["once"]
 
 
+async def test_a_service_whose_clock_runs_ahead_for_a_while_makes_a_phone_forget_nothing(
+    service: Service, make: Make, keystore: Keystore
+) -> None:
+    device = await register(make(keystore))
+    shown = service.send("once", lifetime_ms=20 * DAY_MS)
+    assert texts(await device.drain()) == ["once"]
+    service.time_ahead_s = 30 * 24 * 3600
+    await make(keystore).maintain()
+    service.time_ahead_s = 0
+    again = make(keystore)
+    await again.maintain()
+    service.put(shown.envelope)
+    assert await again.drain() == []
+    assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+    service.send("twice")
+    assert texts(await again.drain()) == ["twice"]
+
+
 async def test_two_processes_of_one_phone_show_a_message_once(service: Service, make: Make, tmp_path: Path) -> None:
     with SqliteKeystore(tmp_path / "keys.db") as one, SqliteKeystore(tmp_path / "keys.db") as other:
         await register(make(one, one_time_prekeys=30))
@@ -1012,6 +1031,19 @@ async def test_the_list_is_asked_for_before_an_entry_is_trusted_that_is_new_here
     assert await device.drain() == []
     assert service.outcomes() == [AckOutcome.UNDELIVERED] * 5
     assert service.calls["GetRevocations"] == 1 + 1  # before the entry, and by what is due daily
+
+
+@pytest.mark.parametrize("failing", ["UploadPrekeys", "GetChallenge"])
+async def test_the_list_comes_also_where_the_rest_of_what_is_due_fails(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock, failing: str
+) -> None:
+    device = await register(make(keystore))
+    revoke(service, RevokedKey(SENDER_KEY.public_key))
+    clock.ahead_s = service.time_ahead_s = 8 * 24 * 3600
+    service.down[failing] = 1000
+    with pytest.raises(CallFailed):
+        await device.maintain()
+    assert keystore.revocations() == service.revocations
 
 
 async def test_a_revoked_sender_that_is_certified_anew_is_believed_again(
@@ -1852,10 +1884,10 @@ def a_newcomer() -> bytes:
 
 @pytest.mark.parametrize("way", ["drain", "wake", "stream", "upkeep"])
 async def test_the_device_log_is_looked_at_once_an_hour_whatever_wakes_the_app(
-    service: Service, make: Make, clock: FakeClock, way: str
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock, way: str
 ) -> None:
     told: list[DeviceNotice] = []
-    device = await register(make(on_notice=told.append))
+    device = await register(make(keystore, on_notice=told.append))
 
     async def look() -> None:
         match way:
@@ -1866,11 +1898,12 @@ async def test_the_device_log_is_looked_at_once_an_hour_whatever_wakes_the_app(
             case "upkeep":
                 await device.maintain()
             case "stream":
-                looked = service.calls["GetDeviceLog"]
+                checked_at = keystore.fact("devices.checked-at")
                 async with device.stream() as messages:
                     await messages.caught_up()
                     if clock.now_ms() - looked_at_ms[-1] >= HOUR_MS:
-                        await until(lambda: service.calls["GetDeviceLog"] > looked and len(told) == len(service.log_after_own))
+                        # To its end: a look that is broken off is made again.
+                        await until(lambda: keystore.fact("devices.checked-at") != checked_at and len(told) == len(service.log_after_own))
 
     looked_at_ms = [clock.now_ms() - HOUR_MS]
     await look()
@@ -1883,6 +1916,21 @@ async def test_the_device_log_is_looked_at_once_an_hour_whatever_wakes_the_app(
     await look()
     assert [each.kind for each in told] == [NoticeKind.ADDED]
     assert service.calls["GetDeviceLog"] == (3 if way == "upkeep" else 2)
+
+
+@pytest.mark.parametrize("first_look", [True, False])
+async def test_another_key_under_the_phones_own_id_is_told_and_is_not_this_phone(
+    service: Service, make: Make, keystore: Keystore, first_look: bool
+) -> None:
+    device = await register(make(keystore))
+    if not first_look:
+        await device.maintain()
+    phone, foreign = service.phone(), bytes(32)
+    service.log_after_own.append(LogEntry(EntryKind.REMOVED, phone.device_id, phone.identity_public_key, 2).encode())
+    service.log_after_own.append(LogEntry(EntryKind.ADDED, phone.device_id, foreign, 3, recovered=True).encode())
+    await device.maintain()
+    assert [(each.kind, each.identity_public_key) for each in keystore.notices()] == [(NoticeKind.ADDED, foreign)]
+    assert [each.is_this for each in await device.devices()] == [False]
 
 
 async def test_when_the_log_was_looked_at_last_is_known_to_the_next_process(service: Service, make: Make, keystore: Keystore) -> None:

@@ -192,6 +192,7 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
         self.tokens: set[str] = set()
         self.token_lifetime_s = 900.0
         self.phones = [Phone(1), Phone(2)]
+        self.recipient_ref = b"r" * 32
         self.joining: list[Phone] = []  # one more device after each look at the keys
         self.stored: dict[str, tuple[bytes, publish_pb2.PublishRequest]] = {}
         self.received: list[bytes] = []
@@ -261,7 +262,7 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
             result = keys_pb2.RecipientKeysResult(refused="not a phone number")
         else:
             keys = keys_pb2.RecipientKeys(
-                recipient_ref=b"r" * 32,
+                recipient_ref=self.recipient_ref,
                 device_list_version=self.version(),
                 devices=[each.to_wire(query.request_id) for each in self.phones],
             )
@@ -657,6 +658,17 @@ async def test_devices_of_both_suites_get_one_envelope(service: Service, sender:
     request = service.stored["r"][1]
     assert [stanzas(request)[phone.device_id].suite for phone in service.phones] == [1, 2]
     assert [phone.open(request.sealed.envelope) for phone in service.phones] == ["both"] * 2
+
+
+async def test_an_answer_that_names_a_device_twice_or_no_recipient_is_refused_as_bad_keys(service: Service, sender: Sender) -> None:
+    service.phones.append(service.phones[0])
+    with pytest.raises(KeyRefused, match="malformed"):
+        await sender.publish_sealed(PHONE, content())
+    service.phones.pop()
+    service.recipient_ref = b"r" * 31
+    with pytest.raises(KeyRefused, match="malformed"):
+        await sender.publish_sealed(PHONE, content())
+    assert service.received == []
 
 
 async def test_an_old_key_that_comes_back_after_a_stronger_one_is_never_sealed_to(service: Service, sender: Sender) -> None:

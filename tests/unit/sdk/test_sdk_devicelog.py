@@ -188,27 +188,40 @@ def test_a_device_tells_of_the_others() -> None:
     log = log.then(by_other)
     by_own = vouch(log, two, OWN)
     history += [by_other, by_own, entry(EntryKind.REMOVED, one, at_ms=9)]
-    assert notices_of(new_to(OWN, history), OWN) == [
+    own_key, one_key = IDENTITIES[OWN].public_key, IDENTITIES[one].public_key
+    assert notices_of(new_to(OWN, own_key, history), OWN, own_key) == [
         DeviceNotice(NoticeKind.ADDED, 7, two, IDENTITIES[two].public_key),
         DeviceNotice(NoticeKind.REMOVED, 9, one, IDENTITIES[one].public_key),
     ]
     # To the first device everything else is new, to one that the log does not name everything.
-    assert [each.kind for each in notices_of(new_to(one, history), one)] == [NoticeKind.ADDED, NoticeKind.ADDED, NoticeKind.VOUCHED]
-    assert len(notices_of(new_to(DeviceId(b"9" * 16), history), DeviceId(b"9" * 16))) == len(history)
+    kinds = [NoticeKind.ADDED, NoticeKind.ADDED, NoticeKind.VOUCHED]
+    assert [each.kind for each in notices_of(new_to(one, one_key, history), one, one_key)] == kinds
+    assert len(notices_of(new_to(DeviceId(b"9" * 16), own_key, history), DeviceId(b"9" * 16), own_key)) == len(history)
+    # One of its own id under another key is not itself.
+    assert new_to(OWN, b"x" * 32, history) == history
+    told = notices_of(history, OWN, b"x" * 32)
+    assert DeviceNotice(NoticeKind.ADDED, 6, OWN, own_key) in told
 
 
 def test_of_another_history_the_differences_are_told() -> None:
+    own_key = IDENTITIES[OWN].public_key
     one, two = DeviceId(b"1" * 16), DeviceId(b"2" * 16)
     before = DeviceLog.read(PERSON, [entry(EntryKind.ADDED, OWN), entry(EntryKind.ADDED, one, recovered=True)])
     swapped = LogEntry(EntryKind.ADDED, one, b"x" * 32, 3, recovered=True).encode()
     after = DeviceLog.read(PERSON, [entry(EntryKind.ADDED, OWN), swapped, entry(EntryKind.ADDED, two, recovered=True)])
-    assert [(each.kind, each.device_id, each.identity_public_key) for each in notices_of_another(before, after, OWN, 8)] == [
+    assert [(each.kind, each.device_id, each.identity_public_key) for each in notices_of_another(before, after, OWN, own_key, 8)] == [
         (NoticeKind.LOG_BROKEN, None, b""),
         (NoticeKind.REMOVED, one, IDENTITIES[one].public_key),
         (NoticeKind.ADDED, one, b"x" * 32),
         (NoticeKind.ADDED, two, IDENTITIES[two].public_key),
     ]
-    assert [each.fingerprint == "" for each in notices_of_another(before, after, OWN, 8)] == [True, False, False, False]
+    assert [each.fingerprint == "" for each in notices_of_another(before, after, OWN, own_key, 8)] == [True, False, False, False]
+    posing = DeviceLog.read(PERSON, [LogEntry(EntryKind.ADDED, OWN, b"x" * 32, 3).encode()])
+    assert [(each.kind, each.identity_public_key) for each in notices_of_another(before, posing, OWN, own_key, 8)] == [
+        (NoticeKind.LOG_BROKEN, b""),
+        (NoticeKind.REMOVED, IDENTITIES[one].public_key),
+        (NoticeKind.ADDED, b"x" * 32),
+    ]
 
 
 def test_a_fingerprint_is_what_its_docstring_says() -> None:

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sealpush.floor import Floor, confirm, floor, raise_to
+from sealpush.keys import DAY_MS
 from sealpush.keystore import MemoryKeystore
 from sealpush.local import FUTURE_SKEW_MS
 
@@ -42,3 +43,13 @@ def test_whatever_is_asked_the_suite_never_falls_and_its_first_confirmation_stay
             assert after.raised_at_ms == NOW_MS + n
         else:
             assert after.raised_at_ms is None
+
+
+def test_a_server_whose_clock_ran_ahead_at_the_rise_does_not_hold_the_floor_down_for_ever() -> None:
+    keystore = MemoryKeystore()
+    raise_to(keystore, 2)
+    confirm(keystore, 2, NOW_MS + 1000 * DAY_MS)
+    confirm(keystore, 2, NOW_MS + 7 * DAY_MS)
+    assert floor(keystore) == Floor(2, NOW_MS + 7 * DAY_MS)
+    confirm(keystore, 2, NOW_MS + 14 * DAY_MS)
+    assert floor(keystore) == Floor(2, NOW_MS + 7 * DAY_MS)

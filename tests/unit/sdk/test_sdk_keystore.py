@@ -172,6 +172,15 @@ def test_a_sender_entry_never_goes_back(store: Keystore) -> None:
     assert store.sender_entry(SENDER, EntryRole.SENDER) is None
 
 
+def test_a_sender_entry_does_not_go_back_to_one_that_outlives_the_newest(store: Keystore) -> None:
+    assert store.put_sender_entry(SENDER, EntryRole.SENDER, 2, NOW_MS, b"two, ends soon")
+    store.purge(NOW_MS)
+    assert not store.put_sender_entry(SENDER, EntryRole.SENDER, 1, NOW_MS + DAY_MS, b"one, ends later")
+    assert store.sender_entry(SENDER, EntryRole.SENDER) is None
+    assert store.put_sender_entry(SENDER, EntryRole.SENDER, 3, NOW_MS + DAY_MS, b"three")
+    assert store.sender_entry(SENDER, EntryRole.SENDER) == b"three"
+
+
 def test_a_revocation_list_never_goes_back(store: Keystore) -> None:
     top = (1 << 64) - 1
     longest = bytes(135_255)
