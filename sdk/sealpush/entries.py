@@ -294,7 +294,7 @@ class _OlderEntry(EntryRefused):
 def _out_of_time(blob: bytes, now_ms: int) -> bool:
     """Whether a refused entry says of itself that it is not in force. Read before any signature: good for waiting only."""
     try:
-        entry = SenderEntry.decode(blob[:-64])
+        entry = SenderEntry.decode_signed(blob)
     except ValueError:
         return False
     return not entry.not_before_ms <= now_ms < entry.not_after_ms

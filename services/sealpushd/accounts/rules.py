@@ -35,7 +35,6 @@ LOGO_SIDE_PIXELS: Final = 512
 ROOT_KEY_BYTES: Final = 32
 # PostgreSQL's bigint; a serial is a counter or a time, never near it.
 SERIAL_MAX: Final = 2**63 - 1
-ENTRY_SIGNATURE_BYTES: Final = 64
 # What an operator is told at once: more than anybody reads.
 ENTRIES_TOLD_MAX: Final = 512
 
@@ -243,7 +242,7 @@ def check_entry(entry: bytes, root_public_key: bytes, role: EntryRole, now: date
 
 def stored_entry(signed_entry: bytes) -> SenderEntry:
     """An entry out of the store, which holds only what `check_entry()` let in."""
-    return SenderEntry.decode(signed_entry[:-ENTRY_SIGNATURE_BYTES])
+    return SenderEntry.decode_signed(signed_entry)
 
 
 def check_not_revoked(entry: SenderEntry, revocations: RevocationList | None, field: str) -> None:
