@@ -76,6 +76,8 @@ PADDED_BYTES_MAX: Final = 64 * 1024
 CONTENT_BYTES_MAX: Final = PADDED_BYTES_MAX - 1  # the padding mark takes one byte
 HEADER_BYTES: Final = 94
 HEAD_BYTES: Final = HEADER_BYTES + 32
+# The platform takes an envelope whose creation time differs from its own clock by this much at the most.
+CREATED_SKEW_MS: Final = 5 * 60 * 1000
 # One subscriber's devices. Even with every stanza at its largest an envelope stays within the 2 MiB of a batch.
 STANZAS_MAX: Final = 512
 

@@ -117,6 +117,10 @@ class RevocationList:
         """Whether this content-signing key is revoked."""
         return public_key in self._keys
 
+    def revoked_keys(self, entry: SenderEntry) -> tuple[bytes, ...]:
+        """Those of the entry's keys that are revoked."""
+        return tuple(key.public_key for key in entry.keys if self.revokes_key(key.public_key))
+
     def encode(self) -> bytes:
         """The one encoding of this list, without signature."""
         head = _HEAD.pack(_MAGIC, _VERSION, self.serial, self.issued_ms, len(self.items))

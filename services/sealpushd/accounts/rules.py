@@ -251,9 +251,9 @@ def check_not_revoked(entry: SenderEntry, revocations: RevocationList | None, fi
         return
     if revocations.revokes_entry(entry):
         raise InvalidRequest("the root revoked this entry; certify a new one", field=field)
-    revoked = [key.public_key.hex() for key in entry.keys if revocations.revokes_key(key.public_key)]
+    revoked = revocations.revoked_keys(entry)
     if revoked:
-        raise InvalidRequest(f"the root revoked a key of this entry ({revoked[0]}); certify a new one without it", field=field)
+        raise InvalidRequest(f"the root revoked a key of this entry ({revoked[0].hex()}); certify a new one without it", field=field)
 
 
 def check_revocations(revocations: bytes, root_public_key: bytes) -> RevocationList:
@@ -281,14 +281,14 @@ def revoked_of(sender: Sender, revocations: RevocationList | None) -> Revoked:
     entry = stored_entry(sender.sender_entry)
     return Revoked(
         is_entry_revoked=revocations.revokes_entry(entry),
-        keys=tuple(key.public_key for key in entry.keys if revocations.revokes_key(key.public_key)),
+        keys=revocations.revoked_keys(entry),
         is_platform_revoked=bool(sender.platform_entry) and _is_useless(stored_entry(sender.platform_entry), revocations),
     )
 
 
 def _is_useless(entry: SenderEntry, revocations: RevocationList) -> bool:
     """Whether no key of the entry counts any more."""
-    return revocations.revokes_entry(entry) or all(revocations.revokes_key(key.public_key) for key in entry.keys)
+    return revocations.revokes_entry(entry) or len(revocations.revoked_keys(entry)) == len(entry.keys)
 
 
 def ending_entries(entries: Sequence[StoredEntry], before_ms: int) -> list[StoredEntry]:
@@ -302,8 +302,7 @@ def revoked_entries(entries: Sequence[StoredEntry], root_public_key: bytes, revo
     revoked = [
         each
         for each in entries
-        if each.root_public_key == root_public_key
-        and (revocations.revokes_entry(each.entry) or any(revocations.revokes_key(key.public_key) for key in each.entry.keys))
+        if each.root_public_key == root_public_key and (revocations.revokes_entry(each.entry) or revocations.revoked_keys(each.entry))
     ]
     return revoked[:ENTRIES_TOLD_MAX]
 
