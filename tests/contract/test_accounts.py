@@ -463,18 +463,18 @@ async def test_what_is_revoked_cannot_be_put(world: World) -> None:
 
 async def test_services_are_told_what_of_a_sender_is_revoked(world: World) -> None:
     organisation_id, sender_id, platform_id = await world.put_organisation("bank"), uuid7(), uuid7()
-    old, new, platform_key = (ContentSigningKey.generate().public_key for _ in range(3))
+    old, new, platform_key, other_platform_key = (ContentSigningKey.generate().public_key for _ in range(4))
     await world.put_sender(organisation_id, sender_id, sender_entry=world.entry(sender_id, serial=5, keys=[old, new]))
 
     async def told() -> tuple[bool, list[bytes], bool]:
         sender = await world.sender(sender_id)
         return sender.is_entry_revoked, list(sender.revoked_keys), sender.is_platform_revoked
 
-    assert await world.put_revocations(world.revocations(RevokedKey(b"k" * 32), serial=1)) == []
+    assert await world.put_revocations(world.revocations(RevokedKey(platform_key), serial=1)) == []
     assert await told() == (False, [], False), "there is no key of the platform yet"
-    await world.put_platform_entry(world.entry(platform_id, role=EntryRole.PLATFORM, keys=[platform_key]))
+    await world.put_platform_entry(world.entry(platform_id, role=EntryRole.PLATFORM, keys=[other_platform_key]))
     assert await told() == (False, [], False)
-    hit = await world.put_revocations(world.revocations(RevokedKey(platform_key), RevokedKey(old), serial=2))
+    hit = await world.put_revocations(world.revocations(RevokedKey(other_platform_key), RevokedKey(old), serial=2))
     assert sorted(hit) == [(b"", "A Bank"), (sender_id, "A Bank")]
     assert await told() == (False, [old], True)
     by_entry = [RevokedEntries(SenderId(each), 5) for each in (sender_id, platform_id)]

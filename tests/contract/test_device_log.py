@@ -121,7 +121,7 @@ class Accounts(accounts_pb2_grpc.AccountsServicer, administration_pb2_grpc.Admin
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=APP, name="Bank")])
 
     async def GetSenders(self, request: Any, context: Any) -> administration_pb2.GetSendersResponse:  # noqa: N802
-        senders = [administration_pb2.Sender(sender_id=self.sender_id, sender_entry=self.entry)]
+        senders = [administration_pb2.Sender(sender_id=self.sender_id, sender_entry=self.entry, platform_entry=self.platform_entry)]
         return administration_pb2.GetSendersResponse(senders=senders)
 
 

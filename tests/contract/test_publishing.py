@@ -22,8 +22,10 @@ from sealpush.envelope import Recipient as EnvelopeRecipient
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
+    TIME_MS_MAX,
     ContentSigningKey,
     EntryKey,
+    EntryRole,
     IdentityKey,
     PrekeyKind,
     PrekeyPrivate,
@@ -89,13 +91,22 @@ class Administration(administration_pb2_grpc.AdministrationServicer):
 
     def __init__(self) -> None:
         self.entries: dict[bytes, SenderEntry] = {}
+        key = EntryKey(ContentSigningKey.generate().public_key, 0, TIME_MS_MAX)
+        self.platform = SenderEntry(SenderId(b"P" * 16), "Platform", SenderMode.SERVER, (key,), 0, TIME_MS_MAX, 1, EntryRole.PLATFORM)
 
     async def GetSenders(  # noqa: N802
         self, request: administration_pb2.GetSendersRequest, context: Any
     ) -> administration_pb2.GetSendersResponse:
         known = [each for each in request.sender_ids if each in self.entries]
         return administration_pb2.GetSendersResponse(
-            senders=[administration_pb2.Sender(sender_id=each, sender_entry=self.entries[each].encode() + bytes(64)) for each in known]
+            senders=[
+                administration_pb2.Sender(
+                    sender_id=each,
+                    sender_entry=self.entries[each].encode() + bytes(64),
+                    platform_entry=self.platform.encode() + bytes(64),
+                )
+                for each in known
+            ]
         )
 
 

@@ -60,6 +60,8 @@ class Case:
     held: bool = False
     modes: SenderMode = BOTH
     days: tuple[int, int] = (-1, 1)
+    # Of the platform's entry; None: none was put.
+    platform_days: tuple[int, int] | None = (-1, 1)
     revoked: tuple[Revoked, ...] = ()
 
 
@@ -110,6 +112,25 @@ CASES = [
         "revoked the entry of Platform",
         revoked=(RevokedEntries(PLATFORM_ID, SERIAL),),
     ),
+    Case(
+        "expired entry of the platform",
+        False,
+        f"the entry of the platform's key has ended; {NEW_ENTRY}",
+        "outside its time; the message waits",
+        held=True,
+        platform_days=(-3, -1),
+    ),
+    Case(
+        "entry of the platform that is not valid yet",
+        False,
+        "the entry of the platform's key is not in force before",
+        "outside its time; the message waits",
+        held=True,
+        platform_days=(1, 3),
+    ),
+    Case("expired entry of the platform, and the sender seals", True, platform_days=(-3, -1)),
+    Case("no entry of the platform", False, "has no entry: seal the content yourself", "impossible length", platform_days=None),
+    Case("no entry of the platform, and the sender seals", True, platform_days=None),
     Case("wrong mode", True, "publish the content as `plain`", "does not allow the mode END_TO_END", modes=SenderMode.SERVER),
     Case("wrong mode", False, "end-to-end only: seal the content yourself", "does not allow the mode SERVER", modes=SenderMode.END_TO_END),
 ]
@@ -133,10 +154,14 @@ class Signed:
         always = (now_ms - 30 * DAY_MS, now_ms + 30 * DAY_MS)
         sender = SenderEntry(SENDER, "Bank", case.modes, (EntryKey(SENDER_KEY.public_key, *always),), since, until, SERIAL)
         platform_keys = (EntryKey(PLATFORM_KEY.public_key, *always),)
-        platform = SenderEntry(PLATFORM_ID, "Platform", SenderMode.SERVER, platform_keys, *always, SERIAL, EntryRole.PLATFORM)
+        platform_entry = b""
+        if case.platform_days is not None:
+            since, until = (now_ms + days * DAY_MS for days in case.platform_days)
+            platform = SenderEntry(PLATFORM_ID, "Platform", SenderMode.SERVER, platform_keys, since, until, SERIAL, EntryRole.PLATFORM)
+            platform_entry = sign_sender_entry(ROOT, platform)
         items = tuple(sorted(case.revoked, key=lambda item: item.encode()))
         revocations = sign_revocations(ROOT, RevocationList(1, now_ms, items))
-        return cls(sign_sender_entry(ROOT, sender), sign_sender_entry(ROOT, platform), revocations)
+        return cls(sign_sender_entry(ROOT, sender), platform_entry, revocations)
 
 
 @dataclass
@@ -151,21 +176,26 @@ class World:
     async def administer(self, method: str, request: Any) -> Any:
         return await self.operator.call(getattr(administration_pb2_grpc.AdministrationStub(self.operator.channel), method), request)
 
+    async def administer_at(self, days: tuple[int, int], method: str, request: Any) -> None:
+        """In the middle of these days, when accounts still takes the entry."""
+        away = timedelta(days=sum(days) / 2)
+        self.clock.advance(away)
+        await self.administer(method, request)
+        self.clock.advance(-away)
+
     async def put(self, case: Case, signed: Signed) -> None:
         """At a time when accounts still takes the entry; what is revoked comes after it."""
         root = ROOT.public_key
         await self.administer("PutApp", administration_pb2.PutAppRequest(app_id=APP, name="App", root_public_key=root))
         organisation = administration_pb2.PutOrganisationRequest(login="bank", name="Bank", password="a long password")
         organisation_id = (await self.administer("PutOrganisation", organisation)).organisation_id
-        platform = administration_pb2.PutPlatformEntryRequest(platform_entry=signed.platform_entry, root_public_key=root)
-        await self.administer("PutPlatformEntry", platform)
-        away = timedelta(days=sum(case.days) / 2)
-        self.clock.advance(away)
+        if case.platform_days is not None:
+            platform = administration_pb2.PutPlatformEntryRequest(platform_entry=signed.platform_entry, root_public_key=root)
+            await self.administer_at(case.platform_days, "PutPlatformEntry", platform)
         sender = administration_pb2.PutSenderRequest(
             organisation_id=organisation_id, sender_id=SENDER, name="bank", sender_entry=signed.entry, app_ids=[APP]
         )
-        await self.administer("PutSender", sender)
-        self.clock.advance(-away)
+        await self.administer_at(case.days, "PutSender", sender)
         revocations = administration_pb2.PutRevocationsRequest(revocations=signed.revocations, root_public_key=root)
         await self.administer("PutRevocations", revocations)
 

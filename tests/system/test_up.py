@@ -378,7 +378,7 @@ def test_the_examples_of_the_readme_run(up: Up) -> None:
 
     asked_for = sealed.replace("identity_unchanged_for=timedelta(days=1)", "identity_unchanged_for=timedelta(seconds=1)")
     given = (
-        "from datetime import timedelta\nfrom sealpushd.up.sdk import content_key\n"
+        "\nfrom datetime import timedelta\nfrom sealpushd.up.sdk import content_key\n"
         "endpoints = public_endpoints(demo)\nkey = content_key(demo, 'demo-bank')\n"
         "content = Content(content_class=ContentClass.INFORMATIONAL, title='Payment', body='You paid 120.50.')\n"
     )

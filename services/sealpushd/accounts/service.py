@@ -287,6 +287,7 @@ def _to_sender(sender: rules.Sender, revoked: rules.Revoked) -> administration_p
         is_entry_revoked=revoked.is_entry_revoked,
         revoked_keys=revoked.keys,
         is_platform_revoked=revoked.is_platform_revoked,
+        platform_entry=sender.platform_entry,
     )
 
 

@@ -129,6 +129,7 @@ def _decode(senders: Sequence[administration_pb2.Sender]) -> Standing:
                 entry=SenderEntry.decode_signed(senders[0].sender_entry),
                 is_revoked=senders[0].is_entry_revoked,
                 revoked_keys=frozenset(senders[0].revoked_keys),
+                platform=SenderEntry.decode_signed(senders[0].platform_entry) if senders[0].platform_entry else None,
                 is_platform_revoked=senders[0].is_platform_revoked,
             )
     except ValueError as e:

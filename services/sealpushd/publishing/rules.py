@@ -87,7 +87,8 @@ class Standing:
     entry: SenderEntry
     is_revoked: bool = False
     revoked_keys: frozenset[bytes] = frozenset()
-    # The key that the platform seals with, for whichever sender.
+    # Of the key that the platform seals with, for every sender of the same root; None: it was never certified.
+    platform: SenderEntry | None = None
     is_platform_revoked: bool = False
 
 
@@ -263,14 +264,15 @@ def check_standing(publication: Publication, standing: Standing, now: datetime) 
     entry = standing.entry
     if standing.is_revoked:
         raise FailedPrecondition("the platform's root revoked the sender's entry; ask the operator to certify a new one")
-    if to_ms(now) < entry.not_before_ms:
-        begins_at = moment(entry.not_before_ms)
-        raise FailedPrecondition(f"the sender's entry is not in force before {begins_at:%Y-%m-%d %H:%M} UTC; publish then")
-    if to_ms(now) >= entry.not_after_ms:
-        raise FailedPrecondition("the sender's entry has ended; ask the operator to certify a new one")
+    _check_in_force(entry, "the sender's entry", now)
     if publication.envelope is None:
         if SenderMode.SERVER not in entry.modes:
             raise FailedPrecondition("this sender is end-to-end only: seal the content yourself and publish it as `sealed`")
+        if standing.platform is None:
+            raise FailedPrecondition(
+                "the key that the platform seals with has no entry: seal the content yourself, or ask the operator to certify it"
+            )
+        _check_in_force(standing.platform, "the entry of the platform's key", now)
         if standing.is_platform_revoked:
             raise FailedPrecondition(
                 "the platform's root revoked the key that the platform seals with: seal the content yourself, or ask the operator"
@@ -291,6 +293,14 @@ def check_standing(publication: Publication, standing: Standing, now: datetime) 
         raise InvalidRequest(
             "the envelope is not signed by a key that the sender's entry lists for this time", field="sealed.envelope"
         ) from e
+
+
+def _check_in_force(entry: SenderEntry, what: str, now: datetime) -> None:
+    if to_ms(now) < entry.not_before_ms:
+        begins_at = moment(entry.not_before_ms)
+        raise FailedPrecondition(f"{what} is not in force before {begins_at:%Y-%m-%d %H:%M} UTC; publish then")
+    if to_ms(now) >= entry.not_after_ms:
+        raise FailedPrecondition(f"{what} has ended; ask the operator to certify a new one")
 
 
 def blocked_reason(content_class: int, *, block_all: bool, block_advertising: bool) -> int:

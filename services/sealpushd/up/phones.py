@@ -74,6 +74,8 @@ class Handset:
     vendor: Vendor
     device: Device
     keystore: SqliteKeystore = field(repr=False)
+    # Of its prekeys.
+    suite: int
     shown: dict[MessageId, Shown] = field(default_factory=dict)
     # What the push service handed to this phone: the payloads as received.
     pushes: list[bytes] = field(default_factory=list, repr=False)
@@ -131,7 +133,7 @@ async def open_phones(endpoints: Endpoints, data_dir: Path) -> AsyncIterator[Han
                 raise UpError(f"{file} cannot be used ({e}). Remove {folder}: the phones then register anew.") from e
             root = bytes.fromhex(endpoints.root_public_key)
             device = Device(endpoints.app_id, channels, keystore, root_public_key=root, platform=vendor.platform, suite=suite)
-            return Handset(name, number, vendor, device, keystore)
+            return Handset(name, number, vendor, device, keystore, suite)
 
         phones = Handsets(
             handset("phone 1", endpoints.phone, APNS),

@@ -15,7 +15,9 @@ from typing import Any, Final
 
 from sealpush.ids import MessageId
 from sealpush.model import ContentClass, Priority, State, StopPoint
+from sealpush.receipts import verify_receipt
 from sealpush.sender import Accepted, NotRegistered, PublishOutcome, Sender
+from sealpush.suites import SUITE_HYBRID
 from sealpush.transport import Channels
 from sealpush.v1 import common_pb2
 from sealpush.v1.content_pb2 import Content
@@ -80,6 +82,7 @@ async def run(endpoints: Endpoints, demo: Demo, phones: Handsets, say: Say) -> R
             lambda: _delivered(
                 bank,
                 phones,
+                demo.root_public_key,
                 "Demo Bank",
                 "sealed by the platform, which saw it for a moment",
                 bank.publish(PHONE, _content("Payment", "250.00 UAH paid at the bakery. Balance: 1,204.50 UAH."), priority=Priority.HIGH),
@@ -87,6 +90,7 @@ async def run(endpoints: Endpoints, demo: Demo, phones: Handsets, say: Say) -> R
             lambda: _delivered(
                 bank,
                 phones,
+                demo.root_public_key,
                 "Demo Bank",
                 "sealed by the bank itself, the platform cannot read it",
                 bank.publish_sealed(PHONE, _content("Your new PIN", "4071. Tell nobody, not even us."), priority=Priority.HIGH),
@@ -159,7 +163,9 @@ def _accepted(outcome: PublishOutcome) -> Accepted:
     return outcome
 
 
-async def _delivered(sender: Sender, phones: Handsets, sender_name: str, sealed: str, publish: Awaitable[PublishOutcome]) -> Told:
+async def _delivered(
+    sender: Sender, phones: Handsets, root_public_key: bytes, sender_name: str, sealed: str, publish: Awaitable[PublishOutcome]
+) -> Told:
     started = time.monotonic()
     pushes_before = [len(phone.pushes) for phone in phones.reachable]
     message_id = _accepted(await publish).message_id
@@ -175,10 +181,16 @@ async def _delivered(sender: Sender, phones: Handsets, sender_name: str, sealed:
         else:
             title = one.message.content.title
             took_it = (one.at - started) * 1000
-            phone_name = f"{phone.name} ({phone.vendor.model})"
+            phone_name = f"{phone.name} ({phone.vendor.model}{', post-quantum' if phone.suite == SUITE_HYBRID else ''})"
             details.append(f"{phone_name} showed “{one.message.content.body}” after {took_it:.0f} ms ({one.brought_by})")
-    well = state == State.DELIVERED and None not in shown and _opaque(pushes)
+    proof = verify_receipt(await sender.receipt(message_id), root_public_key)
+    details.append(f"its receipt proves to anybody who sealed it, and that {_number_of_phones(len(proof.delivered_to))} opened it")
+    well = state == State.DELIVERED and None not in shown and _opaque(pushes) and proof.sender_proven and bool(proof.delivered_to)
     return Told(f"{sender_name} → {PHONE}: {title}", state.name, "DELIVERED", well, took, tuple(details))
+
+
+def _number_of_phones(count: int) -> str:
+    return "a phone" if count == 1 else f"{count} phones"
 
 
 def _opaque(pushes: list[tuple[Handset, bytes]]) -> bool:

@@ -414,6 +414,7 @@ class Sender(_message.Message):
     IS_ENTRY_REVOKED_FIELD_NUMBER: _builtins.int
     REVOKED_KEYS_FIELD_NUMBER: _builtins.int
     IS_PLATFORM_REVOKED_FIELD_NUMBER: _builtins.int
+    PLATFORM_ENTRY_FIELD_NUMBER: _builtins.int
     sender_id: _builtins.bytes
     """16 bytes."""
     organisation_id: _builtins.bytes
@@ -426,6 +427,8 @@ class Sender(_message.Message):
     """The root revoked the entry: the sender may publish nothing."""
     is_platform_revoked: _builtins.bool
     """The root revoked the entry of the platform's sealing key, or the keys in it: the platform may seal nothing for this sender."""
+    platform_entry: _builtins.bytes
+    """Root-signed entry of the key that the platform seals with for this sender; empty: none was put."""
     @_builtins.property
     def app_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Apps it may send to; the first is its default."""
@@ -445,10 +448,11 @@ class Sender(_message.Message):
         is_entry_revoked: _builtins.bool = ...,
         revoked_keys: _abc.Iterable[_builtins.bytes] | None = ...,
         is_platform_revoked: _builtins.bool = ...,
+        platform_entry: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_ids", b"app_ids", "is_entry_revoked", b"is_entry_revoked", "is_platform_revoked", b"is_platform_revoked", "name", b"name", "organisation_id", b"organisation_id", "revoked_keys", b"revoked_keys", "sender_entry", b"sender_entry", "sender_id", b"sender_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_ids", b"app_ids", "is_entry_revoked", b"is_entry_revoked", "is_platform_revoked", b"is_platform_revoked", "name", b"name", "organisation_id", b"organisation_id", "platform_entry", b"platform_entry", "revoked_keys", b"revoked_keys", "sender_entry", b"sender_entry", "sender_id", b"sender_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

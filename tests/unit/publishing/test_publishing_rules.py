@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sealpush.envelope import CONTENT_BYTES_MAX, FLAG_SERVER_SEALED, TAIL_BYTES_MIN, Envelope, Header, seal
 from sealpush.envelope import Recipient as EnvelopeRecipient
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, uuid7
-from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, IdentityKey, PrekeyKind, SenderEntry, SenderMode, generate_prekey
+from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, EntryRole, IdentityKey, PrekeyKind, SenderEntry, SenderMode, generate_prekey
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2
 from sealpushd.platform.clock import from_ms, to_ms
@@ -36,6 +36,7 @@ ENTRY = SenderEntry(
     to_ms(NOW) + DAY_MS,
     1,
 )
+PLATFORM = dataclasses.replace(ENTRY, sender_id=SenderId(b"P" * 16), modes=SenderMode.SERVER, role=EntryRole.PLATFORM)
 
 
 def request(**fields: Any) -> publish_pb2.PublishRequest:
@@ -337,7 +338,7 @@ def test_an_envelope_is_at_most_160_kib_which_holds_the_largest_content_for_64_h
 
 
 def check(made: publish_pb2.PublishRequest, entry: SenderEntry = ENTRY, now: datetime = NOW) -> None:
-    check_standing(parse(made, now), Standing(entry), now)
+    check_standing(parse(made, now), Standing(entry, platform=PLATFORM), now)
 
 
 def test_an_entry_allows_what_its_modes_say() -> None:
