@@ -378,6 +378,10 @@ class SenderEntry:
         if len({key.public_key for key in self.keys}) != len(self.keys):
             raise ValueError("a key stands twice in the entry; give it one window")
 
+    def is_in_force(self, at_ms: int) -> bool:
+        """Whether this time is within the entry's."""
+        return self.not_before_ms <= at_ms < self.not_after_ms
+
     def public_key(self, key_id: bytes, at_ms: int) -> bytes | None:
         """The key with this id if it may sign content created at this time, else None."""
         for key in self.keys:
@@ -479,6 +483,6 @@ def verify_sender_entry(root_public_key: bytes, blob: bytes, now_ms: int, *, rol
         raise EntryRefused(f"the sender entry is malformed: {error}") from None
     if entry.role != role:
         raise EntryRefused(f"the entry certifies a {entry.role.name.lower()}, not a {role.name.lower()}")
-    if not entry.not_before_ms <= now_ms < entry.not_after_ms:
+    if not entry.is_in_force(now_ms):
         raise EntryRefused("the sender entry is outside its time; fetch the current one and compare the clocks")
     return entry
