@@ -1841,10 +1841,9 @@ def a_newcomer() -> bytes:
 
 @pytest.mark.parametrize("way", ["drain", "wake", "stream", "upkeep"])
 async def test_the_device_log_is_looked_at_once_an_hour_whatever_wakes_the_app(
-    service: Service, make: Make, clock: FakeClock, way: str
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock, way: str
 ) -> None:
     told: list[DeviceNotice] = []
-    keystore = MemoryKeystore()
     device = await register(make(keystore, on_notice=told.append))
 
     async def look() -> None:
@@ -1856,12 +1855,12 @@ async def test_the_device_log_is_looked_at_once_an_hour_whatever_wakes_the_app(
             case "upkeep":
                 await device.maintain()
             case "stream":
-                looked = keystore.fact("devices.checked-at")
+                checked_at = keystore.fact("devices.checked-at")
                 async with device.stream() as messages:
                     await messages.caught_up()
                     if clock.now_ms() - looked_at_ms[-1] >= HOUR_MS:
-                        # Who leaves before the answer was taken has not looked.
-                        await until(lambda: keystore.fact("devices.checked-at") != looked and len(told) == len(service.log_after_own))
+                        # To its end: a look that is broken off is made again.
+                        await until(lambda: keystore.fact("devices.checked-at") != checked_at and len(told) == len(service.log_after_own))
 
     looked_at_ms = [clock.now_ms() - HOUR_MS]
     await look()
