@@ -20,7 +20,7 @@ from sealpush.envelope import Envelope, Header, open_envelope, recipient, seal
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, uuid7
 from sealpush.keys import ContentSigningKey, IdentityKey, PrekeyKind, PrekeyPrivate, RecipientDevice, generate_prekey
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
-from sealpush.v1 import keys_pb2
+from sealpush.wire import wire_prekey
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.tokens import ServiceKey
@@ -186,15 +186,7 @@ async def _batch(registration: MeshChannel, suite: int) -> sealing_pb2.SealReque
                 subscriber_id=subscriber_id,
                 device_id=device_id,
                 identity_public_key=identity.public_key,
-                signed_prekey=keys_pb2.Prekey(
-                    suite=suite,
-                    prekey_id=1,
-                    kind=keys_pb2.PREKEY_KIND_SIGNED,
-                    public_key=prekey.public_key,
-                    created_at_ms=prekey.created_at_ms,
-                    expires_at_ms=prekey.expires_at_ms,
-                    signature=prekey.signature,
-                ),
+                signed_prekey=wire_prekey(prekey),
                 min_suite=suite,
             )
         )

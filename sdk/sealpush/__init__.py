@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sealpush.devicelog import DeviceNotice, KnownDevice, NoticeKind, fingerprint
     from sealpush.errors import (
         CallFailed,
-        DeviceLogBroken,
+        EntryRefused,
         KeyRefused,
         KeystoreError,
         NotRegisteredHere,
@@ -93,11 +93,11 @@ __all__ = [
     "Delivered",
     "DeliveryStatus",
     "Device",
-    "DeviceLogBroken",
     "DeviceNotice",
     "DeviceRegistration",
     "Diagnosis",
     "Endpoints",
+    "EntryRefused",
     "FailoverPolicy",
     "FallbackReason",
     "Finding",
@@ -175,7 +175,7 @@ _HOMES: Final = {
     ),
     "errors": (
         "CallFailed",
-        "DeviceLogBroken",
+        "EntryRefused",
         "KeyRefused",
         "KeystoreError",
         "NotRegisteredHere",

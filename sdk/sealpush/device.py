@@ -44,8 +44,9 @@ from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, ji
 from sealpush.session import CALL_DEADLINE_S, Session
 from sealpush.suites import SUITE_X25519, SUITES
 from sealpush.transport import Calls, Channels, Endpoints, UnaryMethod
-from sealpush.upkeep import Upkeep, first_signed_prekey, set_uploaded, wire_prekey
+from sealpush.upkeep import Upkeep, first_signed_prekey, set_uploaded
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
+from sealpush.wire import wire_prekey
 
 __all__ = [
     "Device",

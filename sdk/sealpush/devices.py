@@ -123,8 +123,9 @@ class Devices:
             if keystore.fact(_FAILING_SINCE) is not None:
                 keystore.set_fact(_FAILING_SINCE, None)
 
-        await self._store(note)
+        # First: an app that goes away meanwhile has looked all the same.
         self._check_at_ms = now_ms + CHECK_PERIOD_MS
+        await self._store(note)
 
     async def listed(self, deadline: Deadline) -> list[KnownDevice]:
         """The person's devices now, oldest first. Raises CallFailed, KeystoreError."""

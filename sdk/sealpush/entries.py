@@ -246,7 +246,7 @@ class SenderEntries:
             with contextlib.suppress(EntryRefused):
                 entry = verify_sender_entry(self._root_public_key, blob, now_ms, role=role)
                 self._remember(name, entry)
-        return entry if entry is not None and entry.not_before_ms <= now_ms < entry.not_after_ms else None
+        return entry if entry is not None and entry.is_in_force(now_ms) else None
 
     async def _new(self, name: SenderId, role: EntryRole, blob: bytes, deadline: Deadline) -> SenderEntry:
         """An entry as the service gave it just now, for a message: Held where a later answer may differ, else EnvelopeRefused."""
@@ -294,10 +294,10 @@ class _OlderEntry(EntryRefused):
 def _out_of_time(blob: bytes, now_ms: int) -> bool:
     """Whether a refused entry says of itself that it is not in force. Read before any signature: good for waiting only."""
     try:
-        entry = SenderEntry.decode(blob[:-64])
+        entry = SenderEntry.decode_signed(blob)
     except ValueError:
         return False
-    return not entry.not_before_ms <= now_ms < entry.not_after_ms
+    return not entry.is_in_force(now_ms)
 
 
 def _name_fact(sender_id: SenderId) -> str:

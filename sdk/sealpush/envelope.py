@@ -48,6 +48,7 @@ from sealpush.errors import ContentTooLarge, EnvelopeRefused, SuiteUnsupported
 from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SenderKeyId
 from sealpush.keys import (
     MESSAGE_LIFETIME_MS_MAX,
+    SIGNATURE_BYTES,
     TIME_MS_MAX,
     ContentSigningKey,
     EntryRole,
@@ -75,6 +76,8 @@ PADDED_BYTES_MAX: Final = 64 * 1024
 CONTENT_BYTES_MAX: Final = PADDED_BYTES_MAX - 1  # the padding mark takes one byte
 HEADER_BYTES: Final = 94
 HEAD_BYTES: Final = HEADER_BYTES + 32
+# The platform takes an envelope whose creation time differs from its own clock by this much at the most.
+CREATED_SKEW_MS: Final = 5 * 60 * 1000
 # One subscriber's devices. Even with every stanza at its largest an envelope stays within the 2 MiB of a batch.
 STANZAS_MAX: Final = 512
 
@@ -83,14 +86,13 @@ _STANZA = struct.Struct(">16sBIBH")
 _BINDING = struct.Struct(">16sIB")
 _NONCE_BYTES: Final = 24
 _TAG_BYTES: Final = 16
-_SIGNATURE_BYTES: Final = 64
 _BUCKETS: Final = frozenset(PADDED_BYTES_MIN << shift for shift in range(9))
 _U32_MAX: Final = (1 << 32) - 1
 
 STANZA_BYTES_MAX: Final = _STANZA.size + WRAPPED_BYTES_MAX
-TAIL_BYTES_MIN: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MIN + _TAG_BYTES + _SIGNATURE_BYTES
-TAIL_BYTES_MAX: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MAX + _TAG_BYTES + _SIGNATURE_BYTES
-EVIDENCE_BYTES: Final = HEAD_BYTES + 64 + _SIGNATURE_BYTES
+TAIL_BYTES_MIN: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MIN + _TAG_BYTES + SIGNATURE_BYTES
+TAIL_BYTES_MAX: Final = 4 + _NONCE_BYTES + PADDED_BYTES_MAX + _TAG_BYTES + SIGNATURE_BYTES
+EVIDENCE_BYTES: Final = HEAD_BYTES + 64 + SIGNATURE_BYTES
 ENVELOPE_BYTES_MAX: Final = HEAD_BYTES + 2 + STANZAS_MAX * STANZA_BYTES_MAX + TAIL_BYTES_MAX
 
 PrekeyLookup = Callable[[int, int, PrekeyKind], PrekeyPrivate | None]
@@ -276,7 +278,7 @@ class Envelope:
             raise EnvelopeRefused
         tail = data[position:]
         sealed_bytes = int.from_bytes(tail[:4], "big")
-        if len(tail) != 4 + sealed_bytes + _SIGNATURE_BYTES or sealed_bytes - _NONCE_BYTES - _TAG_BYTES not in _BUCKETS:
+        if len(tail) != 4 + sealed_bytes + SIGNATURE_BYTES or sealed_bytes - _NONCE_BYTES - _TAG_BYTES not in _BUCKETS:
             raise EnvelopeRefused
         return cls(header, data[:HEAD_BYTES], tuple(stanzas), tail)
 
@@ -361,11 +363,7 @@ def verify_signature(envelope: Envelope, sender_public_key: bytes) -> None:
 
     Whether the key belongs to the sender at that time is for `content_public_key()`. Raises EnvelopeRefused.
     """
-    if len(sender_public_key) != 32 or content_key_id(sender_public_key) != envelope.header.sender_key_id:
-        raise EnvelopeRefused
-    sealed, signature = envelope.tail[:-_SIGNATURE_BYTES], envelope.tail[-_SIGNATURE_BYTES:]
-    if not verify_ed25519(sender_public_key, _signed_bytes(envelope.head, sealed), signature):
-        raise EnvelopeRefused
+    _verify(envelope.header, evidence_of(envelope.head, envelope.tail), sender_public_key)
 
 
 def evidence_of(head: bytes, tail: bytes) -> bytes:
@@ -373,17 +371,21 @@ def evidence_of(head: bytes, tail: bytes) -> bytes:
 
     All that the signature covers, so that it verifies for ever (`verify_evidence()`); nothing in it is secret. Checks nothing.
     """
-    return b"".join((head, hashlib.sha512(tail[:-_SIGNATURE_BYTES]).digest(), tail[-_SIGNATURE_BYTES:]))
+    return b"".join((head, hashlib.sha512(tail[:-SIGNATURE_BYTES]).digest(), tail[-SIGNATURE_BYTES:]))
 
 
 def verify_evidence(evidence: bytes, sender_public_key: bytes) -> None:
     """As `verify_signature()`, of an envelope whose content need not be there any more. Raises EnvelopeRefused."""
-    if len(evidence) != EVIDENCE_BYTES or len(sender_public_key) != 32:
+    if len(evidence) != EVIDENCE_BYTES:
         raise EnvelopeRefused
-    if content_key_id(sender_public_key) != Header.decode(evidence[:HEADER_BYTES]).sender_key_id:
+    _verify(Header.decode(evidence[:HEADER_BYTES]), evidence, sender_public_key)
+
+
+def _verify(header: Header, evidence: bytes, sender_public_key: bytes) -> None:
+    if len(sender_public_key) != 32 or content_key_id(sender_public_key) != header.sender_key_id:
         raise EnvelopeRefused
-    signed = TAG_SIGNATURE + hashlib.sha512(evidence[:-_SIGNATURE_BYTES]).digest()
-    if not verify_ed25519(sender_public_key, signed, evidence[-_SIGNATURE_BYTES:]):
+    signed = TAG_SIGNATURE + hashlib.sha512(evidence[:-SIGNATURE_BYTES]).digest()
+    if not verify_ed25519(sender_public_key, signed, evidence[-SIGNATURE_BYTES:]):
         raise EnvelopeRefused
 
 
@@ -456,7 +458,7 @@ def open_envelope(
         raise EnvelopeRefused
     try:
         padded = bindings.crypto_aead_xchacha20poly1305_ietf_decrypt(
-            envelope.tail[4 + _NONCE_BYTES : -_SIGNATURE_BYTES],
+            envelope.tail[4 + _NONCE_BYTES : -SIGNATURE_BYTES],
             header_bytes,
             envelope.tail[4 : 4 + _NONCE_BYTES],
             content_encryption_key,

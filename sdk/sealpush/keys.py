@@ -58,7 +58,7 @@ TAG_ENTRY: Final = b"SPC1-entry"
 _U8_MAX: Final = (1 << 8) - 1
 _U32_MAX: Final = (1 << 32) - 1
 _U64_MAX: Final = (1 << 64) - 1
-_SIGNATURE_BYTES: Final = 64
+SIGNATURE_BYTES: Final = 64
 
 
 class PrekeyKind(enum.IntEnum):
@@ -87,7 +87,7 @@ def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
 
     Malformed input is False as well: the lengths are checked here because the binding does not.
     """
-    if len(public_key) != 32 or len(signature) != _SIGNATURE_BYTES:
+    if len(public_key) != 32 or len(signature) != SIGNATURE_BYTES:
         return False
     try:
         bindings.crypto_sign_open(signature + message, public_key)
@@ -138,7 +138,7 @@ class _SigningKey:
 
     def sign(self, message: bytes) -> bytes:
         """The 64-byte signature of a message. Deterministic: the same message gives the same bytes."""
-        return bindings.crypto_sign(message, self._secret)[:_SIGNATURE_BYTES]
+        return bindings.crypto_sign(message, self._secret)[:SIGNATURE_BYTES]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(public_key={self.public_key.hex()[:16]}…)"
@@ -152,6 +152,17 @@ class IdentityKey(_SigningKey):
 @dataclass(frozen=True, slots=True, repr=False)
 class RootKey(_SigningKey):
     """The platform's root, kept offline: it signs sender entries, and apps pin its public half."""
+
+
+def sign_body(root: RootKey, tag: bytes, body: bytes) -> bytes:
+    """`body | signature64`, as what a root signs travels. The tag says what it is, and is signed with it."""
+    return body + root.sign(tag + body)
+
+
+def signed_body(root_public_key: bytes, tag: bytes, blob: bytes) -> bytes | None:
+    """The body of `body | signature64`, if this root signed it as what the tag says; else None."""
+    body, signature = blob[:-SIGNATURE_BYTES], blob[-SIGNATURE_BYTES:]
+    return body if verify_ed25519(root_public_key, tag + body, signature) else None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -367,6 +378,10 @@ class SenderEntry:
         if len({key.public_key for key in self.keys}) != len(self.keys):
             raise ValueError("a key stands twice in the entry; give it one window")
 
+    def is_in_force(self, at_ms: int) -> bool:
+        """Whether this time is within the entry's."""
+        return self.not_before_ms <= at_ms < self.not_after_ms
+
     def public_key(self, key_id: bytes, at_ms: int) -> bytes | None:
         """The key with this id if it may sign content created at this time, else None."""
         for key in self.keys:
@@ -394,6 +409,11 @@ class SenderEntry:
         ]
         parts.extend(_ENTRY_KEY.pack(key.public_key, key.not_before_ms, key.not_after_ms) for key in self.keys)
         return b"".join(parts)
+
+    @classmethod
+    def decode_signed(cls, blob: bytes) -> Self:
+        """The entry in a signed blob whose signature somebody else has checked, or that is not to be trusted. Raises ValueError."""
+        return cls.decode(blob[:-SIGNATURE_BYTES])
 
     @classmethod
     def decode(cls, body: bytes) -> Self:
@@ -444,8 +464,7 @@ def _check_name(name: str) -> None:
 
 def sign_sender_entry(root: RootKey, entry: SenderEntry) -> bytes:
     """The entry as senders and phones carry it: its encoding and the root's signature."""
-    body = entry.encode()
-    return body + root.sign(TAG_ENTRY + body)
+    return sign_body(root, TAG_ENTRY, entry.encode())
 
 
 def verify_sender_entry(root_public_key: bytes, blob: bytes, now_ms: int, *, role: EntryRole = EntryRole.SENDER) -> SenderEntry:
@@ -453,10 +472,10 @@ def verify_sender_entry(root_public_key: bytes, blob: bytes, now_ms: int, *, rol
 
     Raises EntryRefused. Keys inside have windows of their own: take one with `SenderEntry.public_key()`.
     """
-    if not _SIGNATURE_BYTES < len(blob) <= ENTRY_BYTES_MAX:
+    if not SIGNATURE_BYTES < len(blob) <= ENTRY_BYTES_MAX:
         raise EntryRefused("the sender entry has an impossible length; fetch it again")
-    body, signature = blob[:-_SIGNATURE_BYTES], blob[-_SIGNATURE_BYTES:]
-    if not verify_ed25519(root_public_key, TAG_ENTRY + body, signature):
+    body = signed_body(root_public_key, TAG_ENTRY, blob)
+    if body is None:
         raise EntryRefused("the sender entry is not signed by the pinned root; do not trust this server")
     try:
         entry = SenderEntry.decode(body)
@@ -464,6 +483,6 @@ def verify_sender_entry(root_public_key: bytes, blob: bytes, now_ms: int, *, rol
         raise EntryRefused(f"the sender entry is malformed: {error}") from None
     if entry.role != role:
         raise EntryRefused(f"the entry certifies a {entry.role.name.lower()}, not a {role.name.lower()}")
-    if not entry.not_before_ms <= now_ms < entry.not_after_ms:
+    if not entry.is_in_force(now_ms):
         raise EntryRefused("the sender entry is outside its time; fetch the current one and compare the clocks")
     return entry

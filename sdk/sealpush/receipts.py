@@ -17,7 +17,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from sealpush.envelope import EVIDENCE_BYTES, HEADER_BYTES, Envelope, Header, content_public_key, evidence_of, verify_evidence
+from sealpush.envelope import (
+    CREATED_SKEW_MS,
+    EVIDENCE_BYTES,
+    HEADER_BYTES,
+    Envelope,
+    Header,
+    content_public_key,
+    evidence_of,
+    verify_evidence,
+)
 from sealpush.errors import EntryRefused, EnvelopeRefused, ReceiptRefused
 from sealpush.ids import ContentId, DeviceId, MessageId, SenderId, check_id, uuid7_ms, uuid_text
 from sealpush.keys import ENTRY_BYTES_MAX, EntryRole, SenderEntry, verify_sender_entry
@@ -29,8 +38,6 @@ VERSION: Final = 1
 RECEIPT_BYTES_MAX: Final = 1024 * 1024  # 512 devices with three acknowledgements each fill two thirds
 DELIVERIES_MAX: Final = 512  # stanzas of an envelope
 ACKNOWLEDGEMENTS_MAX: Final = 3  # an end, one that came late, and that it was read
-# The platform judges an entry by its own clock, from which the creation time may differ by so much.
-CREATED_SKEW_MS: Final = 5 * 60 * 1000
 
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,19}")
@@ -287,7 +294,7 @@ def verify_receipt(receipt: Receipt, root_public_key: bytes, *, envelope: bytes 
 
 def verify_entry_then(root_public_key: bytes, blob: bytes, created_at_ms: int, role: EntryRole) -> SenderEntry:
     """The entry in a signed blob, as of when a content was created: signed by the root, of this role, in force at that time to
-    within the skew that the platform allows. Raises EntryRefused."""
+    within `CREATED_SKEW_MS`: the platform judged it by its own clock. Raises EntryRefused."""
     for at_ms in (created_at_ms, created_at_ms - CREATED_SKEW_MS):
         try:
             return verify_sender_entry(root_public_key, blob, at_ms, role=role)

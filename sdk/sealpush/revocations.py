@@ -19,7 +19,7 @@ from typing import Final, Self
 
 from sealpush.errors import RevocationsRefused
 from sealpush.ids import SenderId, check_id
-from sealpush.keys import TIME_MS_MAX, RootKey, SenderEntry, verify_ed25519
+from sealpush.keys import SIGNATURE_BYTES, TIME_MS_MAX, RootKey, SenderEntry, sign_body, signed_body
 
 # A phone fetches the list as a whole; entries that have ended need no revocation any more.
 REVOCATIONS_MAX: Final = 4096
@@ -32,10 +32,9 @@ _ENTRIES = struct.Struct(">B16sQ")
 _KEY = struct.Struct(">B32s")
 _KIND_ENTRIES: Final = 1
 _KIND_KEY: Final = 2
-_SIGNATURE_BYTES: Final = 64
 _U64_MAX: Final = (1 << 64) - 1
 
-REVOCATIONS_BYTES_MAX: Final = _HEAD.size + REVOCATIONS_MAX * _KEY.size + _SIGNATURE_BYTES
+REVOCATIONS_BYTES_MAX: Final = _HEAD.size + REVOCATIONS_MAX * _KEY.size + SIGNATURE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +117,10 @@ class RevocationList:
         """Whether this content-signing key is revoked."""
         return public_key in self._keys
 
+    def revoked_keys(self, entry: SenderEntry) -> tuple[bytes, ...]:
+        """Those of the entry's keys that are revoked."""
+        return tuple(key.public_key for key in entry.keys if self.revokes_key(key.public_key))
+
     def encode(self) -> bytes:
         """The one encoding of this list, without signature."""
         head = _HEAD.pack(_MAGIC, _VERSION, self.serial, self.issued_ms, len(self.items))
@@ -169,16 +172,15 @@ def revoking(known: RevocationList | None, more: Iterable[Revoked], *, issued_ms
 
 def sign_revocations(root: RootKey, revocations: RevocationList) -> bytes:
     """The list as it travels: its encoding and the root's signature."""
-    body = revocations.encode()
-    return body + root.sign(TAG_REVOKED + body)
+    return sign_body(root, TAG_REVOKED, revocations.encode())
 
 
 def verify_revocations(root_public_key: bytes, blob: bytes) -> RevocationList:
     """The list in a signed blob, if this root signed it. Raises RevocationsRefused. Whether a newer one is known is the caller's."""
-    if not _SIGNATURE_BYTES < len(blob) <= REVOCATIONS_BYTES_MAX:
+    if not SIGNATURE_BYTES < len(blob) <= REVOCATIONS_BYTES_MAX:
         raise RevocationsRefused("the revocation list has an impossible length; fetch it again")
-    body, signature = blob[:-_SIGNATURE_BYTES], blob[-_SIGNATURE_BYTES:]
-    if not verify_ed25519(root_public_key, TAG_REVOKED + body, signature):
+    body = signed_body(root_public_key, TAG_REVOKED, blob)
+    if body is None:
         raise RevocationsRefused("the revocation list is not signed by the root; do not trust who gave it")
     try:
         return RevocationList.decode(body)

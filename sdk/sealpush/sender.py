@@ -36,7 +36,7 @@ from sealpush.ids import (
     uuid7,
     uuid_text,
 )
-from sealpush.keys import ContentSigningKey, PrekeyKind, RecipientDevice, SignedPrekey
+from sealpush.keys import ContentSigningKey, PrekeyKind, RecipientDevice
 from sealpush.model import (
     Channel,
     ContentClass,
@@ -56,6 +56,7 @@ from sealpush.suites import SUITE_X25519
 from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, publish_pb2
 from sealpush.v1.content_pb2 import Content
+from sealpush.wire import read_prekey
 
 BATCH_ITEMS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 2 * 1024 * 1024 - 64 * 1024  # the service's 2 MiB, less room for the frame around the items
@@ -925,19 +926,6 @@ def _failure(request_id: RequestId, error: CallFailed, *, ambiguous: bool) -> Re
     return Unanswered(request_id, error.server_reason or error.reason, str(error))
 
 
-def _prekey(prekey: keys_pb2.Prekey, kind: PrekeyKind) -> SignedPrekey:
-    """A prekey as the key service gave it. The kind is part of what is signed, so a wrong one does not verify."""
-    return SignedPrekey(
-        prekey.suite,
-        prekey.prekey_id,
-        kind,
-        prekey.public_key,
-        prekey.created_at_ms,
-        prekey.expires_at_ms,
-        prekey.signature,
-    )
-
-
 def _known_device(keys: keys_pb2.DeviceKeys) -> KnownDevice:
     return KnownDevice(DeviceId(keys.device_id), keys.identity_public_key, wire_time(keys.added_at), keys.vouched)
 
@@ -963,8 +951,8 @@ def _device(keys: keys_pb2.DeviceKeys) -> RecipientDevice:
     return RecipientDevice(
         DeviceId(keys.device_id),
         keys.identity_public_key,
-        _prekey(keys.signed_prekey, PrekeyKind.SIGNED),
-        _prekey(keys.one_time_prekey, PrekeyKind.ONE_TIME) if keys.HasField("one_time_prekey") else None,
+        read_prekey(keys.signed_prekey, PrekeyKind.SIGNED),
+        read_prekey(keys.one_time_prekey, PrekeyKind.ONE_TIME) if keys.HasField("one_time_prekey") else None,
         keys.min_suite or 1,
     )
 

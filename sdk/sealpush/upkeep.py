@@ -30,6 +30,7 @@ from sealpush.retry import Deadline
 from sealpush.session import Session
 from sealpush.suites import SUITE_X25519
 from sealpush.v1 import keys_pb2
+from sealpush.wire import wire_prekey
 
 log = logging.getLogger("sealpush")
 
@@ -177,19 +178,6 @@ def set_uploaded(keystore: Keystore, prekey: SignedPrekey, now_ms: int) -> None:
 
 def _prekey_id_bytes(prekey: SignedPrekey) -> bytes:
     return prekey.prekey_id.to_bytes(4, "big")
-
-
-def wire_prekey(prekey: SignedPrekey) -> keys_pb2.Prekey:
-    """As protobuf."""
-    return keys_pb2.Prekey(
-        suite=prekey.suite,
-        prekey_id=prekey.prekey_id,
-        kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
-        public_key=prekey.public_key,
-        created_at_ms=prekey.created_at_ms,
-        expires_at_ms=prekey.expires_at_ms,
-        signature=prekey.signature,
-    )
 
 
 def _make_signed_prekey(keystore: Keystore, identity: IdentityKey, device_id: DeviceId, now_ms: int, suite: int) -> PrekeyPrivate:

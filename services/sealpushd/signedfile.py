@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final
 
 from sealpush.errors import EntryRefused
-from sealpush.keys import TAG_ENTRY, EntryRole, RootKey, SenderEntry, sign_sender_entry, verify_ed25519
+from sealpush.keys import TAG_ENTRY, EntryRole, RootKey, SenderEntry, sign_sender_entry, signed_body
 from sealpush.revocations import REVOCATIONS_BYTES_MAX, RevocationList, sign_revocations, verify_revocations
 
 # The longest list in hex, and what stands around it.
@@ -20,7 +20,6 @@ FILE_BYTES_MAX: Final = 2 * REVOCATIONS_BYTES_MAX + 1024
 
 _FORMAT: Final = "sealpush signed"
 _VERSION: Final = 1
-_SIGNATURE_BYTES: Final = 64
 
 
 class Kind(Enum):
@@ -54,8 +53,8 @@ class SignedFile:
 
     def entry(self) -> SenderEntry:
         """The entry, signed by the root that the file names, whether or not it is in time. Raises EntryRefused."""
-        body, signature = self.signed[:-_SIGNATURE_BYTES], self.signed[-_SIGNATURE_BYTES:]
-        if not verify_ed25519(self.root_public_key, TAG_ENTRY + body, signature):
+        body = signed_body(self.root_public_key, TAG_ENTRY, self.signed)
+        if body is None:
             raise EntryRefused("the entry is not signed by the root that the file names")
         try:
             entry = SenderEntry.decode(body)

@@ -43,6 +43,7 @@ from sealpush.sender import Accepted, IdentityChanged, Publication, PublishOutco
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc, common_pb2, keys_pb2
 from sealpush.v1.content_pb2 import Content
+from sealpush.wire import wire_prekey
 from sealpushd.fetch.app import build as build_fetch
 from sealpushd.keys.app import build as build_keys
 from sealpushd.keys.store import KeyStore
@@ -210,15 +211,7 @@ class World:
                     subscriber_id=subscriber_id,
                     device_id=each.device_id,
                     identity_public_key=each.identity.public_key,
-                    signed_prekey=keys_pb2.Prekey(
-                        suite=prekey.suite,
-                        prekey_id=prekey.prekey_id,
-                        kind=keys_pb2.PREKEY_KIND_SIGNED,
-                        public_key=prekey.public_key,
-                        created_at_ms=prekey.created_at_ms,
-                        expires_at_ms=prekey.expires_at_ms,
-                        signature=prekey.signature,
-                    ),
+                    signed_prekey=wire_prekey(prekey),
                 )
             )
         answer = await self.sealing.PutDevices(sealing_pb2.PutDevicesRequest(devices=devices), metadata=self.as_registration)

@@ -34,6 +34,7 @@ from sealpush.keys import (
 from sealpush.proofs import body_digest, change_proof, sign_proof
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc
+from sealpush.wire import read_prekey, wire_prekey
 from sealpushd.keys import rules
 from sealpushd.keys.app import build
 from sealpushd.keys.store import KeyStore
@@ -169,7 +170,7 @@ class Phone:
             subscriber_id=subscriber_id,
             device_id=self.device_id,
             identity_public_key=self.identity.public_key,
-            signed_prekey=to_message(prekey or self.signed_prekey),
+            signed_prekey=wire_prekey(prekey or self.signed_prekey),
             min_suite=self.suite,
         )
 
@@ -182,7 +183,7 @@ class Phone:
     def upload(self, *prekeys: SignedPrekey, min_suite: int = 0, counter: int | None = None) -> keys_pb2.UploadPrekeysRequest:
         if counter is None:
             counter = self.counter = self.counter + 1
-        change = keys_pb2.PrekeyUpload(prekeys=[to_message(each) for each in prekeys], min_suite=min_suite).SerializeToString()
+        change = keys_pb2.PrekeyUpload(prekeys=[wire_prekey(each) for each in prekeys], min_suite=min_suite).SerializeToString()
         signature = sign_proof(self.identity, change_proof(self.device_id, counter, UPLOAD_METHOD, body_digest(change)))
         return keys_pb2.UploadPrekeysRequest(change=change, proof=common_pb2.DeviceProof(counter=counter, signature=signature))
 
@@ -203,30 +204,6 @@ class Phone:
             private_prekey_lookup=lambda *name: self._private.get(name),
             sender_public_key=sender_public_key,
         )
-
-
-def to_message(prekey: SignedPrekey) -> keys_pb2.Prekey:
-    return keys_pb2.Prekey(
-        suite=prekey.suite,
-        prekey_id=prekey.prekey_id,
-        kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
-        public_key=prekey.public_key,
-        created_at_ms=prekey.created_at_ms,
-        expires_at_ms=prekey.expires_at_ms,
-        signature=prekey.signature,
-    )
-
-
-def from_message(message: keys_pb2.Prekey) -> SignedPrekey:
-    return SignedPrekey(
-        message.suite,
-        message.prekey_id,
-        PrekeyKind(message.kind),
-        message.public_key,
-        message.created_at_ms,
-        message.expires_at_ms,
-        message.signature,
-    )
 
 
 async def refused(call: Awaitable[Any], code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> tuple[str, str]:
@@ -722,7 +699,10 @@ async def test_a_sender_seals_with_what_the_key_call_gives(world: World, phone: 
     assert keys.identity_changed_at.ToMilliseconds() == world.now_ms
     [device] = keys.devices
     found = RecipientDevice(
-        DeviceId(device.device_id), device.identity_public_key, from_message(device.signed_prekey), min_suite=device.min_suite
+        DeviceId(device.device_id),
+        device.identity_public_key,
+        read_prekey(device.signed_prekey, PrekeyKind.SIGNED),
+        min_suite=device.min_suite,
     )
     to: Recipient = recipient(found, world.now_ms)
     key = ContentSigningKey.generate()
@@ -835,8 +815,8 @@ async def test_a_request_gets_a_one_time_prekey_of_its_own_and_the_same_when_it_
     bank, shop = SenderId(uuid7()), SenderId(uuid7())
     results = await ask(world, bank, query(number, request_id="a"), query(number, request_id="b"), query(number, request_id="a"))
     assert results[0] == results[2]
-    assert from_message(results[0].keys.devices[0].one_time_prekey) == prekeys[0]
-    assert from_message(results[1].keys.devices[0].one_time_prekey) == prekeys[1]
+    assert read_prekey(results[0].keys.devices[0].one_time_prekey, PrekeyKind.ONE_TIME) == prekeys[0]
+    assert read_prekey(results[1].keys.devices[0].one_time_prekey, PrekeyKind.ONE_TIME) == prekeys[1]
     assert await key_of(world, shop, number, "a") == prekeys[2].prekey_id
     assert await ask(world, bank, query(number, request_id="a")) == [results[0]]
     assert await key_of(world, bank, number, "b") == prekeys[1].prekey_id
@@ -1111,9 +1091,13 @@ async def test_a_one_time_prekey_that_expired_is_stale(world: World, phone: Phon
 
 def as_known(device: keys_pb2.DeviceKeys) -> RecipientDevice:
     """A device as a sender gets it."""
-    one_time = from_message(device.one_time_prekey) if device.HasField("one_time_prekey") else None
+    one_time = read_prekey(device.one_time_prekey, PrekeyKind.ONE_TIME) if device.HasField("one_time_prekey") else None
     return RecipientDevice(
-        DeviceId(device.device_id), device.identity_public_key, from_message(device.signed_prekey), one_time, device.min_suite
+        DeviceId(device.device_id),
+        device.identity_public_key,
+        read_prekey(device.signed_prekey, PrekeyKind.SIGNED),
+        one_time,
+        device.min_suite,
     )
 
 

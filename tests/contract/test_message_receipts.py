@@ -37,8 +37,9 @@ from sealpush.proofs import AckOutcome, acknowledgement_proof, sign_proof
 from sealpush.receipts import Claim, Finding, Receipt, ReceiptVerdict, verify_receipt
 from sealpush.sender import Accepted, Sender
 from sealpush.transport import Channels, Endpoints
-from sealpush.v1 import common_pb2, keys_pb2, messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
+from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
 from sealpush.v1.content_pb2 import Content
+from sealpush.wire import wire_prekey
 from sealpushd.accounts.app import build as build_accounts
 from sealpushd.fetch.app import build as build_fetch
 from sealpushd.keys.app import build as build_keys
@@ -188,20 +189,11 @@ class World:
         _, prekey = generate_prekey(
             made.identity, made.device_id, prekey_id=1, kind=PrekeyKind.SIGNED, now_ms=to_ms(self.clock.now()), lifetime_ms=90 * DAY_MS
         )
-        signed = keys_pb2.Prekey(
-            suite=prekey.suite,
-            prekey_id=prekey.prekey_id,
-            kind=keys_pb2.PREKEY_KIND_SIGNED,
-            public_key=prekey.public_key,
-            created_at_ms=prekey.created_at_ms,
-            expires_at_ms=prekey.expires_at_ms,
-            signature=prekey.signature,
-        )
         device = sealing_pb2.NewDevice(
             subscriber_id=self.directory.subscriber_id,
             device_id=made.device_id,
             identity_public_key=made.identity.public_key,
-            signed_prekey=signed,
+            signed_prekey=wire_prekey(prekey),
         )
         answer = await self.sealing.call(
             sealing_pb2_grpc.SealingStub(self.sealing.channel).PutDevices, sealing_pb2.PutDevicesRequest(devices=[device])

@@ -500,7 +500,7 @@ async def test_a_batch_of_a_sender_that_was_removed_repeats_what_was_accepted_an
     request = world.request()
     first = await world.publish(request)
     del world.administration.entries[world.sender_id]
-    monkeypatch.setattr(peers, "ENTRY_FRESH_S", 0.0)
+    monkeypatch.setattr(peers, "STANDING_FRESH_S", 0.0)
     again, new = await world.batch(request, world.request())
     assert again.accepted.message_id == first.accepted.message_id
     assert new.refusal.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]

@@ -24,7 +24,8 @@ from sealpush.ids import AppId, DeviceId, RegistrationId, SubscriberId, uuid7
 from sealpush.keys import IdentityKey, PrekeyKind, RootKey, generate_prekey
 from sealpush.proofs import body_digest, challenge_proof, change_proof, registration_proof
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
-from sealpush.v1 import common_pb2, keys_pb2, registration_pb2, registration_pb2_grpc
+from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
+from sealpush.wire import wire_prekey
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Database, connect
@@ -181,15 +182,7 @@ class Phone:
             code=code,
             device_id=self.device_id,
             identity_public_key=self.identity.public_key,
-            signed_prekey=keys_pb2.Prekey(
-                suite=prekey.suite,
-                prekey_id=prekey.prekey_id,
-                kind=keys_pb2.PREKEY_KIND_SIGNED,
-                public_key=prekey.public_key,
-                created_at_ms=prekey.created_at_ms,
-                expires_at_ms=prekey.expires_at_ms,
-                signature=prekey.signature,
-            ),
+            signed_prekey=wire_prekey(prekey),
             installation=registration_pb2.Installation(**said),
             proof=self.identity.sign(registration_proof(RegistrationId(registration_id), self.identity.public_key, self.app_id)),
             # Phones of suite 1 that were made before the field do not send it.

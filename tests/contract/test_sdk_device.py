@@ -80,6 +80,7 @@ from sealpush.v1.content_pb2 import Content
 from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
 from sealpush.v1.messages_pb2_grpc import MessagesServicer, add_MessagesServicer_to_server
 from sealpush.v1.registration_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
+from sealpush.wire import read_prekey
 
 APP = "example-bank"
 PHONE = "+380501234567"
@@ -136,18 +137,6 @@ class Phone:
     ended: dict[bytes, messages_pb2.Acknowledgement] = field(default_factory=dict)
     preferences: dict[bytes, registration_pb2.Preference] = field(default_factory=dict)
     stream: asyncio.Queue[messages_pb2.Delivery | None] | None = None
-
-
-def to_prekey(prekey: keys_pb2.Prekey) -> SignedPrekey:
-    return SignedPrekey(
-        prekey.suite,
-        prekey.prekey_id,
-        PrekeyKind(prekey.kind),
-        prekey.public_key,
-        prekey.created_at_ms,
-        prekey.expires_at_ms,
-        prekey.signature,
-    )
 
 
 def make_entry(
@@ -262,7 +251,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
             await fail(context, grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
         proof = registration_proof(RegistrationId(request.registration_id), request.identity_public_key, AppId(APP))
         assert verify_proof(request.identity_public_key, proof, request.proof)
-        prekey = to_prekey(request.signed_prekey)
+        prekey = read_prekey(request.signed_prekey, PrekeyKind.SIGNED)
         verify_prekey(
             prekey,
             device_id=DeviceId(request.device_id),
@@ -343,7 +332,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         if min_suite > phone.min_suite:
             phone.min_suite = min_suite
             phone.one_time.clear()
-        for each in map(to_prekey, upload.prekeys):
+        for each in (read_prekey(sent, PrekeyKind(sent.kind)) for sent in upload.prekeys):
             verify_prekey(
                 each,
                 device_id=phone.device_id,

@@ -54,6 +54,7 @@ from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer
 from sealpush.v1.content_pb2 import Content
 from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
 from sealpush.v1.publish_pb2_grpc import PublishingServicer, add_PublishingServicer_to_server
+from sealpush.wire import wire_prekey
 
 PHONE = "+380501234567"
 NOBODY = "+380500000000"
@@ -148,8 +149,8 @@ class Phone:
         return keys_pb2.DeviceKeys(
             device_id=self.device_id,
             identity_public_key=self.identity.public_key,
-            signed_prekey=to_message(self.public),
-            one_time_prekey=None if one_time is None else to_message(one_time),
+            signed_prekey=wire_prekey(self.public),
+            one_time_prekey=None if one_time is None else wire_prekey(one_time),
             min_suite=self.min_suite,
         )
 
@@ -165,18 +166,6 @@ class Phone:
             sender_public_key=SIGNING_KEY.public_key,
         )
         return Content.FromString(plaintext).body
-
-
-def to_message(prekey: SignedPrekey) -> keys_pb2.Prekey:
-    return keys_pb2.Prekey(
-        suite=prekey.suite,
-        prekey_id=prekey.prekey_id,
-        kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
-        public_key=prekey.public_key,
-        created_at_ms=prekey.created_at_ms,
-        expires_at_ms=prekey.expires_at_ms,
-        signature=prekey.signature,
-    )
 
 
 def stanzas(request: publish_pb2.PublishRequest) -> dict[bytes, Stanza]:

@@ -14,7 +14,7 @@ from typing import Final
 from sealpush.envelope import HEADER_BYTES, Header, content_public_key
 from sealpush.errors import EntryRefused, EnvelopeRefused, RevocationsRefused
 from sealpush.ids import AppId, SenderId, is_app_id
-from sealpush.keys import TAG_ENTRY, EntryRole, SenderEntry, verify_ed25519, verify_sender_entry
+from sealpush.keys import TAG_ENTRY, EntryRole, SenderEntry, signed_body, verify_sender_entry
 from sealpush.receipts import verify_entry_then
 from sealpush.revocations import RevocationList, verify_revocations
 from sealpushd.platform.access import SCOPES
@@ -35,7 +35,6 @@ LOGO_SIDE_PIXELS: Final = 512
 ROOT_KEY_BYTES: Final = 32
 # PostgreSQL's bigint; a serial is a counter or a time, never near it.
 SERIAL_MAX: Final = 2**63 - 1
-ENTRY_SIGNATURE_BYTES: Final = 64
 # What an operator is told at once: more than anybody reads.
 ENTRIES_TOLD_MAX: Final = 512
 
@@ -234,7 +233,7 @@ def common_root(app_ids: Sequence[AppId], apps: Sequence[App]) -> bytes:
 def check_entry(entry: bytes, root_public_key: bytes, role: EntryRole, now: datetime, field: str) -> SenderEntry:
     """The entry, if this root signed it, it is in time and of this role."""
     # Said apart, in words for who signs: what a phone says of it is about a server that nobody should trust.
-    if not verify_ed25519(root_public_key, TAG_ENTRY + entry[:-ENTRY_SIGNATURE_BYTES], entry[-ENTRY_SIGNATURE_BYTES:]):
+    if signed_body(root_public_key, TAG_ENTRY, entry) is None:
         raise InvalidRequest(
             f"the entry is not signed by the root that the apps pin, {root_public_key.hex()}; sign it with that one, or name other apps",
             field=field,
@@ -250,7 +249,7 @@ def check_entry(entry: bytes, root_public_key: bytes, role: EntryRole, now: date
 
 def stored_entry(signed_entry: bytes) -> SenderEntry:
     """An entry out of the store, which holds only what `check_entry()` let in."""
-    return SenderEntry.decode(signed_entry[:-ENTRY_SIGNATURE_BYTES])
+    return SenderEntry.decode_signed(signed_entry)
 
 
 def check_not_revoked(entry: SenderEntry, revocations: RevocationList | None, field: str) -> None:
@@ -259,9 +258,9 @@ def check_not_revoked(entry: SenderEntry, revocations: RevocationList | None, fi
         return
     if revocations.revokes_entry(entry):
         raise InvalidRequest("the root revoked this entry; certify a new one", field=field)
-    revoked = [key.public_key.hex() for key in entry.keys if revocations.revokes_key(key.public_key)]
+    revoked = revocations.revoked_keys(entry)
     if revoked:
-        raise InvalidRequest(f"the root revoked a key of this entry ({revoked[0]}); certify a new one without it", field=field)
+        raise InvalidRequest(f"the root revoked a key of this entry ({revoked[0].hex()}); certify a new one without it", field=field)
 
 
 def check_revocations(revocations: bytes, root_public_key: bytes) -> RevocationList:
@@ -288,17 +287,16 @@ def revoked_of(sender: Sender, revocations: RevocationList | None) -> Revoked:
         return Revoked(False, (), False)
     entry = stored_entry(sender.sender_entry)
     platform = stored_entry(sender.platform_entry) if sender.platform_entry else None
-    keys = (key.public_key for each in (entry, platform) if each is not None for key in each.keys)
     return Revoked(
         is_entry_revoked=revocations.revokes_entry(entry),
-        keys=tuple(public_key for public_key in keys if revocations.revokes_key(public_key)),
+        keys=tuple(key for each in (entry, platform) if each is not None for key in revocations.revoked_keys(each)),
         is_platform_revoked=platform is not None and _is_useless(platform, revocations),
     )
 
 
 def _is_useless(entry: SenderEntry, revocations: RevocationList) -> bool:
     """Whether no key of the entry counts any more."""
-    return revocations.revokes_entry(entry) or all(revocations.revokes_key(key.public_key) for key in entry.keys)
+    return revocations.revokes_entry(entry) or len(revocations.revoked_keys(entry)) == len(entry.keys)
 
 
 def ending_entries(entries: Sequence[StoredEntry], before_ms: int) -> list[StoredEntry]:
@@ -312,8 +310,7 @@ def revoked_entries(entries: Sequence[StoredEntry], root_public_key: bytes, revo
     revoked = [
         each
         for each in entries
-        if each.root_public_key == root_public_key
-        and (revocations.revokes_entry(each.entry) or any(revocations.revokes_key(key.public_key) for key in each.entry.keys))
+        if each.root_public_key == root_public_key and (revocations.revokes_entry(each.entry) or revocations.revoked_keys(each.entry))
     ]
     return revoked[:ENTRIES_TOLD_MAX]
 

@@ -1,4 +1,4 @@
-"""Files that commands are given or make: keys, entries, lists."""
+"""Files that commands are given or make: keys, entries, lists, receipts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ EXISTING: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW: Final = click.Path(dir_okay=False, path_type=Path)
 
 
-def read(path: Path) -> bytes:
-    """Raises WronglyCalled."""
+def read(path: Path, bytes_max: int | None = None) -> bytes:
+    """A file's bytes; with a bound at most one more than that, which is enough to refuse it. Raises WronglyCalled."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(-1 if bytes_max is None else bytes_max + 1)
     except OSError as e:
         raise WronglyCalled(f"{path} cannot be read: {e.strerror}") from e
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from sealpushd.cli import files
 from sealpushd.cli.errors import CommandFailed, WronglyCalled
 from sealpushd.cli.options import data_dir_option
 from sealpushd.cli.types import DURATION
@@ -210,17 +211,16 @@ def explained(status: MessageStatus) -> list[str]:
     return lines
 
 
-_file: Final = click.Path(dir_okay=False, path_type=Path)
-
-
 @click.command(short_help="Show what is proven about a message, or verify a receipt.")
 @click.argument("message_id", required=False)
-@click.option("--out", type=_file, help="Write the receipt to this file, for whoever verifies it later.")
-@click.option("--verify", "given", type=_file, metavar="FILE", help="Verify the receipt in this file, without any installation.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the receipt to this file, for whoever verifies it later."
+)
+@click.option("--verify", "given", type=files.EXISTING, metavar="FILE", help="Verify the receipt in this file, without any installation.")
 @click.option(
     "--root-public-key", metavar="HEX", help="The root that the app pins, from a source of its own. Default: that of the running `up`."
 )
-@click.option("--envelope", type=_file, help="The envelope, if the sender kept it: compare it with what was signed.")
+@click.option("--envelope", type=files.EXISTING, help="The envelope, if the sender kept it: compare it with what was signed.")
 @_from
 @_json
 @data_dir_option
@@ -248,8 +248,8 @@ def receipt(
         raise WronglyCalled("give either a message id or --verify FILE")
     if given is not None and (out is not None or root_public_key is None):
         raise WronglyCalled("--verify needs --root-public-key, and no --out: the file is there already")
-    root = receipts.root_of(Endpoints.load(data_dir).root_public_key if root_public_key is None else root_public_key)
-    kept = None if envelope is None else receipts.read(envelope, ENVELOPE_BYTES_MAX)
+    root = files.parse_key(Endpoints.load(data_dir).root_public_key if root_public_key is None else root_public_key, "--root-public-key")
+    kept = None if envelope is None else files.read(envelope, ENVELOPE_BYTES_MAX)
 
     async def fetch(wanted: MessageId) -> Receipt:
         async with _senders(data_dir) as open_sender:

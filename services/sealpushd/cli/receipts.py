@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sealpushd.cli.errors import WronglyCalled
+from sealpushd.cli import files
 
 if TYPE_CHECKING:
     from sealpush.receipts import Claim, Receipt, ReceiptVerdict
@@ -89,24 +89,4 @@ def read_receipt(path: Path) -> Receipt:
     """The receipt in a file. Raises WronglyCalled when it cannot be read, ReceiptRefused for another file."""
     from sealpush.receipts import RECEIPT_BYTES_MAX, Receipt
 
-    return Receipt.from_json(read(path, RECEIPT_BYTES_MAX))
-
-
-def read(path: Path, bytes_max: int) -> bytes:
-    """A file's bytes, at most one more than it may have. Raises WronglyCalled."""
-    try:
-        with path.open("rb") as file:
-            return file.read(bytes_max + 1)
-    except OSError as e:
-        raise WronglyCalled(f"{path} cannot be read: {e.strerror}") from e
-
-
-def root_of(digits: str) -> bytes:
-    """A root's public key. Raises WronglyCalled."""
-    try:
-        key = bytes.fromhex(digits.strip())
-    except ValueError:
-        key = b""
-    if len(key) != 32:
-        raise WronglyCalled("--root-public-key is 64 hex digits: the root that the app pins")
-    return key
+    return Receipt.from_json(files.read(path, RECEIPT_BYTES_MAX))

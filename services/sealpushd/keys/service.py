@@ -16,6 +16,7 @@ from sealpush.keys import ONE_TIME_PREKEYS_BATCH, ContentSigningKey, PrekeyKind,
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.suites import SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc, publish_pb2
+from sealpush.wire import read_prekey, wire_prekey
 from sealpushd.keys import rules
 from sealpushd.keys.rules import NewDevice, SealItem, StanzaCheck, StanzaKey, Upload
 from sealpushd.keys.store import DeviceList, KeyStore
@@ -68,27 +69,7 @@ def _bounded(items: Sequence[Any], most: int, field: str) -> None:
 
 def _to_prekey(message: keys_pb2.Prekey) -> SignedPrekey:
     """Raises ValueError for a kind that is not known; everything else is checked with the signature."""
-    return SignedPrekey(
-        message.suite,
-        message.prekey_id,
-        PrekeyKind(message.kind),
-        message.public_key,
-        message.created_at_ms,
-        message.expires_at_ms,
-        message.signature,
-    )
-
-
-def _from_prekey(prekey: SignedPrekey) -> keys_pb2.Prekey:
-    return keys_pb2.Prekey(
-        suite=prekey.suite,
-        prekey_id=prekey.prekey_id,
-        kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
-        public_key=prekey.public_key,
-        created_at_ms=prekey.created_at_ms,
-        expires_at_ms=prekey.expires_at_ms,
-        signature=prekey.signature,
-    )
+    return read_prekey(message, PrekeyKind(message.kind))
 
 
 def _to_upload(change: bytes) -> Upload:
@@ -262,8 +243,8 @@ def _from_device(keys: rules.DeviceKeys, signed: SignedPrekey, one_time: SignedP
     message = keys_pb2.DeviceKeys(
         device_id=keys.device.device_id,
         identity_public_key=keys.device.identity_public_key,
-        signed_prekey=_from_prekey(signed),
-        one_time_prekey=None if one_time is None else _from_prekey(one_time),
+        signed_prekey=wire_prekey(signed),
+        one_time_prekey=None if one_time is None else wire_prekey(one_time),
         min_suite=keys.device.min_suite,
         vouched=keys.vouched,
     )

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from sealpush.errors import EntryRefused
 from sealpush.ids import MessageId, SenderId
 from sealpush.keys import SenderEntry
 from sealpush.v1 import publish_pb2
@@ -25,11 +24,10 @@ from sealpushd.v1 import (
     sealing_pb2_grpc,
 )
 
-# How old an entry may be: a revoked sender goes on for this long at the most.
-ENTRY_FRESH_S: Final = 30.0
-# When accounts does not answer, an entry this old still serves: entries live for months.
-ENTRY_STALE_MAX_S: Final = 3600.0
-SIGNATURE_BYTES: Final = 64
+# How old a standing may be while accounts answers: what the root took back goes on for this long at the most.
+STANDING_FRESH_S: Final = 30.0
+# While accounts does not answer, one this old still serves: entries live for months, and an outage must not stop every sender.
+STANDING_STALE_MAX_S: Final = 3600.0
 
 
 class Peers:
@@ -85,14 +83,14 @@ class Peers:
         """What the root says of the sender, at most 30 s old while accounts answers. Raises FailedPrecondition without an entry."""
         kept = self._standings.get(sender_id)
         now = time.monotonic()
-        if kept is not None and now - kept[1] < ENTRY_FRESH_S:
+        if kept is not None and now - kept[1] < STANDING_FRESH_S:
             return kept[0]
         try:
             answer = await self._accounts.call(
                 self._administration.GetSenders, administration_pb2.GetSendersRequest(sender_ids=[sender_id])
             )
         except Unavailable:
-            if kept is not None and now - kept[1] < ENTRY_STALE_MAX_S:
+            if kept is not None and now - kept[1] < STANDING_STALE_MAX_S:
                 return kept[0]
             raise
         # Forgotten first: a sender that was removed must not come back when accounts is away.
@@ -126,14 +124,14 @@ class Peers:
 def _decode(senders: Sequence[administration_pb2.Sender]) -> Standing:
     # Accounts verified the root's signature when the entry was put; phones verify it again.
     try:
-        if senders and len(senders[0].sender_entry) > SIGNATURE_BYTES:
+        if senders and senders[0].sender_entry:
             return Standing(
-                entry=SenderEntry.decode(senders[0].sender_entry[:-SIGNATURE_BYTES]),
+                entry=SenderEntry.decode_signed(senders[0].sender_entry),
                 is_revoked=senders[0].is_entry_revoked,
                 revoked_keys=frozenset(senders[0].revoked_keys),
-                platform=SenderEntry.decode(senders[0].platform_entry[:-SIGNATURE_BYTES]) if senders[0].platform_entry else None,
+                platform=SenderEntry.decode_signed(senders[0].platform_entry) if senders[0].platform_entry else None,
                 is_platform_revoked=senders[0].is_platform_revoked,
             )
-    except (ValueError, EntryRefused) as e:
+    except ValueError as e:
         raise FailedPrecondition("the sender's entry is malformed; ask the operator to certify a new one") from e
     raise FailedPrecondition("this sender has no entry or was removed; ask the operator")

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final, Literal
 
-from sealpush.envelope import CONTENT_BYTES_MAX, HEADER_BYTES, Envelope, Header, content_public_key, verify_signature
+from sealpush.envelope import CONTENT_BYTES_MAX, CREATED_SKEW_MS, HEADER_BYTES, Envelope, Header, content_public_key, verify_signature
 from sealpush.errors import EnvelopeRefused
 from sealpush.ids import ID_BYTES, SenderId
 from sealpush.keys import SenderEntry, SenderMode, content_key_id
@@ -27,8 +27,6 @@ DURATION_MIN: Final = timedelta(seconds=1)
 LIFETIME_MAX: Final = timedelta(days=28)
 # For how long no device may have been added: longer than this is no longer about a number that was taken over.
 IDENTITY_UNCHANGED_MAX: Final = timedelta(days=365)
-# A sealed creation time may differ from the server's clock by this much.
-CREATED_SKEW_MAX: Final = timedelta(minutes=5)
 # An envelope's own lifetime and the one in the request may differ by rounding, not by more.
 LIFETIME_DIFFERENCE_MAX: Final = timedelta(seconds=1)
 SUBSCRIPTIONS_MAX: Final = 16
@@ -255,7 +253,7 @@ def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: ti
         raise InvalidRequest("the envelope names another sender", field="sealed.envelope")
     if header.server_sealed:
         raise InvalidRequest("the envelope says that the server sealed it; leave that flag out", field="sealed.envelope")
-    if abs(to_ms(now) - header.created_at_ms) > CREATED_SKEW_MAX / timedelta(milliseconds=1):
+    if abs(to_ms(now) - header.created_at_ms) > CREATED_SKEW_MS:
         raise InvalidRequest(
             "the envelope was made more than 5 minutes from the server's time; check your clock and seal again", field="sealed.envelope"
         )

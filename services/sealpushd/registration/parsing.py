@@ -14,6 +14,7 @@ from sealpush.ids import ID_BYTES, DeviceId, RegistrationId, SenderId, is_app_id
 from sealpush.keys import PrekeyKind, SignedPrekey, is_usable_ed25519, verify_prekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2
+from sealpush.wire import read_prekey
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.errors import InvalidRequest
 from sealpushd.platform.tokens import DeviceCaller
@@ -127,15 +128,7 @@ def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key
     """The first signed prekey of a device, verified."""
     if prekey.kind != keys_pb2.PREKEY_KIND_SIGNED:
         raise InvalidRequest("the first prekey must be of the kind SIGNED", field="signed_prekey.kind")
-    parsed = SignedPrekey(
-        suite=prekey.suite,
-        prekey_id=prekey.prekey_id,
-        kind=PrekeyKind.SIGNED,
-        public_key=prekey.public_key,
-        created_at_ms=prekey.created_at_ms,
-        expires_at_ms=prekey.expires_at_ms,
-        signature=prekey.signature,
-    )
+    parsed = read_prekey(prekey, PrekeyKind.SIGNED)
     try:
         verify_prekey(parsed, device_id=device, identity_public_key=identity_public_key, now_ms=now_ms, min_suite=min_suite)
     except KeyRefused as e:

@@ -8,7 +8,7 @@ from typing import Final
 
 from sealpush.ids import AppId, DeviceId, SubscriberId
 from sealpush.keys import SignedPrekey
-from sealpush.v1 import keys_pb2
+from sealpush.wire import wire_prekey
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import Unavailable
@@ -86,19 +86,10 @@ class DeviceLog:
 
 
 def _new_device(device: LoggedDevice) -> sealing_pb2.NewDevice:
-    prekey = device.signed_prekey
     return sealing_pb2.NewDevice(
         subscriber_id=device.subscriber_id,
         device_id=device.device_id,
         identity_public_key=device.identity_public_key,
-        signed_prekey=keys_pb2.Prekey(
-            suite=prekey.suite,
-            prekey_id=prekey.prekey_id,
-            kind=keys_pb2.PrekeyKind.ValueType(prekey.kind),
-            public_key=prekey.public_key,
-            created_at_ms=prekey.created_at_ms,
-            expires_at_ms=prekey.expires_at_ms,
-            signature=prekey.signature,
-        ),
+        signed_prekey=wire_prekey(device.signed_prekey),
         min_suite=device.min_suite,
     )

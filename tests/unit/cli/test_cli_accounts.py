@@ -182,7 +182,8 @@ def test_a_file_of_another_kind_changed_or_strange_is_refused_before_anybody_is_
     tmp_path: Path, answered: Installation, capsys: pytest.CaptureFixture[str]
 ) -> None:
     signed = json.loads(sender_file(tmp_path).read_text())
-    changed = json.dumps({**signed, "signed": signed["signed"][:-2] + "00"}).encode()
+    last_byte = int(signed["signed"][-2:], 16) ^ 1
+    changed = json.dumps({**signed, "signed": f"{signed['signed'][:-2]}{last_byte:02x}"}).encode()
     relabelled = json.dumps({**signed, "kind": "platform entry"}).encode()
     put_platform = ["accounts", "put-platform", "--entry"]
     for arguments, exit_code, words in (

@@ -80,9 +80,9 @@ def test_the_envelope_that_was_kept_is_compared(tmp_path: Path, capsys: pytest.C
         (["--verify", "FILE", "--root-public-key", ROOT, "--out", "FILE"], 2, "no --out"),
         (["--verify", "FILE", "--root-public-key", "11"], 2, "64 hex digits"),
         (["--verify", "FILE", "--root-public-key", "x" * 64], 2, "64 hex digits"),
-        (["--verify", "NOTHING", "--root-public-key", ROOT], 2, "cannot be read"),
+        (["--verify", "NOTHING", "--root-public-key", ROOT], 2, "does not exist"),
         (["--verify", "FILE", "--root-public-key", ROOT], 1, "this is not JSON"),
-        (["--verify", "FILE", "--root-public-key", ROOT, "--envelope", "NOTHING"], 2, "cannot be read"),
+        (["--verify", "FILE", "--root-public-key", ROOT, "--envelope", "NOTHING"], 2, "does not exist"),
         (["not-an-id", "--root-public-key", ROOT], 2, "is no message id"),
     ],
 )

@@ -84,6 +84,11 @@ export function concat(...parts) {
   return whole;
 }
 
+/** Throws a RangeError unless it holds. */
+export function demand(holds, message) {
+  if (!holds) throw new RangeError(message);
+}
+
 /** The same bytes, known to be as many as they should be. */
 export function exactly(length, bytes, name) {
   if (!(bytes instanceof Uint8Array) || bytes.length !== length) throw new RangeError(`${name} must be ${length} bytes`);

@@ -1,23 +1,19 @@
 // Sender entries: who may speak as a sender, with which keys, and who may seal for it. Signed by the root that apps pin.
 
-import { concat, hex, Reader, same, utf8 } from './bytes.js';
+import { demand, hex, Reader, same, utf8 } from './bytes.js';
 import { EntryRefused, EnvelopeRefused } from './errors.js';
-import { contentKeyId, isUsablePublicKey, verify } from './signing.js';
+import { contentKeyId, isUsablePublicKey, signedBody } from './signing.js';
 
 export const Role = Object.freeze({ SENDER: 1, PLATFORM: 2 });
 export const Mode = Object.freeze({ END_TO_END: 1, SERVER: 2 });
 
-const SIGNATURE_BYTES = 64;
 const NAME_BYTES_MAX = 128;
 const KEYS_MAX = 16;
 
 /** The entry in `blob`, if the root signed it, `nowMs` lies in its time and it has this role; else EntryRefused. */
 export function verifyEntry(rootPublicKey, blob, nowMs, role = Role.SENDER) {
-  if (blob.length <= SIGNATURE_BYTES) throw new EntryRefused('the entry is too short');
-  const body = blob.subarray(0, -SIGNATURE_BYTES);
-  if (!verify(rootPublicKey, concat(utf8('SPC1-entry'), body), blob.subarray(-SIGNATURE_BYTES))) {
-    throw new EntryRefused('the entry is not signed by the pinned root');
-  }
+  const body = signedBody(rootPublicKey, 'SPC1-entry', blob);
+  if (!body) throw new EntryRefused('the entry is not signed by the pinned root');
   let entry;
   try {
     entry = readEntry(body);
@@ -65,10 +61,6 @@ function readName(bytes) {
   demand(!name.startsWith(' ') && !name.endsWith(' '), 'a name with spaces around it');
   demand(name === name.normalize('NFC'), 'a name that is not in normal form C');
   return name;
-}
-
-function demand(holds, message) {
-  if (!holds) throw new RangeError(message);
 }
 
 /**

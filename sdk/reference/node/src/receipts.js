@@ -1,6 +1,6 @@
 // Receipts: what anybody can verify about a message, also when its content is gone. The format is in docs/receipts.md.
 
-import { concat, same, sha512, utf8 } from './bytes.js';
+import { concat, demand, same, sha512, utf8 } from './bytes.js';
 import { contentKeyOf, Role, verifyEntry } from './entries.js';
 import { evidenceOf, headerOf, HEAD_BYTES, parse } from './envelope.js';
 import { EntryRefused, EnvelopeRefused, ReceiptRefused } from './errors.js';
@@ -102,10 +102,6 @@ function number(value) {
 function list(value, min, max) {
   demand(Array.isArray(value) && value.length >= min && value.length <= max, `no list of ${min} to ${max} where one belongs`);
   return value;
-}
-
-function demand(holds, message) {
-  if (!holds) throw new RangeError(message);
 }
 
 // --- verifying -------------------------------------------------------------------------------------------------------

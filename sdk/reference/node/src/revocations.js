@@ -1,12 +1,11 @@
 // Revocation lists: what the root took back before its time. Signed by the root that apps pin.
 
-import { concat, hex, Reader, utf8 } from './bytes.js';
+import { demand, hex, Reader, utf8 } from './bytes.js';
 import { RevocationsRefused } from './errors.js';
-import { verify } from './signing.js';
+import { signedBody } from './signing.js';
 
 export const REVOCATIONS_MAX = 4096;
 
-const SIGNATURE_BYTES = 64;
 const KIND_ENTRIES = 1;
 const KIND_KEY = 2;
 
@@ -16,11 +15,8 @@ const KIND_KEY = 2;
  * Keep the blob with the highest `serial`, and never go back to a lower one.
  */
 export function verifyRevocations(rootPublicKey, blob) {
-  if (blob.length <= SIGNATURE_BYTES) throw new RevocationsRefused('the list is too short');
-  const body = blob.subarray(0, -SIGNATURE_BYTES);
-  if (!verify(rootPublicKey, concat(utf8('SPC1-revoked'), body), blob.subarray(-SIGNATURE_BYTES))) {
-    throw new RevocationsRefused('the list is not signed by the pinned root');
-  }
+  const body = signedBody(rootPublicKey, 'SPC1-revoked', blob);
+  if (!body) throw new RevocationsRefused('the list is not signed by the pinned root');
   try {
     return readList(body);
   } catch (cause) {
@@ -54,10 +50,6 @@ function readItem(reader) {
   if (kind === KIND_ENTRIES) return { kind, senderId: reader.take(16), serial: reader.u64() };
   demand(kind === KIND_KEY, 'a kind that is not known');
   return { kind, publicKey: reader.take(32) };
-}
-
-function demand(holds, message) {
-  if (!holds) throw new RangeError(message);
 }
 
 /** Whether a verified list revokes this verified entry, a sender's or the platform's, as a whole. */

@@ -2,7 +2,7 @@
 
 import sodium from 'libsodium-wrappers';
 
-import { sha256, utf8 } from './bytes.js';
+import { concat, sha256, utf8 } from './bytes.js';
 
 await sodium.ready;
 
@@ -20,6 +20,12 @@ export function verify(publicKey, message, signature) {
   } catch {
     return false;
   }
+}
+
+/** The body of `body | signature64` as the root's blobs travel, if the root signed it as what the tag says; else null. */
+export function signedBody(rootPublicKey, tag, blob) {
+  const body = blob.subarray(0, -64);
+  return verify(rootPublicKey, concat(utf8(tag), body), blob.subarray(-64)) ? body : null;
 }
 
 /**
