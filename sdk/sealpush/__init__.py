@@ -51,9 +51,7 @@ if TYPE_CHECKING:
         StopPoint,
         TrafficType,
     )
-    from sealpush.receipts import Claim, Finding, Receipt, ReceiptDelivery, ReceiptVerdict, SignedAcknowledgement, verify_receipt
-    from sealpush.retry import Clock, RetryPolicy, SystemClock
-    from sealpush.sender import (
+    from sealpush.publication import (
         Accepted,
         Attempt,
         Cancelled,
@@ -66,9 +64,11 @@ if TYPE_CHECKING:
         RecipientDevices,
         Refused,
         SealedPublication,
-        Sender,
         Unanswered,
     )
+    from sealpush.receipts import Claim, Finding, Receipt, ReceiptDelivery, ReceiptVerdict, SignedAcknowledgement, verify_receipt
+    from sealpush.retry import Clock, RetryPolicy, SystemClock
+    from sealpush.sender import Sender
     from sealpush.suites import SUITE_HYBRID, SUITE_X25519
     from sealpush.transport import Channels, Endpoints
     from sealpush.v1.content_pb2 import Action, Content
@@ -217,6 +217,21 @@ _HOMES: Final = {
         "StoppedDelivery",
         "TrafficType",
     ),
+    "publication": (
+        "Accepted",
+        "Attempt",
+        "Cancelled",
+        "DeliveryStatus",
+        "IdentityChanged",
+        "MessageStatus",
+        "NotRegistered",
+        "Publication",
+        "PublishOutcome",
+        "RecipientDevices",
+        "Refused",
+        "SealedPublication",
+        "Unanswered",
+    ),
     "receipts": (
         "Claim",
         "Finding",
@@ -231,22 +246,7 @@ _HOMES: Final = {
         "RetryPolicy",
         "SystemClock",
     ),
-    "sender": (
-        "Accepted",
-        "Attempt",
-        "Cancelled",
-        "DeliveryStatus",
-        "IdentityChanged",
-        "MessageStatus",
-        "NotRegistered",
-        "Publication",
-        "PublishOutcome",
-        "RecipientDevices",
-        "Refused",
-        "SealedPublication",
-        "Sender",
-        "Unanswered",
-    ),
+    "sender": ("Sender",),
     "suites": (
         "SUITE_HYBRID",
         "SUITE_X25519",

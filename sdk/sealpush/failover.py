@@ -20,7 +20,7 @@ from datetime import datetime, timedelta
 from typing import Final, assert_never
 
 from sealpush.model import State
-from sealpush.sender import Accepted, IdentityChanged, NotRegistered, PublishOutcome, Refused, Unanswered
+from sealpush.publication import Accepted, IdentityChanged, NotRegistered, PublishOutcome, Refused, Unanswered
 
 _ZERO: Final = timedelta(0)
 

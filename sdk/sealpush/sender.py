@@ -11,24 +11,19 @@ sender that keeps them itself).
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from types import TracebackType
-from typing import Final, Self, TypedDict, Unpack
+from typing import Final, Self, Unpack
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from sealpush import envelope, errors
-from sealpush.devicelog import KnownDevice
 from sealpush.errors import CallFailed, KeyRefused, ReceiptRefused, SuiteTooLow
 from sealpush.ids import (
     ContentId,
-    DeviceId,
-    GroupId,
     MessageId,
-    OrderId,
     RecipientRef,
     RequestId,
     SenderId,
@@ -36,27 +31,44 @@ from sealpush.ids import (
     uuid7,
     uuid_text,
 )
-from sealpush.keys import ContentSigningKey, PrekeyKind, RecipientDevice
+from sealpush.keys import ContentSigningKey, RecipientDevice
 from sealpush.model import (
-    Channel,
-    ContentClass,
-    Platform,
-    Priority,
     Reason,
     Recipient,
     State,
     StoppedDelivery,
-    TrafficType,
     wire_time,
 )
-from sealpush.proofs import AckOutcome
-from sealpush.receipts import Receipt, ReceiptDelivery, SignedAcknowledgement
+from sealpush.publication import (
+    RETRYABLE_CODES,
+    Cancelled,
+    IdentityChanged,
+    MessageStatus,
+    NotRegistered,
+    Outdated,
+    Publication,
+    PublishOptions,
+    PublishOutcome,
+    RecipientDevices,
+    Refused,
+    SealedPublication,
+    Unanswered,
+    known_device,
+    not_approved,
+    outcome_of,
+    outcome_of_failure,
+    outdated_refusal,
+    receipt_of,
+    recipient_device,
+    settled,
+    status_of,
+)
+from sealpush.receipts import Receipt
 from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, jitter, retrying
 from sealpush.suites import SUITE_X25519
 from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata
-from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, publish_pb2
+from sealpush.v1 import accounts_pb2, keys_pb2, publish_pb2
 from sealpush.v1.content_pb2 import Content
-from sealpush.wire import read_prekey
 
 BATCH_ITEMS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 2 * 1024 * 1024 - 64 * 1024  # the service's 2 MiB, less room for the frame around the items
@@ -65,283 +77,11 @@ RESEALS_MAX: Final = 3  # a recipient whose devices change faster than this is r
 SEALED_KEPT_MAX: Final = 1024  # sealed requests without an answer, kept for the caller's own retry
 SUITES_KEPT_MAX: Final = 65_536  # devices above suite 1, 10 MB; a sender to more than these notices for the latest
 LIFETIME_DEFAULT: Final = timedelta(days=14)
-LIFETIME_MAX: Final = timedelta(days=28)
-IDENTITY_UNCHANGED_MAX: Final = timedelta(days=365)
 WATCH_SILENT_ENDS_MAX: Final = 3  # a service that restarts may end a watch before it said anything
 STATUS_WAIT_MAX: Final = timedelta(seconds=8)
-CONTENT_VERSION: Final = 1
 
-_RETRYABLE_CODES: Final = frozenset(
-    code.value[0] for code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-)
-_CODE_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 # What concerns the sender, not one message.
 _RAISED: Final = (errors.Unauthenticated, errors.PermissionDenied)
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """Durably stored, for so many devices. `repeated_request`: it was before, this is the first answer again."""
-
-    request_id: RequestId
-    message_id: MessageId
-    expires_at: datetime
-    devices: int
-    repeated_request: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class NotRegistered:
-    """Nobody can receive it; nothing was stored. Use another channel at once."""
-
-    request_id: RequestId
-    reason: Reason
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Definitely not stored. `retry_after` None: repeating it unchanged does not help."""
-
-    request_id: RequestId
-    code: str
-    reason: str
-    message: str
-    field: str = ""
-    retry_after: timedelta | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unanswered:
-    """No answer in time: it may or may not be stored. Publish again with the same request id to know."""
-
-    request_id: RequestId
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class IdentityChanged:
-    """The recipient has a device that is too new (`identity_unchanged_for`), or that is not among `approved_devices`; nothing was stored.
-
-    The number may have been taken over: hold the message back, and send it over no other channel that the number leads to.
-    `changed_at` is when the newest of these devices was added.
-    """
-
-    request_id: RequestId
-    device_ids: tuple[DeviceId, ...]
-    changed_at: datetime
-
-    @property
-    def reason(self) -> str:
-        """As of a refusal."""
-        return "IDENTITY_CHANGED"
-
-    @property
-    def message(self) -> str:
-        """As of a refusal."""
-        return (
-            f"the recipient has {len(self.device_ids)} device(s) too new or not approved; hold it back until the person has confirmed them"
-        )
-
-
-PublishOutcome = Accepted | NotRegistered | Refused | Unanswered | IdentityChanged
-
-
-@dataclass(frozen=True, slots=True)
-class RecipientDevices:
-    """A recipient's devices in an app that can be sealed for, as the service says; their fingerprints are for people to compare.
-
-    `device_list_version` is the head of the person's device log over all apps; `identity_changed_at` when that last added a device.
-    """
-
-    recipient_ref: RecipientRef
-    device_list_version: bytes
-    identity_changed_at: datetime
-    devices: tuple[KnownDevice, ...]
-
-    @property
-    def approved(self) -> dict[DeviceId, bytes]:
-        """The identity key of each device: what to keep, and to give as `approved_devices`, once somebody has approved of the list."""
-        return {each.device_id: each.identity_public_key for each in self.devices}
-
-
-class PublishOptions(TypedDict, total=False):
-    """What `publish()` takes beside recipient and content; see Publication."""
-
-    request_id: str | None
-    app_id: str
-    content_class: ContentClass
-    priority: Priority
-    lifetime: timedelta | None
-    replace_key: str
-    order_id: OrderId | None
-    leg_no: int
-    channel: Channel
-    group_id: GroupId | None
-    traffic_type: TrafficType
-    tag: str
-    originator: str
-    primary_only: bool
-    subscriptions: Sequence[str]
-    platforms: Sequence[Platform]
-    identity_unchanged_for: timedelta | None
-    approved_devices: Mapping[DeviceId, bytes] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """One message to publish. The request id is made here where none is given; keep it to ask again.
-
-    `content_class` must be set, here or in the content. `lifetime` None: 14 days. `replace_key` defaults to the content's own.
-    `identity_unchanged_for`: IdentityChanged, and nothing stored, when a device that it would go to was added more recently.
-    `approved_devices`: seal to no others than these, by `RecipientDevices.approved`; for content that is sealed here.
-    """
-
-    recipient: Recipient
-    content: Content = field(repr=False)
-    request_id: RequestId = field(default_factory=lambda: RequestId(uuid_text(uuid7())))
-    app_id: str = ""
-    content_class: ContentClass = ContentClass.UNSPECIFIED
-    priority: Priority = Priority.UNSPECIFIED
-    lifetime: timedelta | None = None
-    replace_key: str = field(default="", repr=False)
-    order_id: OrderId | None = None
-    leg_no: int = 0
-    channel: Channel = Channel.UNSPECIFIED
-    group_id: GroupId | None = None
-    traffic_type: TrafficType = TrafficType.UNSPECIFIED
-    tag: str = ""
-    originator: str = ""
-    primary_only: bool = False
-    subscriptions: Sequence[str] = ()
-    platforms: Sequence[Platform] = ()
-    identity_unchanged_for: timedelta | None = None
-    approved_devices: Mapping[DeviceId, bytes] | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= len(self.request_id) <= 64 or not all(" " <= char <= "~" for char in self.request_id):
-            raise ValueError("request_id must be 1 to 64 printable ASCII characters")
-        if not (self.content_class or self.content.content_class):
-            raise ValueError("content_class must say whether this is informational or advertising")
-        if self.lifetime is not None and not timedelta(seconds=1) <= self.lifetime <= LIFETIME_MAX:
-            raise ValueError("lifetime must be 1 s to 28 days")
-        if self.identity_unchanged_for is not None and not timedelta(seconds=1) <= self.identity_unchanged_for <= IDENTITY_UNCHANGED_MAX:
-            raise ValueError("identity_unchanged_for must be 1 s to 365 days")
-        if self.identity_unchanged_for is not None and (self.primary_only or self.subscriptions):
-            raise ValueError("identity_unchanged_for does not go with primary_only or subscriptions: devices say these of themselves")
-
-    @classmethod
-    def of(cls, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> Self:
-        """The publication to a recipient or phone number."""
-        given = dict(options)
-        if given.get("request_id") is None:
-            given.pop("request_id", None)
-        return cls(Recipient.of(recipient), content, **given)  # type: ignore[arg-type]  # popping the key makes it a plain dict for the checker
-
-    def to_wire(self) -> publish_pb2.PublishRequest:
-        """The request, sealed by the server unless `sealed` takes the place of `plain`."""
-        content = Content()
-        content.CopyFrom(self.content)
-        content.version = content.version or CONTENT_VERSION
-        if self.content_class:
-            content.content_class = common_pb2.ContentClass.ValueType(self.content_class)
-        request = publish_pb2.PublishRequest(
-            request_id=self.request_id,
-            recipient=self.recipient.to_wire(),
-            app_id=self.app_id,
-            content_class=content.content_class,
-            plain=content,
-            priority=common_pb2.Priority.ValueType(self.priority),
-            replace_key=self.replace_key or content.replace_key,
-            order_id=self.order_id or b"",
-            leg_no=self.leg_no,
-            channel=common_pb2.Channel.ValueType(self.channel),
-            group_id=self.group_id or b"",
-            traffic_type=common_pb2.TrafficType.ValueType(self.traffic_type),
-            tag=self.tag,
-            originator=self.originator,
-            primary_only=self.primary_only,
-            subscriptions=self.subscriptions,
-            platforms=[common_pb2.Platform.ValueType(each) for each in self.platforms],
-        )
-        if self.lifetime is not None:
-            request.lifetime.FromTimedelta(self.lifetime)
-        if self.identity_unchanged_for is not None:
-            request.identity_unchanged_for.FromTimedelta(self.identity_unchanged_for)
-        return request
-
-    def to_plain(self) -> publish_pb2.PublishRequest:
-        """The request for the server to seal. Raises ValueError where only who seals here can keep what was asked for."""
-        if self.approved_devices is not None:
-            raise ValueError("the server chooses the devices it seals for; publish_sealed() seals to approved_devices only")
-        return self.to_wire()
-
-
-@dataclass(frozen=True, slots=True)
-class SealedPublication:
-    """A request whose content is sealed: bytes to keep until there is an answer, and to send again unchanged."""
-
-    request_id: RequestId
-    data: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryStatus:
-    """How far one device's delivery has come; times are None until it happens."""
-
-    device_id: DeviceId
-    state: State
-    reason: Reason
-    at: datetime
-    pushed_at: datetime | None
-    fetched_at: datetime | None
-    read_at: datetime | None
-    late_ack_at: datetime | None
-    push_reason: Reason
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A channel that was tried."""
-
-    channel: Channel
-    leg_no: int
-    state: State
-    reason: Reason
-    at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class MessageStatus:
-    """How far a message has come. `assumed`: the waiting interval was 0 and this is not the true state."""
-
-    message_id: MessageId
-    state: State
-    reason: Reason
-    assumed: bool
-    created_at: datetime
-    expires_at: datetime
-    at: datetime
-    attempts: tuple[Attempt, ...]
-    deliveries: tuple[DeliveryStatus, ...]
-    order_id: OrderId
-    group_id: GroupId | None
-    tag: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """What a cancel found: the state that won, and for each delivery whether a push may have left."""
-
-    state: State
-    deliveries: tuple[StoppedDelivery, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Outdated:
-    """The envelope does not fit the recipient's devices of now."""
-
-    request_id: RequestId
 
 
 class Sender:
@@ -408,8 +148,8 @@ class Sender:
     async def publish_one(self, publication: Publication) -> PublishOutcome:
         """As `publish()`."""
         outcome = await self._send(publication.to_plain(), self._deadline())
-        if isinstance(outcome, _Outdated):  # nothing was sealed here: not an answer to this request
-            return _outdated_refusal(outcome)
+        if isinstance(outcome, Outdated):  # nothing was sealed here: not an answer to this request
+            return outdated_refusal(outcome)
         return outcome
 
     async def publish_sealed(self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> PublishOutcome:
@@ -429,15 +169,15 @@ class Sender:
                         return sealed
                     request = self._keep(publication, sealed)
                 outcome = await self._send(request, deadline)
-                if not isinstance(outcome, _Outdated):
+                if not isinstance(outcome, Outdated):
                     return outcome
                 self._sealed.pop(publication.request_id, None)
         except CallFailed as error:
             if isinstance(error, _RAISED):
                 raise
             # The keys were not given: nothing was published in this call.
-            return _failure(publication.request_id, error, ambiguous=False)
-        return _outdated_refusal(_Outdated(publication.request_id))
+            return outcome_of_failure(publication.request_id, error, ambiguous=False)
+        return outdated_refusal(Outdated(publication.request_id))
 
     async def prepare_sealed(
         self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]
@@ -452,7 +192,7 @@ class Sender:
     async def publish_prepared(self, sealed: SealedPublication) -> PublishOutcome:
         """Send what `prepare_sealed()` made; Refused with reason OUTDATED_DEVICES: prepare it again, with the same request id."""
         outcome = await self._send(publish_pb2.PublishRequest.FromString(sealed.data), self._deadline())
-        return _outdated_refusal(outcome) if isinstance(outcome, _Outdated) else outcome
+        return settled(outcome)
 
     async def recipient_devices(self, recipient: Recipient | str, app_id: str = "") -> RecipientDevices:
         """Which devices a recipient has, with fingerprints; uses up no one-time prekey. `app_id` "" is the sender's default app.
@@ -468,7 +208,7 @@ class Sender:
                     RecipientRef(keys.recipient_ref),
                     keys.device_list_version,
                     wire_time(keys.identity_changed_at),
-                    tuple(map(_known_device, keys.devices)),
+                    tuple(map(known_device, keys.devices)),
                 )
             case "not_registered":
                 reason = Reason(result.not_registered).name
@@ -515,7 +255,7 @@ class Sender:
                 raise ValueError("wait must be 0 to 8 s; ask again for longer, or use watch()")
             request.wait.CopyFrom(_duration(wait))
         answer = await self._calls.call(self._channels.publishing.GetStatus, request, deadline=self._deadline(), token=self._token)
-        return _status(answer.status)
+        return status_of(answer.status)
 
     async def receipt(self, message_id: MessageId) -> Receipt:
         """Evidence of a message, for `verify_receipt()` now or by anybody later; as long as statuses are kept. Raises NotFound, and
@@ -523,7 +263,7 @@ class Sender:
         request = publish_pb2.GetReceiptRequest(message_id=check_id(message_id, "message_id"))
         answer = await self._calls.call(self._channels.publishing.GetReceipt, request, deadline=self._deadline(), token=self._token)
         try:
-            return _receipt(answer.receipt)
+            return receipt_of(answer.receipt)
         except ValueError as error:
             raise ReceiptRefused(f"the service answered with a malformed receipt: {error}; upgrade this SDK, or report it") from None
 
@@ -534,7 +274,7 @@ class Sender:
         for start in range(0, len(ids), BATCH_ITEMS_MAX):
             request = publish_pb2.GetStatusesRequest(message_ids=ids[start : start + BATCH_ITEMS_MAX])
             answer = await self._calls.call(self._channels.publishing.GetStatuses, request, deadline=self._deadline(), token=self._token)
-            found.update((MessageId(each.message_id), _status(each)) for each in answer.statuses)
+            found.update((MessageId(each.message_id), status_of(each)) for each in answer.statuses)
         return found
 
     async def watch(self, message_ids: Iterable[MessageId]) -> AsyncGenerator[MessageStatus, None]:
@@ -557,7 +297,7 @@ class Sender:
                 try:
                     async for frame in call:
                         attempt, renewed = 0, False
-                        for each in map(_status, frame.statuses):
+                        for each in map(status_of, frame.statuses):
                             if last.get(each.message_id) != each:
                                 last[each.message_id] = each
                                 yield each
@@ -602,15 +342,15 @@ class Sender:
         lifetime_s = wire_time(answer.expires_at).timestamp() - self._clock.now_ms() / 1000
         return Token(answer.access_token, lifetime_s)
 
-    async def _send(self, request: publish_pb2.PublishRequest, deadline: Deadline) -> PublishOutcome | _Outdated:
+    async def _send(self, request: publish_pb2.PublishRequest, deadline: Deadline) -> PublishOutcome | Outdated:
         """Send one request, the same bytes each time."""
         try:
             answer = await self._calls.call(self._channels.publishing.Publish, request, deadline=deadline, token=self._token)
         except CallFailed as error:
             if isinstance(error, _RAISED):
                 raise
-            return _failure(RequestId(request.request_id), error, ambiguous=True)
-        return _outcome(RequestId(request.request_id), answer.result)
+            return outcome_of_failure(RequestId(request.request_id), error, ambiguous=True)
+        return outcome_of(RequestId(request.request_id), answer.result)
 
     async def _publish_batch(self, requests: Sequence[publish_pb2.PublishRequest]) -> list[PublishOutcome]:
         """Outcomes of one batch; repeats what was refused for now while the deadline allows."""
@@ -629,7 +369,7 @@ class Sender:
                 if isinstance(error, _RAISED):
                     raise
                 for index in waiting:
-                    outcomes[index] = _failure(RequestId(requests[index].request_id), error, ambiguous=True)
+                    outcomes[index] = outcome_of_failure(RequestId(requests[index].request_id), error, ambiguous=True)
                 return outcomes
             again: list[int] = []
             pause_s = 0.0
@@ -640,8 +380,8 @@ class Sender:
                     )
                     continue
                 result = answer.results[position]
-                outcomes[index] = _settled(_outcome(RequestId(requests[index].request_id), result))
-                if result.refusal.code in _RETRYABLE_CODES:
+                outcomes[index] = settled(outcome_of(RequestId(requests[index].request_id), result))
+                if result.refusal.code in RETRYABLE_CODES:
                     again.append(index)
                     pause_s = max(pause_s, result.refusal.retry_after.ToTimedelta().total_seconds())
             delay_s = self._policy.delay_s(attempt, self._random, pause_s)
@@ -686,7 +426,7 @@ class Sender:
         if result.WhichOneof("outcome") != "keys":
             return Refused(publication.request_id, "INVALID_ARGUMENT", "KEYS_REFUSED", result.refused)
         _check_keys(result.keys)
-        foreign = _not_approved(publication, result.keys.devices)
+        foreign = not_approved(publication, result.keys.devices)
         if foreign is not None:
             return foreign
         now_ms = self._clock.now_ms()
@@ -700,7 +440,7 @@ class Sender:
             created_at_ms=now_ms,
             expires_at_ms=now_ms + lifetime // timedelta(milliseconds=1),
         )
-        recipients = [self._recipient(_device(each), now_ms) for each in result.keys.devices]
+        recipients = [self._recipient(recipient_device(each), now_ms) for each in result.keys.devices]
         sealed = envelope.seal(request.plain.SerializeToString(), header, recipients, self._signing_key)
         request.sealed.envelope = sealed.encode()
         request.sealed.device_list_version = result.keys.device_list_version
@@ -819,7 +559,7 @@ class _StreamSession:
                 for index, request in enumerate(frame):
                     request_id = RequestId(request.request_id)
                     if index < len(answer.results):
-                        yield _settled(_outcome(request_id, answer.results[index]))
+                        yield settled(outcome_of(request_id, answer.results[index]))
                     else:
                         yield Unanswered(request_id, "NO_RESULT", "the service left it out; publish it again")
         finally:
@@ -879,143 +619,13 @@ def _chunks(requests: Iterable[publish_pb2.PublishRequest]) -> Iterator[list[pub
         yield chunk
 
 
-def _outcome(request_id: RequestId, result: publish_pb2.PublishResult) -> PublishOutcome | _Outdated:
-    match result.WhichOneof("outcome"):
-        case "accepted":
-            accepted = result.accepted
-            return Accepted(
-                request_id, MessageId(accepted.message_id), wire_time(accepted.expires_at), accepted.devices, accepted.repeated_request
-            )
-        case "not_registered":
-            return NotRegistered(request_id, Reason(result.not_registered.reason_code))
-        case "outdated_devices":
-            return _Outdated(request_id)
-        case "identity_changed":
-            changed = result.identity_changed
-            return IdentityChanged(request_id, tuple(map(DeviceId, changed.device_ids)), wire_time(changed.changed_at))
-        case "refusal":
-            refusal = result.refusal
-            retry_after = refusal.retry_after.ToTimedelta() if refusal.HasField("retry_after") else None
-            code = _CODE_NAMES.get(refusal.code, "UNKNOWN")
-            if refusal.code in _RETRYABLE_CODES and code != "RESOURCE_EXHAUSTED":
-                return Unanswered(request_id, refusal.reason, refusal.message)
-            return Refused(request_id, code, refusal.reason, refusal.message, refusal.field, retry_after)
-    return Unanswered(request_id, "NO_RESULT", "the service gave no outcome that this release knows; ask again, or upgrade")
-
-
-def _settled(outcome: PublishOutcome | _Outdated) -> PublishOutcome:
-    return _outdated_refusal(outcome) if isinstance(outcome, _Outdated) else outcome
-
-
-def _outdated_refusal(outdated: _Outdated) -> Refused:
-    return Refused(
-        outdated.request_id,
-        "FAILED_PRECONDITION",
-        "OUTDATED_DEVICES",
-        "the recipient's devices changed; ask for the keys again and seal again",
-        retry_after=timedelta(0),
-    )
-
-
-def _failure(request_id: RequestId, error: CallFailed, *, ambiguous: bool) -> Refused | Unanswered:
-    """The outcome that a call's error means. Only a definite answer is a refusal."""
-    definite = not isinstance(error, errors.Unavailable | errors.DeadlineExceeded | errors.ServerFault)
-    if definite or not ambiguous:
-        retry_after = None if error.retry_after_s is None and not error.retryable else timedelta(seconds=error.retry_after_s or 0)
-        return Refused(request_id, error.code, error.server_reason or error.reason, str(error), error.field, retry_after)
-    return Unanswered(request_id, error.server_reason or error.reason, str(error))
-
-
-def _known_device(keys: keys_pb2.DeviceKeys) -> KnownDevice:
-    return KnownDevice(DeviceId(keys.device_id), keys.identity_public_key, wire_time(keys.added_at), keys.vouched)
-
-
 def _check_keys(keys: keys_pb2.RecipientKeys) -> None:
     """Raises KeyRefused for an answer that nothing can be sealed by; what is signed in it is checked device by device."""
     if len(keys.recipient_ref) != 32 or len({each.device_id for each in keys.devices}) != len(keys.devices):
         raise KeyRefused("the key service's answer about the recipient is malformed; ask for the keys again, or report it")
 
 
-def _not_approved(publication: Publication, devices: Iterable[keys_pb2.DeviceKeys]) -> IdentityChanged | None:
-    """Which of the devices to seal for are not approved, by id and identity key; None: all are, or nobody asked."""
-    if publication.approved_devices is None:
-        return None
-    approved = publication.approved_devices
-    foreign = [each for each in map(_known_device, devices) if approved.get(each.device_id) != each.identity_public_key]
-    if not foreign:
-        return None
-    return IdentityChanged(publication.request_id, tuple(each.device_id for each in foreign), max(each.added_at for each in foreign))
-
-
-def _device(keys: keys_pb2.DeviceKeys) -> RecipientDevice:
-    return RecipientDevice(
-        DeviceId(keys.device_id),
-        keys.identity_public_key,
-        read_prekey(keys.signed_prekey, PrekeyKind.SIGNED),
-        read_prekey(keys.one_time_prekey, PrekeyKind.ONE_TIME) if keys.HasField("one_time_prekey") else None,
-        keys.min_suite or 1,
-    )
-
-
 def _duration(length: timedelta) -> Duration:
     duration = Duration()
     duration.FromTimedelta(length)
     return duration
-
-
-def _status(status: publish_pb2.MessageStatus) -> MessageStatus:
-    return MessageStatus(
-        MessageId(status.message_id),
-        State(status.state),
-        Reason(status.reason_code),
-        status.assumed,
-        wire_time(status.created_at),
-        wire_time(status.expires_at),
-        wire_time(status.at),
-        tuple(
-            Attempt(Channel(each.channel), each.leg_no, State(each.state), Reason(each.reason_code), wire_time(each.at))
-            for each in status.attempts
-        ),
-        tuple(
-            DeliveryStatus(
-                DeviceId(each.device_id),
-                State(each.state),
-                Reason(each.reason_code),
-                wire_time(each.at),
-                wire_time(each.pushed_at) if each.HasField("pushed_at") else None,
-                wire_time(each.fetched_at) if each.HasField("fetched_at") else None,
-                wire_time(each.read_at) if each.HasField("read_at") else None,
-                wire_time(each.late_ack_at) if each.HasField("late_ack_at") else None,
-                Reason(each.push_reason),
-            )
-            for each in status.deliveries
-        ),
-        OrderId(status.order_id),
-        GroupId(status.group_id) if status.group_id else None,
-        status.tag,
-    )
-
-
-def _receipt(receipt: publish_pb2.Receipt) -> Receipt:
-    """Raises ValueError for what no receipt holds."""
-    return Receipt(
-        MessageId(receipt.message_id),
-        SenderId(receipt.sender_id),
-        ContentId(receipt.content_id),
-        receipt.evidence,
-        receipt.sender_entry,
-        receipt.platform_entry,
-        tuple(
-            ReceiptDelivery(
-                DeviceId(each.device_id),
-                each.identity_public_key,
-                State(each.state),
-                Reason(each.reason_code),
-                tuple(
-                    SignedAcknowledgement(AckOutcome(ack.outcome), Reason(ack.reason_code), ack.at_ms, ack.signature)
-                    for ack in each.acknowledgements
-                ),
-            )
-            for each in receipt.deliveries
-        ),
-    )

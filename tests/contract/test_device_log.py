@@ -39,7 +39,8 @@ from sealpush.keys import (
 from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
 from sealpush.model import Platform
 from sealpush.proofs import sign_proof, vouch_proof
-from sealpush.sender import Accepted, IdentityChanged, Publication, PublishOutcome, Sender
+from sealpush.publication import Accepted, IdentityChanged, Publication, PublishOutcome
+from sealpush.sender import Sender
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc, common_pb2, keys_pb2
 from sealpush.v1.content_pb2 import Content

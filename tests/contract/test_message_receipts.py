@@ -34,8 +34,9 @@ from sealpush.keys import (
 )
 from sealpush.model import ContentClass, Reason, State
 from sealpush.proofs import AckOutcome, acknowledgement_proof, sign_proof
+from sealpush.publication import Accepted
 from sealpush.receipts import Claim, Finding, Receipt, ReceiptVerdict, verify_receipt
-from sealpush.sender import Accepted, Sender
+from sealpush.sender import Sender
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
 from sealpush.v1.content_pb2 import Content

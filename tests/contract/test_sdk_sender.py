@@ -35,18 +35,10 @@ from sealpush.ids import DeviceId, MessageId, uuid7, uuid_text
 from sealpush.keys import ContentSigningKey, IdentityKey, PrekeyKind, PrekeyPrivate, SignedPrekey, generate_prekey
 from sealpush.model import ContentClass, Platform, Priority, Reason, Recipient, State, StopPoint
 from sealpush.proofs import AckOutcome
+from sealpush.publication import Accepted, NotRegistered, Publication, PublishOutcome, Refused, SealedPublication, Unanswered
 from sealpush.receipts import SignedAcknowledgement
 from sealpush.retry import RetryPolicy
-from sealpush.sender import (
-    Accepted,
-    NotRegistered,
-    Publication,
-    PublishOutcome,
-    Refused,
-    SealedPublication,
-    Sender,
-    Unanswered,
-)
+from sealpush.sender import Sender
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, publish_pb2

@@ -19,8 +19,9 @@ from sealpushd.cli.types import DURATION
 
 if TYPE_CHECKING:
     from sealpush.ids import MessageId
+    from sealpush.publication import MessageStatus, PublishOptions
     from sealpush.receipts import Receipt
-    from sealpush.sender import MessageStatus, PublishOptions, Sender
+    from sealpush.sender import Sender
 
 Answer = TypeVar("Answer")
 
@@ -68,7 +69,7 @@ def send(
     Exit code 0: accepted, and with --wait delivered. 1: anything else; the output says what.
     """
     from sealpush.model import ContentClass, Priority
-    from sealpush.sender import Accepted, NotRegistered, Publication, Unanswered
+    from sealpush.publication import Accepted, NotRegistered, Publication, Unanswered
     from sealpush.v1 import common_pb2
     from sealpush.v1.content_pb2 import Content
     from sealpushd.cli.reasons import explanation

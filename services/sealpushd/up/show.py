@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from sealpush.ids import MessageId
 from sealpush.model import ContentClass, Priority, State, StopPoint
+from sealpush.publication import Accepted, NotRegistered, PublishOutcome
 from sealpush.receipts import verify_receipt
-from sealpush.sender import Accepted, NotRegistered, PublishOutcome, Sender
+from sealpush.sender import Sender
 from sealpush.suites import SUITE_HYBRID
 from sealpush.transport import Channels
 from sealpush.v1 import common_pb2

@@ -4,7 +4,7 @@ import pytest
 
 from sealpush.ids import DeviceId, GroupId, MessageId, OrderId
 from sealpush.model import Reason, State
-from sealpush.sender import DeliveryStatus, MessageStatus
+from sealpush.publication import DeliveryStatus, MessageStatus
 from sealpushd.cli.messages import _show, _unanswered, explained
 
 AT = datetime(2026, 11, 18, 12, tzinfo=UTC)

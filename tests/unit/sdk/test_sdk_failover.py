@@ -21,7 +21,7 @@ from sealpush.failover import (
 )
 from sealpush.ids import DeviceId, MessageId, RequestId
 from sealpush.model import Reason, State
-from sealpush.sender import Accepted, IdentityChanged, NotRegistered, Refused, Unanswered
+from sealpush.publication import Accepted, IdentityChanged, NotRegistered, Refused, Unanswered
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 NOTHING = ClientMemory()
