@@ -46,12 +46,6 @@ class KeyRefused(SealpushError):
     reason = "KEY_REFUSED"
 
 
-class SuiteTooLow(KeyRefused):
-    """A device takes a lower suite than this sender seals to, by the sender's own choice."""
-
-    reason = "SUITE_TOO_LOW"
-
-
 class EntryRefused(SealpushError):
     """A sender entry is malformed, not signed by the pinned root, or outside its time."""
 

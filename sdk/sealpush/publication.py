@@ -201,6 +201,8 @@ class Publication:
             raise ValueError("identity_unchanged_for must be 1 s to 365 days")
         if self.identity_unchanged_for is not None and (self.primary_only or self.subscriptions):
             raise ValueError("identity_unchanged_for does not go with primary_only or subscriptions: devices say these of themselves")
+        if self.approved_devices is not None and not isinstance(self.approved_devices, Mapping):
+            raise ValueError("approved_devices are identity keys by device id, as RecipientDevices.approved gives them")
 
     @classmethod
     def of(cls, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> Self:

@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from sealpush import envelope, errors
-from sealpush.errors import CallFailed, KeyRefused, ReceiptRefused, SuiteTooLow
+from sealpush.errors import CallFailed, KeyRefused, ReceiptRefused
 from sealpush.ids import (
     ContentId,
     MessageId,
@@ -155,8 +155,8 @@ class Sender:
     async def publish_sealed(self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]) -> PublishOutcome:
         """Publish one message that only the recipient's devices can read; the server cannot.
 
-        Raises KeyRefused when a device's key is not signed by that device or is weaker than those before, SuiteTooLow when it is weaker
-        than this sender's `min_suite`, SuiteUnsupported when it needs a newer release.
+        Refused with reason SUITE_TOO_LOW: a device takes a lower suite than this sender's `min_suite`. Raises KeyRefused when a device's
+        key is not signed by that device or is weaker than those before, SuiteUnsupported when it needs a newer release.
         """
         publication = Publication.of(recipient, content, **options)
         deadline = self._deadline()
@@ -441,6 +441,13 @@ class Sender:
             expires_at_ms=now_ms + lifetime // timedelta(milliseconds=1),
         )
         recipients = [self._recipient(recipient_device(each), now_ms) for each in result.keys.devices]
+        weak = [uuid_text(each.device_id) for each in recipients if each.suite < self._min_suite]
+        if weak:
+            message = (
+                f"this sender seals to suite {self._min_suite} or higher, which these devices do not take: {', '.join(weak)};"
+                " have their apps upgraded, lower min_suite, or use another channel"
+            )
+            return Refused(publication.request_id, "FAILED_PRECONDITION", "SUITE_TOO_LOW", message)
         sealed = envelope.seal(request.plain.SerializeToString(), header, recipients, self._signing_key)
         request.sealed.envelope = sealed.encode()
         request.sealed.device_list_version = result.keys.device_list_version
@@ -451,11 +458,6 @@ class Sender:
         """Raises KeyRefused, SuiteUnsupported."""
         found = envelope.recipient(device, now_ms)
         self._floors.check(device)
-        if found.suite < self._min_suite:
-            raise SuiteTooLow(
-                f"device {uuid_text(device.device_id)} takes suite {found.suite}, and this sender seals to {self._min_suite} or higher;"
-                " have its app upgraded, lower min_suite, or use another channel"
-            )
         return found
 
 

@@ -27,7 +27,6 @@ from sealpush.errors import (
     NotFound,
     PermissionDenied,
     ReceiptRefused,
-    SuiteTooLow,
     Unauthenticated,
     Unavailable,
 )
@@ -687,10 +686,11 @@ async def test_what_is_remembered_of_suites_is_bounded_and_keeps_the_latest(
 async def test_a_sender_may_refuse_to_seal_to_devices_below_a_suite(service: Service, channels: Channels, clock: FakeClock) -> None:
     strict = Sender(channels, "bank", "secret", signing_key=SIGNING_KEY, min_suite=SUITE_HYBRID, clock=clock, random=lambda: 0.5)
     service.phones[0].take_suite(SUITE_HYBRID)
-    with pytest.raises(SuiteTooLow, match="takes suite 1") as caught:
-        await strict.publish_sealed(PHONE, content())
-    assert uuid_text(service.phones[1].device_id) in str(caught.value)
-    assert isinstance(caught.value, KeyRefused)
+    refused = await strict.publish_sealed(PHONE, content())
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.reason) == ("FAILED_PRECONDITION", "SUITE_TOO_LOW")
+    assert uuid_text(service.phones[1].device_id) in refused.message
+    assert uuid_text(service.phones[0].device_id) not in refused.message
     assert service.received == []
     service.phones[1].take_suite(SUITE_HYBRID)
     assert isinstance(await strict.publish_sealed(PHONE, content()), Accepted)
