@@ -1263,22 +1263,27 @@ async def test_two_trusted_devices_that_remove_each_other_at_once_leave_one(worl
         assert [one.device_id for one in (await world.resolve(first.number)).resolved.devices] == [survivor.device_id]
 
 
-async def test_a_device_removed_while_it_registers_again_is_either_there_or_gone_everywhere(world: World) -> None:
+@pytest.mark.parametrize("was_active", [True, False])
+async def test_a_device_that_is_removed_while_it_registers_again_is_not_registered(world: World, was_active: bool) -> None:
     first, second = await two_phones(world)
+    if not was_active:
+        await second.unregister()
+        # An attempt before this one got as far as the log.
+        world.keys.listed[second.device_id] = (second.subscriber_id, False)
     request = await second.ask()
 
     async def remove() -> None:
         await first.remove(second.device_id)
 
-    # Between its entry into the log and its commit.
+    # Between its entry into the log and its commit: active without being in the log, nothing could be sealed to it.
     world.keys.meanwhile = remove
-    await second.confirm(request)
-    assert world.keys.removed == [(second.subscriber_id, second.device_id)]
-    assert world.keys.listed[second.device_id] == (second.subscriber_id, False)
+    assert (await refusal(second.confirm(request))).code is StatusCode.FAILED_PRECONDITION
+    assert [one.device_id for one in (await world.resolve(first.number)).resolved.devices] == [first.device_id]
+    await second.confirm(await second.ask())
     assert len((await world.resolve(first.number)).resolved.devices) == 2
 
 
-async def test_a_device_removed_twice_or_that_leaves_by_itself_meanwhile_is_gone_once(world: World) -> None:
+async def test_a_device_that_leaves_by_itself_while_it_is_removed_is_gone(world: World) -> None:
     first, second = await two_phones(world)
 
     async def leave() -> None:

@@ -347,13 +347,12 @@ def closures_of_removal(
         raise PermissionDenied(
             "nobody vouches for this phone, so it cannot remove others; use the phone that registered first, or one that was vouched for"
         )
-    is_installed = installed is not None and installed.subscriber_id == subscriber_id
-    if is_installed and installed is not None and installed.state is InstallState.ACTIVE:
+    if installed == Installed(subscriber_id, InstallState.ACTIVE):
         return closures_of_end(device_id, subscriber_id, Reason.UNREGISTERED)
     if listed is not None and listed.subscriber_id == subscriber_id:
         # A registration that was never finished, or an end that keys has yet to be told of. What the person sees in the list must go.
         return [Closure(ClosureKind.REMOVE_DEVICE, subscriber_id, device_id)]
-    if is_installed:
+    if installed is not None and installed.subscriber_id == subscriber_id:
         return []
     raise NotFound("no such device of this person; read the device log again")
 

@@ -57,6 +57,7 @@ TAKE_CHALLENGES: Final = _sql("take_challenges")
 START_REGISTRATION: Final = _sql("start_registration")
 NEWEST_CODE: Final = _sql("newest_code")
 DROP_REGISTRATION: Final = _sql("drop_registration")
+DROP_BEGUN_REGISTRATIONS: Final = _sql("drop_begun_registrations")
 TAKE_ATTEMPT: Final = _sql("take_attempt")
 RETURN_ATTEMPT: Final = _sql("return_attempt")
 CLAIM_REGISTRATION: Final = _sql("claim_registration")
@@ -381,9 +382,9 @@ class RegistrationStore:
         `listed` is what the device log says of both. Raises as `change_installation`, and as `rules.closures_of_removal`.
         """
         async with self._db.transaction() as c:
-            # Apart from a registration of that device (see `bind`), and from its removal of this one: of two that remove each other, the
-            # second finds that it has ended.
+            # Apart from the binding of that device.
             await c.execute(LOCK, _lock_number(device_id))
+            # In one order: of two that remove each other, the second finds that it has ended.
             rows = await c.fetch(LOCK_INSTALLATIONS, [by_device_id, device_id])
             row = await c.fetchrow(TAKE_COUNTER, by_device_id, counter, now)
             if row is None:
@@ -394,6 +395,8 @@ class RegistrationStore:
             closures = rules.closures_of_removal(
                 device_id, subscriber_id, installed.get(device_id), listed.get(device_id), listed.get(by_device_id)
             )
+            # A registration may have entered it into the log already. Were it bound after this, it would be active and in no list.
+            await c.execute(DROP_BEGUN_REGISTRATIONS, subscriber_id, device_id)
             return await _end_installation(c, device_id, subscriber_id, closures, now)
 
     async def set_preference(self, device_id: DeviceId, counter: int, preference: Preference, now: datetime) -> list[Closure]:
