@@ -131,14 +131,16 @@ class Preference:
 class Diagnosis:
     """What works and what does not, for support; holds no secrets.
 
-    `reach` says per service "ok" or why not. `acknowledgements_waiting` stops counting at 500. `registration_lock` says whether the
-    recipient has one; None: the service could not be asked.
+    `ended` says that the service did not know this device when it was asked last. `reach` says per service "ok" or why not.
+    `acknowledgements_waiting` stops counting at 500. `registration_lock` says whether the recipient has one; None: the service could not
+    be asked.
     """
 
     registered: bool
     device_id: DeviceId | None
     app_id: AppId
     authenticated: bool
+    ended: bool
     registration_lock: bool | None
     reach: Mapping[str, str]
     clock_offset_ms: int | None
@@ -470,7 +472,7 @@ class Device:
     async def run_stream(self, *, retake: bool = False) -> None:
         """Hand each message to `on_message` as it comes, until cancelled. Reconnects by itself.
 
-        Raises StreamTakenOver when another stream of this device took over, unless `retake`; Unauthenticated when the
+        Raises StreamTakenOver when another stream of this device took over, unless `retake`; RegistrationEnded when the
         installation has ended. What `on_message` raises is logged, without content, and does not end the stream.
         """
         await self._registered()
@@ -521,6 +523,22 @@ class Device:
         """
         await self._registered()
         await self._devices.vouch_for(device_id, fingerprint, self._session.deadline())
+
+    async def remove_device(self, device_id: DeviceId) -> None:
+        """Take another phone of the person's away: lost, stolen, or a stranger's. It ends as if it had called `unregister()`.
+
+        Call it again after a lost answer. The list and the other phones' notices follow within moments. Raises PermissionDenied when nobody
+        vouches for this device, NotFound when the person has no such device, InvalidRequest for this device itself.
+        """
+        await self._registered()
+        change = registration_pb2.DeviceRemoval(device_id=check_id(device_id, "device_id")).SerializeToString()
+        await self._session.change(
+            "/sealpush.v1.Registration/RemoveDevice",
+            self._channels.registration.RemoveDevice,
+            lambda proof: registration_pb2.RemoveDeviceRequest(change=change, proof=proof),
+            change,
+            self._session.deadline(),
+        )
 
     async def notices(self) -> list[DeviceNotice]:
         """What the person was not told, or has not dismissed, about their other devices; oldest first."""
@@ -575,6 +593,7 @@ class Device:
             device_id=registration.device_id if registration else None,
             app_id=self.app_id,
             authenticated=authenticated,
+            ended=self._session.ended,
             registration_lock=registration_lock,
             reach=reach,
             clock_offset_ms=self._time.offset_ms,

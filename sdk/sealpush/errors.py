@@ -157,6 +157,13 @@ class Unauthenticated(CallFailed):
     reason = "UNAUTHENTICATED"
 
 
+class RegistrationEnded(Unauthenticated):
+    """The service does not know this device any more: another phone of its person removed it, its number passed to somebody else, or
+    the service lost its record. Tell the person; to go on, call `unregister()`, which forgets what is kept here, and register again."""
+
+    reason = "REGISTRATION_ENDED"
+
+
 class PermissionDenied(CallFailed):
     """The caller is known and may not do this."""
 

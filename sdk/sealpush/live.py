@@ -291,6 +291,8 @@ class _Connection:
         attempt = 0
         while True:
             await self._upkeep.do_if_due(self._session.deadline(), CALL_DEADLINE_S)
+            if self._session.ended:  # nothing comes down this stream any more: raise that, instead of waiting for ever
+                await self._session.bearer(self._session.deadline())
             if not self._held:
                 attempt = 0
                 self._holding.clear()

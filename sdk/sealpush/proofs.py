@@ -11,9 +11,10 @@ is worth nothing for another. Both sides build the bytes from what they know; on
     change             "SPP1-change"    | 1 | device_id16 | counter8 | len1 | method (ASCII) | SHA-256(request body)32
     vouch              "SPP1-vouch"     | 1 | device_id16 | identity_public_key32 | by_device_id16 | added_head32
 
-A change is an installation update, an unregistration, a preference, a registration lock or a prekey upload: anything that
-must not be replayed. Its counter rises with every change of the device; the server refuses one that does not. A vouch needs
-none: the head of the device log right after its entry names one addition of one device in one history.
+A change is an installation update, an unregistration, the removal of another device, a preference, a registration lock or a
+prekey upload: anything that must not be replayed. Its counter rises with every change of the device; the server refuses one
+that does not. A vouch needs none: the head of the device log right after its entry names one addition of one device in one
+history.
 """
 
 import enum

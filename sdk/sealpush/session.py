@@ -1,11 +1,12 @@
 """Calls as this device: the token, the proof on a change, the pause between attempts, and asking for the server's time."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from sealpush import errors
-from sealpush.errors import CallFailed
+from sealpush.errors import CallFailed, RegistrationEnded
 from sealpush.local import ServerTime, Store, Trouble, Who
 from sealpush.model import timestamp_ms
 from sealpush.proofs import body_digest, challenge_proof, change_proof, sign_proof
@@ -33,6 +34,8 @@ class Session:
         self._token = TokenHolder(self._authenticate, calls.clock)
         self._changing = asyncio.Lock()
         self._asked_time_at: float | None = None
+        # The service did not know this device when it was asked for a token last.
+        self.ended = False
 
     def deadline(self) -> Deadline:
         """For a call that nobody gave a deadline."""
@@ -53,6 +56,7 @@ class Session:
     def forget(self) -> None:
         """Forget the token, whatever it is: the installation has ended."""
         self._token = TokenHolder(self._authenticate, self._calls.clock)
+        self.ended = False
 
     async def call(self, method: UnaryMethod[Answer], request: Any, deadline: Deadline) -> Answer:
         """The answer; repeats while errors are retryable and the deadline allows."""
@@ -124,7 +128,22 @@ class Session:
             await self._token.renew(deadline)
 
     async def _authenticate(self, deadline: Deadline) -> Token:
-        """A token for an answered challenge. A lost answer costs nothing: the next attempt takes a new challenge."""
+        """A token for an answered challenge. Raises RegistrationEnded where the service refuses every answer of this device."""
+        try:
+            # Refused once, another process of this device may have answered a newer challenge meanwhile. Twice, the device is not known.
+            with contextlib.suppress(errors.Unauthenticated):
+                return await self._answer_challenge(deadline)
+            return await self._answer_challenge(deadline)
+        except errors.Unauthenticated as error:
+            self.ended = True
+            raise RegistrationEnded(
+                "this registration has ended: another phone of the person removed it, or the number passed on; register again",
+                code=error.code,
+                server_reason=error.server_reason,
+            ) from error
+
+    async def _answer_challenge(self, deadline: Deadline) -> Token:
+        """One attempt. A lost answer costs nothing: the next attempt takes a new challenge."""
         identity, registration = self._who.registered()
         device_id = registration.device_id
         stub = self.channels.registration
@@ -136,4 +155,5 @@ class Session:
         sent_at = self._time.steady_s()
         answer = await self._calls.once(stub.Authenticate, request, deadline=deadline)
         await self._time.learn(answer.server_time, sent_at)
+        self.ended = False
         return Token(answer.access_token, (timestamp_ms(answer.expires_at) - self._time.now_ms()) / 1000)

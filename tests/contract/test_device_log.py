@@ -19,9 +19,9 @@ import pytest_asyncio
 from pydantic import SecretStr
 
 from sealpush import fingerprint
-from sealpush.device import Device
+from sealpush.device import Device, Installation
 from sealpush.devicelog import DeviceLog, DeviceNotice, EntryKind, LogEntry, NoticeKind, next_head
-from sealpush.errors import FailedPrecondition, KeyRefused, NotFound
+from sealpush.errors import FailedPrecondition, InvalidRequest, KeyRefused, NotFound, PermissionDenied, RegistrationEnded
 from sealpush.ids import AppId, DeviceId, SenderId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
@@ -646,6 +646,108 @@ async def test_vouches_and_additions_at_once_make_one_chain(world: World) -> Non
     await asyncio.gather(*map(come_and_be_vouched_for, rogues))
     assert [each.vouched for each in await first.devices()] == [True] * 9
     assert len(await world.log(subscriber_id)) == 17
+
+
+# --- taking a phone away ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_owner_takes_a_strangers_phone_away_and_all_that_waited_for_it_ends(world: World) -> None:
+    number = world.number()
+    owner = await world.phone(number)
+    tablet = await world.phone(number)
+    async with world.sender() as sender:
+        stranger = await world.phone(number)
+        assert isinstance(await sender.publish(number, content()), Accepted)
+        removed_id = await id_of(stranger)
+        await owner.remove_device(removed_id)
+        await owner.remove_device(removed_id)
+        row = await world.sql.fetchrow('SELECT state, reason FROM "fetch".deliveries WHERE device_id = $1', removed_id)
+        assert row is not None
+        assert (row["state"], row["reason"]) == (common_pb2.STATE_UNDELIVERED, common_pb2.REASON_CODE_UNREGISTERED)
+        assert isinstance(await sender.publish(number, content()), Accepted)
+        assert await world.sql.fetchval('SELECT count(*) FROM "fetch".deliveries WHERE device_id = $1', removed_id) == 1
+        # Its token still stands for a quarter of an hour, and gives nothing.
+        assert await stranger.drain() == []
+        assert [each.device_id for each in (await sender.recipient_devices(number)).devices] == [await id_of(owner), await id_of(tablet)]
+    with pytest.raises(RegistrationEnded):
+        await stranger.update_installation(Installation(locale="uk"))
+    with pytest.raises(RegistrationEnded):
+        await stranger.drain()
+    assert [len(await phone.drain()) for phone in (owner, tablet)] == [2, 2]
+    assert [each.device_id for each in await owner.devices()] == [await id_of(owner), await id_of(tablet)]
+    await tablet.maintain()
+    assert await told(tablet) == [(NoticeKind.ADDED, removed_id), (NoticeKind.REMOVED, removed_id)]
+    assert [each.kind for each in await world.log(await subscriber_of(owner))].count(EntryKind.REMOVED) == 1
+
+
+async def test_a_strangers_phone_cannot_take_the_owners_away(world: World) -> None:
+    number = world.number()
+    owner, stranger, second_of_the_stranger = [await world.phone(number) for _ in range(3)]
+    for device_id in (await id_of(owner), await id_of(second_of_the_stranger), DeviceId(uuid7())):
+        with pytest.raises(PermissionDenied, match="use the phone that registered first"):
+            await stranger.remove_device(device_id)
+    assert len(await owner.devices()) == 3
+
+
+async def test_a_phone_that_was_vouched_for_takes_others_away_even_the_one_that_vouched(world: World) -> None:
+    number = world.number()
+    first, second = [await world.phone(number) for _ in range(2)]
+    first_id = await id_of(first)
+    with pytest.raises(PermissionDenied):
+        await second.remove_device(first_id)
+    await first.vouch_for(await id_of(second), await second.fingerprint())
+    await second.remove_device(first_id)
+    assert [(each.device_id, each.vouched) for each in await second.devices()] == [(await id_of(second), True)]
+    with pytest.raises(RegistrationEnded):
+        await first.remove_device(await id_of(second))
+
+
+async def test_a_removed_phone_that_registers_again_is_nobodys_trusted_phone(world: World) -> None:
+    number = world.number()
+    first, second = [await world.phone(number) for _ in range(2)]
+    await first.vouch_for(await id_of(second), await second.fingerprint())
+    second_id = await id_of(second)
+    await first.remove_device(second_id)
+    await world.register(second, number)
+    assert await id_of(second) == second_id, "the device is the same"
+    assert [(each.device_id, each.vouched) for each in await second.devices()] == [(await id_of(first), True), (second_id, False)]
+    with pytest.raises(PermissionDenied):
+        await second.remove_device(await id_of(first))
+    kinds = [EntryKind.ADDED, EntryKind.ADDED, EntryKind.VOUCHED, EntryKind.REMOVED, EntryKind.ADDED]
+    entries = await world.log(await subscriber_of(first))
+    assert [each.kind for each in entries] == kinds
+    assert entries[-1].recovered
+
+
+async def test_another_persons_phone_and_this_one_are_not_removed(world: World) -> None:
+    first, other = await world.phone(world.number()), await world.phone(world.number())
+    with pytest.raises(NotFound) as foreign:
+        await first.remove_device(await id_of(other))
+    with pytest.raises(NotFound) as unknown:
+        await first.remove_device(DeviceId(uuid7()))
+    assert str(foreign.value) == str(unknown.value)
+    with pytest.raises(InvalidRequest, match="call Unregister"):
+        await first.remove_device(await id_of(first))
+    assert [len(await phone.devices()) for phone in (first, other)] == [1, 1]
+
+
+async def test_a_device_that_the_server_slipped_in_is_taken_out_again(world: World) -> None:
+    owner, rogue = await world.phone(world.number()), Rogue()
+    await world.slip_in(await subscriber_of(owner), rogue)
+    assert len(await owner.devices()) == 2
+    await owner.remove_device(rogue.device_id)
+    assert [each.device_id for each in await owner.devices()] == [await id_of(owner)]
+
+
+async def test_two_trusted_phones_that_remove_each_other_leave_one(world: World) -> None:
+    number = world.number()
+    first, second = [await world.phone(number) for _ in range(2)]
+    await first.vouch_for(await id_of(second), await second.fingerprint())
+    pairs = [(first, await id_of(second)), (second, await id_of(first))]
+    outcomes = await asyncio.gather(*(phone.remove_device(other) for phone, other in pairs), return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["NoneType", "RegistrationEnded"]
+    survivor = first if outcomes[0] is None else second
+    assert [each.device_id for each in await survivor.devices()] == [await id_of(survivor)]
 
 
 # --- what senders see -----------------------------------------------------------------------------------------------------

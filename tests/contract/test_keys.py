@@ -344,6 +344,28 @@ async def test_a_removed_device_is_never_sealed_for_and_may_come_back(world: Wor
     assert kinds == [EntryKind.ADDED, EntryKind.REMOVED, EntryKind.ADDED]
 
 
+async def test_who_is_listed_and_trusted_is_told_of_devices_in_a_list_only(world: World, subscriber: SubscriberId) -> None:
+    first, second, gone = [Phone(world.now_ms) for _ in range(3)]
+    for each in (first, second, gone):
+        assert await world.put(each.new_device(subscriber)) == [""]
+    await world.remove((subscriber, gone.device_id))
+
+    async def listed(*device_ids: bytes) -> set[tuple[bytes, bytes, bool]]:
+        request = sealing_pb2.GetListedDevicesRequest(device_ids=device_ids)
+        answer = await world.sealing.GetListedDevices(request, metadata=world.mesh("registration"))
+        return {(each.device_id, each.subscriber_id, each.vouched) for each in answer.devices}
+
+    asked = (first.device_id, second.device_id, gone.device_id, uuid7())
+    assert await listed(*asked) == {(first.device_id, subscriber, True), (second.device_id, subscriber, False)}
+    assert await listed() == set()
+    # Back after the first: trusted no more, whatever it was.
+    await world.remove((subscriber, first.device_id))
+    assert await world.put(first.new_device(subscriber)) == [""]
+    assert await listed(first.device_id) == {(first.device_id, subscriber, False)}
+    for wrong in ([b"short"], [uuid7()] * 513):
+        assert (await refused(listed(*wrong)))[1] == "device_ids"
+
+
 async def test_a_registration_repeated_late_does_not_bring_back_an_old_prekey(world: World, phone: Phone, subscriber: SubscriberId) -> None:
     await world.put(phone.new_device(subscriber))
     world.clock.advance(timedelta(days=7))

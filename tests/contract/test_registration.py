@@ -68,6 +68,8 @@ class Keys(sealing_pb2_grpc.SealingServicer):
         self.put: list[tuple[bytes, bytes]] = []
         self.min_suites: dict[bytes, int] = {}
         self.removed: list[tuple[bytes, bytes]] = []
+        # What the device log says: whose list a device is in, and whether it is trusted there.
+        self.listed: dict[bytes, tuple[bytes, bool]] = {}
         self.refuse = ""
         # What happens once while registration waits for an answer.
         self.meanwhile: Callable[[], Awaitable[Any]] | None = None
@@ -77,12 +79,29 @@ class Keys(sealing_pb2_grpc.SealingServicer):
             call, self.meanwhile = self.meanwhile, None
             await call()
         self.put.extend((one.subscriber_id, one.device_id) for one in request.devices)
+        for one in request.devices:
+            is_first = all(subscriber_id != one.subscriber_id for subscriber_id, _ in self.listed.values())
+            self.listed.setdefault(one.device_id, (one.subscriber_id, is_first))
         self.min_suites.update((one.device_id, one.min_suite) for one in request.devices)
         return sealing_pb2.PutDevicesResponse(refusals=[self.refuse for _ in request.devices])
 
     async def RemoveDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.removed.extend((one.subscriber_id, one.device_id) for one in request.devices)
+        for one in request.devices:
+            self.listed.pop(one.device_id, None)
         return sealing_pb2.RemoveDevicesResponse()
+
+    async def GetListedDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self.meanwhile is not None:
+            call, self.meanwhile = self.meanwhile, None
+            await call()
+        found = [(one, *self.listed[one]) for one in request.device_ids if one in self.listed]
+        return sealing_pb2.GetListedDevicesResponse(
+            devices=[
+                sealing_pb2.ListedDevice(device_id=device_id, subscriber_id=subscriber_id, vouched=vouched)
+                for device_id, subscriber_id, vouched in found
+            ]
+        )
 
 
 class Mailbox(mailbox_pb2_grpc.MailboxServicer):
@@ -247,6 +266,13 @@ class Phone:
 
     def unregister(self, counter: int | None = None) -> Any:
         return self.call("Unregister", registration_pb2.UnregisterRequest(proof=self.proof("Unregister", b"", counter)))
+
+    def removal(self, device_id: bytes, counter: int | None = None) -> registration_pb2.RemoveDeviceRequest:
+        change = registration_pb2.DeviceRemoval(device_id=device_id).SerializeToString()
+        return registration_pb2.RemoveDeviceRequest(change=change, proof=self.proof("RemoveDevice", change, counter))
+
+    def remove(self, device_id: bytes) -> Any:
+        return self.call("RemoveDevice", self.removal(device_id))
 
     async def preferences(self, **page: Any) -> registration_pb2.ListPreferencesResponse:
         listed: registration_pb2.ListPreferencesResponse = await self.call(
@@ -1152,6 +1178,134 @@ async def test_unregistering_ends_the_installation_and_can_be_repeated(world: Wo
     assert (await refusal(phone.update(locale="uk"))).code is StatusCode.UNAUTHENTICATED
     assert (await refusal(phone.answer(await phone.challenge()))).code is StatusCode.UNAUTHENTICATED
     assert (await world.resolve(phone.number)).not_registered == common_pb2.REASON_CODE_NO_ACTIVE_INSTALLATIONS
+
+
+async def two_phones(world: World) -> tuple[Phone, Phone]:
+    """Of one person, both with a token; the log trusts the first."""
+    first = await world.phone()
+    world.clock.advance(timedelta(seconds=31))
+    second = await world.phone(first.number)
+    assert second.subscriber_id == first.subscriber_id
+    await first.authenticate()
+    await second.authenticate()
+    return first, second
+
+
+async def test_a_removed_device_ends_as_if_it_had_unregistered_and_removing_can_be_repeated(world: World, mesh_channel: Connect) -> None:
+    first, second = await two_phones(world)
+    await first.remove(second.device_id)
+    assert world.mailbox.closed == [(second.device_id, common_pb2.REASON_CODE_UNREGISTERED)]
+    assert world.keys.removed == [(second.subscriber_id, second.device_id)]
+    assert (await refusal(second.update(locale="uk"))).code is StatusCode.UNAUTHENTICATED
+    assert (await refusal(second.answer(await second.challenge()))).code is StatusCode.UNAUTHENTICATED
+    assert (await refusal(second.remove(first.device_id))).code is StatusCode.UNAUTHENTICATED
+    assert (await world.target(second.device_id, dispatch(world, mesh_channel))).push_token == ""
+    assert [one.device_id for one in (await world.resolve(first.number)).resolved.devices] == [first.device_id]
+    # The answer was lost: the SDK says it again under another counter.
+    await first.remove(second.device_id)
+    assert (len(world.mailbox.closed), len(world.keys.removed)) == (1, 1)
+    await work_off(world)
+    assert world.mailbox.closed == [(second.device_id, common_pb2.REASON_CODE_UNREGISTERED)] * 2
+
+
+async def test_an_old_removal_does_not_strike_a_device_that_came_back(world: World) -> None:
+    first, second = await two_phones(world)
+    removal = first.removal(second.device_id)
+    await first.call("RemoveDevice", removal)
+    world.clock.advance(timedelta(seconds=31))
+    await second.register()
+    assert (await refusal(first.call("RemoveDevice", removal))).code is StatusCode.ABORTED
+    assert len((await world.resolve(first.number)).resolved.devices) == 2
+    assert world.keys.listed[second.device_id] == (first.subscriber_id, False)
+
+
+async def test_a_removal_that_is_refused_changes_nothing(world: World) -> None:
+    first, second = await two_phones(world)
+    stranger = await world.phone()
+    assert (await refusal(first.remove(first.device_id))).field == "device_id"
+    assert (await refusal(first.remove(b"short"))).field == "device_id"
+    unknown = await refusal(first.remove(uuid7()))
+    assert unknown.code is StatusCode.NOT_FOUND
+    assert await refusal(first.remove(stranger.device_id)) == unknown
+    denied = await refusal(second.remove(first.device_id))
+    assert denied.code is StatusCode.PERMISSION_DENIED
+    assert "use the phone that registered first" in denied.message
+    # Whoever may remove nobody learns of nobody.
+    assert {await refusal(second.remove(one)) for one in (stranger.device_id, uuid7())} == {denied}
+    # Trusted in somebody else's log is not trusted in this one.
+    world.keys.listed[second.device_id] = (stranger.subscriber_id, True)
+    assert await refusal(second.remove(first.device_id)) == denied
+    request = first.removal(second.device_id)
+    request.change = registration_pb2.DeviceRemoval(device_id=stranger.device_id).SerializeToString()
+    assert (await refusal(first.call("RemoveDevice", request))).field == "proof.signature"
+    request = registration_pb2.RemoveDeviceRequest(change=b"\xff", proof=first.proof("RemoveDevice", b"\xff"))
+    assert (await refusal(first.call("RemoveDevice", request))).field == "change"
+    assert (world.mailbox.closed, world.keys.removed) == ([], [])
+    assert len((await world.resolve(first.number)).resolved.devices) == 2
+
+
+async def test_two_trusted_devices_that_remove_each_other_at_once_leave_one(world: World) -> None:
+    for _ in range(5):
+        world.clock.advance(timedelta(hours=1))  # for the limit of codes
+        first, second = await two_phones(world)
+        world.keys.listed[second.device_id] = (second.subscriber_id, True)
+        outcomes = await asyncio.gather(_outcome(first.remove(second.device_id)), _outcome(second.remove(first.device_id)))
+        [refused] = [one for one in outcomes if isinstance(one, Refusal)]
+        assert refused.code is StatusCode.UNAUTHENTICATED
+        survivor = first if outcomes[1] is refused else second
+        assert [one.device_id for one in (await world.resolve(first.number)).resolved.devices] == [survivor.device_id]
+
+
+@pytest.mark.parametrize("was_active", [True, False])
+async def test_a_device_that_is_removed_while_it_registers_again_is_not_registered(world: World, was_active: bool) -> None:
+    first, second = await two_phones(world)
+    if not was_active:
+        await second.unregister()
+        # An attempt before this one got as far as the log.
+        world.keys.listed[second.device_id] = (second.subscriber_id, False)
+    request = await second.ask()
+
+    async def remove() -> None:
+        await first.remove(second.device_id)
+
+    # Between its entry into the log and its commit: active without being in the log, nothing could be sealed to it.
+    world.keys.meanwhile = remove
+    assert (await refusal(second.confirm(request))).code is StatusCode.FAILED_PRECONDITION
+    assert [one.device_id for one in (await world.resolve(first.number)).resolved.devices] == [first.device_id]
+    await second.confirm(await second.ask())
+    assert len((await world.resolve(first.number)).resolved.devices) == 2
+
+
+async def test_a_device_that_leaves_by_itself_while_it_is_removed_is_gone(world: World) -> None:
+    first, second = await two_phones(world)
+
+    async def leave() -> None:
+        await second.unregister()
+
+    world.keys.meanwhile = leave
+    await first.remove(second.device_id)
+    assert set(world.mailbox.closed) == {(second.device_id, common_pb2.REASON_CODE_UNREGISTERED)}
+    assert [one.device_id for one in (await world.resolve(first.number)).resolved.devices] == [first.device_id]
+
+
+async def test_a_registration_that_was_never_finished_is_removed_from_the_list(world: World) -> None:
+    first = await world.phone()
+    await first.authenticate()
+    ghost = uuid7()
+    world.keys.listed[ghost] = (first.subscriber_id, False)
+    await first.remove(ghost)
+    assert world.keys.removed == [(first.subscriber_id, ghost)]
+    assert world.mailbox.closed == []
+
+
+async def test_a_removal_survives_peers_that_are_down_after_its_commit(world: World) -> None:
+    first, second = await two_phones(world)
+    await world.mailbox_peer.stop()
+    await first.remove(second.device_id)
+    assert world.mailbox.closed == []
+    await world.mailbox_peer.start()
+    await work_off(world)
+    assert set(world.mailbox.closed) == {(second.device_id, common_pb2.REASON_CODE_UNREGISTERED)}
 
 
 async def test_blocking_a_sender_ends_its_queued_deliveries(world: World) -> None:

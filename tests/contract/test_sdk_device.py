@@ -28,6 +28,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
+from sealpush import live
 from sealpush.device import Device, Installation, Message, Preference, SealedBy
 from sealpush.devicelog import DeviceNotice, EntryKind, LogEntry, NoticeKind, next_head, start_head
 from sealpush.entries import PROFILE_FAILED_PAUSE_S, PROFILE_PAUSE_S, Revocations, SenderProfile
@@ -38,8 +39,8 @@ from sealpush.errors import (
     KeystoreError,
     NotFound,
     NotRegisteredHere,
+    RegistrationEnded,
     StreamTakenOver,
-    Unauthenticated,
     Unavailable,
     WrongCode,
 )
@@ -191,6 +192,8 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.acknowledged: list[messages_pb2.Acknowledgement] = []
         self.ack_frames: list[int] = []
         self.refuse_acks = False
+        # So many answers to challenges are refused, as those are that a newer one overtook.
+        self.refuse_answers = 0
         self.confirmations: list[registration_pb2.ConfirmRegistrationRequest] = []
         self.log_after_own: list[bytes] = []
         self.stopping = False
@@ -273,6 +276,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
     async def Authenticate(self, request: registration_pb2.AuthenticateRequest, context: Context) -> Any:
         await self.before("Authenticate", context)
         phone = self.phones.get(request.device_id)
+        if self.refuse_answers:
+            self.refuse_answers -= 1
+            phone = None
         if phone is None or not verify_proof(
             phone.identity_public_key, challenge_proof(request.challenge, phone.device_id), request.signature
         ):
@@ -298,6 +304,14 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         del self.phones[phone.device_id]
         await self.after("Unregister", context)
         return registration_pb2.UnregisterResponse()
+
+    async def RemoveDevice(self, request: registration_pb2.RemoveDeviceRequest, context: Context) -> Any:
+        await self.before("RemoveDevice", context)
+        phone = await self.who(context)
+        await self.check_change(phone, "/sealpush.v1.Registration/RemoveDevice", request.change, request.proof, context)
+        self.phones.pop(registration_pb2.DeviceRemoval.FromString(request.change).device_id, None)
+        await self.after("RemoveDevice", context)
+        return registration_pb2.RemoveDeviceResponse()
 
     async def ListPreferences(self, request: registration_pb2.ListPreferencesRequest, context: Context) -> Any:
         phone = await self.who(context)
@@ -680,6 +694,42 @@ async def test_unregistering_forgets_everything_also_after_a_lost_answer(service
     await register(device)
     service.send()
     assert texts(await device.drain()) == ["hello"]
+
+
+async def test_a_removed_phone_knows_that_it_has_ended_and_can_begin_anew(service: Service, make: Make, keystore: Keystore) -> None:
+    removed, by = await register(make(keystore)), await register(make())
+    registration = await removed.registration()
+    assert registration is not None
+    await removed.drain()
+    assert not (await removed.diagnose()).ended
+    service.lose_answer["RemoveDevice"] = 1
+    await by.remove_device(registration.device_id)
+    assert service.calls["RemoveDevice"] == 2
+    for call in (removed.drain(), removed.on_wake(), removed.preferences(), removed.update_installation(Installation(locale="uk"))):
+        with pytest.raises(RegistrationEnded, match="register again"):
+            await call
+    seen = await removed.diagnose()
+    assert (seen.registered, seen.authenticated, seen.ended) == (True, False, True)
+    await removed.unregister()
+    assert keystore.identity() is None
+    await register(removed)
+    await removed.drain()
+    assert not (await removed.diagnose()).ended
+
+
+async def test_an_answer_that_another_process_overtook_ends_nothing(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.refuse_answers = 1
+    service.send()
+    assert texts(await device.drain()) == ["hello"]
+    service.tokens.clear()
+    service.refuse_answers = 2
+    with pytest.raises(RegistrationEnded):
+        await device.drain()
+    # What the service knows again has not ended.
+    service.send("again")
+    assert texts(await device.drain()) == ["again"]
+    assert not (await device.diagnose()).ended
 
 
 # --- changes ---
@@ -1370,7 +1420,7 @@ async def test_a_token_is_renewed_before_it_ends_and_when_it_is_refused(service:
     assert service.calls["Authenticate"] == 3
     service.phones.clear()
     service.tokens.clear()
-    with pytest.raises(Unauthenticated):
+    with pytest.raises(RegistrationEnded):
         await device.drain()
 
 
@@ -1530,8 +1580,22 @@ async def test_what_a_closed_stream_had_not_given_out_comes_by_draining(service:
 async def test_a_stream_of_an_ended_installation_ends(service: Service, make: Make) -> None:
     device = await register(make())
     service.phones.clear()
-    with pytest.raises(Unauthenticated):
+    with pytest.raises(RegistrationEnded):
         await device.run_stream()
+
+
+async def test_a_stream_that_was_open_when_the_installation_ended_ends(
+    service: Service, make: Make, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "HOUSEKEEPING_S", 0.01)
+    device = await register(make())
+    async with asyncio.timeout(10), device.stream() as messages:
+        await messages.caught_up()
+        service.phones.clear()
+        service.tokens.clear()
+        clock.ahead_s += 2 * 3600  # until the log of devices is due
+        with pytest.raises(RegistrationEnded):
+            await anext(messages)
 
 
 # --- one-time prekeys ---

@@ -65,6 +65,11 @@ class RegistrationStub:
                 request_serializer=sealpush_dot_v1_dot_registration__pb2.UnregisterRequest.SerializeToString,
                 response_deserializer=sealpush_dot_v1_dot_registration__pb2.UnregisterResponse.FromString,
                 _registered_method=True)
+        self.RemoveDevice = channel.unary_unary(
+                '/sealpush.v1.Registration/RemoveDevice',
+                request_serializer=sealpush_dot_v1_dot_registration__pb2.RemoveDeviceRequest.SerializeToString,
+                response_deserializer=sealpush_dot_v1_dot_registration__pb2.RemoveDeviceResponse.FromString,
+                _registered_method=True)
         self.ListPreferences = channel.unary_unary(
                 '/sealpush.v1.Registration/ListPreferences',
                 request_serializer=sealpush_dot_v1_dot_registration__pb2.ListPreferencesRequest.SerializeToString,
@@ -133,6 +138,16 @@ class RegistrationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveDevice(self, request, context):
+        """Ends another installation of the same recipient, whatever its app, as Unregister would: a phone that was lost or stolen, or a stranger's.
+        The calling device must be trusted in the device log (docs/device-protocol.md). Repeating it is safe, also where the other one has ended.
+        PERMISSION_DENIED: nobody vouches for the calling device. NOT_FOUND: no such device of this recipient. INVALID_ARGUMENT with the field
+        `device_id`: the calling device itself. ABORTED: the counter was used.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListPreferences(self, request, context):
         """What the recipient decided about senders.
         """
@@ -188,6 +203,11 @@ def add_RegistrationServicer_to_server(servicer, server):
                     servicer.Unregister,
                     request_deserializer=sealpush_dot_v1_dot_registration__pb2.UnregisterRequest.FromString,
                     response_serializer=sealpush_dot_v1_dot_registration__pb2.UnregisterResponse.SerializeToString,
+            ),
+            'RemoveDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveDevice,
+                    request_deserializer=sealpush_dot_v1_dot_registration__pb2.RemoveDeviceRequest.FromString,
+                    response_serializer=sealpush_dot_v1_dot_registration__pb2.RemoveDeviceResponse.SerializeToString,
             ),
             'ListPreferences': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPreferences,
@@ -368,6 +388,33 @@ class Registration:
             '/sealpush.v1.Registration/Unregister',
             sealpush_dot_v1_dot_registration__pb2.UnregisterRequest.SerializeToString,
             sealpush_dot_v1_dot_registration__pb2.UnregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpush.v1.Registration/RemoveDevice',
+            sealpush_dot_v1_dot_registration__pb2.RemoveDeviceRequest.SerializeToString,
+            sealpush_dot_v1_dot_registration__pb2.RemoveDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,12 @@ class RegistrationStub:
     """Changes token, permissions and the like. ABORTED: the counter was used (a replay, or another process of the device was faster)."""
     Unregister: _grpc.UnaryUnaryMultiCallable[_registration_pb2.UnregisterRequest, _registration_pb2.UnregisterResponse]
     """Ends this installation; its waiting deliveries end as UNDELIVERED/UNREGISTERED."""
+    RemoveDevice: _grpc.UnaryUnaryMultiCallable[_registration_pb2.RemoveDeviceRequest, _registration_pb2.RemoveDeviceResponse]
+    """Ends another installation of the same recipient, whatever its app, as Unregister would: a phone that was lost or stolen, or a stranger's.
+    The calling device must be trusted in the device log (docs/device-protocol.md). Repeating it is safe, also where the other one has ended.
+    PERMISSION_DENIED: nobody vouches for the calling device. NOT_FOUND: no such device of this recipient. INVALID_ARGUMENT with the field
+    `device_id`: the calling device itself. ABORTED: the counter was used.
+    """
     ListPreferences: _grpc.UnaryUnaryMultiCallable[_registration_pb2.ListPreferencesRequest, _registration_pb2.ListPreferencesResponse]
     """What the recipient decided about senders."""
     SetPreference: _grpc.UnaryUnaryMultiCallable[_registration_pb2.SetPreferenceRequest, _registration_pb2.SetPreferenceResponse]
@@ -84,6 +90,12 @@ class RegistrationAsyncStub(RegistrationStub):
     """Changes token, permissions and the like. ABORTED: the counter was used (a replay, or another process of the device was faster)."""
     Unregister: _aio.UnaryUnaryMultiCallable[_registration_pb2.UnregisterRequest, _registration_pb2.UnregisterResponse]  # type: ignore[assignment]
     """Ends this installation; its waiting deliveries end as UNDELIVERED/UNREGISTERED."""
+    RemoveDevice: _aio.UnaryUnaryMultiCallable[_registration_pb2.RemoveDeviceRequest, _registration_pb2.RemoveDeviceResponse]  # type: ignore[assignment]
+    """Ends another installation of the same recipient, whatever its app, as Unregister would: a phone that was lost or stolen, or a stranger's.
+    The calling device must be trusted in the device log (docs/device-protocol.md). Repeating it is safe, also where the other one has ended.
+    PERMISSION_DENIED: nobody vouches for the calling device. NOT_FOUND: no such device of this recipient. INVALID_ARGUMENT with the field
+    `device_id`: the calling device itself. ABORTED: the counter was used.
+    """
     ListPreferences: _aio.UnaryUnaryMultiCallable[_registration_pb2.ListPreferencesRequest, _registration_pb2.ListPreferencesResponse]  # type: ignore[assignment]
     """What the recipient decided about senders."""
     SetPreference: _aio.UnaryUnaryMultiCallable[_registration_pb2.SetPreferenceRequest, _registration_pb2.SetPreferenceResponse]  # type: ignore[assignment]
@@ -150,6 +162,18 @@ class RegistrationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registration_pb2.UnregisterResponse, _abc.Awaitable[_registration_pb2.UnregisterResponse]]:
         """Ends this installation; its waiting deliveries end as UNDELIVERED/UNREGISTERED."""
+
+    @_abc_1.abstractmethod
+    def RemoveDevice(
+        self,
+        request: _registration_pb2.RemoveDeviceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registration_pb2.RemoveDeviceResponse, _abc.Awaitable[_registration_pb2.RemoveDeviceResponse]]:
+        """Ends another installation of the same recipient, whatever its app, as Unregister would: a phone that was lost or stolen, or a stranger's.
+        The calling device must be trusted in the device log (docs/device-protocol.md). Repeating it is safe, also where the other one has ended.
+        PERMISSION_DENIED: nobody vouches for the calling device. NOT_FOUND: no such device of this recipient. INVALID_ARGUMENT with the field
+        `device_id`: the calling device itself. ABORTED: the counter was used.
+        """
 
     @_abc_1.abstractmethod
     def ListPreferences(

@@ -145,6 +145,11 @@ class KeyStore:
         rows = await self._db.fetch("identities", self._sql["identities"], list(device_ids))
         return {DeviceId(row["device_id"]): row["identity_public_key"] for row in rows}
 
+    async def listed_devices(self, device_ids: Sequence[DeviceId]) -> list[tuple[DeviceId, SubscriberId, bool]]:
+        """Of those devices that are in a list: whose, and whether they are trusted there."""
+        rows = await self._db.fetch("listed_devices", self._sql["listed_devices"], list(device_ids))
+        return [(DeviceId(row["device_id"]), SubscriberId(row["subscriber_id"]), row["vouched"]) for row in rows]
+
     async def upload(self, device: Device, counter: int, min_suite: int, upload: Upload, now: datetime) -> int:
         """Store prekeys that were checked against `device`; returns the number of one-time prekeys left.
 

@@ -12,6 +12,7 @@ from sealpush.wire import wire_prekey
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import Unavailable
+from sealpushd.registration.rules import Listed
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc, sealing_pb2, sealing_pb2_grpc
 
 # Apps change a few times a year; a new one is there at the latest after the second time.
@@ -73,9 +74,12 @@ class DeviceLog:
     """The device log that keys holds."""
 
     def __init__(self, keys: MeshChannel) -> None:
+        stub = sealing_pb2_grpc.SealingStub(keys.channel)
+        self._keys = keys
+        self._get_listed = stub.GetListedDevices
         self._put: BatchedCall[LoggedDevice, str] = BatchedCall(
             keys,
-            sealing_pb2_grpc.SealingStub(keys.channel).PutDevices,
+            stub.PutDevices,
             lambda devices: sealing_pb2.PutDevicesRequest(devices=map(_new_device, devices)),
             lambda response: response.refusals,
         )
@@ -83,6 +87,12 @@ class DeviceLog:
     async def put(self, device: LoggedDevice) -> str:
         """Empty: entered. Else why not. Idempotent; a device that stands in another subscriber's log moves."""
         return await self._put.submit(device)
+
+    async def listed(self, *device_ids: DeviceId) -> dict[DeviceId, Listed]:
+        """Those that are in a list now. Raises Unavailable when keys is away."""
+        request = sealing_pb2.GetListedDevicesRequest(device_ids=device_ids)
+        response: sealing_pb2.GetListedDevicesResponse = await self._keys.call(self._get_listed, request)
+        return {DeviceId(one.device_id): Listed(SubscriberId(one.subscriber_id), one.vouched) for one in response.devices}
 
 
 def _new_device(device: LoggedDevice) -> sealing_pb2.NewDevice:

@@ -29,6 +29,11 @@ lock. It is the subscriber's: one for all of its apps, devices and identifiers, 
   it locked: that cannot be told from a SIM swap.
 - The first other device that joins after it lapsed ends it for good: its use must not bring back a PIN that it never gave. So does the end
   of the subscriber's last installation.
+
+Who takes a device away from a person
+-------------------------------------
+Whoever took over a number registers a phone of their own, which must not be able to take away its owner's. So a device takes others away
+only where the device log trusts it: the first of its log, or vouched for by one that was. It ends them as they would end themselves.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
-from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded
+from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded, NotFound, PermissionDenied
 
 RECYCLED_AFTER: Final = timedelta(days=90)
 LOCK_LAPSES_AFTER: Final = timedelta(days=30)
@@ -194,6 +199,22 @@ class OwnInstallation:
 
 
 @dataclass(frozen=True, slots=True)
+class Installed:
+    """Whose installation a device is or was."""
+
+    subscriber_id: SubscriberId
+    state: InstallState
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """In whose device log a device is. `vouched`: trusted there, as the first of the log or by the word of one that was."""
+
+    subscriber_id: SubscriberId
+    vouched: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Lock:
     """A registration lock. Two are equal when they have the same PIN, set at the same time, however many wrong ones were tried."""
 
@@ -306,6 +327,34 @@ def closures_of_end(device_id: DeviceId, subscriber_id: SubscriberId, reason: Re
         Closure(ClosureKind.CLOSE_DEVICE, subscriber_id, device_id, reason=reason),
         Closure(ClosureKind.REMOVE_DEVICE, subscriber_id, device_id),
     ]
+
+
+def check_removal(by_device_id: DeviceId, device_id: DeviceId) -> None:
+    """Raises InvalidRequest for a device that would take itself away."""
+    if by_device_id == device_id:
+        raise InvalidRequest("this is the calling device itself; to end it call Unregister", field="device_id")
+
+
+def closures_of_removal(
+    device_id: DeviceId, subscriber_id: SubscriberId, installed: Installed | None, listed: Listed | None, by: Listed | None
+) -> list[Closure]:
+    """Whom to tell what when a device of this subscriber takes another one away; nothing where that was done before.
+
+    `installed` and `listed` are the other one's, `by` the calling device's. Raises PermissionDenied where the log does not trust the
+    calling device, NotFound for a device that is not this subscriber's.
+    """
+    if by is None or by.subscriber_id != subscriber_id or not by.vouched:
+        raise PermissionDenied(
+            "nobody vouches for this phone, so it cannot remove others; use the phone that registered first, or one that was vouched for"
+        )
+    if installed == Installed(subscriber_id, InstallState.ACTIVE):
+        return closures_of_end(device_id, subscriber_id, Reason.UNREGISTERED)
+    if listed is not None and listed.subscriber_id == subscriber_id:
+        # A registration that was never finished, or an end that keys has yet to be told of. What the person sees in the list must go.
+        return [Closure(ClosureKind.REMOVE_DEVICE, subscriber_id, device_id)]
+    if installed is not None and installed.subscriber_id == subscriber_id:
+        return []
+    raise NotFound("no such device of this person; read the device log again")
 
 
 def repeated(closures: Sequence[Closure]) -> list[Closure]:

@@ -298,6 +298,18 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         await self._outbox.tell(await self._store.end_installation(caller.device_id, counter, self._clock.now()))
         return registration_pb2.UnregisterResponse()
 
+    async def RemoveDevice(
+        self, request: registration_pb2.RemoveDeviceRequest, context: rpc.Context
+    ) -> registration_pb2.RemoveDeviceResponse:
+        caller = rpc.require_device()
+        counter = parsing.checked_counter(caller, request.proof, _METHOD + "RemoveDevice", request.change)
+        device_id = parsing.device_id(parsing.signed_change(registration_pb2.DeviceRemoval, request.change).device_id)
+        rules.check_removal(caller.device_id, device_id)
+        listed = await self._devices.listed(caller.device_id, device_id)
+        closures = await self._store.remove_installation(caller.device_id, counter, device_id, listed, self._clock.now())
+        await self._outbox.tell(closures)
+        return registration_pb2.RemoveDeviceResponse()
+
     async def ListPreferences(
         self, request: registration_pb2.ListPreferencesRequest, context: rpc.Context
     ) -> registration_pb2.ListPreferencesResponse:

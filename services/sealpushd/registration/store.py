@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,8 +22,10 @@ from sealpushd.registration.rules import (
     ClosureKind,
     Facts,
     InstallationChange,
+    Installed,
     InstallState,
     KnownDevice,
+    Listed,
     Lock,
     NewDevice,
     OwnInstallation,
@@ -55,6 +57,7 @@ TAKE_CHALLENGES: Final = _sql("take_challenges")
 START_REGISTRATION: Final = _sql("start_registration")
 NEWEST_CODE: Final = _sql("newest_code")
 DROP_REGISTRATION: Final = _sql("drop_registration")
+DROP_BEGUN_REGISTRATIONS: Final = _sql("drop_begun_registrations")
 TAKE_ATTEMPT: Final = _sql("take_attempt")
 RETURN_ATTEMPT: Final = _sql("return_attempt")
 CLAIM_REGISTRATION: Final = _sql("claim_registration")
@@ -65,6 +68,7 @@ DEVICES_OF: Final = _sql("devices_of")
 OWN: Final = _sql("own")
 LOCK: Final = _sql("lock")
 LOCK_SIBLINGS: Final = _sql("lock_siblings")
+LOCK_INSTALLATIONS: Final = _sql("lock_installations")
 PUT_SUBSCRIBER: Final = _sql("put_subscriber")
 BIND_NUMBER: Final = _sql("bind_number")
 UNBIND_DEVICES: Final = _sql("unbind_devices")
@@ -359,17 +363,41 @@ class RegistrationStore:
     async def end_installation(self, device_id: DeviceId, counter: int, now: datetime) -> list[Closure]:
         """What other services must be told; nothing when exactly this call ended it before. Raises as `change_installation`."""
         async with self._db.transaction() as c:
-            row = await c.fetchrow(END_INSTALLATION, device_id, counter, now)
+            row = await c.fetchrow(TAKE_COUNTER, device_id, counter, now)
             if row is None:
                 stored = await c.fetchrow(COUNTER, device_id)
                 if stored is not None and stored["state"] == InstallState.UNREGISTERED and stored["change_counter"] == counter:
                     return []
                 await _refuse_change(c, device_id)
             assert row is not None  # noqa: S101 - refused otherwise
-            await c.execute(DROP_IDLE_LOCK, row["subscriber_id"])
-            closures = rules.closures_of_end(device_id, SubscriberId(row["subscriber_id"]), Reason.UNREGISTERED)
-            await _put_closures(c, rules.repeated(closures), now, now + rules.REPEAT_AFTER)
-            return await _put_closures(c, closures, now, now + CLOSURE_LEASE)
+            subscriber_id = SubscriberId(row["subscriber_id"])
+            closures = rules.closures_of_end(device_id, subscriber_id, Reason.UNREGISTERED)
+            return await _end_installation(c, device_id, subscriber_id, closures, now)
+
+    async def remove_installation(
+        self, by_device_id: DeviceId, counter: int, device_id: DeviceId, listed: Mapping[DeviceId, Listed], now: datetime
+    ) -> list[Closure]:
+        """End another installation of the subscriber; returns what other services must be told, nothing when that was done before.
+
+        `listed` is what the device log says of both. Raises as `change_installation`, and as `rules.closures_of_removal`.
+        """
+        async with self._db.transaction() as c:
+            # Apart from the binding of that device.
+            await c.execute(LOCK, _lock_number(device_id))
+            # In one order: of two that remove each other, the second finds that it has ended.
+            rows = await c.fetch(LOCK_INSTALLATIONS, [by_device_id, device_id])
+            row = await c.fetchrow(TAKE_COUNTER, by_device_id, counter, now)
+            if row is None:
+                await _refuse_change(c, by_device_id)
+            assert row is not None  # noqa: S101 - refused otherwise
+            subscriber_id = SubscriberId(row["subscriber_id"])
+            installed = {one["device_id"]: Installed(SubscriberId(one["subscriber_id"]), InstallState(one["state"])) for one in rows}
+            closures = rules.closures_of_removal(
+                device_id, subscriber_id, installed.get(device_id), listed.get(device_id), listed.get(by_device_id)
+            )
+            # A registration may have entered it into the log already. Were it bound after this, it would be active and in no list.
+            await c.execute(DROP_BEGUN_REGISTRATIONS, subscriber_id, device_id)
+            return await _end_installation(c, device_id, subscriber_id, closures, now)
 
     async def set_preference(self, device_id: DeviceId, counter: int, preference: Preference, now: datetime) -> list[Closure]:
         """What other services must be told. Raises as `change_installation`."""
@@ -498,6 +526,16 @@ def _lock(row: Any) -> Lock | None:
 
 def _lock_number(value: bytes) -> int:
     return int.from_bytes(value[-8:], "big", signed=True)
+
+
+async def _end_installation(
+    c: Connection, device_id: DeviceId, subscriber_id: SubscriberId, closures: Sequence[Closure], now: datetime
+) -> list[Closure]:
+    """End an installation, if it is there; returns the closures as stored."""
+    await c.execute(END_INSTALLATION, device_id, subscriber_id, now)
+    await c.execute(DROP_IDLE_LOCK, subscriber_id)
+    await _put_closures(c, rules.repeated(closures), now, now + rules.REPEAT_AFTER)
+    return await _put_closures(c, closures, now, now + CLOSURE_LEASE)
 
 
 async def _refuse_change(c: Connection, device_id: DeviceId) -> None:

@@ -26,7 +26,7 @@ from sealpush.v1 import keys_pb2 as sealpush_dot_v1_dot_keys__pb2
 from sealpush.v1 import publish_pb2 as sealpush_dot_v1_dot_publish__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpushd/v1/sealing.proto\x12\x0csealpushd.v1\x1a\x16sealpush/v1/keys.proto\x1a\x19sealpush/v1/publish.proto\"=\n\x11PutDevicesRequest\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.sealpushd.v1.NewDevice\"\x91\x01\n\tNewDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x03 \x01(\x0c\x12*\n\rsigned_prekey\x18\x04 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12\x11\n\tmin_suite\x18\x05 \x01(\r\"&\n\x12PutDevicesResponse\x12\x10\n\x08refusals\x18\x01 \x03(\t\"D\n\x14RemoveDevicesRequest\x12,\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.RemovedDevice\"9\n\rRemovedDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\"\x17\n\x15RemoveDevicesResponse\"4\n\x0bSealRequest\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.sealpushd.v1.SealItem\"\x9f\x01\n\x08SealItem\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\x12\x15\n\rcreated_at_ms\x18\x05 \x01(\x04\x12\x15\n\rexpires_at_ms\x18\x06 \x01(\x04\x12\x16\n\x0e\x61\x64\x64\x65\x64_until_ms\x18\x07 \x01(\x04\"9\n\x0cSealResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.SealResult\"\x8e\x01\n\nSealResult\x12(\n\x05parts\x18\x01 \x01(\x0b\x32\x19.sealpushd.v1.SealedParts\x12\x1e\n\x16\x64\x65vices_without_prekey\x18\x02 \x03(\x0c\x12\x36\n\x10identity_changed\x18\x03 \x01(\x0b\x32\x1c.sealpush.v1.IdentityChanged\"j\n\x0bSealedParts\x12\x12\n\ncontent_id\x18\x01 \x01(\x0c\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x0c\n\x04tail\x18\x03 \x01(\x0c\x12+\n\x07stanzas\x18\x04 \x03(\x0b\x32\x1a.sealpushd.v1.DeviceStanza\"1\n\x0c\x44\x65viceStanza\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0e\n\x06stanza\x18\x02 \x01(\x0c\"@\n\x13\x43heckStanzasRequest\x12)\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x19.sealpushd.v1.StanzaCheck\"\xa4\x01\n\x0bStanzaCheck\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12(\n\x07stanzas\x18\x04 \x03(\x0b\x32\x17.sealpushd.v1.StanzaKey\x12\x15\n\rrecipient_ref\x18\x05 \x01(\x0c\x12\x16\n\x0e\x61\x64\x64\x65\x64_until_ms\x18\x06 \x01(\x04\"g\n\tStanzaKey\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\r\n\x05suite\x18\x02 \x01(\r\x12\x11\n\tprekey_id\x18\x03 \x01(\r\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.PrekeyKind\"E\n\x14\x43heckStanzasResponse\x12-\n\x08verdicts\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.StanzaVerdict\"\xd5\x01\n\rStanzaVerdict\x12\x1a\n\x12missing_device_ids\x18\x01 \x03(\x0c\x12\x1a\n\x12surplus_device_ids\x18\x02 \x03(\x0c\x12\x18\n\x10stale_device_ids\x18\x03 \x03(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x04 \x01(\x0c\x12\x1d\n\x15\x66oreign_recipient_ref\x18\x05 \x01(\x08\x12\x36\n\x10identity_changed\x18\x06 \x01(\x0b\x32\x1c.sealpush.v1.IdentityChanged\"*\n\x14GetIdentitiesRequest\x12\x12\n\ndevice_ids\x18\x01 \x03(\x0c\"I\n\x15GetIdentitiesResponse\x12\x30\n\nidentities\x18\x01 \x03(\x0b\x32\x1c.sealpushd.v1.DeviceIdentity\"@\n\x0e\x44\x65viceIdentity\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x02 \x01(\x0c\"\x17\n\x15GetPlatformKeyRequest\",\n\x16GetPlatformKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x32\x81\x04\n\x07Sealing\x12O\n\nPutDevices\x12\x1f.sealpushd.v1.PutDevicesRequest\x1a .sealpushd.v1.PutDevicesResponse\x12X\n\rRemoveDevices\x12\".sealpushd.v1.RemoveDevicesRequest\x1a#.sealpushd.v1.RemoveDevicesResponse\x12=\n\x04Seal\x12\x19.sealpushd.v1.SealRequest\x1a\x1a.sealpushd.v1.SealResponse\x12U\n\x0c\x43heckStanzas\x12!.sealpushd.v1.CheckStanzasRequest\x1a\".sealpushd.v1.CheckStanzasResponse\x12X\n\rGetIdentities\x12\".sealpushd.v1.GetIdentitiesRequest\x1a#.sealpushd.v1.GetIdentitiesResponse\x12[\n\x0eGetPlatformKey\x12#.sealpushd.v1.GetPlatformKeyRequest\x1a$.sealpushd.v1.GetPlatformKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpushd/v1/sealing.proto\x12\x0csealpushd.v1\x1a\x16sealpush/v1/keys.proto\x1a\x19sealpush/v1/publish.proto\"=\n\x11PutDevicesRequest\x12(\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x17.sealpushd.v1.NewDevice\"\x91\x01\n\tNewDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x03 \x01(\x0c\x12*\n\rsigned_prekey\x18\x04 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12\x11\n\tmin_suite\x18\x05 \x01(\r\"&\n\x12PutDevicesResponse\x12\x10\n\x08refusals\x18\x01 \x03(\t\"D\n\x14RemoveDevicesRequest\x12,\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.RemovedDevice\"9\n\rRemovedDevice\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tdevice_id\x18\x02 \x01(\x0c\"\x17\n\x15RemoveDevicesResponse\"-\n\x17GetListedDevicesRequest\x12\x12\n\ndevice_ids\x18\x01 \x03(\x0c\"G\n\x18GetListedDevicesResponse\x12+\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1a.sealpushd.v1.ListedDevice\"I\n\x0cListedDevice\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x0f\n\x07vouched\x18\x03 \x01(\x08\"4\n\x0bSealRequest\x12%\n\x05items\x18\x01 \x03(\x0b\x32\x16.sealpushd.v1.SealItem\"\x9f\x01\n\x08SealItem\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\x12\x15\n\rcreated_at_ms\x18\x05 \x01(\x04\x12\x15\n\rexpires_at_ms\x18\x06 \x01(\x04\x12\x16\n\x0e\x61\x64\x64\x65\x64_until_ms\x18\x07 \x01(\x04\"9\n\x0cSealResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.sealpushd.v1.SealResult\"\x8e\x01\n\nSealResult\x12(\n\x05parts\x18\x01 \x01(\x0b\x32\x19.sealpushd.v1.SealedParts\x12\x1e\n\x16\x64\x65vices_without_prekey\x18\x02 \x03(\x0c\x12\x36\n\x10identity_changed\x18\x03 \x01(\x0b\x32\x1c.sealpush.v1.IdentityChanged\"j\n\x0bSealedParts\x12\x12\n\ncontent_id\x18\x01 \x01(\x0c\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x0c\n\x04tail\x18\x03 \x01(\x0c\x12+\n\x07stanzas\x18\x04 \x03(\x0b\x32\x1a.sealpushd.v1.DeviceStanza\"1\n\x0c\x44\x65viceStanza\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x0e\n\x06stanza\x18\x02 \x01(\x0c\"@\n\x13\x43heckStanzasRequest\x12)\n\x06\x63hecks\x18\x01 \x03(\x0b\x32\x19.sealpushd.v1.StanzaCheck\"\xa4\x01\n\x0bStanzaCheck\x12\x11\n\tsender_id\x18\x01 \x01(\x0c\x12\x15\n\rsubscriber_id\x18\x02 \x01(\x0c\x12\x12\n\ndevice_ids\x18\x03 \x03(\x0c\x12(\n\x07stanzas\x18\x04 \x03(\x0b\x32\x17.sealpushd.v1.StanzaKey\x12\x15\n\rrecipient_ref\x18\x05 \x01(\x0c\x12\x16\n\x0e\x61\x64\x64\x65\x64_until_ms\x18\x06 \x01(\x04\"g\n\tStanzaKey\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\r\n\x05suite\x18\x02 \x01(\r\x12\x11\n\tprekey_id\x18\x03 \x01(\r\x12%\n\x04kind\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.PrekeyKind\"E\n\x14\x43heckStanzasResponse\x12-\n\x08verdicts\x18\x01 \x03(\x0b\x32\x1b.sealpushd.v1.StanzaVerdict\"\xd5\x01\n\rStanzaVerdict\x12\x1a\n\x12missing_device_ids\x18\x01 \x03(\x0c\x12\x1a\n\x12surplus_device_ids\x18\x02 \x03(\x0c\x12\x18\n\x10stale_device_ids\x18\x03 \x03(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x04 \x01(\x0c\x12\x1d\n\x15\x66oreign_recipient_ref\x18\x05 \x01(\x08\x12\x36\n\x10identity_changed\x18\x06 \x01(\x0b\x32\x1c.sealpush.v1.IdentityChanged\"*\n\x14GetIdentitiesRequest\x12\x12\n\ndevice_ids\x18\x01 \x03(\x0c\"I\n\x15GetIdentitiesResponse\x12\x30\n\nidentities\x18\x01 \x03(\x0b\x32\x1c.sealpushd.v1.DeviceIdentity\"@\n\x0e\x44\x65viceIdentity\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x02 \x01(\x0c\"\x17\n\x15GetPlatformKeyRequest\",\n\x16GetPlatformKeyResponse\x12\x12\n\npublic_key\x18\x01 \x01(\x0c\x32\xe4\x04\n\x07Sealing\x12O\n\nPutDevices\x12\x1f.sealpushd.v1.PutDevicesRequest\x1a .sealpushd.v1.PutDevicesResponse\x12X\n\rRemoveDevices\x12\".sealpushd.v1.RemoveDevicesRequest\x1a#.sealpushd.v1.RemoveDevicesResponse\x12\x61\n\x10GetListedDevices\x12%.sealpushd.v1.GetListedDevicesRequest\x1a&.sealpushd.v1.GetListedDevicesResponse\x12=\n\x04Seal\x12\x19.sealpushd.v1.SealRequest\x1a\x1a.sealpushd.v1.SealResponse\x12U\n\x0c\x43heckStanzas\x12!.sealpushd.v1.CheckStanzasRequest\x1a\".sealpushd.v1.CheckStanzasResponse\x12X\n\rGetIdentities\x12\".sealpushd.v1.GetIdentitiesRequest\x1a#.sealpushd.v1.GetIdentitiesResponse\x12[\n\x0eGetPlatformKey\x12#.sealpushd.v1.GetPlatformKeyRequest\x1a$.sealpushd.v1.GetPlatformKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,38 +45,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REMOVEDDEVICE']._serialized_end=473
   _globals['_REMOVEDEVICESRESPONSE']._serialized_start=475
   _globals['_REMOVEDEVICESRESPONSE']._serialized_end=498
-  _globals['_SEALREQUEST']._serialized_start=500
-  _globals['_SEALREQUEST']._serialized_end=552
-  _globals['_SEALITEM']._serialized_start=555
-  _globals['_SEALITEM']._serialized_end=714
-  _globals['_SEALRESPONSE']._serialized_start=716
-  _globals['_SEALRESPONSE']._serialized_end=773
-  _globals['_SEALRESULT']._serialized_start=776
-  _globals['_SEALRESULT']._serialized_end=918
-  _globals['_SEALEDPARTS']._serialized_start=920
-  _globals['_SEALEDPARTS']._serialized_end=1026
-  _globals['_DEVICESTANZA']._serialized_start=1028
-  _globals['_DEVICESTANZA']._serialized_end=1077
-  _globals['_CHECKSTANZASREQUEST']._serialized_start=1079
-  _globals['_CHECKSTANZASREQUEST']._serialized_end=1143
-  _globals['_STANZACHECK']._serialized_start=1146
-  _globals['_STANZACHECK']._serialized_end=1310
-  _globals['_STANZAKEY']._serialized_start=1312
-  _globals['_STANZAKEY']._serialized_end=1415
-  _globals['_CHECKSTANZASRESPONSE']._serialized_start=1417
-  _globals['_CHECKSTANZASRESPONSE']._serialized_end=1486
-  _globals['_STANZAVERDICT']._serialized_start=1489
-  _globals['_STANZAVERDICT']._serialized_end=1702
-  _globals['_GETIDENTITIESREQUEST']._serialized_start=1704
-  _globals['_GETIDENTITIESREQUEST']._serialized_end=1746
-  _globals['_GETIDENTITIESRESPONSE']._serialized_start=1748
-  _globals['_GETIDENTITIESRESPONSE']._serialized_end=1821
-  _globals['_DEVICEIDENTITY']._serialized_start=1823
-  _globals['_DEVICEIDENTITY']._serialized_end=1887
-  _globals['_GETPLATFORMKEYREQUEST']._serialized_start=1889
-  _globals['_GETPLATFORMKEYREQUEST']._serialized_end=1912
-  _globals['_GETPLATFORMKEYRESPONSE']._serialized_start=1914
-  _globals['_GETPLATFORMKEYRESPONSE']._serialized_end=1958
-  _globals['_SEALING']._serialized_start=1961
-  _globals['_SEALING']._serialized_end=2474
+  _globals['_GETLISTEDDEVICESREQUEST']._serialized_start=500
+  _globals['_GETLISTEDDEVICESREQUEST']._serialized_end=545
+  _globals['_GETLISTEDDEVICESRESPONSE']._serialized_start=547
+  _globals['_GETLISTEDDEVICESRESPONSE']._serialized_end=618
+  _globals['_LISTEDDEVICE']._serialized_start=620
+  _globals['_LISTEDDEVICE']._serialized_end=693
+  _globals['_SEALREQUEST']._serialized_start=695
+  _globals['_SEALREQUEST']._serialized_end=747
+  _globals['_SEALITEM']._serialized_start=750
+  _globals['_SEALITEM']._serialized_end=909
+  _globals['_SEALRESPONSE']._serialized_start=911
+  _globals['_SEALRESPONSE']._serialized_end=968
+  _globals['_SEALRESULT']._serialized_start=971
+  _globals['_SEALRESULT']._serialized_end=1113
+  _globals['_SEALEDPARTS']._serialized_start=1115
+  _globals['_SEALEDPARTS']._serialized_end=1221
+  _globals['_DEVICESTANZA']._serialized_start=1223
+  _globals['_DEVICESTANZA']._serialized_end=1272
+  _globals['_CHECKSTANZASREQUEST']._serialized_start=1274
+  _globals['_CHECKSTANZASREQUEST']._serialized_end=1338
+  _globals['_STANZACHECK']._serialized_start=1341
+  _globals['_STANZACHECK']._serialized_end=1505
+  _globals['_STANZAKEY']._serialized_start=1507
+  _globals['_STANZAKEY']._serialized_end=1610
+  _globals['_CHECKSTANZASRESPONSE']._serialized_start=1612
+  _globals['_CHECKSTANZASRESPONSE']._serialized_end=1681
+  _globals['_STANZAVERDICT']._serialized_start=1684
+  _globals['_STANZAVERDICT']._serialized_end=1897
+  _globals['_GETIDENTITIESREQUEST']._serialized_start=1899
+  _globals['_GETIDENTITIESREQUEST']._serialized_end=1941
+  _globals['_GETIDENTITIESRESPONSE']._serialized_start=1943
+  _globals['_GETIDENTITIESRESPONSE']._serialized_end=2016
+  _globals['_DEVICEIDENTITY']._serialized_start=2018
+  _globals['_DEVICEIDENTITY']._serialized_end=2082
+  _globals['_GETPLATFORMKEYREQUEST']._serialized_start=2084
+  _globals['_GETPLATFORMKEYREQUEST']._serialized_end=2107
+  _globals['_GETPLATFORMKEYRESPONSE']._serialized_start=2109
+  _globals['_GETPLATFORMKEYRESPONSE']._serialized_end=2153
+  _globals['_SEALING']._serialized_start=2156
+  _globals['_SEALING']._serialized_end=2768
 # @@protoc_insertion_point(module_scope)

@@ -168,6 +168,80 @@ class RemoveDevicesResponse(_message.Message):
 Global___RemoveDevicesResponse: _TypeAlias = RemoveDevicesResponse  # noqa: Y015
 
 @_typing.final
+class GetListedDevicesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """≤ 512, 16 bytes each."""
+
+    def __init__(
+        self,
+        *,
+        device_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ids", b"device_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetListedDevicesRequest: _TypeAlias = GetListedDevicesRequest  # noqa: Y015
+
+@_typing.final
+class GetListedDevicesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ListedDevice]:
+        """At most one a device, in no promised order."""
+
+    def __init__(
+        self,
+        *,
+        devices: _abc.Iterable[Global___ListedDevice] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetListedDevicesResponse: _TypeAlias = GetListedDevicesResponse  # noqa: Y015
+
+@_typing.final
+class ListedDevice(_message.Message):
+    """A device in a list, as its log says now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    SUBSCRIBER_ID_FIELD_NUMBER: _builtins.int
+    VOUCHED_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.bytes
+    """16 bytes."""
+    subscriber_id: _builtins.bytes
+    """16 bytes: whose list it is in."""
+    vouched: _builtins.bool
+    """Trusted: the first of its log, or vouched for by one that was trusted."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.bytes = ...,
+        subscriber_id: _builtins.bytes = ...,
+        vouched: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "subscriber_id", b"subscriber_id", "vouched", b"vouched"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListedDevice: _TypeAlias = ListedDevice  # noqa: Y015
+
+@_typing.final
 class SealRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

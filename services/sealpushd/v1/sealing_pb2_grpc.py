@@ -45,6 +45,11 @@ class SealingStub:
                 request_serializer=sealpushd_dot_v1_dot_sealing__pb2.RemoveDevicesRequest.SerializeToString,
                 response_deserializer=sealpushd_dot_v1_dot_sealing__pb2.RemoveDevicesResponse.FromString,
                 _registered_method=True)
+        self.GetListedDevices = channel.unary_unary(
+                '/sealpushd.v1.Sealing/GetListedDevices',
+                request_serializer=sealpushd_dot_v1_dot_sealing__pb2.GetListedDevicesRequest.SerializeToString,
+                response_deserializer=sealpushd_dot_v1_dot_sealing__pb2.GetListedDevicesResponse.FromString,
+                _registered_method=True)
         self.Seal = channel.unary_unary(
                 '/sealpushd.v1.Sealing/Seal',
                 request_serializer=sealpushd_dot_v1_dot_sealing__pb2.SealRequest.SerializeToString,
@@ -80,6 +85,13 @@ class SealingServicer:
 
     def RemoveDevices(self, request, context):
         """Takes devices out of the log and forgets their prekeys. Idempotent. Registration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetListedDevices(self, request, context):
+        """In whose list devices are, and whether they are trusted there; those in none are left out. Registration.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +137,11 @@ def add_SealingServicer_to_server(servicer, server):
                     servicer.RemoveDevices,
                     request_deserializer=sealpushd_dot_v1_dot_sealing__pb2.RemoveDevicesRequest.FromString,
                     response_serializer=sealpushd_dot_v1_dot_sealing__pb2.RemoveDevicesResponse.SerializeToString,
+            ),
+            'GetListedDevices': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetListedDevices,
+                    request_deserializer=sealpushd_dot_v1_dot_sealing__pb2.GetListedDevicesRequest.FromString,
+                    response_serializer=sealpushd_dot_v1_dot_sealing__pb2.GetListedDevicesResponse.SerializeToString,
             ),
             'Seal': grpc.unary_unary_rpc_method_handler(
                     servicer.Seal,
@@ -202,6 +219,33 @@ class Sealing:
             '/sealpushd.v1.Sealing/RemoveDevices',
             sealpushd_dot_v1_dot_sealing__pb2.RemoveDevicesRequest.SerializeToString,
             sealpushd_dot_v1_dot_sealing__pb2.RemoveDevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetListedDevices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sealpushd.v1.Sealing/GetListedDevices',
+            sealpushd_dot_v1_dot_sealing__pb2.GetListedDevicesRequest.SerializeToString,
+            sealpushd_dot_v1_dot_sealing__pb2.GetListedDevicesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class SealingStub:
     """Enters devices into their subscriber's device log. Idempotent. Registration."""
     RemoveDevices: _grpc.UnaryUnaryMultiCallable[_sealing_pb2.RemoveDevicesRequest, _sealing_pb2.RemoveDevicesResponse]
     """Takes devices out of the log and forgets their prekeys. Idempotent. Registration."""
+    GetListedDevices: _grpc.UnaryUnaryMultiCallable[_sealing_pb2.GetListedDevicesRequest, _sealing_pb2.GetListedDevicesResponse]
+    """In whose list devices are, and whether they are trusted there; those in none are left out. Registration."""
     Seal: _grpc.UnaryUnaryMultiCallable[_sealing_pb2.SealRequest, _sealing_pb2.SealResponse]
     """Seals contents for devices and signs them with the platform's key. A result each, in their order. Publishing."""
     CheckStanzas: _grpc.UnaryUnaryMultiCallable[_sealing_pb2.CheckStanzasRequest, _sealing_pb2.CheckStanzasResponse]
@@ -55,6 +57,8 @@ class SealingAsyncStub(SealingStub):
     """Enters devices into their subscriber's device log. Idempotent. Registration."""
     RemoveDevices: _aio.UnaryUnaryMultiCallable[_sealing_pb2.RemoveDevicesRequest, _sealing_pb2.RemoveDevicesResponse]  # type: ignore[assignment]
     """Takes devices out of the log and forgets their prekeys. Idempotent. Registration."""
+    GetListedDevices: _aio.UnaryUnaryMultiCallable[_sealing_pb2.GetListedDevicesRequest, _sealing_pb2.GetListedDevicesResponse]  # type: ignore[assignment]
+    """In whose list devices are, and whether they are trusted there; those in none are left out. Registration."""
     Seal: _aio.UnaryUnaryMultiCallable[_sealing_pb2.SealRequest, _sealing_pb2.SealResponse]  # type: ignore[assignment]
     """Seals contents for devices and signs them with the platform's key. A result each, in their order. Publishing."""
     CheckStanzas: _aio.UnaryUnaryMultiCallable[_sealing_pb2.CheckStanzasRequest, _sealing_pb2.CheckStanzasResponse]  # type: ignore[assignment]
@@ -82,6 +86,14 @@ class SealingServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sealing_pb2.RemoveDevicesResponse, _abc.Awaitable[_sealing_pb2.RemoveDevicesResponse]]:
         """Takes devices out of the log and forgets their prekeys. Idempotent. Registration."""
+
+    @_abc_1.abstractmethod
+    def GetListedDevices(
+        self,
+        request: _sealing_pb2.GetListedDevicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sealing_pb2.GetListedDevicesResponse, _abc.Awaitable[_sealing_pb2.GetListedDevicesResponse]]:
+        """In whose list devices are, and whether they are trusted there; those in none are left out. Registration."""
 
     @_abc_1.abstractmethod
     def Seal(

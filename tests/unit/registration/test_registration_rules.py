@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId, uuid7
 from sealpush.model import Reason
 from sealpush.v1 import common_pb2
-from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded
+from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded, NotFound, PermissionDenied
 from sealpushd.registration import rules
 from sealpushd.registration.rules import (
     Closure,
     ClosureKind,
     Facts,
     InstallationChange,
+    Installed,
     InstallState,
     KnownDevice,
+    Listed,
     Lock,
     OwnInstallation,
     Pin,
@@ -134,6 +136,45 @@ def test_a_number_has_at_most_so_many_installations() -> None:
 def test_the_mailbox_is_told_twice_and_keys_once() -> None:
     closures = rules.closures_of_end(DEVICE, OWNER, Reason.UNREGISTERED)
     assert [closure.kind for closure in rules.repeated(closures)] == [ClosureKind.CLOSE_DEVICE]
+
+
+# --- who takes a device away -----------------------------------------------------------------------------------------------
+
+OTHER = SubscriberId(b"x" * 16)
+listed = st.none() | st.builds(Listed, subscriber_id=st.sampled_from([OWNER, OTHER]), vouched=st.booleans())
+installed = st.none() | st.builds(Installed, subscriber_id=st.sampled_from([OWNER, OTHER]), state=st.sampled_from(InstallState))
+
+
+@given(installed, listed, listed)
+def test_only_a_device_trusted_in_the_subscribers_own_log_takes_others_away(
+    installed: Installed | None, listed: Listed | None, by: Listed | None
+) -> None:
+    if by == Listed(OWNER, vouched=True):
+        return
+    with pytest.raises(PermissionDenied, match="use the phone that registered first"):
+        rules.closures_of_removal(DEVICE, OWNER, installed, listed, by)
+
+
+@given(installed, listed)
+def test_a_removal_is_the_devices_own_end_and_never_another_subscribers(installed: Installed | None, listed: Listed | None) -> None:
+    ours = {installed and installed.subscriber_id, listed and listed.subscriber_id} & {OWNER}
+    if not ours:
+        with pytest.raises(NotFound):
+            rules.closures_of_removal(DEVICE, OWNER, installed, listed, Listed(OWNER, vouched=True))
+        return
+    closures = rules.closures_of_removal(DEVICE, OWNER, installed, listed, Listed(OWNER, vouched=True))
+    if installed == Installed(OWNER, InstallState.ACTIVE):
+        assert closures == rules.closures_of_end(DEVICE, OWNER, Reason.UNREGISTERED)
+    else:
+        # Deliveries of a device that is active elsewhere are not this person's to close.
+        in_list = listed is not None and listed.subscriber_id == OWNER
+        assert closures == ([Closure(ClosureKind.REMOVE_DEVICE, OWNER, DEVICE)] if in_list else [])
+
+
+def test_a_device_does_not_remove_itself() -> None:
+    with pytest.raises(InvalidRequest, match="call Unregister"):
+        rules.check_removal(DEVICE, DEVICE)
+    rules.check_removal(DEVICE, DeviceId(uuid7()))
 
 
 def test_a_device_id_belongs_to_one_key_and_one_app() -> None:
