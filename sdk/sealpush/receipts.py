@@ -6,6 +6,8 @@ device signed about its delivery. Who verifies it needs the root's public key an
     evidence  = head126 | SHA-512(content)64 | signature64      head and content as in an envelope (envelope.py)
     signature = Ed25519(content-signing key, "SPE1-sig" | SHA-512(evidence without signature))
 
+Acknowledgements are signed over SHA-256(evidence) too, so they speak of this very envelope.
+
 A file is JSON: bytes as lower-case hex, `at_ms` as decimal text, everything else whole numbers. Without white space it is
 what a plain JSON writer gives, so no name stands twice and nothing is escaped; unknown names are refused.
 """
@@ -17,12 +19,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from sealpush.envelope import EVIDENCE_BYTES, HEADER_BYTES, Envelope, Header, content_public_key, evidence_of, verify_evidence
+from sealpush.envelope import (
+    EVIDENCE_BYTES,
+    HEADER_BYTES,
+    Envelope,
+    Header,
+    content_public_key,
+    envelope_digest,
+    evidence_of,
+    verify_evidence,
+)
 from sealpush.errors import EntryRefused, EnvelopeRefused, ReceiptRefused
 from sealpush.ids import ContentId, DeviceId, MessageId, SenderId, check_id, uuid7_ms, uuid_text
 from sealpush.keys import ENTRY_BYTES_MAX, EntryRole, SenderEntry, verify_sender_entry
 from sealpush.model import Reason, State, moment
-from sealpush.proofs import AckOutcome, acknowledgement_proof, verify_proof
+from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof, verify_proof
 
 FORMAT: Final = "sealpush-receipt"
 VERSION: Final = 1
@@ -40,7 +51,7 @@ _U16_MAX: Final = (1 << 16) - 1
 
 @dataclass(frozen=True, slots=True)
 class SignedAcknowledgement:
-    """What a device signed about its delivery; the message, the content and the device are the receipt's.
+    """What a device signed about its delivery; the message, the content, the envelope and the device are the receipt's.
 
     `at_ms` is the device's time. Raises ValueError for a field out of bounds.
     """
@@ -388,6 +399,8 @@ _SIGNED: Final = {
     AckOutcome.BLOCKED: ("blocked", "refused the message because its user blocks the sender"),
     AckOutcome.READ: ("read", "showed the message to its user, who read it"),
 }
+# Of UNDELIVERED over no envelope.
+_UNREADABLE: Final = ("unreadable", "could not read what came as this message, whatever that was")
 # Which outcome a device must have signed for a state that it brings about itself.
 _STATE_OF: Final = {
     AckOutcome.DELIVERED: State.DELIVERED,
@@ -411,20 +424,31 @@ def _delivery_claims(receipt: Receipt, delivery: ReceiptDelivery) -> Iterator[Cl
         # Only an acknowledgement brings this state about.
         yield Claim("state", Finding.FAILED, f"The platform says {said}, and the device signed nothing of the kind.", delivery.device_id)
     else:
-        yield Claim("state", Finding.UNPROVEN, f"The platform says {said}; the device has signed nothing of the kind.", delivery.device_id)
+        yield Claim("state", Finding.UNPROVEN, f"The platform says {said}; nothing shows that the device said so.", delivery.device_id)
 
 
 def _acknowledgement_claim(receipt: Receipt, delivery: ReceiptDelivery, ack: SignedAcknowledgement) -> Claim:
     name, what = _SIGNED[ack.outcome]
+    if not receipt.evidence:
+        return Claim(
+            name, Finding.UNPROVEN, f"Whether the device {what}: nothing is kept of the envelope that it signed over.", delivery.device_id
+        )
     if not delivery.identity_public_key:
         return Claim(name, Finding.UNPROVEN, f"Whether the device {what}: its key is not known.", delivery.device_id)
-    proof = acknowledgement_proof(receipt.message_id, receipt.content_id, delivery.device_id, ack.outcome, ack.reason, ack.at_ms)
-    if not verify_proof(delivery.identity_public_key, proof, ack.signature):
-        return Claim(name, Finding.FAILED, f"That the device {what} is not signed by its key.", delivery.device_id)
+    if not _is_signed(receipt, delivery, ack, envelope_digest(receipt.evidence)):
+        if ack.outcome is not AckOutcome.UNDELIVERED or not _is_signed(receipt, delivery, ack, NO_DIGEST):
+            return Claim(name, Finding.FAILED, f"That the device {what} is not signed by its key.", delivery.device_id)
+        name, what = _UNREADABLE
     why = f" ({ack.reason.name})" if ack.reason else ""
     return Claim(
         name, Finding.PROVEN, f"The device's key signed that it {what}{why}, at {_time(ack.at_ms)} by its clock.", delivery.device_id
     )
+
+
+def _is_signed(receipt: Receipt, delivery: ReceiptDelivery, ack: SignedAcknowledgement, digest: bytes) -> bool:
+    """Whether the device signed this acknowledgement over the envelope with this digest."""
+    proof = acknowledgement_proof(receipt.message_id, receipt.content_id, digest, delivery.device_id, ack.outcome, ack.reason, ack.at_ms)
+    return verify_proof(delivery.identity_public_key, proof, ack.signature)
 
 
 def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
@@ -435,9 +459,9 @@ def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
     yield Claim(
         "message",
         Finding.PROVEN if linked else Finding.UNPROVEN,
-        f"A device's key signed that the message {message} carried the content of this id, which who sealed it must not have used twice."
+        f"A device's key signed that the message {message} brought it this very envelope."
         if linked
-        else f"That the message {message} carried this content: only a device's signature would show it.",
+        else f"That the message {message} carried this envelope: only a device's signature would show it.",
     )
     try:
         accepted = f" Its id says {_time(uuid7_ms(receipt.message_id))}, by the platform's clock."

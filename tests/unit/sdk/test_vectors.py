@@ -169,6 +169,7 @@ def test_sealing_gives_these_bytes_and_every_recipient_opens_them(file: Json, ca
     sealed = dataclasses.replace(sealed, stanzas=ours)
     data = sealed.encode()
     assert (len(data), hashlib.sha256(data).hexdigest()) == (expected["bytes"], expected["sha256"])
+    assert sealed.digest.hex() == expected["envelope_digest"]
     if "envelope" in expected:
         assert data.hex() == expected["envelope"]
     else:
@@ -463,6 +464,7 @@ def statement_of(case: Json) -> bytes:
             return acknowledgement_proof(
                 MessageId(unhex(fields["message_id"])),
                 ContentId(unhex(fields["content_id"])),
+                unhex(fields["envelope_digest"]),
                 DeviceId(unhex(fields["device_id"])),
                 AckOutcome(fields["outcome"]),
                 fields["reason_code"],

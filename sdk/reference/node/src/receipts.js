@@ -1,10 +1,10 @@
 // Receipts: what anybody can verify about a message, also when its content is gone. The format is in docs/receipts.md.
 
-import { concat, same, sha512, utf8 } from './bytes.js';
+import { concat, same, sha256, sha512, utf8 } from './bytes.js';
 import { contentKeyOf, Role, verifyEntry } from './entries.js';
 import { evidenceOf, headerOf, HEAD_BYTES, parse } from './envelope.js';
 import { EntryRefused, EnvelopeRefused, ReceiptRefused } from './errors.js';
-import { acknowledgementStatement, Outcome } from './proofs.js';
+import { acknowledgementStatement, NO_DIGEST, Outcome } from './proofs.js';
 import { contentKeyId, verify } from './signing.js';
 
 /** What became of a claim. UNPROVEN: nothing that was signed says so. FAILED: what is there to prove it does not verify. */
@@ -25,6 +25,7 @@ const CLAIMS = new Map([
   [Outcome.BLOCKED, { name: 'blocked', state: 6 }],
   [Outcome.READ, { name: 'read' }],
 ]);
+const UNREADABLE = 'unreadable'; // of UNDELIVERED over no envelope
 
 // --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,8 @@ function demand(holds, message) {
 export function verifyReceipt(receipt, rootPublicKey, { envelope = null } = {}) {
   const claims = [...senderClaims(receipt, rootPublicKey), contentClaim(receipt, envelope)];
   const signed = receipt.deliveries.flatMap((delivery) => deliveryClaims(receipt, delivery));
-  const linked = signed.some(({ name, finding }) => name !== 'state' && finding === Finding.PROVEN);
+  // What could not be read was no envelope that the device knows of.
+  const linked = signed.some(({ name, finding }) => !['state', UNREADABLE].includes(name) && finding === Finding.PROVEN);
   claims.push(
     ...signed,
     claim('message', linked ? Finding.PROVEN : Finding.UNPROVEN),
@@ -183,23 +185,32 @@ function contentClaim({ evidence }, envelope) {
   return claim('content', parsed && same(evidenceOf(parsed), evidence) ? Finding.PROVEN : Finding.FAILED);
 }
 
-function deliveryClaims(receipt, { deviceId, identityPublicKey, state, reasonCode, acknowledgements }) {
+function deliveryClaims(receipt, delivery) {
+  const { deviceId, state, reasonCode, acknowledgements } = delivery;
   const claims = [];
   const ends = [];
   for (const acknowledgement of acknowledgements) {
-    const { outcome, reasonCode: signedReason, signature } = acknowledgement;
-    const { name, state: broughtAbout } = CLAIMS.get(outcome);
-    const { messageId, contentId } = receipt;
-    const statement = acknowledgementStatement({ messageId, contentId, deviceId, ...acknowledgement });
-    let finding = Finding.UNPROVEN;
-    if (identityPublicKey.length > 0) finding = verify(identityPublicKey, statement, signature) ? Finding.PROVEN : Finding.FAILED;
+    const { name, finding } = acknowledgementClaim(receipt, delivery, acknowledgement);
     claims.push({ ...claim(name, finding), deviceId });
-    if (broughtAbout === state && signedReason === reasonCode) ends.push(finding);
+    if (CLAIMS.get(acknowledgement.outcome).state === state && acknowledgement.reasonCode === reasonCode) ends.push(finding);
   }
   let said = Finding.UNPROVEN;
   if (ends.includes(Finding.PROVEN)) said = Finding.PROVEN;
   else if (state === DELIVERED && ends.length === 0) said = Finding.FAILED;
   return [...claims, { ...claim('state', said), deviceId }];
+}
+
+/** Signed over the receipt's own envelope, or, where the device could not read what came, over none. */
+function acknowledgementClaim({ messageId, contentId, evidence }, { deviceId, identityPublicKey }, acknowledgement) {
+  const { name } = CLAIMS.get(acknowledgement.outcome);
+  if (evidence.length === 0 || identityPublicKey.length === 0) return claim(name, Finding.UNPROVEN);
+  const isSigned = (envelopeDigest) => {
+    const statement = acknowledgementStatement({ messageId, contentId, envelopeDigest, deviceId, ...acknowledgement });
+    return verify(identityPublicKey, statement, acknowledgement.signature);
+  };
+  if (isSigned(sha256(evidence))) return claim(name, Finding.PROVEN);
+  if (acknowledgement.outcome === Outcome.UNDELIVERED && isSigned(NO_DIGEST)) return claim(UNREADABLE, Finding.PROVEN);
+  return claim(name, Finding.FAILED);
 }
 
 function orNull(action, refused) {
