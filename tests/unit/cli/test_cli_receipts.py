@@ -40,8 +40,8 @@ def test_what_verifies_is_told_by_sender_device_and_message(tmp_path: Path, caps
     [
         ("evidence: recipient ref", "It does NOT verify"),
         ("another root", "It does NOT verify"),
-        ("no evidence", "The sender's part is NOT proven. One device signed"),
-        ("no entry of the sender", "The sender's part is NOT proven."),
+        ("no evidence", "The sender's part is NOT proven. No device has signed"),
+        ("no entry of the sender", "The sender's part is NOT proven. One device signed"),
     ],
 )
 def test_what_is_not_proven_fails_and_says_so(name: str, conclusion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
