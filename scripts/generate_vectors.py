@@ -31,7 +31,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
 from nacl import bindings
 
-from sealpush import devicelog, envelope, keys, proofs
+from sealpush import devicelog, envelope, keys, proofs, revocations
 from sealpush.devicelog import DeviceLog, LogEntry
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SubscriberId
 from sealpush.keys import DAY_MS, TIME_MS_MAX, EntryKey, EntryRole, PrekeyKind, SenderEntry, SenderMode
@@ -1468,7 +1468,7 @@ def receipt_vectors() -> Json:
         "waiting": receipt_json(own, receipt_delivery(PHONE, 2)),
     }
     always = {"content": "unproven", "acceptance": "unproven", "recipient": "unproven"}
-    sender = {"sender_entry": "proven", "content_signature": "proven", **always}
+    sender = {"sender_entry": "proven", "content_signature": "proven", "not_revoked": "unproven", **always}
     phone = {"delivered 0": "proven", "read 0": "proven", "state 0": "proven", "message": "proven"}
     others = {"undelivered 1": "proven", "state 1": "proven", "delivered 2": "proven", "state 2": "unproven"}
     said: dict[str, Json] = {
@@ -1477,11 +1477,35 @@ def receipt_vectors() -> Json:
         "waiting": {**sender, "state 0": "unproven", "message": "unproven"},
     }
 
-    def case(name: str, base: str, says: Json, *changes: Json, kept: bytes | None = None, root: keys.RootKey = ROOT) -> Json:
+    def case(
+        name: str,
+        base: str,
+        says: Json,
+        *changes: Json,
+        kept: bytes | None = None,
+        revoked: list[revocations.Revoked] | None = None,
+        root: keys.RootKey = ROOT,
+    ) -> Json:
         """`says`: findings that are others than the base's; None: the claim is not made."""
         claims = {claim: finding for claim, finding in {**said[base], **says}.items() if finding is not None}
-        given = {"receipt": base, "changes": list(changes), "root_public_key": root.public_key.hex()}
-        return {"name": name, **given, "envelope": None if kept is None else kept.hex(), "claims": claims}
+        if claims.get("content_signature") != "proven":
+            del claims["not_revoked"]
+        listed = None if revoked is None else revocations.RevocationList(7, NOW_MS + DAY_MS, tuple(revoked))
+        return {
+            "name": name,
+            "receipt": base,
+            "changes": list(changes),
+            "root_public_key": root.public_key.hex(),
+            "envelope": None if kept is None else kept.hex(),
+            "revocations": None if listed is None else revocations.sign_revocations(root, listed).hex(),
+            "claims": claims,
+        }
+
+    def revoked_key(key: keys.ContentSigningKey) -> revocations.Revoked:
+        return revocations.RevokedKey(key.public_key)
+
+    def revoked_entries(which: SenderEntry, before: int = 0) -> revocations.Revoked:
+        return revocations.RevokedEntries(which.sender_id, which.serial - before)
 
     def put(path: str, value: Any) -> Json:
         return {"path": [int(step) if step.isdigit() else step for step in path.split(".")], "value": value}
@@ -1520,6 +1544,24 @@ def receipt_vectors() -> Json:
         case("sealed by the sender", "own", {}),
         case("sealed by the server, for devices that say different things", "server", {}),
         case("no device has said anything", "waiting", {}),
+        case("an empty list", "own", {"not_revoked": "proven"}, revoked=[]),
+        case("the key is revoked", "own", {"not_revoked": "failed"}, revoked=[revoked_key(BANK_KEY)]),
+        case("another key is revoked", "own", {"not_revoked": "proven"}, revoked=[revoked_key(PLATFORM_KEY)]),
+        case("the entry is revoked", "own", {"not_revoked": "failed"}, revoked=[revoked_entries(entry())]),
+        case("entries before it are revoked", "own", {"not_revoked": "proven"}, revoked=[revoked_entries(entry(), before=1)]),
+        case("another sender is revoked", "own", {"not_revoked": "proven"}, revoked=[revoked_entries(PLATFORM_ENTRY)]),
+        case("the platform's key is revoked", "server", {"not_revoked": "failed"}, revoked=[revoked_key(PLATFORM_KEY)]),
+        case("the platform's entry is revoked", "server", {"not_revoked": "failed"}, revoked=[revoked_entries(PLATFORM_ENTRY)]),
+        case(
+            "the entry of a sender that lets the server seal is revoked",
+            "server",
+            {"not_revoked": "failed"},
+            revoked=[revoked_entries(entry())],
+        ),
+        case("a key that did not sign this is revoked", "server", {"not_revoked": "proven"}, revoked=[revoked_key(BANK_KEY)]),
+        case(
+            "revoked, and not signed by that key", "own", changed_evidence, flipped("own", "evidence", 253), revoked=[revoked_key(BANK_KEY)]
+        ),
         case("the envelope", "own", {"content": "proven"}, kept=own.encode()),
         case("another envelope", "own", {"content": "failed"}, kept=other.encode()),
         case("no envelope", "own", {"content": "failed"}, kept=own.encode()[:-1]),

@@ -34,6 +34,7 @@ from sealpush.ids import ContentId, DeviceId, MessageId, SenderId, check_id, uui
 from sealpush.keys import ENTRY_BYTES_MAX, EntryRole, SenderEntry, verify_sender_entry
 from sealpush.model import Reason, State, moment
 from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof, verify_proof
+from sealpush.revocations import RevocationList
 
 FORMAT: Final = "sealpush-receipt"
 VERSION: Final = 1
@@ -240,7 +241,7 @@ class Finding(enum.Enum):
     PROVEN = "proven"
     # Nothing that was signed says so; the platform may say it.
     UNPROVEN = "not proven"
-    # What is there to prove it does not verify: somebody changed the receipt, or the root is another one.
+    # What is there to prove it does not verify: somebody changed the receipt, the root is another one or has revoked what it rests on.
     FAILED = "does not verify"
 
 
@@ -282,15 +283,18 @@ class ReceiptVerdict:
         )
 
 
-def verify_receipt(receipt: Receipt, root_public_key: bytes, *, envelope: bytes | None = None) -> ReceiptVerdict:
+def verify_receipt(
+    receipt: Receipt, root_public_key: bytes, *, envelope: bytes | None = None, revocations: RevocationList | None = None
+) -> ReceiptVerdict:
     """What the receipt proves to whoever trusts this root.
 
-    `envelope` is the whole envelope, if somebody kept it: it is compared, but for its stanzas, which nothing signs. Raises
-    ValueError for a root that is not 32 bytes.
+    `envelope` is the whole envelope, if somebody kept it: it is compared, but for its stanzas, which nothing signs. `revocations`
+    is the root's newest list, as `verify_revocations()` gives it: a receipt whose key or entries it revokes fails, whenever the content
+    was made, for whoever stole a key signs any time. Raises ValueError for a root that is not 32 bytes.
     """
     if len(root_public_key) != 32:
         raise ValueError("a root's public key is 32 bytes")
-    claims = [*_sender_claims(receipt, root_public_key), _content_claim(receipt, envelope)]
+    claims = [*_sender_claims(receipt, root_public_key, revocations), _content_claim(receipt, envelope)]
     for delivery in receipt.deliveries:
         claims += _delivery_claims(receipt, delivery)
     return ReceiptVerdict((*claims, *_limits(receipt, claims)))
@@ -307,7 +311,7 @@ def verify_entry_then(root_public_key: bytes, blob: bytes, created_at_ms: int, r
     return verify_sender_entry(root_public_key, blob, created_at_ms + CREATED_SKEW_MS, role=role)
 
 
-def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
+def _sender_claims(receipt: Receipt, root_public_key: bytes, revocations: RevocationList | None) -> Iterator[Claim]:
     """Who sealed and signed, when, and by which entries."""
     if not receipt.evidence:
         yield Claim(
@@ -331,7 +335,10 @@ def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
         yield claim
     elif receipt.platform_entry:
         yield Claim("platform_entry", Finding.FAILED, "There is an entry of the platform, which did not seal this.")
-    yield _signature_claim(receipt, header, sender, platform)
+    claim, public_key = _signature_claim(receipt, header, sender, platform)
+    yield claim
+    if public_key is not None:
+        yield _revocation_claim(revocations, [each for each in (sender, platform) if each is not None], public_key)
 
 
 def _entry_claim(blob: bytes, root_public_key: bytes, header: Header, role: EntryRole) -> tuple[Claim, SenderEntry | None]:
@@ -356,25 +363,44 @@ def _why(error: EntryRefused) -> str:
     return f"it {what.removeprefix('the sender entry ').removeprefix('the entry ')}"
 
 
-def _signature_claim(receipt: Receipt, header: Header, sender: SenderEntry | None, platform: SenderEntry | None) -> Claim:
+def _signature_claim(
+    receipt: Receipt, header: Header, sender: SenderEntry | None, platform: SenderEntry | None
+) -> tuple[Claim, bytes | None]:
+    """What is to be said of the signature, and the key that made it if it holds."""
     name = "content_signature"
     if sender is None or (header.server_sealed and platform is None):
-        return Claim(name, Finding.UNPROVEN, "Without a valid entry nothing shows whose signature the envelope carries.")
+        return Claim(name, Finding.UNPROVEN, "Without a valid entry nothing shows whose signature the envelope carries."), None
     try:
         public_key = content_public_key(header, sender, platform)
     except EnvelopeRefused:
         way = "by the server" if header.server_sealed else "by the sender itself"
-        return Claim(name, Finding.FAILED, f"The entries do not allow that the key which the envelope names seals {way} at that time.")
+        return Claim(
+            name, Finding.FAILED, f"The entries do not allow that the key which the envelope names seals {way} at that time."
+        ), None
     try:
         verify_evidence(receipt.evidence, public_key)
     except EnvelopeRefused:
-        return Claim(name, Finding.FAILED, "The envelope is not signed by the key that it names.")
+        return Claim(name, Finding.FAILED, "The envelope is not signed by the key that it names."), None
     at, ref = _time(header.created_at_ms), header.recipient_ref.hex()[:16]
     if header.server_sealed:
         who = f"The platform sealed and signed this content for {sender.display_name!r}, which allows that"
     else:
         who = f"{sender.display_name!r} itself sealed and signed this content"
-    return Claim(name, Finding.PROVEN, f"{who}, at {at} by its clock, for the recipient that it knows as {ref}…")
+    return Claim(name, Finding.PROVEN, f"{who}, at {at} by its clock, for the recipient that it knows as {ref}…"), public_key
+
+
+def _revocation_claim(revocations: RevocationList | None, entries: list[SenderEntry], public_key: bytes) -> Claim:
+    name = "not_revoked"
+    if revocations is None:
+        return Claim(
+            name, Finding.UNPROVEN, "That the root has not taken back the key that signed: no revocation list was given to look into."
+        )
+    number = f"The root's revocation list {revocations.serial}, of {_time(revocations.issued_ms)},"
+    if revocations.revokes_key(public_key) or any(map(revocations.revokes_entry, entries)):
+        return Claim(
+            name, Finding.FAILED, f"{number} takes back the key that signed, or the entry: whoever stole it can sign with any earlier time."
+        )
+    return Claim(name, Finding.PROVEN, f"{number} takes back neither the key that signed nor its entry.")
 
 
 def _content_claim(receipt: Receipt, envelope: bytes | None) -> Claim:

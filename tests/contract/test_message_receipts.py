@@ -367,6 +367,7 @@ async def test_a_delivered_message_is_proven_after_its_content_is_gone(world: Wo
         ("sender_entry", Finding.PROVEN),
         *([] if sealed else [("platform_entry", Finding.PROVEN)]),
         ("content_signature", Finding.PROVEN),
+        ("not_revoked", Finding.UNPROVEN),
         ("content", Finding.PROVEN),
         ("delivered", Finding.PROVEN),
         ("read", Finding.PROVEN),

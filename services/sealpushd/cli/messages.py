@@ -221,6 +221,7 @@ _file: Final = click.Path(dir_okay=False, path_type=Path)
     "--root-public-key", metavar="HEX", help="The root that the app pins, from a source of its own. Default: that of the running `up`."
 )
 @click.option("--envelope", type=_file, help="The envelope, if the sender kept it: compare it with what was signed.")
+@click.option("--revocations", type=_file, metavar="LIST", help="The root's newest revocation list: see whether it takes back the key.")
 @_from
 @_json
 @data_dir_option
@@ -230,6 +231,7 @@ def receipt(
     given: Path | None,
     root_public_key: str | None,
     envelope: Path | None,
+    revocations: Path | None,
     sender_name: str | None,
     as_json: bool,
     data_dir: Path,
@@ -250,6 +252,7 @@ def receipt(
         raise WronglyCalled("--verify needs --root-public-key, and no --out: the file is there already")
     root = receipts.root_of(Endpoints.load(data_dir).root_public_key if root_public_key is None else root_public_key)
     kept = None if envelope is None else receipts.read(envelope, ENVELOPE_BYTES_MAX)
+    revoked = None if revocations is None else receipts.read_revocations(revocations, root)
 
     async def fetch(wanted: MessageId) -> Receipt:
         async with _senders(data_dir) as open_sender:
@@ -262,7 +265,7 @@ def receipt(
             out.write_text(found.to_json(), encoding="ascii")
         except OSError as e:
             raise WronglyCalled(f"{out} cannot be written: {e.strerror}") from e
-    verdict = verify_receipt(found, root, envelope=kept)
+    verdict = verify_receipt(found, root, envelope=kept, revocations=revoked)
     if as_json:
         _print_json(receipts.as_document(found, verdict, root))
     else:

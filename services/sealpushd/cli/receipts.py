@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sealpushd.cli import files
 from sealpushd.cli.errors import WronglyCalled
 
 if TYPE_CHECKING:
     from sealpush.receipts import Claim, Receipt, ReceiptVerdict
+    from sealpush.revocations import RevocationList
 
 _LINE_CHARACTERS: Final = 110
 # The longest word for a finding, and room around it.
@@ -71,6 +73,13 @@ def _block(title: str, claims: list[Claim]) -> Iterator[str]:
 
 def conclusion(verdict: ReceiptVerdict) -> str:
     """What it comes to, in a line or two."""
+    from sealpush.receipts import Finding
+
+    if {each.name for each in verdict.claims if each.finding is Finding.FAILED} == {"not_revoked"}:
+        return (
+            "It verifies, but the root has REVOKED what it rests on. Believe it only if it is the same as a receipt that somebody else "
+            "got before the key was stolen, or gets from the service."
+        )
     if verdict.failed:
         return "It does NOT verify: the receipt was changed, or the root is not the one that the app pins. Believe none of it."
     devices = len(verdict.delivered_to)
@@ -99,6 +108,13 @@ def read(path: Path, bytes_max: int) -> bytes:
             return file.read(bytes_max + 1)
     except OSError as e:
         raise WronglyCalled(f"{path} cannot be read: {e.strerror}") from e
+
+
+def read_revocations(path: Path, root_public_key: bytes) -> RevocationList:
+    """The list in a file of `sealpush root revoke`, if this root signed it. Raises WronglyCalled, RevocationsRefused."""
+    from sealpush.revocations import verify_revocations
+
+    return verify_revocations(root_public_key, files.read_signed(path).signed)
 
 
 def root_of(digits: str) -> bytes:

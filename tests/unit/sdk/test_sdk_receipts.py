@@ -31,8 +31,8 @@ KEY = ContentSigningKey.from_seed(b"\x02" * 32)
 IDENTITY = IdentityKey.from_seed(b"\x03" * 32)
 SENDER_ID, CONTENT_ID, DEVICE_ID = SenderId(b"S" * 16), ContentId(b"C" * 16), DeviceId(b"D" * 16)
 MESSAGE_ID = MessageId(uuid7(NOW_MS))
-# What no receipt proves, whoever made it.
-NEVER = {"acceptance", "recipient", "content"}
+# What no receipt proves by itself, whoever made it.
+NEVER = {"acceptance", "recipient", "content", "not_revoked"}
 
 
 def signed_entry(role: EntryRole) -> bytes:

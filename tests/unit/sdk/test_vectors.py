@@ -511,7 +511,9 @@ def receipt_text(base: str, changes: list[Json]) -> str:
 def test_receipts_prove_what_the_vector_says(case: Json) -> None:
     receipt = Receipt.from_json(receipt_text(case["receipt"], case["changes"]).encode())
     kept = None if case["envelope"] is None else unhex(case["envelope"])
-    verdict = verify_receipt(receipt, unhex(case["root_public_key"]), envelope=kept)
+    root = unhex(case["root_public_key"])
+    revocations = None if case["revocations"] is None else verify_revocations(root, unhex(case["revocations"]))
+    verdict = verify_receipt(receipt, root, envelope=kept, revocations=revocations)
     places = {each.device_id: f" {n}" for n, each in enumerate(receipt.deliveries)} | {None: ""}
     found = {each.name + places[each.device_id]: each.finding.name.lower() for each in verdict.claims}
     assert len(found) == len(verdict.claims)

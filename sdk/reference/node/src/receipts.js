@@ -5,6 +5,7 @@ import { contentKeyOf, Role, verifyEntry } from './entries.js';
 import { evidenceOf, headerOf, HEAD_BYTES, parse } from './envelope.js';
 import { EntryRefused, EnvelopeRefused, ReceiptRefused } from './errors.js';
 import { acknowledgementStatement, NO_DIGEST, Outcome } from './proofs.js';
+import { revokesEntry, revokesKey } from './revocations.js';
 import { contentKeyId, verify } from './signing.js';
 
 /** What became of a claim. UNPROVEN: nothing that was signed says so. FAILED: what is there to prove it does not verify. */
@@ -115,10 +116,11 @@ function demand(holds, message) {
  * What a receipt proves to whoever trusts this root: `{ claims, failed, senderProven, deliveredTo }`. A claim is
  * `{ name, finding }` and, about a delivery, its `deviceId`; docs/receipts.md says what each means.
  *
- * Where `failed` is true, believe none of it. `envelope`: the whole one, if somebody kept it; it is compared.
+ * Where `failed` is true, believe none of it. `envelope`: the whole one, if somebody kept it; it is compared. `revocations`: the root's
+ * newest list, as `verifyRevocations` gives it; what it takes back fails, whenever the content was made.
  */
-export function verifyReceipt(receipt, rootPublicKey, { envelope = null } = {}) {
-  const claims = [...senderClaims(receipt, rootPublicKey), contentClaim(receipt, envelope)];
+export function verifyReceipt(receipt, rootPublicKey, { envelope = null, revocations = null } = {}) {
+  const claims = [...senderClaims(receipt, rootPublicKey, revocations), contentClaim(receipt, envelope)];
   const signed = receipt.deliveries.flatMap((delivery) => deliveryClaims(receipt, delivery));
   // What could not be read was no envelope that the device knows of.
   const linked = signed.some(({ name, finding }) => !['state', UNREADABLE].includes(name) && finding === Finding.PROVEN);
@@ -140,7 +142,7 @@ export function verifyReceipt(receipt, rootPublicKey, { envelope = null } = {}) 
 
 const claim = (name, finding) => ({ name, finding });
 
-function senderClaims({ evidence, senderId, contentId, senderEntry, platformEntry }, rootPublicKey) {
+function senderClaims({ evidence, senderId, contentId, senderEntry, platformEntry }, rootPublicKey, revocations) {
   if (evidence.length === 0) return [claim('content_signature', Finding.UNPROVEN)];
   const header = orNull(() => headerOf(evidence), EnvelopeRefused);
   if (!header) return [claim('header', Finding.FAILED)];
@@ -158,7 +160,9 @@ function senderClaims({ evidence, senderId, contentId, senderEntry, platformEntr
   if (header.serverSealed) platform = entryClaim('platform_entry', platformEntry, Role.PLATFORM, () => true);
   else if (platformEntry.length > 0) claims.push(claim('platform_entry', Finding.FAILED));
 
-  claims.push(claim('content_signature', signatureFinding(evidence, header, sender, platform)));
+  const signature = signatureFinding(evidence, header, sender, platform);
+  claims.push(claim('content_signature', signature));
+  if (signature === Finding.PROVEN) claims.push(claim('not_revoked', revocationFinding(revocations, header, sender, platform)));
   return claims;
 }
 
@@ -177,6 +181,13 @@ function signatureFinding(evidence, header, sender, platform) {
   if (!publicKey || !same(contentKeyId(publicKey), header.senderKeyId)) return Finding.FAILED;
   const signed = concat(utf8('SPE1-sig'), sha512(evidence.subarray(0, -64)));
   return verify(publicKey, signed, evidence.subarray(-64)) ? Finding.PROVEN : Finding.FAILED;
+}
+
+function revocationFinding(revocations, header, sender, platform) {
+  if (!revocations) return Finding.UNPROVEN;
+  const entries = platform ? [sender, platform] : [sender];
+  const isRevoked = entries.some((entry) => revokesEntry(revocations, entry)) || revokesKey(revocations, contentKeyOf(header, sender, platform));
+  return isRevoked ? Finding.FAILED : Finding.PROVEN;
 }
 
 function contentClaim({ evidence }, envelope) {
