@@ -73,6 +73,8 @@ def parse_ack(proto: messages_pb2.Acknowledgement, device_id: DeviceId, identity
     except ValueError:
         return None
     message_id, content_id, digest = MessageId(proto.message_id), ContentId(proto.content_id), proto.envelope_digest
+    if digest == proofs.NO_DIGEST and outcome is not AckOutcome.UNDELIVERED:
+        return None
     try:
         if outcome is AckOutcome.READ:
             proof = proofs.read_proof(message_id, content_id, digest, device_id, proto.at_ms)
@@ -82,11 +84,8 @@ def parse_ack(proto: messages_pb2.Acknowledgement, device_id: DeviceId, identity
         return None
     if not proofs.verify_proof(identity_public_key, proof, proto.signature):
         return None
-    if digest == proofs.NO_DIGEST:
-        if outcome is not AckOutcome.UNDELIVERED:
-            return None
-        return Ack(message_id, device_id, content_id, None, outcome, proto.reason_code, proto.at_ms, proto.signature)
-    return Ack(message_id, device_id, content_id, digest, outcome, proto.reason_code, proto.at_ms, proto.signature)
+    known = None if digest == proofs.NO_DIGEST else digest
+    return Ack(message_id, device_id, content_id, known, outcome, proto.reason_code, proto.at_ms, proto.signature)
 
 
 def to_delivery(taken: Taken) -> messages_pb2.Delivery:

@@ -3,7 +3,8 @@ export { CONTENT_BYTES_MAX, DEVICES_MAX, digestOf, encode, forDevice, open, open
 export { contentKeyOf, Mode, Role, verifyEntry } from './entries.js';
 export { DeviceLogBroken, EntryRefused, EnvelopeRefused, KeyRefused, ReceiptRefused, RevocationsRefused } from './errors.js';
 export { choosePrekey, Kind, prekeyStatement, recipientOf, verifyPrekey } from './prekeys.js';
-export { acknowledgementStatement, challengeStatement, changeStatement, NO_DIGEST, Outcome, registrationStatement, vouchStatement } from './proofs.js';
+export { acknowledgementStatement, challengeStatement, changeStatement, NO_DIGEST, Outcome } from './proofs.js';
+export { registrationStatement, vouchStatement } from './proofs.js';
 export { Finding, readReceipt, verifyReceipt } from './receipts.js';
 export { REVOCATIONS_MAX, revokesEntry, revokesKey, verifyRevocations } from './revocations.js';
 export { contentKeyId, signingKey, verify } from './signing.js';

@@ -186,8 +186,8 @@ function signatureFinding(evidence, header, sender, platform) {
 function revocationFinding(revocations, header, sender, platform) {
   if (!revocations) return Finding.UNPROVEN;
   const entries = platform ? [sender, platform] : [sender];
-  const isRevoked = entries.some((entry) => revokesEntry(revocations, entry)) || revokesKey(revocations, contentKeyOf(header, sender, platform));
-  return isRevoked ? Finding.FAILED : Finding.PROVEN;
+  const isKeyRevoked = revokesKey(revocations, contentKeyOf(header, sender, platform));
+  return isKeyRevoked || entries.some((entry) => revokesEntry(revocations, entry)) ? Finding.FAILED : Finding.PROVEN;
 }
 
 function contentClaim({ evidence }, envelope) {
