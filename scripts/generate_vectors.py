@@ -31,7 +31,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
 from nacl import bindings
 
-from sealpush import devicelog, envelope, keys, proofs
+from sealpush import devicelog, envelope, keys, proofs, revocations
 from sealpush.devicelog import DeviceLog, LogEntry
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, RecipientRef, RegistrationId, SenderId, SubscriberId
 from sealpush.keys import DAY_MS, TIME_MS_MAX, EntryKey, EntryRole, PrekeyKind, SenderEntry, SenderMode
@@ -288,6 +288,11 @@ def randomness(label: str, to: list[tuple[Phone, PrekeyKind]]) -> bytes:
     return own[:56] + b"".join(each)
 
 
+def evidence_of(sealed: envelope.Envelope) -> bytes:
+    """As the text of the format says it, apart from the code under test."""
+    return sealed.head + hashlib.sha512(sealed.tail[:-64]).digest() + sealed.tail[-64:]
+
+
 def sealing_case(
     name: str,
     content: bytes,
@@ -302,7 +307,8 @@ def sealing_case(
     random = randomness(name, to)
     sealed = sealed_to(content, header, to, SIGNERS[signer], random)
     data = sealed.encode()
-    expected: Json = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    digest = hashlib.sha256(evidence_of(sealed)).hexdigest()
+    expected: Json = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "envelope_digest": digest}
     if len(data) <= ENVELOPE_HEX_BYTES_MAX:
         expected["envelope"] = data.hex()
     else:
@@ -1330,9 +1336,11 @@ def proof_vectors() -> Json:
         known = {"registration_id": registration.hex(), "identity_public_key": identity.public_key.hex()}
         return made(name, "registration", proof, **known, app_id=app_id)
 
-    def acknowledge(name: str, outcome: proofs.AckOutcome, reason_code: int = 0, at_ms: int = NOW_MS) -> Json:
-        proof = proofs.acknowledgement_proof(message, content, device, outcome, reason_code, at_ms)
-        ids = {"message_id": message.hex(), "content_id": content.hex(), "device_id": device.hex()}
+    def acknowledge(
+        name: str, outcome: proofs.AckOutcome, reason_code: int = 0, at_ms: int = NOW_MS, digest: bytes = bytes_for("envelope digest")
+    ) -> Json:
+        proof = proofs.acknowledgement_proof(message, content, digest, device, outcome, reason_code, at_ms)
+        ids = {"message_id": message.hex(), "content_id": content.hex(), "envelope_digest": digest.hex(), "device_id": device.hex()}
         return made(name, "acknowledgement", proof, **ids, outcome=int(outcome), reason_code=reason_code, at_ms=str(at_ms))
 
     def changed(name: str, method: str, body: bytes, counter: int = 1) -> Json:
@@ -1349,13 +1357,14 @@ def proof_vectors() -> Json:
         acknowledge("blocked", proofs.AckOutcome.BLOCKED, reason_code=65_535),
         acknowledge("read", proofs.AckOutcome.READ),
         acknowledge("the largest time", proofs.AckOutcome.DELIVERED, at_ms=u64_max),
+        acknowledge("undelivered, as it could not be read", proofs.AckOutcome.UNDELIVERED, reason_code=113, digest=proofs.NO_DIGEST),
         changed("a preference", "/sealpush.v1.Registration/SetPreference", b"change bytes"),
         changed("unregistering, which has no bytes", "/sealpush.v1.Registration/Unregister", b"", counter=2**32),
         changed("the largest counter", "/m", b"\x00", counter=u64_max),
         changed("the longest method", "/" + "m" * 99, b"body"),
     ]
     delivered, challenged = cases[4], cases[1]
-    ack_fields, challenge_fields, change_fields = delivered["fields"], challenged["fields"], cases[9]["fields"]
+    ack_fields, challenge_fields, change_fields = delivered["fields"], challenged["fields"], cases[10]["fields"]
     register_fields = cases[3]["fields"]
 
     def refused(name: str, statement: str, fields: Json, **changes: Any) -> Json:
@@ -1378,6 +1387,7 @@ def proof_vectors() -> Json:
             refused("an app id with a capital", "registration", register_fields, app_id="Bank"),
             refused("an app id with a line break", "registration", register_fields, app_id="bank\n"),
             refused("an identity key of 31 bytes", "registration", register_fields, identity_public_key="00" * 31),
+            refused("an envelope digest of 31 bytes", "acknowledgement", ack_fields, envelope_digest="00" * 31),
             refused("outcome 0", "acknowledgement", ack_fields, outcome=0),
             refused("outcome 5", "acknowledgement", ack_fields, outcome=5),
             refused("reason code 65536", "acknowledgement", ack_fields, reason_code=65_536),
@@ -1402,8 +1412,12 @@ RECEIPT_MESSAGE_ID = MessageId(bytes.fromhex("018bcfe568007abc8def0123456789ab")
 RECEIPT_MODES = SenderMode.END_TO_END | SenderMode.SERVER
 
 
-def receipt_ack(phone: Phone, outcome: proofs.AckOutcome, reason_code: int = 0, at_ms: int = NOW_MS + 1000) -> Json:
-    proof = proofs.acknowledgement_proof(RECEIPT_MESSAGE_ID, HEADER.content_id, phone.device_id, outcome, reason_code, at_ms)
+def receipt_ack(
+    sealed: envelope.Envelope | None, phone: Phone, outcome: proofs.AckOutcome, reason_code: int = 0, at_ms: int = NOW_MS + 1000
+) -> Json:
+    """As signed over an envelope, or over none."""
+    digest = bytes(32) if sealed is None else hashlib.sha256(evidence_of(sealed)).digest()
+    proof = proofs.acknowledgement_proof(RECEIPT_MESSAGE_ID, HEADER.content_id, digest, phone.device_id, outcome, reason_code, at_ms)
     signature = phone.identity.sign(proof).hex()
     return {"outcome": int(outcome), "reason_code": reason_code, "at_ms": str(at_ms), "signature": signature}
 
@@ -1425,8 +1439,7 @@ def receipt_json(sealed: envelope.Envelope, *deliveries: Json) -> Json:
         "message_id": RECEIPT_MESSAGE_ID.hex(),
         "sender_id": SENDER_ID.hex(),
         "content_id": HEADER.content_id.hex(),
-        # As the text of the format says it, apart from the code under test.
-        "evidence": (sealed.head + hashlib.sha512(sealed.tail[:-64]).digest() + sealed.tail[-64:]).hex(),
+        "evidence": evidence_of(sealed).hex(),
         "sender_entry": signed_entry(entry(modes=RECEIPT_MODES)),
         "platform_entry": signed_entry(PLATFORM_ENTRY) if sealed.header.server_sealed else "",
         "deliveries": list(deliveries),
@@ -1434,23 +1447,28 @@ def receipt_json(sealed: envelope.Envelope, *deliveries: Json) -> Json:
 
 
 def receipt_vectors() -> Json:
-    delivered, read = proofs.AckOutcome.DELIVERED, proofs.AckOutcome.READ
+    delivered, undelivered, read = proofs.AckOutcome.DELIVERED, proofs.AckOutcome.UNDELIVERED, proofs.AckOutcome.READ
     own = envelope.seal(b"content", HEADER, [], BANK_KEY, random=drawn_from(bytes_for("receipt: own", 56)))
     other = envelope.seal(b"content", HEADER_SERVER, [], PLATFORM_KEY, random=drawn_from(bytes_for("receipt: server", 56)))
-    arrived = receipt_delivery(PHONE, 4, receipt_ack(PHONE, delivered), receipt_ack(PHONE, read, at_ms=2**64 - 1))
+    # By the same sender, of the same time, under the same content id: truly signed, and no device has ever seen it.
+    forged = envelope.seal(b"another content", HEADER, [], BANK_KEY, random=drawn_from(bytes_for("receipt: forged", 56)))
     refusing, late = PHONES[1], PHONES[2]
+
+    def arrived(sealed: envelope.Envelope) -> Json:
+        return receipt_delivery(PHONE, 4, receipt_ack(sealed, PHONE, delivered), receipt_ack(sealed, PHONE, read, at_ms=2**64 - 1))
+
     receipts = {
-        "own": receipt_json(own, arrived),
+        "own": receipt_json(own, arrived(own)),
         "server": receipt_json(
             other,
-            arrived,
-            receipt_delivery(refusing, 5, receipt_ack(refusing, proofs.AckOutcome.UNDELIVERED, 108), reason_code=108),
-            receipt_delivery(late, 8, receipt_ack(late, delivered), reason_code=103),
+            arrived(other),
+            receipt_delivery(refusing, 5, receipt_ack(other, refusing, undelivered, 108), reason_code=108),
+            receipt_delivery(late, 8, receipt_ack(other, late, delivered), reason_code=103),
         ),
         "waiting": receipt_json(own, receipt_delivery(PHONE, 2)),
     }
     always = {"content": "unproven", "acceptance": "unproven", "recipient": "unproven"}
-    sender = {"sender_entry": "proven", "content_signature": "proven", **always}
+    sender = {"sender_entry": "proven", "content_signature": "proven", "not_revoked": "unproven", **always}
     phone = {"delivered 0": "proven", "read 0": "proven", "state 0": "proven", "message": "proven"}
     others = {"undelivered 1": "proven", "state 1": "proven", "delivered 2": "proven", "state 2": "unproven"}
     said: dict[str, Json] = {
@@ -1459,11 +1477,35 @@ def receipt_vectors() -> Json:
         "waiting": {**sender, "state 0": "unproven", "message": "unproven"},
     }
 
-    def case(name: str, base: str, says: Json, *changes: Json, kept: bytes | None = None, root: keys.RootKey = ROOT) -> Json:
+    def case(
+        name: str,
+        base: str,
+        says: Json,
+        *changes: Json,
+        kept: bytes | None = None,
+        revoked: list[revocations.Revoked] | None = None,
+        root: keys.RootKey = ROOT,
+    ) -> Json:
         """`says`: findings that are others than the base's; None: the claim is not made."""
         claims = {claim: finding for claim, finding in {**said[base], **says}.items() if finding is not None}
-        given = {"receipt": base, "changes": list(changes), "root_public_key": root.public_key.hex()}
-        return {"name": name, **given, "envelope": None if kept is None else kept.hex(), "claims": claims}
+        if claims.get("content_signature") != "proven":
+            del claims["not_revoked"]
+        listed = None if revoked is None else revocations.RevocationList(7, NOW_MS + DAY_MS, tuple(revoked))
+        return {
+            "name": name,
+            "receipt": base,
+            "changes": list(changes),
+            "root_public_key": root.public_key.hex(),
+            "envelope": None if kept is None else kept.hex(),
+            "revocations": None if listed is None else revocations.sign_revocations(root, listed).hex(),
+            "claims": claims,
+        }
+
+    def revoked_key(key: keys.ContentSigningKey) -> revocations.Revoked:
+        return revocations.RevokedKey(key.public_key)
+
+    def revoked_entries(which: SenderEntry, before: int = 0) -> revocations.Revoked:
+        return revocations.RevokedEntries(which.sender_id, which.serial - before)
 
     def put(path: str, value: Any) -> Json:
         return {"path": [int(step) if step.isdigit() else step for step in path.split(".")], "value": value}
@@ -1487,17 +1529,39 @@ def receipt_vectors() -> Json:
     def platform(**changes: Any) -> Json:
         return put("platform_entry", signed_entry(dataclasses.replace(PLATFORM_ENTRY, **changes)))
 
+    no_phone = {"delivered 0": "failed", "read 0": "failed", "state 0": "unproven", "message": "unproven"}
+    no_phones = {**no_phone, "undelivered 1": "failed", "state 1": "unproven", "delivered 2": "failed"}
+    unknown = {"delivered 0": "unproven", "read 0": "unproven", "state 0": "unproven", "message": "unproven"}
     unsigned = {"content_signature": "failed"}
-    unreadable = {"header": "failed", "sender_entry": None, "content_signature": None}
+    changed_evidence = {**unsigned, **no_phone}
+    unreadable = {"header": "failed", "sender_entry": None, "content_signature": None, **no_phone}
+    no_evidence = {"sender_entry": None, "content_signature": "unproven", **unknown}
     no_bank = {"sender_entry": "failed", "content_signature": "unproven"}
     no_platform = {"platform_entry": "failed", "content_signature": "unproven"}
-    no_phone = {"delivered 0": "failed", "read 0": "failed", "state 0": "unproven", "message": "unproven"}
     no_end = {"delivered 0": "failed", "state 0": "unproven"}
     first, end, reading = "deliveries.0", "deliveries.0.acknowledgements.0", "deliveries.0.acknowledgements.1"
     cases = [
         case("sealed by the sender", "own", {}),
         case("sealed by the server, for devices that say different things", "server", {}),
         case("no device has said anything", "waiting", {}),
+        case("an empty list", "own", {"not_revoked": "proven"}, revoked=[]),
+        case("the key is revoked", "own", {"not_revoked": "failed"}, revoked=[revoked_key(BANK_KEY)]),
+        case("another key is revoked", "own", {"not_revoked": "proven"}, revoked=[revoked_key(PLATFORM_KEY)]),
+        case("the entry is revoked", "own", {"not_revoked": "failed"}, revoked=[revoked_entries(entry())]),
+        case("entries before it are revoked", "own", {"not_revoked": "proven"}, revoked=[revoked_entries(entry(), before=1)]),
+        case("another sender is revoked", "own", {"not_revoked": "proven"}, revoked=[revoked_entries(PLATFORM_ENTRY)]),
+        case("the platform's key is revoked", "server", {"not_revoked": "failed"}, revoked=[revoked_key(PLATFORM_KEY)]),
+        case("the platform's entry is revoked", "server", {"not_revoked": "failed"}, revoked=[revoked_entries(PLATFORM_ENTRY)]),
+        case(
+            "the entry of a sender that lets the server seal is revoked",
+            "server",
+            {"not_revoked": "failed"},
+            revoked=[revoked_entries(entry())],
+        ),
+        case("a key that did not sign this is revoked", "server", {"not_revoked": "proven"}, revoked=[revoked_key(BANK_KEY)]),
+        case(
+            "revoked, and not signed by that key", "own", changed_evidence, flipped("own", "evidence", 253), revoked=[revoked_key(BANK_KEY)]
+        ),
         case("the envelope", "own", {"content": "proven"}, kept=own.encode()),
         case("another envelope", "own", {"content": "failed"}, kept=other.encode()),
         case("no envelope", "own", {"content": "failed"}, kept=own.encode()[:-1]),
@@ -1510,34 +1574,29 @@ def receipt_vectors() -> Json:
         case(
             "evidence: sealed by the server, without its entry",
             "own",
-            {"platform_entry": "unproven", "content_signature": "unproven"},
+            {"platform_entry": "unproven", "content_signature": "unproven", **no_phone},
             flipped("own", "evidence", 5),
         ),
         case(
             "evidence: sealed by the sender, with the platform's entry",
             "server",
-            {"platform_entry": "failed", **unsigned},
+            {"platform_entry": "failed", **unsigned, **no_phones},
             flipped("server", "evidence", 5),
         ),
-        case("evidence: content id", "own", {"header": "failed", **unsigned}, flipped("own", "evidence", 21)),
-        case("evidence: sender id", "own", {"header": "failed", **no_bank}, flipped("own", "evidence", 37)),
-        case("evidence: key id", "own", unsigned, flipped("own", "evidence", 45)),
-        case("evidence: recipient ref", "own", unsigned, flipped("own", "evidence", 77)),
-        case("evidence: created", "own", unsigned, flipped("own", "evidence", 85)),
-        case("evidence: expires", "own", unsigned, flipped("own", "evidence", 93)),
-        case("evidence: commitment", "own", unsigned, flipped("own", "evidence", 125)),
-        case("evidence: hash of the content", "own", unsigned, flipped("own", "evidence", 126)),
-        case("evidence: the last byte of the hash", "own", unsigned, flipped("own", "evidence", 189)),
-        case("evidence: signature", "own", unsigned, flipped("own", "evidence", 190)),
-        case("evidence: the last byte of the signature", "own", unsigned, flipped("own", "evidence", 253)),
-        case("no evidence", "own", {"sender_entry": None, "content_signature": "unproven"}, put("evidence", "")),
-        case(
-            "no evidence to compare the envelope with",
-            "own",
-            {"sender_entry": None, "content_signature": "unproven"},
-            put("evidence", ""),
-            kept=own.encode(),
-        ),
+        case("evidence: content id", "own", {"header": "failed", **changed_evidence}, flipped("own", "evidence", 21)),
+        case("evidence: sender id", "own", {"header": "failed", **no_bank, **no_phone}, flipped("own", "evidence", 37)),
+        case("evidence: key id", "own", changed_evidence, flipped("own", "evidence", 45)),
+        case("evidence: recipient ref", "own", changed_evidence, flipped("own", "evidence", 77)),
+        case("evidence: created", "own", changed_evidence, flipped("own", "evidence", 85)),
+        case("evidence: expires", "own", changed_evidence, flipped("own", "evidence", 93)),
+        case("evidence: commitment", "own", changed_evidence, flipped("own", "evidence", 125)),
+        case("evidence: hash of the content", "own", changed_evidence, flipped("own", "evidence", 126)),
+        case("evidence: the last byte of the hash", "own", changed_evidence, flipped("own", "evidence", 189)),
+        case("evidence: signature", "own", changed_evidence, flipped("own", "evidence", 190)),
+        case("evidence: the last byte of the signature", "own", changed_evidence, flipped("own", "evidence", 253)),
+        case("the evidence of another envelope under the same content id", "own", no_phone, put("evidence", evidence_of(forged).hex())),
+        case("no evidence", "own", no_evidence, put("evidence", "")),
+        case("no evidence to compare the envelope with", "own", no_evidence, put("evidence", ""), kept=own.encode()),
         case("no entry of the sender", "own", {"sender_entry": "unproven", "content_signature": "unproven"}, put("sender_entry", "")),
         case("an entry with another byte", "own", no_bank, flipped("own", "sender_entry", 30)),
         case("an entry of another sender", "own", no_bank, bank(sender_id=PLATFORM_ID)),
@@ -1564,12 +1623,7 @@ def receipt_vectors() -> Json:
         case("another content", "own", {"header": "failed", **no_phone}, flipped("own", "content_id")),
         case("another device", "own", no_phone, flipped("own", f"{first}.device_id")),
         case("another key of the device", "own", no_phone, put(f"{first}.identity_public_key", OTHER_ID.public_key.hex())),
-        case(
-            "no key of the device",
-            "own",
-            {"delivered 0": "unproven", "read 0": "unproven", "state 0": "unproven", "message": "unproven"},
-            put(f"{first}.identity_public_key", ""),
-        ),
+        case("no key of the device", "own", unknown, put(f"{first}.identity_public_key", "")),
         case("another state", "own", {"state 0": "unproven"}, put(f"{first}.state", 7)),
         case("a state that is not known", "own", {"state 0": "unproven"}, put(f"{first}.state", 4096)),
         case("delivered with a reason that nobody signed", "own", {"state 0": "failed"}, put(f"{first}.reason_code", 1)),
@@ -1583,14 +1637,36 @@ def receipt_vectors() -> Json:
         case("a reason that was not signed", "own", {"delivered 0": "failed", "state 0": "failed"}, put(f"{end}.reason_code", 1)),
         case("a time that was not signed", "own", no_end, put(f"{end}.at_ms", str(NOW_MS))),
         case("another signature of the device", "own", no_end, flipped("own", f"{end}.signature", 63)),
-        case("the signature of what was read", "own", no_end, put(f"{end}.signature", receipt_ack(PHONE, read)["signature"])),
+        case("the signature of what was read", "own", no_end, put(f"{end}.signature", receipt_ack(own, PHONE, read)["signature"])),
+        case(
+            "what the device signed over another envelope under the same content id",
+            "own",
+            no_end,
+            put(f"{end}", receipt_ack(forged, PHONE, delivered)),
+        ),
+        case("delivered, signed over no envelope", "own", no_end, put(f"{end}", receipt_ack(None, PHONE, delivered))),
+        case(
+            "could not be read",
+            "waiting",
+            {"unreadable 0": "proven", "state 0": "proven"},
+            put(f"{first}.state", 5),
+            put(f"{first}.reason_code", 108),
+            put(f"{first}.acknowledgements", [receipt_ack(None, PHONE, undelivered, 108)]),
+        ),
+        case(
+            "could not be read, by the signature of another device",
+            "waiting",
+            {"undelivered 0": "failed"},
+            put(f"{first}.state", 5),
+            put(f"{first}.acknowledgements", [receipt_ack(None, late, undelivered)]),
+        ),
         case("another time of reading", "own", {"read 0": "failed"}, put(f"{reading}.at_ms", "0")),
         case("delivered without a word of the device", "waiting", {"state 0": "failed"}, put(f"{first}.state", 4)),
         case(
             "delivered, and only reading was signed",
             "own",
             {"delivered 0": None, "state 0": "failed"},
-            put(f"{first}.acknowledgements", [arrived["acknowledgements"][1]]),
+            put(f"{first}.acknowledgements", [arrived(own)["acknowledgements"][1]]),
         ),
         case("blocked by the platform's word", "waiting", {"state 0": "unproven"}, put(f"{first}.state", 6)),
         case(
@@ -1598,7 +1674,7 @@ def receipt_vectors() -> Json:
             "waiting",
             {"blocked 0": "proven", "state 0": "proven", "message": "proven"},
             put(f"{first}.state", 6),
-            put(f"{first}.acknowledgements", [receipt_ack(PHONE, proofs.AckOutcome.BLOCKED)]),
+            put(f"{first}.acknowledgements", [receipt_ack(own, PHONE, proofs.AckOutcome.BLOCKED)]),
         ),
     ]
     plain = json.dumps(receipts["own"], separators=(",", ":"))
@@ -1636,7 +1712,7 @@ def receipt_vectors() -> Json:
             text("no version", without("version")),
             text("no deliveries", without("deliveries")),
             changed("an empty list of deliveries", "deliveries", []),
-            changed("a device twice", "deliveries", [arrived, arrived]),
+            changed("a device twice", "deliveries", [arrived(own)] * 2),
             changed("a name that is not known", "note", ""),
             changed("a name that is not known in a delivery", f"{first}.note", ""),
             changed("a name that is not known in an acknowledgement", f"{end}.note", ""),
@@ -1664,7 +1740,7 @@ def receipt_vectors() -> Json:
             changed("a reason of 17 bits", f"{first}.reason_code", 65536),
             changed("a delivery that is a list", "deliveries", [[]]),
             changed("deliveries that are an object", "deliveries", {}),
-            changed("four acknowledgements", f"{first}.acknowledgements", [arrived["acknowledgements"][0]] * 4),
+            changed("four acknowledgements", f"{first}.acknowledgements", [arrived(own)["acknowledgements"][0]] * 4),
             changed("outcome 0", f"{end}.outcome", 0),
             changed("outcome 5", f"{end}.outcome", 5),
             changed("a time as a number", f"{end}.at_ms", 7),

@@ -74,6 +74,7 @@ class Acknowledgements:
         proof = acknowledgement_proof(
             acknowledgement.message_id,
             acknowledgement.content_id,
+            acknowledgement.envelope_digest,
             registration.device_id,
             acknowledgement.outcome,
             acknowledgement.reason_code,
@@ -82,6 +83,7 @@ class Acknowledgements:
         return messages_pb2.Acknowledgement(
             message_id=acknowledgement.message_id,
             content_id=acknowledgement.content_id,
+            envelope_digest=acknowledgement.envelope_digest,
             outcome=messages_pb2.AckOutcome.ValueType(acknowledgement.outcome),
             reason_code=common_pb2.ReasonCode.ValueType(acknowledgement.reason_code),
             at_ms=acknowledgement.at_ms,

@@ -282,6 +282,11 @@ class Envelope:
             raise EnvelopeRefused
         return cls(header, data[:HEAD_BYTES], tuple(stanzas), tail)
 
+    @property
+    def digest(self) -> bytes:
+        """The 32 bytes that name this envelope in what devices sign, see `envelope_digest()`."""
+        return envelope_digest(evidence_of(self.head, self.tail))
+
     def stanza_for(self, device_id: DeviceId) -> Stanza | None:
         """The stanza of one device, or None if the envelope is not sealed to it."""
         for stanza in self.stanzas:
@@ -372,6 +377,12 @@ def evidence_of(head: bytes, tail: bytes) -> bytes:
     All that the signature covers, so that it verifies for ever (`verify_evidence()`); nothing in it is secret. Checks nothing.
     """
     return b"".join((head, hashlib.sha512(tail[:-SIGNATURE_BYTES]).digest(), tail[-SIGNATURE_BYTES:]))
+
+
+def envelope_digest(evidence: bytes) -> bytes:
+    """SHA-256 of the 254 bytes of `evidence_of()`: the name of an envelope in what devices sign. 32 bytes, the same for each device
+    and however often the envelope is sent, since stanzas do not count."""
+    return hashlib.sha256(evidence).digest()
 
 
 def verify_evidence(evidence: bytes, sender_public_key: bytes) -> None:

@@ -25,7 +25,7 @@ from sealpush.devicelog import DeviceNotice, NoticeKind
 from sealpush.errors import KeystoreBusy, KeystoreError, KeystoreTooNew, RootMismatch
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, SenderId, SubscriberId
 from sealpush.keys import DAY_MS, PREKEY_RETENTION_MS, EntryRole, IdentityKey, PrekeyKind, PrekeyPrivate
-from sealpush.proofs import AckOutcome
+from sealpush.proofs import NO_DIGEST, AckOutcome
 
 # A record of what was seen outlives its message: a clock that is wrong by days must not bring the message back.
 DEDUP_MARGIN_MS: Final = 7 * DAY_MS
@@ -41,11 +41,20 @@ _APPLICATION_ID: Final = 0x53504B31  # "SPK1": tells this file from any other SQ
 _I64_MAX: Final = (1 << 63) - 1
 
 
+class Seen(enum.Enum):
+    """What a store knows of an envelope by its sender, content id and digest. Who seals chooses the id, and may choose one twice."""
+
+    NEVER = "never"
+    THIS = "this envelope"
+    OTHER = "another envelope under the same content id"
+
+
 class CommitOutcome(enum.Enum):
     """What became of a message given to the store."""
 
     STORED = "stored"
-    DUPLICATE = "duplicate"  # its content was committed before
+    DUPLICATE = "duplicate"  # its envelope was committed before
+    CONFLICT = "conflict"  # another envelope with its content id was committed before; nothing was changed
     SUPERSEDED = "superseded"  # a later message with the same replace key is already here
 
 
@@ -77,12 +86,13 @@ class DeviceRegistration:
 class InboxMessage:
     """An opened message. `content` is the plaintext; it and the replace key never appear in a repr.
 
-    `local_id` is the store's own rising number, 0 before the message is stored. `shown_at_ms` and `read_at_ms` are
-    None until it happens.
+    `envelope_digest` is that of the envelope which brought it, for the acknowledgement that it was read. `local_id` is the store's
+    own rising number, 0 before the message is stored. `shown_at_ms` and `read_at_ms` are None until it happens.
     """
 
     message_id: MessageId
     content_id: ContentId
+    envelope_digest: bytes
     sender_id: SenderId
     created_at_ms: int
     expires_at_ms: int
@@ -97,10 +107,14 @@ class InboxMessage:
 
 @dataclass(frozen=True, slots=True)
 class PendingAcknowledgement:
-    """An acknowledgement that the server has not confirmed yet; sign it when sending, the bytes do not change."""
+    """An acknowledgement that the server has not confirmed yet; sign it when sending, the bytes do not change.
+
+    `envelope_digest` is `NO_DIGEST` where what came could not be read so far.
+    """
 
     message_id: MessageId
     content_id: ContentId
+    envelope_digest: bytes
     outcome: AckOutcome
     reason_code: int
     at_ms: int
@@ -205,8 +219,8 @@ class Keystore(Protocol):
         """Start the last 28 + 7 days of every signed prekey but this one; call it once the server has the new one."""
         ...
 
-    def seen(self, sender_id: SenderId, content_id: ContentId) -> bool:
-        """Whether this content was committed before, even if its message was deleted since."""
+    def seen(self, sender_id: SenderId, content_id: ContentId, envelope_digest: bytes) -> Seen:
+        """Whether this envelope, or another one with its content id, was committed before, even if its message was deleted since."""
         ...
 
     def commit_message(
@@ -219,7 +233,7 @@ class Keystore(Protocol):
         """Take in an opened message, in one transaction.
 
         New content is recorded as seen and stored, and stored messages of the sender with the same replace key and no
-        later creation time go. In every case a one-time `used_prekey` (suite, prekey_id, kind) is destroyed and the
+        later creation time go. In every case but CONFLICT a one-time `used_prekey` (suite, prekey_id, kind) is destroyed and the
         acknowledgement queued, unless one for this message and content is queued already. Repeating is harmless.
         """
         ...
@@ -227,7 +241,7 @@ class Keystore(Protocol):
     def queue_acknowledgement(self, acknowledgement: PendingAcknowledgement, *, sender_id: SenderId | None = None) -> bool:
         """Queue an acknowledgement without a message (undelivered, blocked, read); False if it is not needed.
 
-        The first outcome of a message stays; READ stands beside it. With `sender_id`, a negative outcome for content
+        The first outcome of a message stays; READ stands beside it. With `sender_id`, a negative outcome for an envelope
         that was committed meanwhile (by the other process) is dropped.
         """
         ...
@@ -305,14 +319,25 @@ def _check_page(limit: int) -> int:
 
 
 def _check_commit(message: InboxMessage, acknowledgement: PendingAcknowledgement) -> None:
-    if (acknowledgement.message_id, acknowledgement.content_id) != (message.message_id, message.content_id):
+    named = (acknowledgement.message_id, acknowledgement.content_id, acknowledgement.envelope_digest)
+    if named != (message.message_id, message.content_id, message.envelope_digest):
         raise KeystoreError("the acknowledgement is for another message; build it from the one that is committed")
     if len(message.content_id) != 16 or len(message.sender_id) != 16 or len(message.message_id) != 16:
         raise KeystoreError("message_id, content_id and sender_id must be 16 raw bytes")
+    if len(message.envelope_digest) != 32 or message.envelope_digest == NO_DIGEST:
+        raise KeystoreError("envelope_digest must be the 32 bytes of Envelope.digest")
 
 
-def _read_acknowledgement(message_id: MessageId, content_id: ContentId, at_ms: int) -> PendingAcknowledgement:
-    return PendingAcknowledgement(message_id, content_id, AckOutcome.READ, 0, at_ms)
+def _read_acknowledgement(message_id: MessageId, content_id: ContentId, envelope_digest: bytes, at_ms: int) -> PendingAcknowledgement:
+    return PendingAcknowledgement(message_id, content_id, envelope_digest, AckOutcome.READ, 0, at_ms)
+
+
+def _seen_as(known: bytes | None, envelope_digest: bytes) -> Seen:
+    """What a record of seen content, by the digest in it, says of an envelope with that content id."""
+    if known is None:
+        return Seen.NEVER
+    # A record of schema 1 does not say which envelope it was.
+    return Seen.THIS if known in (envelope_digest, NO_DIGEST) else Seen.OTHER
 
 
 class MemoryKeystore:
@@ -360,8 +385,8 @@ class MemoryKeystore:
         self._revocations: tuple[int, bytes] | None = None
         # (suite, id, kind) → (private half, time of deletion)
         self._prekeys: dict[tuple[int, int, PrekeyKind], tuple[PrekeyPrivate, int]] = {}
-        # (sender, content) → time until which it is known
-        self._seen: dict[tuple[SenderId, ContentId], int] = {}
+        # (sender, content) → (digest of its envelope, time until which it is known)
+        self._seen: dict[tuple[SenderId, ContentId], tuple[bytes, int]] = {}
         # local_id → message, in rising order
         self._messages: dict[int, InboxMessage] = {}
         # (message, content, is it READ) → acknowledgement, in the order queued
@@ -493,9 +518,13 @@ class MemoryKeystore:
                 if each.kind == PrekeyKind.SIGNED and each.prekey_id != keep_prekey_id:
                     self._prekeys[name] = (each, min(deleted_at_ms, now_ms + PREKEY_RETENTION_MS))
 
-    def seen(self, sender_id: SenderId, content_id: ContentId) -> bool:
+    def seen(self, sender_id: SenderId, content_id: ContentId, envelope_digest: bytes) -> Seen:
         with self._open():
-            return (sender_id, content_id) in self._seen
+            return self._seen_as(sender_id, content_id, envelope_digest)
+
+    def _seen_as(self, sender_id: SenderId, content_id: ContentId, envelope_digest: bytes) -> Seen:
+        known = self._seen.get((sender_id, content_id))
+        return _seen_as(None if known is None else known[0], envelope_digest)
 
     def commit_message(
         self,
@@ -506,13 +535,15 @@ class MemoryKeystore:
     ) -> CommitResult:
         _check_commit(message, acknowledgement)
         with self._open():
+            seen = self._seen_as(message.sender_id, message.content_id, message.envelope_digest)
+            if seen is Seen.OTHER:
+                return CommitResult(CommitOutcome.CONFLICT)
             if used_prekey is not None and used_prekey[2] == PrekeyKind.ONE_TIME:
                 self._prekeys.pop(used_prekey, None)
             self._queue(acknowledgement)
-            known = (message.sender_id, message.content_id)
-            if known in self._seen:
+            if seen is Seen.THIS:
                 return CommitResult(CommitOutcome.DUPLICATE)
-            self._seen[known] = message.expires_at_ms + DEDUP_MARGIN_MS
+            self._seen[message.sender_id, message.content_id] = (message.envelope_digest, message.expires_at_ms + DEDUP_MARGIN_MS)
             rivals = [
                 each
                 for each in self._messages.values()
@@ -528,8 +559,10 @@ class MemoryKeystore:
 
     def queue_acknowledgement(self, acknowledgement: PendingAcknowledgement, *, sender_id: SenderId | None = None) -> bool:
         with self._open():
-            if sender_id is not None and acknowledgement.outcome in _NEGATIVE and (sender_id, acknowledgement.content_id) in self._seen:
-                return False
+            if sender_id is not None and acknowledgement.outcome in _NEGATIVE:
+                seen = self._seen_as(sender_id, acknowledgement.content_id, acknowledgement.envelope_digest)
+                if seen is Seen.THIS:
+                    return False
             return self._queue(acknowledgement)
 
     def _queue(self, acknowledgement: PendingAcknowledgement) -> bool:
@@ -574,7 +607,7 @@ class MemoryKeystore:
                 return False
             self._messages[message.local_id] = replace(message, read_at_ms=at_ms)
             if acknowledge:
-                self._queue(_read_acknowledgement(message_id, message.content_id, at_ms))
+                self._queue(_read_acknowledgement(message_id, message.content_id, message.envelope_digest, at_ms))
             return True
 
     def delete_message(self, message_id: MessageId) -> bool:
@@ -616,7 +649,7 @@ class MemoryKeystore:
     def purge(self, now_ms: int) -> None:
         with self._open():
             self._prekeys = {name: each for name, each in self._prekeys.items() if each[1] > now_ms}
-            self._seen = {name: until_ms for name, until_ms in self._seen.items() if until_ms > now_ms}
+            self._seen = {name: each for name, each in self._seen.items() if each[1] > now_ms}
             for name, (serial, not_after_ms, _) in self._entries.items():
                 if not_after_ms <= now_ms:
                     self._entries[name] = (serial, not_after_ms, b"")
@@ -698,7 +731,7 @@ CREATE TABLE acknowledgements (
 """
 # What each later version adds to the one before it.
 _UPGRADES: Final = {
-    2: """
+    2: f"""
 -- The device log as far as it was followed; fact "log_head" is the head after its last entry.
 CREATE TABLE device_log (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL);
 
@@ -707,11 +740,20 @@ CREATE TABLE notices (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     kind INTEGER NOT NULL, at_ms INTEGER NOT NULL, device_id BLOB, identity_public_key BLOB NOT NULL
 );
-""",
+
+-- Which envelope it was; zeros: taken in before this column, and not known any more.
+ALTER TABLE seen ADD COLUMN envelope_digest BLOB NOT NULL DEFAULT x'{NO_DIGEST.hex()}';
+ALTER TABLE messages ADD COLUMN envelope_digest BLOB NOT NULL DEFAULT x'{NO_DIGEST.hex()}';
+ALTER TABLE acknowledgements ADD COLUMN envelope_digest BLOB NOT NULL DEFAULT x'{NO_DIGEST.hex()}';
+
+-- These cannot be signed without it. The service sends what is not acknowledged again, and finds it seen; that it was read is lost.
+DELETE FROM acknowledgements
+""",  # noqa: S608 - a constant
 }
 _TABLES: Final = ("facts", "prekeys", "entries", "seen", "messages", "acknowledgements", "device_log", "notices")
 _MESSAGE_COLUMNS: Final = (
-    "message_id, content_id, sender_id, created_at_ms, expires_at_ms, received_at_ms, content, replace_key, flags, shown_at_ms, read_at_ms"
+    "message_id, content_id, envelope_digest, sender_id, created_at_ms, expires_at_ms, received_at_ms, content, replace_key, flags,"
+    " shown_at_ms, read_at_ms"
 )
 
 
@@ -933,9 +975,9 @@ class SqliteKeystore:
                 (now_ms + PREKEY_RETENTION_MS, int(PrekeyKind.SIGNED), keep_prekey_id),
             )
 
-    def seen(self, sender_id: SenderId, content_id: ContentId) -> bool:
+    def seen(self, sender_id: SenderId, content_id: ContentId, envelope_digest: bytes) -> Seen:
         with self._reading() as connection:
-            return _seen(connection, sender_id, content_id)
+            return _seen(connection, sender_id, content_id, envelope_digest)
 
     def commit_message(
         self,
@@ -946,18 +988,21 @@ class SqliteKeystore:
     ) -> CommitResult:
         _check_commit(message, acknowledgement)
         with self._writing() as connection:
+            seen = _seen(connection, message.sender_id, message.content_id, message.envelope_digest)
+            if seen is Seen.OTHER:
+                return CommitResult(CommitOutcome.CONFLICT)
             if used_prekey is not None and used_prekey[2] == PrekeyKind.ONE_TIME:
                 connection.execute(
                     "DELETE FROM prekeys WHERE suite = ? AND prekey_id = ? AND kind = ?",
                     (used_prekey[0], used_prekey[1], int(used_prekey[2])),
                 )
             _queue(connection, acknowledgement)
-            recorded = connection.execute(
-                "INSERT INTO seen (sender_id, content_id, until_ms) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                (message.sender_id, message.content_id, message.expires_at_ms + DEDUP_MARGIN_MS),
-            )
-            if recorded.rowcount == 0:
+            if seen is Seen.THIS:
                 return CommitResult(CommitOutcome.DUPLICATE)
+            connection.execute(
+                "INSERT INTO seen (sender_id, content_id, envelope_digest, until_ms) VALUES (?, ?, ?, ?)",
+                (message.sender_id, message.content_id, message.envelope_digest, message.expires_at_ms + DEDUP_MARGIN_MS),
+            )
             # A replace key of NULL equals nothing, so such a message has no rivals.
             rivals = connection.execute(
                 "SELECT local_id, message_id, created_at_ms FROM messages WHERE sender_id = ? AND replace_key = ? ORDER BY local_id",
@@ -967,10 +1012,11 @@ class SqliteKeystore:
                 return CommitResult(CommitOutcome.SUPERSEDED)
             connection.executemany("DELETE FROM messages WHERE local_id = ?", [(rival[0],) for rival in rivals])
             connection.execute(
-                f"INSERT INTO messages ({_MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants
+                f"INSERT INTO messages ({_MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants
                 (
                     message.message_id,
                     message.content_id,
+                    message.envelope_digest,
                     message.sender_id,
                     message.created_at_ms,
                     message.expires_at_ms,
@@ -986,19 +1032,22 @@ class SqliteKeystore:
 
     def queue_acknowledgement(self, acknowledgement: PendingAcknowledgement, *, sender_id: SenderId | None = None) -> bool:
         with self._writing() as connection:
-            if sender_id is not None and acknowledgement.outcome in _NEGATIVE and _seen(connection, sender_id, acknowledgement.content_id):
-                return False
+            if sender_id is not None and acknowledgement.outcome in _NEGATIVE:
+                seen = _seen(connection, sender_id, acknowledgement.content_id, acknowledgement.envelope_digest)
+                if seen is Seen.THIS:
+                    return False
             return _queue(connection, acknowledgement)
 
     def pending_acknowledgements(self, limit: int = PAGE_MAX) -> list[PendingAcknowledgement]:
         with self._reading() as connection:
             rows = connection.execute(
-                "SELECT message_id, content_id, outcome, reason_code, at_ms FROM acknowledgements ORDER BY position LIMIT ?",
+                "SELECT message_id, content_id, envelope_digest, outcome, reason_code, at_ms FROM acknowledgements"
+                " ORDER BY position LIMIT ?",
                 (_check_page(limit),),
             )
             return [
-                PendingAcknowledgement(MessageId(message_id), ContentId(content_id), AckOutcome(outcome), reason, at_ms)
-                for message_id, content_id, outcome, reason, at_ms in rows
+                PendingAcknowledgement(MessageId(message_id), ContentId(content_id), envelope_digest, AckOutcome(outcome), reason, at_ms)
+                for message_id, content_id, envelope_digest, outcome, reason, at_ms in rows
             ]
 
     def confirm_acknowledgements(self, acknowledgements: Iterable[PendingAcknowledgement]) -> None:
@@ -1035,15 +1084,15 @@ class SqliteKeystore:
 
     def mark_read(self, message_id: MessageId, at_ms: int, *, acknowledge: bool) -> bool:
         with self._writing() as connection:
-            row: tuple[bytes] | None = connection.execute(
+            row: tuple[bytes, bytes] | None = connection.execute(
                 "UPDATE messages SET read_at_ms = ? WHERE read_at_ms IS NULL"
-                " AND local_id = (SELECT max(local_id) FROM messages WHERE message_id = ?) RETURNING content_id",
+                " AND local_id = (SELECT max(local_id) FROM messages WHERE message_id = ?) RETURNING content_id, envelope_digest",
                 (at_ms, message_id),
             ).fetchone()
             if row is None:
                 return False
             if acknowledge:
-                _queue(connection, _read_acknowledgement(message_id, ContentId(row[0]), at_ms))
+                _queue(connection, _read_acknowledgement(message_id, ContentId(row[0]), row[1], at_ms))
             return True
 
     def delete_message(self, message_id: MessageId) -> bool:
@@ -1227,9 +1276,11 @@ def _prekey(rows: sqlite3.Cursor) -> PrekeyPrivate | None:
     return PrekeyPrivate(suite, prekey_id, PrekeyKind(kind), public_key, private_key, created_at_ms, expires_at_ms)
 
 
-def _seen(connection: sqlite3.Connection, sender_id: SenderId, content_id: ContentId) -> bool:
-    found = connection.execute("SELECT 1 FROM seen WHERE sender_id = ? AND content_id = ?", (sender_id, content_id)).fetchone()
-    return found is not None
+def _seen(connection: sqlite3.Connection, sender_id: SenderId, content_id: ContentId, envelope_digest: bytes) -> Seen:
+    row: tuple[bytes] | None = connection.execute(
+        "SELECT envelope_digest FROM seen WHERE sender_id = ? AND content_id = ?", (sender_id, content_id)
+    ).fetchone()
+    return _seen_as(None if row is None else row[0], envelope_digest)
 
 
 def _add_notice(connection: sqlite3.Connection, notice: DeviceNotice) -> bool:
@@ -1243,11 +1294,12 @@ def _add_notice(connection: sqlite3.Connection, notice: DeviceNotice) -> bool:
 
 def _queue(connection: sqlite3.Connection, acknowledgement: PendingAcknowledgement) -> bool:
     done = connection.execute(
-        "INSERT INTO acknowledgements (message_id, content_id, is_read, outcome, reason_code, at_ms)"
-        " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        "INSERT INTO acknowledgements (message_id, content_id, envelope_digest, is_read, outcome, reason_code, at_ms)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
         (
             acknowledgement.message_id,
             acknowledgement.content_id,
+            acknowledgement.envelope_digest,
             acknowledgement.outcome == AckOutcome.READ,
             int(acknowledgement.outcome),
             acknowledgement.reason_code,

@@ -6,10 +6,12 @@ is worth nothing for another. Both sides build the bytes from what they know; on
 
     challenge answer   "SPP1-challenge" | 1 | device_id16 | len2 | challenge
     registration       "SPP1-register"  | 1 | registration_id16 | identity_public_key32 | len2 | app_id (ASCII)
-    acknowledgement    "SPP1-ack"       | 1 | message_id16 | content_id16 | device_id16 | outcome1
-                                           | reason_code2 | at_ms8
+    acknowledgement    "SPP1-ack"       | 1 | message_id16 | content_id16 | envelope_digest32 | device_id16
+                                           | outcome1 | reason_code2 | at_ms8
     change             "SPP1-change"    | 1 | device_id16 | counter8 | len1 | method (ASCII) | SHA-256(request body)32
     vouch              "SPP1-vouch"     | 1 | device_id16 | identity_public_key32 | by_device_id16 | added_head32
+
+An acknowledgement names the envelope by its digest, because who seals chooses the content id and may choose it twice.
 
 A change is an installation update, an unregistration, the removal of another device, a preference, a registration lock or a
 prekey upload: anything that must not be replayed. Its counter rises with every change of the device; the server refuses one
@@ -35,8 +37,11 @@ CHALLENGE_BYTES_MIN: Final = 16  # enough randomness that a challenge never repe
 CHALLENGE_BYTES_MAX: Final = 512  # a stateless challenge carries a time, a scope and a MAC; nothing needs more
 METHOD_BYTES_MAX: Final = 100  # a full gRPC method name
 
+# In place of an envelope's digest, where the device could not read that far.
+NO_DIGEST: Final = bytes(32)
+
 _VERSION: Final = b"\x01"
-_ACKNOWLEDGEMENT = struct.Struct(">16s16s16sBHQ")
+_ACKNOWLEDGEMENT = struct.Struct(">16s16s32s16sBHQ")
 _U64_MAX: Final = (1 << 64) - 1
 _U16_MAX: Final = (1 << 16) - 1
 
@@ -71,6 +76,7 @@ def registration_proof(registration_id: RegistrationId, identity_public_key: byt
 def acknowledgement_proof(
     message_id: MessageId,
     content_id: ContentId,
+    envelope_digest: bytes,
     device_id: DeviceId,
     outcome: AckOutcome,
     reason_code: int,
@@ -78,9 +84,12 @@ def acknowledgement_proof(
 ) -> bytes:
     """What a device signs about the end of one delivery.
 
+    `envelope_digest` is the 32 bytes of `Envelope.digest`, `NO_DIGEST` where the device could not read what came so far.
     `reason_code` is 0 to 65535 and 0 when there is nothing to say; `at_ms` is Unix milliseconds by the server's time.
     The bytes are the same however often they are built, so repeating an acknowledgement repeats its signature.
     """
+    if len(envelope_digest) != 32:
+        raise ValueError("envelope_digest must be the 32 bytes of Envelope.digest")
     if not 0 <= reason_code <= _U16_MAX:
         raise ValueError("reason_code must fit 16 bits")
     if not 0 <= at_ms <= _U64_MAX:
@@ -88,6 +97,7 @@ def acknowledgement_proof(
     fields = _ACKNOWLEDGEMENT.pack(
         check_id(message_id, "message_id"),
         check_id(content_id, "content_id"),
+        envelope_digest,
         check_id(device_id, "device_id"),
         AckOutcome(outcome),
         reason_code,
@@ -96,9 +106,9 @@ def acknowledgement_proof(
     return TAG_ACKNOWLEDGEMENT + _VERSION + fields
 
 
-def read_proof(message_id: MessageId, content_id: ContentId, device_id: DeviceId, at_ms: int) -> bytes:
+def read_proof(message_id: MessageId, content_id: ContentId, envelope_digest: bytes, device_id: DeviceId, at_ms: int) -> bytes:
     """What a device signs when its user has read a message: an acknowledgement with outcome READ and no reason."""
-    return acknowledgement_proof(message_id, content_id, device_id, AckOutcome.READ, 0, at_ms)
+    return acknowledgement_proof(message_id, content_id, envelope_digest, device_id, AckOutcome.READ, 0, at_ms)
 
 
 def change_proof(device_id: DeviceId, counter: int, method: str, body_sha256: bytes) -> bytes:

@@ -6,6 +6,8 @@ device signed about its delivery. Who verifies it needs the root's public key an
     evidence  = head126 | SHA-512(content)64 | signature64      head and content as in an envelope (envelope.py)
     signature = Ed25519(content-signing key, "SPE1-sig" | SHA-512(evidence without signature))
 
+Acknowledgements are signed over SHA-256(evidence) too, so they speak of this very envelope.
+
 A file is JSON: bytes as lower-case hex, `at_ms` as decimal text, everything else whole numbers. Without white space it is
 what a plain JSON writer gives, so no name stands twice and nothing is escaped; unknown names are refused.
 """
@@ -24,6 +26,7 @@ from sealpush.envelope import (
     Envelope,
     Header,
     content_public_key,
+    envelope_digest,
     evidence_of,
     verify_evidence,
 )
@@ -31,7 +34,8 @@ from sealpush.errors import EntryRefused, EnvelopeRefused, ReceiptRefused
 from sealpush.ids import ContentId, DeviceId, MessageId, SenderId, check_id, uuid7_ms, uuid_text
 from sealpush.keys import ENTRY_BYTES_MAX, EntryRole, SenderEntry, verify_sender_entry
 from sealpush.model import Reason, State, moment
-from sealpush.proofs import AckOutcome, acknowledgement_proof, verify_proof
+from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof, verify_proof
+from sealpush.revocations import RevocationList
 
 FORMAT: Final = "sealpush-receipt"
 VERSION: Final = 1
@@ -47,7 +51,7 @@ _U16_MAX: Final = (1 << 16) - 1
 
 @dataclass(frozen=True, slots=True)
 class SignedAcknowledgement:
-    """What a device signed about its delivery; the message, the content and the device are the receipt's.
+    """What a device signed about its delivery; the message, the content, the envelope and the device are the receipt's.
 
     `at_ms` is the device's time. Raises ValueError for a field out of bounds.
     """
@@ -236,7 +240,7 @@ class Finding(enum.Enum):
     PROVEN = "proven"
     # Nothing that was signed says so; the platform may say it.
     UNPROVEN = "not proven"
-    # What is there to prove it does not verify: somebody changed the receipt, or the root is another one.
+    # What is there to prove it does not verify: somebody changed the receipt, the root is another one or has revoked what it rests on.
     FAILED = "does not verify"
 
 
@@ -278,15 +282,18 @@ class ReceiptVerdict:
         )
 
 
-def verify_receipt(receipt: Receipt, root_public_key: bytes, *, envelope: bytes | None = None) -> ReceiptVerdict:
+def verify_receipt(
+    receipt: Receipt, root_public_key: bytes, *, envelope: bytes | None = None, revocations: RevocationList | None = None
+) -> ReceiptVerdict:
     """What the receipt proves to whoever trusts this root.
 
-    `envelope` is the whole envelope, if somebody kept it: it is compared, but for its stanzas, which nothing signs. Raises
-    ValueError for a root that is not 32 bytes.
+    `envelope` is the whole envelope, if somebody kept it: it is compared, but for its stanzas, which nothing signs. `revocations`
+    is the root's newest list, as `verify_revocations()` gives it: a receipt whose key or entries it revokes fails, whenever the content
+    was made, for whoever stole a key signs any time. Raises ValueError for a root that is not 32 bytes.
     """
     if len(root_public_key) != 32:
         raise ValueError("a root's public key is 32 bytes")
-    claims = [*_sender_claims(receipt, root_public_key), _content_claim(receipt, envelope)]
+    claims = [*_sender_claims(receipt, root_public_key, revocations), _content_claim(receipt, envelope)]
     for delivery in receipt.deliveries:
         claims += _delivery_claims(receipt, delivery)
     return ReceiptVerdict((*claims, *_limits(receipt, claims)))
@@ -303,7 +310,7 @@ def verify_entry_then(root_public_key: bytes, blob: bytes, created_at_ms: int, r
     return verify_sender_entry(root_public_key, blob, created_at_ms + CREATED_SKEW_MS, role=role)
 
 
-def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
+def _sender_claims(receipt: Receipt, root_public_key: bytes, revocations: RevocationList | None) -> Iterator[Claim]:
     """Who sealed and signed, when, and by which entries."""
     if not receipt.evidence:
         yield Claim(
@@ -327,7 +334,10 @@ def _sender_claims(receipt: Receipt, root_public_key: bytes) -> Iterator[Claim]:
         yield claim
     elif receipt.platform_entry:
         yield Claim("platform_entry", Finding.FAILED, "There is an entry of the platform, which did not seal this.")
-    yield _signature_claim(receipt, header, sender, platform)
+    claim, public_key = _signature_claim(receipt, header, sender, platform)
+    yield claim
+    if public_key is not None:
+        yield _revocation_claim(revocations, [each for each in (sender, platform) if each is not None], public_key)
 
 
 def _entry_claim(blob: bytes, root_public_key: bytes, header: Header, role: EntryRole) -> tuple[Claim, SenderEntry | None]:
@@ -352,25 +362,44 @@ def _why(error: EntryRefused) -> str:
     return f"it {what.removeprefix('the sender entry ').removeprefix('the entry ')}"
 
 
-def _signature_claim(receipt: Receipt, header: Header, sender: SenderEntry | None, platform: SenderEntry | None) -> Claim:
+def _signature_claim(
+    receipt: Receipt, header: Header, sender: SenderEntry | None, platform: SenderEntry | None
+) -> tuple[Claim, bytes | None]:
+    """What is to be said of the signature, and the key that made it if it holds."""
     name = "content_signature"
     if sender is None or (header.server_sealed and platform is None):
-        return Claim(name, Finding.UNPROVEN, "Without a valid entry nothing shows whose signature the envelope carries.")
+        return Claim(name, Finding.UNPROVEN, "Without a valid entry nothing shows whose signature the envelope carries."), None
     try:
         public_key = content_public_key(header, sender, platform)
     except EnvelopeRefused:
         way = "by the server" if header.server_sealed else "by the sender itself"
-        return Claim(name, Finding.FAILED, f"The entries do not allow that the key which the envelope names seals {way} at that time.")
+        return Claim(
+            name, Finding.FAILED, f"The entries do not allow that the key which the envelope names seals {way} at that time."
+        ), None
     try:
         verify_evidence(receipt.evidence, public_key)
     except EnvelopeRefused:
-        return Claim(name, Finding.FAILED, "The envelope is not signed by the key that it names.")
+        return Claim(name, Finding.FAILED, "The envelope is not signed by the key that it names."), None
     at, ref = _time(header.created_at_ms), header.recipient_ref.hex()[:16]
     if header.server_sealed:
         who = f"The platform sealed and signed this content for {sender.display_name!r}, which allows that"
     else:
         who = f"{sender.display_name!r} itself sealed and signed this content"
-    return Claim(name, Finding.PROVEN, f"{who}, at {at} by its clock, for the recipient that it knows as {ref}…")
+    return Claim(name, Finding.PROVEN, f"{who}, at {at} by its clock, for the recipient that it knows as {ref}…"), public_key
+
+
+def _revocation_claim(revocations: RevocationList | None, entries: list[SenderEntry], public_key: bytes) -> Claim:
+    name = "not_revoked"
+    if revocations is None:
+        return Claim(
+            name, Finding.UNPROVEN, "That the root has not taken back the key that signed: no revocation list was given to look into."
+        )
+    number = f"The root's revocation list {revocations.serial}, of {_time(revocations.issued_ms)},"
+    if revocations.revokes_key(public_key) or any(map(revocations.revokes_entry, entries)):
+        return Claim(
+            name, Finding.FAILED, f"{number} takes back the key that signed, or the entry: whoever stole it can sign with any earlier time."
+        )
+    return Claim(name, Finding.PROVEN, f"{number} takes back neither the key that signed nor its entry.")
 
 
 def _content_claim(receipt: Receipt, envelope: bytes | None) -> Claim:
@@ -395,6 +424,8 @@ _SIGNED: Final = {
     AckOutcome.BLOCKED: ("blocked", "refused the message because its user blocks the sender"),
     AckOutcome.READ: ("read", "showed the message to its user, who read it"),
 }
+# Of UNDELIVERED over no envelope.
+_UNREADABLE: Final = ("unreadable", "could not read what came as this message, whatever that was")
 # Which outcome a device must have signed for a state that it brings about itself.
 _STATE_OF: Final = {
     AckOutcome.DELIVERED: State.DELIVERED,
@@ -418,20 +449,31 @@ def _delivery_claims(receipt: Receipt, delivery: ReceiptDelivery) -> Iterator[Cl
         # Only an acknowledgement brings this state about.
         yield Claim("state", Finding.FAILED, f"The platform says {said}, and the device signed nothing of the kind.", delivery.device_id)
     else:
-        yield Claim("state", Finding.UNPROVEN, f"The platform says {said}; the device has signed nothing of the kind.", delivery.device_id)
+        yield Claim("state", Finding.UNPROVEN, f"The platform says {said}; nothing shows that the device said so.", delivery.device_id)
 
 
 def _acknowledgement_claim(receipt: Receipt, delivery: ReceiptDelivery, ack: SignedAcknowledgement) -> Claim:
     name, what = _SIGNED[ack.outcome]
+    if not receipt.evidence:
+        return Claim(
+            name, Finding.UNPROVEN, f"Whether the device {what}: nothing is kept of the envelope that it signed over.", delivery.device_id
+        )
     if not delivery.identity_public_key:
         return Claim(name, Finding.UNPROVEN, f"Whether the device {what}: its key is not known.", delivery.device_id)
-    proof = acknowledgement_proof(receipt.message_id, receipt.content_id, delivery.device_id, ack.outcome, ack.reason, ack.at_ms)
-    if not verify_proof(delivery.identity_public_key, proof, ack.signature):
-        return Claim(name, Finding.FAILED, f"That the device {what} is not signed by its key.", delivery.device_id)
+    if not _is_signed(receipt, delivery, ack, envelope_digest(receipt.evidence)):
+        if ack.outcome is not AckOutcome.UNDELIVERED or not _is_signed(receipt, delivery, ack, NO_DIGEST):
+            return Claim(name, Finding.FAILED, f"That the device {what} is not signed by its key.", delivery.device_id)
+        name, what = _UNREADABLE
     why = f" ({ack.reason.name})" if ack.reason else ""
     return Claim(
         name, Finding.PROVEN, f"The device's key signed that it {what}{why}, at {_time(ack.at_ms)} by its clock.", delivery.device_id
     )
+
+
+def _is_signed(receipt: Receipt, delivery: ReceiptDelivery, ack: SignedAcknowledgement, digest: bytes) -> bool:
+    """Whether the device signed this acknowledgement over the envelope with this digest."""
+    proof = acknowledgement_proof(receipt.message_id, receipt.content_id, digest, delivery.device_id, ack.outcome, ack.reason, ack.at_ms)
+    return verify_proof(delivery.identity_public_key, proof, ack.signature)
 
 
 def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
@@ -442,9 +484,9 @@ def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
     yield Claim(
         "message",
         Finding.PROVEN if linked else Finding.UNPROVEN,
-        f"A device's key signed that the message {message} carried the content of this id, which who sealed it must not have used twice."
+        f"A device's key signed that the message {message} brought it this very envelope."
         if linked
-        else f"That the message {message} carried this content: only a device's signature would show it.",
+        else f"That the message {message} carried this envelope: only a device's signature would show it.",
     )
     try:
         accepted = f" Its id says {_time(uuid7_ms(receipt.message_id))}, by the platform's clock."

@@ -7,6 +7,9 @@ Three ways out: *taken* (an acknowledgement DELIVERED is queued), *refused* (UND
 check), and *held* (nothing is queued, so the service keeps it: a clock that cannot be trusted yet, no answer about the
 sender, a busy store). A crash at any point repeats a step: the store knows what was seen, and owes acknowledgements until
 the service has answered them.
+
+What is acknowledged is an envelope, named by its digest: another one under the content id of one that is here is refused, because
+DELIVERED says that this very envelope was opened.
 """
 
 import asyncio
@@ -18,10 +21,10 @@ from sealpush.errors import EnvelopeRefused, KeystoreBusy
 from sealpush.floor import floor
 from sealpush.ids import ContentId, MessageId, SenderId
 from sealpush.inbox import FLAG_MUTED, Committed, Inbox, parse_content
-from sealpush.keystore import InboxMessage, Keystore, PendingAcknowledgement
+from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement, Seen
 from sealpush.local import EXPIRY_SKEW_MS, FUTURE_SKEW_MS, Held, ServerTime, Store, Trouble, Who
 from sealpush.model import Reason
-from sealpush.proofs import AckOutcome
+from sealpush.proofs import NO_DIGEST, AckOutcome
 from sealpush.retry import Deadline
 from sealpush.session import Session
 from sealpush.suites import SUITES
@@ -67,10 +70,13 @@ class Receiver:
         if len(delivery.message_id) != 16:
             raise Held("a delivery without a message id cannot be acknowledged")
         envelope = Envelope.parse(delivery.envelope)
-        header = envelope.header
+        header, digest = envelope.header, envelope.digest
         stanza = envelope.stanza_for(registration.device_id)
         min_suite, seen = await self._store(
-            lambda keystore: (floor(keystore).min_suite(header.created_at_ms), keystore.seen(header.sender_id, header.content_id))
+            lambda keystore: (
+                floor(keystore).min_suite(header.created_at_ms),
+                keystore.seen(header.sender_id, header.content_id, digest),
+            )
         )
         if stanza is None or stanza.suite not in SUITES or stanza.suite < min_suite:
             raise EnvelopeRefused
@@ -79,8 +85,10 @@ class Receiver:
             await self._refuse(delivery, Reason.LIFETIME_OVER)
             return None
         # Seen before?
-        if seen:
-            delivered = self._delivered(delivery, header)
+        if seen is Seen.OTHER:
+            raise EnvelopeRefused
+        if seen is Seen.THIS:
+            delivered = self._delivered(delivery, header, digest)
             await self._store(lambda keystore: keystore.queue_acknowledgement(delivered))
             return None
         # The sender's entry and its mode.
@@ -95,12 +103,14 @@ class Receiver:
                 sender_public_key=public_key,
                 min_suite=min_suite,
             )
-            message = self._inbox_message(delivery, header, plaintext)
+            message = self._inbox_message(delivery, header, digest, plaintext)
             result = keystore.commit_message(
                 message,
-                acknowledgement=self._delivered(delivery, header),
+                acknowledgement=self._delivered(delivery, header, digest),
                 used_prekey=(stanza.suite, stanza.prekey_id, stanza.kind),
             )
+            if result.outcome is CommitOutcome.CONFLICT:
+                raise EnvelopeRefused
             return Committed(message, result.replaced) if result else None
 
         try:
@@ -120,11 +130,12 @@ class Receiver:
             raise Held("the message is from the future by the server's own time; it waits")
         return verdict is TimeCheck.EXPIRED
 
-    def _inbox_message(self, delivery: messages_pb2.Delivery, header: Header, plaintext: bytes) -> InboxMessage:
+    def _inbox_message(self, delivery: messages_pb2.Delivery, header: Header, digest: bytes, plaintext: bytes) -> InboxMessage:
         """As stored. Raises EnvelopeRefused for a plaintext that is no content."""
         return InboxMessage(
             message_id=MessageId(delivery.message_id),
             content_id=header.content_id,
+            envelope_digest=digest,
             sender_id=header.sender_id,
             created_at_ms=header.created_at_ms,
             expires_at_ms=header.expires_at_ms,
@@ -134,16 +145,16 @@ class Receiver:
             flags=header.flags | (FLAG_MUTED if delivery.muted else 0),
         )
 
-    def _delivered(self, delivery: messages_pb2.Delivery, header: Header) -> PendingAcknowledgement:
+    def _delivered(self, delivery: messages_pb2.Delivery, header: Header, digest: bytes) -> PendingAcknowledgement:
         return PendingAcknowledgement(
-            MessageId(delivery.message_id), header.content_id, AckOutcome.DELIVERED, int(Reason.UNSPECIFIED), self._time.now_ms()
+            MessageId(delivery.message_id), header.content_id, digest, AckOutcome.DELIVERED, int(Reason.UNSPECIFIED), self._time.now_ms()
         )
 
     async def _refuse(self, delivery: messages_pb2.Delivery, reason: Reason) -> None:
-        """Queue UNDELIVERED, unless the other process of this device opened the same content meanwhile."""
-        sender_id, content_id = _names_in(delivery.envelope)
+        """Queue UNDELIVERED, unless the other process of this device opened the same envelope meanwhile."""
+        sender_id, content_id, digest = _names_in(delivery.envelope)
         acknowledgement = PendingAcknowledgement(
-            MessageId(delivery.message_id), content_id, AckOutcome.UNDELIVERED, int(reason), self._time.now_ms()
+            MessageId(delivery.message_id), content_id, digest, AckOutcome.UNDELIVERED, int(reason), self._time.now_ms()
         )
         await self._store(lambda keystore: keystore.queue_acknowledgement(acknowledgement, sender_id=sender_id))
 
@@ -157,11 +168,11 @@ def _check_times(header: Header, now_ms: int) -> TimeCheck:
     return TimeCheck.OK
 
 
-def _names_in(envelope: bytes) -> tuple[SenderId | None, ContentId]:
-    """Which sender and content an envelope speaks of, as far as it can be read; zeros name no content."""
+def _names_in(envelope: bytes) -> tuple[SenderId | None, ContentId, bytes]:
+    """Which sender and content an envelope speaks of, and its digest, as far as it can be read; zeros name nothing."""
     with contextlib.suppress(EnvelopeRefused):
-        header = Envelope.parse(envelope).header
-        return header.sender_id, header.content_id
+        parsed = Envelope.parse(envelope)
+        return parsed.header.sender_id, parsed.header.content_id, parsed.digest
     if envelope[:4] == MAGIC and len(envelope) >= 22:
-        return None, ContentId(envelope[6:22])  # where the header has it: names the message, proves nothing
-    return None, ContentId(bytes(16))
+        return None, ContentId(envelope[6:22]), NO_DIGEST  # where the header has it: names the message, proves nothing
+    return None, ContentId(bytes(16)), NO_DIGEST

@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
+from sealpush.envelope import envelope_digest, evidence_of
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId, uuid7
 from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2
@@ -85,12 +86,18 @@ def proto(made: NewMessage) -> mailbox_pb2.NewMessage:
     )
 
 
+def digest(of: NewMessage) -> bytes:
+    """What names the envelope of a message in what its devices sign."""
+    return envelope_digest(evidence_of(of.head, of.tail))
+
+
 async def put(store: MailboxStore, *messages: NewMessage) -> set[MessageId]:
     return await store.store(messages, [[WakeUpId(an_id()) for _ in each.deliveries] for each in messages], set())
 
 
 def ack(of: NewMessage, outcome: AckOutcome = AckOutcome.DELIVERED, *, device: int = 0, reason: int = 0, **changes: Any) -> Ack:
-    made = Ack(of.message_id, of.deliveries[device].device_id, of.content_id, outcome, reason, to_ms(datetime.now(UTC)), b"s" * 64)
+    device_id, now_ms = of.deliveries[device].device_id, to_ms(datetime.now(UTC))
+    made = Ack(of.message_id, device_id, of.content_id, digest(of), outcome, reason, now_ms, b"s" * 64)
     return replace(made, **changes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -365,12 +366,40 @@ async def test_a_wrong_content_or_device_is_unknown_and_changes_nothing(store: M
         ack(made, device_id=DeviceId(an_id())),
         ack(made, message_id=MessageId(uuid7())),
         ack(made, AckOutcome.READ, content_id=ContentId(an_id())),
+        *(ack(made, outcome, envelope_digest=os.urandom(32)) for outcome in AckOutcome),
     ]
-    assert [(each.verdict, each.state) for each in await store.acknowledge(wrong)] == [(Verdict.UNKNOWN, None)] * 4
+    assert [(each.verdict, each.state) for each in await store.acknowledge(wrong)] == [(Verdict.UNKNOWN, None)] * len(wrong)
     assert await states(store, made) == [(State.QUEUED, 0)]
     # A wrong one does not stand in the way of the right one beside it.
     answers = await store.acknowledge([wrong[0], ack(made)])
     assert [each.verdict for each in answers] == [Verdict.UNKNOWN, Verdict.ACCEPTED]
+
+
+async def test_late_and_reading_acknowledgements_of_another_envelope_are_unknown(store: MailboxStore) -> None:
+    made = message()
+    await put(store, made)
+    await store.acknowledge([ack(made)])
+    wrong = [ack(made, outcome, envelope_digest=os.urandom(32)) for outcome in AckOutcome]
+    assert [each.verdict for each in await store.acknowledge(wrong)] == [Verdict.UNKNOWN] * len(wrong)
+    (record,) = await store.statuses(made.key.sender_id, [made.message_id])
+    assert (record.deliveries[0].late_ack_at, record.deliveries[0].read_at) == (None, None)
+    # What could not be read may be said late, and the right one beside a wrong one counts.
+    unread, *reads = await store.acknowledge(
+        [ack(made, AckOutcome.UNDELIVERED, envelope_digest=None), wrong[-1], ack(made, AckOutcome.READ)]
+    )
+    assert (unread.verdict, unread.state) == (Verdict.LATE, State.DELIVERED)
+    assert reads[-1].verdict is Verdict.ACCEPTED
+
+
+async def test_a_message_from_before_evidence_was_kept_takes_any_envelope_and_is_read_once(store: MailboxStore, sql: Connection) -> None:
+    made = message()
+    await put(store, made)
+    await sql.execute("UPDATE messages SET evidence = NULL WHERE message_id = $1", made.message_id)
+    (ended,) = await store.acknowledge([ack(made, envelope_digest=os.urandom(32))])
+    assert (ended.verdict, ended.state) == (Verdict.ACCEPTED, State.DELIVERED)
+    reads = await store.acknowledge([ack(made, AckOutcome.READ, envelope_digest=os.urandom(32)) for _ in range(3)])
+    assert [each.verdict for each in reads] == [Verdict.ACCEPTED] * 3
+    assert [each[1] for each in await journal(sql, made)].count(2) == 1
 
 
 async def test_of_acknowledgements_at_once_one_is_kept_as_it_was_signed(store: MailboxStore) -> None:
@@ -1096,7 +1125,8 @@ class Machine:
             return
         outcome, right = AckOutcome(1 + b % 4), b % 3 != 2
         given_ack = ack(each.of, outcome, device=each.device)
-        (answer,) = await self.store.acknowledge([given_ack if right else replace(given_ack, content_id=ContentId(an_id()))])
+        wrong = {"content_id": ContentId(an_id())} if b % 2 else {"envelope_digest": bytes(32)}
+        (answer,) = await self.store.acknowledge([given_ack if right else replace(given_ack, **wrong)])
         if not right:
             assert answer.verdict is Verdict.UNKNOWN
         elif outcome is AckOutcome.READ:

@@ -16,7 +16,7 @@ from sealpushd.fetch.rules import Ack, NewMessage, Report, TakeQuery, Verdict, W
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.db import Connection, Database, connect
 from tests.contract.harness import Migrated
-from tests.contract.mailboxes import PUSHED, RETRY, TOKEN_GONE, a_session, ack, an_id, claim, delivery, message, put, report
+from tests.contract.mailboxes import PUSHED, RETRY, TOKEN_GONE, a_session, ack, an_id, claim, delivery, digest, message, put, report
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -52,7 +52,7 @@ async def test_pushes_fetches_and_acknowledgements_of_the_same_deliveries_never_
     app_id = AppId(f"app-{an_id().hex()}")
     for _ in range(ROUNDS):
         made = [message(delivery(devices[n % DEVICES]), app_id=app_id) for n in range(MESSAGES)]
-        contents = {each.message_id: each.content_id for each in made}
+        contents = {each.message_id: (each.content_id, digest(each)) for each in made}
         await store.store(made, [[WakeUpId(an_id())] for _ in made], set())
         session = uuid7()
         await store.keep_sessions([session])
@@ -61,11 +61,11 @@ async def test_pushes_fetches_and_acknowledgements_of_the_same_deliveries_never_
             while claimed := await store.claim(session, [(app_id, 1, 16)]):
                 await store.report(session, [Report(w.message_id, w.device_id, w.fence, 1, None, 0, "") for w in claimed])
 
-        async def fetch(first: int, contents: dict[MessageId, ContentId] = contents) -> None:
+        async def fetch(first: int, contents: dict[MessageId, tuple[ContentId, bytes]] = contents) -> None:
             mine = devices[first:] + devices[:first]
             while any(taken := await store.take([TakeQuery(device, most=16) for device in mine])):
                 acks = [
-                    Ack(each.message_id, each.device_id, contents[each.message_id], AckOutcome.DELIVERED, 0, 1, b"s" * 64)
+                    Ack(each.message_id, each.device_id, *contents[each.message_id], AckOutcome.DELIVERED, 0, 1, b"s" * 64)
                     for found in taken
                     for each in found
                 ]
@@ -92,7 +92,7 @@ async def test_late_acknowledgements_and_readings_of_the_same_deliveries_never_f
 
     def acks(outcome: AckOutcome) -> list[Ack]:
         return [
-            Ack(each.message_id, each.deliveries[0].device_id, each.content_id, outcome, 0, 1, b"s" * 64)
+            Ack(each.message_id, each.deliveries[0].device_id, each.content_id, digest(each), outcome, 0, 1, b"s" * 64)
             for each in random.sample(made, len(made))
         ]
 

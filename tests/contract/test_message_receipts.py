@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -16,9 +17,9 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
-from sealpush.envelope import Envelope, evidence_of
+from sealpush.envelope import Envelope, evidence_of, seal
 from sealpush.errors import NotFound, PermissionDenied
-from sealpush.ids import ContentId, DeviceId, MessageId, SenderId, SubscriberId, uuid7
+from sealpush.ids import DeviceId, MessageId, SenderId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
     ContentSigningKey,
@@ -33,7 +34,7 @@ from sealpush.keys import (
     sign_sender_entry,
 )
 from sealpush.model import ContentClass, Reason, State
-from sealpush.proofs import AckOutcome, acknowledgement_proof, sign_proof
+from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof, sign_proof
 from sealpush.publication import Accepted
 from sealpush.receipts import Claim, Finding, Receipt, ReceiptVerdict, verify_receipt
 from sealpush.sender import Sender
@@ -95,13 +96,22 @@ class Phone:
         return {each.message_id: each.envelope for each in answer.deliveries}
 
     async def acknowledge(
-        self, message_id: MessageId, content_id: ContentId, outcome: AckOutcome = AckOutcome.DELIVERED, reason: Reason = Reason.UNSPECIFIED
+        self,
+        message_id: MessageId,
+        envelope: bytes,
+        outcome: AckOutcome = AckOutcome.DELIVERED,
+        reason: Reason = Reason.UNSPECIFIED,
+        *,
+        readable: bool = True,
     ) -> None:
         at_ms = to_ms(self.world.clock.now())
-        proof = acknowledgement_proof(message_id, content_id, self.device_id, outcome, reason, at_ms)
+        parsed = Envelope.parse(envelope)
+        content_id, digest = parsed.header.content_id, parsed.digest if readable else NO_DIGEST
+        proof = acknowledgement_proof(message_id, content_id, digest, self.device_id, outcome, reason, at_ms)
         ack = messages_pb2.Acknowledgement(
             message_id=message_id,
             content_id=content_id,
+            envelope_digest=digest,
             outcome=messages_pb2.AckOutcome.ValueType(outcome),
             reason_code=common_pb2.ReasonCode.ValueType(reason),
             at_ms=at_ms,
@@ -114,7 +124,7 @@ class Phone:
         """Fetch a message and acknowledge it so; the envelope."""
         envelope = (await self.fetch())[message_id]
         for outcome in outcomes or (AckOutcome.DELIVERED,):
-            await self.acknowledge(message_id, Envelope.parse(envelope).header.content_id, outcome)
+            await self.acknowledge(message_id, envelope, outcome)
         return envelope
 
 
@@ -350,6 +360,7 @@ async def test_a_delivered_message_is_proven_after_its_content_is_gone(world: Wo
         ("sender_entry", Finding.PROVEN),
         *([] if sealed else [("platform_entry", Finding.PROVEN)]),
         ("content_signature", Finding.PROVEN),
+        ("not_revoked", Finding.UNPROVEN),
         ("content", Finding.PROVEN),
         ("delivered", Finding.PROVEN),
         ("read", Finding.PROVEN),
@@ -373,13 +384,44 @@ async def test_before_any_device_signed_only_the_senders_part_is_proven(world: W
     assert "QUEUED" in about(verdict, phone)[0].sentence
 
 
+async def test_a_sender_gone_bad_cannot_show_another_content_under_the_id_of_the_delivered_one(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender, sealed=True)
+    header = Envelope.parse(await phone.take(message_id, AckOutcome.DELIVERED, AckOutcome.READ)).header
+    other = seal(b"You agreed to everything.", header, [], world.signing_key)
+    forged = dataclasses.replace(await sender.receipt(message_id), evidence=evidence_of(other.head, other.tail))
+    verdict = verified(forged, other.encode())
+    assert verdict.delivered_to == ()
+    # The sender truly signed it; that is why the device's word has to be about the envelope.
+    assert claims(verdict, "content_signature", "content", "delivered", "read", "message") == [
+        ("content_signature", Finding.PROVEN),
+        ("content", Finding.PROVEN),
+        ("delivered", Finding.FAILED),
+        ("read", Finding.FAILED),
+        ("message", Finding.UNPROVEN),
+    ]
+
+
+async def test_what_a_device_could_not_read_proves_nothing_of_the_envelope(world: World) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    envelope = (await phone.fetch())[message_id]
+    await phone.acknowledge(message_id, envelope, AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN, readable=False)
+    verdict = verified(await sender.receipt(message_id), envelope)
+    assert verdict.sender_proven
+    assert claims(verdict, "unreadable", "undelivered", "state", "message") == [
+        ("unreadable", Finding.PROVEN),
+        ("state", Finding.PROVEN),
+        ("message", Finding.UNPROVEN),
+    ]
+
+
 async def test_each_of_several_devices_speaks_for_itself(world: World) -> None:
     delivered, refused, silent = await world.phone(), await world.phone(), await world.phone()
     sender = await world.sender()
     message_id = await publish(sender, sealed=True)
     envelope = await delivered.take(message_id)
-    content_id = Envelope.parse(envelope).header.content_id
-    await refused.acknowledge(message_id, content_id, AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)
+    await refused.acknowledge(message_id, envelope, AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)
     verdict = verified(await sender.receipt(message_id))
     assert verdict.sender_proven
     assert verdict.delivered_to == (delivered.device_id,)
@@ -394,7 +436,7 @@ async def test_what_arrived_after_a_cancellation_is_proven_beside_it(world: Worl
     message_id = await publish(sender)
     envelope = (await phone.fetch())[message_id]
     await sender.cancel(message_id)
-    await phone.acknowledge(message_id, Envelope.parse(envelope).header.content_id)
+    await phone.acknowledge(message_id, envelope)
     receipt = await sender.receipt(message_id)
     (delivery,) = receipt.deliveries
     assert (delivery.state, len(delivery.acknowledgements)) == (State.CANCELLED, 1)
@@ -407,11 +449,11 @@ async def test_what_arrived_after_a_cancellation_is_proven_beside_it(world: Worl
 async def test_of_repeated_acknowledgements_the_first_is_kept(world: World) -> None:
     phone, sender = await world.phone(), await world.sender()
     message_id = await publish(sender)
-    content_id = Envelope.parse(await phone.take(message_id, AckOutcome.DELIVERED, AckOutcome.READ)).header.content_id
+    envelope = await phone.take(message_id, AckOutcome.DELIVERED, AckOutcome.READ)
     first = await sender.receipt(message_id)
     world.clock.advance(timedelta(seconds=1))
     for outcome in (AckOutcome.DELIVERED, AckOutcome.READ, AckOutcome.UNDELIVERED):
-        await phone.acknowledge(message_id, content_id, outcome)
+        await phone.acknowledge(message_id, envelope, outcome)
     again = await sender.receipt(message_id)
     (before,), (after,) = first.deliveries, again.deliveries
     assert after.acknowledgements[0] == before.acknowledgements[0]
@@ -444,7 +486,7 @@ async def test_a_device_that_was_removed_since_is_still_proven(world: World) -> 
     assert verified(await sender.receipt(message_id)).delivered_to == (phone.device_id,)
 
 
-async def test_a_message_from_before_evidence_was_kept_says_so_and_keeps_what_its_device_signed(world: World) -> None:
+async def test_a_message_from_before_evidence_was_kept_says_so_and_proves_nothing(world: World) -> None:
     phone, sender = await world.phone(), await world.sender()
     message_id = await publish(sender)
     await phone.take(message_id)
@@ -452,7 +494,8 @@ async def test_a_message_from_before_evidence_was_kept_says_so_and_keeps_what_it
     verdict = verified(await sender.receipt(message_id))
     assert not verdict.failed
     assert not verdict.sender_proven
-    assert verdict.delivered_to == (phone.device_id,)
+    assert verdict.delivered_to == ()
+    assert claims(verdict, "delivered", "state") == [("delivered", Finding.UNPROVEN), ("state", Finding.UNPROVEN)]
     (absent,) = [each for each in verdict.claims if each.name == "content_signature"]
     assert absent.finding is Finding.UNPROVEN
     assert "Nothing of the envelope is kept" in absent.sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import SecretStr
 
 from sealpush.ids import DeviceId, SubscriberId, uuid7
 from sealpush.keys import IdentityKey
-from sealpush.proofs import AckOutcome, acknowledgement_proof, read_proof, sign_proof
+from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof, read_proof, sign_proof
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc
 from sealpushd.fetch.app import build
 from sealpushd.fetch.leases import Leases
@@ -32,7 +33,7 @@ from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
-from tests.contract.mailboxes import an_id, delivery, end, listening, message, proto
+from tests.contract.mailboxes import an_id, delivery, digest, end, listening, message, proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -53,15 +54,19 @@ class Phone:
         caller = DeviceCaller(self.device_id, SubscriberId(an_id()), "app", self.identity.public_key)
         return (("authorization", f"Bearer {self.mesh.keys['registration'].device_token(caller)[0]}"),)
 
-    def ack(self, of: NewMessage, outcome: AckOutcome = AckOutcome.DELIVERED, reason: int = 0) -> messages_pb2.Acknowledgement:
+    def ack(
+        self, of: NewMessage, outcome: AckOutcome = AckOutcome.DELIVERED, reason: int = 0, *, envelope_digest: bytes | None = None
+    ) -> messages_pb2.Acknowledgement:
         at_ms = 1_700_000_000_000
+        named = digest(of) if envelope_digest is None else envelope_digest
         if outcome is AckOutcome.READ:
-            proof = read_proof(of.message_id, of.content_id, self.device_id, at_ms)
+            proof = read_proof(of.message_id, of.content_id, named, self.device_id, at_ms)
         else:
-            proof = acknowledgement_proof(of.message_id, of.content_id, self.device_id, outcome, reason, at_ms)
+            proof = acknowledgement_proof(of.message_id, of.content_id, named, self.device_id, outcome, reason, at_ms)
         return messages_pb2.Acknowledgement(
             message_id=of.message_id,
             content_id=of.content_id,
+            envelope_digest=named,
             outcome=messages_pb2.AckOutcome.ValueType(outcome),
             reason_code=common_pb2.ReasonCode.ValueType(reason),
             at_ms=at_ms,
@@ -364,6 +369,12 @@ async def test_an_acknowledgement_with_any_field_changed_is_refused_and_harms_no
     wrong = [
         changed(good, message_id=b"short"),
         changed(good, content_id=an_id()),
+        changed(good, envelope_digest=os.urandom(32)),
+        changed(good, envelope_digest=NO_DIGEST),
+        changed(good, envelope_digest=b""),
+        phone.ack(made, envelope_digest=NO_DIGEST),
+        phone.ack(made, AckOutcome.BLOCKED, envelope_digest=NO_DIGEST),
+        phone.ack(made, AckOutcome.READ, envelope_digest=NO_DIGEST),
         changed(good, outcome=messages_pb2.ACK_OUTCOME_UNDELIVERED),
         changed(good, outcome=0),
         changed(good, outcome=99),
@@ -381,7 +392,7 @@ async def test_well_signed_numbers_that_mean_nothing_are_refused_and_fail_nobody
     phone, neighbour = world.phone(), world.phone()
     made, other = phone.message(), neighbour.message()
     await world.store(made, other)
-    proof = acknowledgement_proof(made.message_id, made.content_id, phone.device_id, AckOutcome.UNDELIVERED, reason, at_ms)
+    proof = acknowledgement_proof(made.message_id, made.content_id, digest(made), phone.device_id, AckOutcome.UNDELIVERED, reason, at_ms)
     odd = changed(
         phone.ack(made),
         outcome=messages_pb2.ACK_OUTCOME_UNDELIVERED,
@@ -392,6 +403,18 @@ async def test_well_signed_numbers_that_mean_nothing_are_refused_and_fail_nobody
     (refused,), (accepted,) = await asyncio.gather(world.acknowledge(phone, odd), world.acknowledge(neighbour, neighbour.ack(other)))
     assert refused.verdict == messages_pb2.ACK_VERDICT_REFUSED
     assert accepted.verdict == messages_pb2.ACK_VERDICT_ACCEPTED
+
+
+async def test_an_acknowledgement_of_another_envelope_ends_nothing(world: World) -> None:
+    phone = world.phone()
+    made = phone.message()
+    await world.store(made)
+    results = await world.acknowledge(phone, *(phone.ack(made, outcome, envelope_digest=os.urandom(32)) for outcome in AckOutcome))
+    assert [each.verdict for each in results] == [messages_pb2.ACK_VERDICT_UNKNOWN] * len(AckOutcome)
+    ((again,),) = await world.drain(phone)
+    assert again.message_id == made.message_id
+    (unread,) = await world.acknowledge(phone, phone.ack(made, AckOutcome.UNDELIVERED, envelope_digest=NO_DIGEST))
+    assert (unread.verdict, unread.state) == (messages_pb2.ACK_VERDICT_ACCEPTED, common_pb2.STATE_UNDELIVERED)
 
 
 async def test_more_acknowledgements_than_one_request_holds_are_refused(world: World) -> None:

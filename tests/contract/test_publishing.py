@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from sealpush.envelope import Envelope, Header, open_envelope, seal
 from sealpush.envelope import Recipient as EnvelopeRecipient
-from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
+from sealpush.ids import ContentId, DeviceId, MessageId, RecipientRef, SenderId, SubscriberId, uuid7
 from sealpush.keys import (
     DAY_MS,
     TIME_MS_MAX,
@@ -256,8 +256,12 @@ class World:
         return answer.status
 
     async def acknowledge(self, message_id: bytes, device: Device) -> None:
-        content_id = await self.sql.fetchval("SELECT content_id FROM messages WHERE message_id = $1", message_id)
-        await self.store.acknowledge([Ack(message_id, device.device_id, content_id, AckOutcome.DELIVERED, 0, 1, bytes(64))])  # type: ignore[arg-type]
+        row = await self.sql.fetchrow("SELECT content_id, sha256(evidence) AS digest FROM messages WHERE message_id = $1", message_id)
+        assert row is not None
+        ack = Ack(
+            MessageId(message_id), DeviceId(device.device_id), row["content_id"], row["digest"], AckOutcome.DELIVERED, 0, 1, bytes(64)
+        )
+        await self.store.acknowledge([ack])
 
     async def grace_over(self, message_id: bytes) -> None:
         """Let the grace of a message's dead tokens end now; the mailbox's own sweep finds it."""

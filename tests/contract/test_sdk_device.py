@@ -32,7 +32,7 @@ from sealpush import live
 from sealpush.device import Device, Installation, Message, Preference, SealedBy
 from sealpush.devicelog import DeviceNotice, EntryKind, LogEntry, NoticeKind, next_head, start_head
 from sealpush.entries import PROFILE_FAILED_PAUSE_S, PROFILE_PAUSE_S, Revocations, SenderProfile
-from sealpush.envelope import FLAG_SERVER_SEALED, Header, Recipient, seal
+from sealpush.envelope import FLAG_SERVER_SEALED, Envelope, Header, Recipient, seal
 from sealpush.errors import (
     CallFailed,
     EntryRefused,
@@ -59,10 +59,11 @@ from sealpush.keys import (
     sign_sender_entry,
     verify_prekey,
 )
-from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
+from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, MemoryKeystore, PendingAcknowledgement, SqliteKeystore
 from sealpush.local import FUTURE_SKEW_MS, Store, Trouble
 from sealpush.model import Platform, Reason
 from sealpush.proofs import (
+    NO_DIGEST,
     AckOutcome,
     acknowledgement_proof,
     body_digest,
@@ -422,7 +423,13 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
     def take(self, phone: Phone, ack: messages_pb2.Acknowledgement) -> messages_pb2.AckResult:
         self.acknowledged.append(ack)
         proof = acknowledgement_proof(
-            MessageId(ack.message_id), ContentId(ack.content_id), phone.device_id, AckOutcome(ack.outcome), ack.reason_code, ack.at_ms
+            MessageId(ack.message_id),
+            ContentId(ack.content_id),
+            ack.envelope_digest,
+            phone.device_id,
+            AckOutcome(ack.outcome),
+            ack.reason_code,
+            ack.at_ms,
         )
         if not verify_proof(phone.identity_public_key, proof, ack.signature):
             verdict = messages_pb2.ACK_VERDICT_REFUSED
@@ -852,15 +859,72 @@ async def test_a_lost_answer_to_an_acknowledgement_is_harmless(service: Service,
     assert len({each.SerializeToString() for each in service.acknowledged}) == 1
 
 
-async def test_a_duplicate_is_acknowledged_again_and_not_shown(service: Service, make: Make) -> None:
-    device = await register(make())
-    content_id = ContentId(b"C" * 16)
-    service.send("once", content_id=content_id)
+def digest_of(delivery: messages_pb2.Delivery) -> bytes:
+    return Envelope.parse(delivery.envelope).digest
+
+
+async def test_the_same_envelope_again_is_acknowledged_again_and_not_shown(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    sent = service.send("once")
     assert texts(await device.drain()) == ["once"]
-    service.send("twice", content_id=content_id)
+    service.put(sent.envelope)
     assert await device.drain() == []
     assert service.outcomes() == [AckOutcome.DELIVERED] * 2
+    assert {each.envelope_digest for each in service.acknowledged} == {digest_of(sent)}
     assert texts(await device.inbox()) == ["once"]
+
+
+async def test_another_envelope_under_a_seen_content_id_is_never_acknowledged_as_delivered(
+    service: Service, make: Make, keystore: Keystore
+) -> None:
+    device = await register(make(keystore))
+    content_id = ContentId(b"C" * 16)
+    first = service.send("once", content_id=content_id)
+    assert texts(await device.drain()) == ["once"]
+    # Also one that says the very same.
+    for text in ("another", "once"):
+        other = service.send(text, content_id=content_id)
+        assert await make(keystore).drain() == []
+        assert service.reasons()[-1] == (AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)
+        assert service.acknowledged[-1].envelope_digest == digest_of(other)
+    # The first one, as often as it comes, is what it was; and it is what was read.
+    service.put(first.envelope)
+    await device.drain()
+    assert await device.mark_read(MessageId(first.message_id))
+    await device.drain()
+    assert service.outcomes()[-2:] == [AckOutcome.DELIVERED, AckOutcome.READ]
+    assert {each.envelope_digest for each in service.acknowledged[-2:]} == {digest_of(first)}
+    assert texts(await device.inbox()) == ["once"]
+
+
+async def test_an_envelope_whose_content_id_another_process_takes_meanwhile_is_refused(
+    service: Service, make: Make, tmp_path: Path
+) -> None:
+    """It was opened when nothing had that id; what is stored decides."""
+    with SqliteKeystore(tmp_path / "keys.db") as one, SqliteKeystore(tmp_path / "keys.db") as other:
+        device = await register(make(one))
+        mine = service.send("mine", content_id=ContentId(b"C" * 16))
+        theirs = InboxMessage(MessageId(uuid7()), ContentId(b"C" * 16), b"d" * 32, SENDER, 0, FOREVER_MS, 0, Content().SerializeToString())
+        taken = PendingAcknowledgement(theirs.message_id, theirs.content_id, theirs.envelope_digest, AckOutcome.DELIVERED, 0, 0)
+        # The app has found the id unseen and asks who the sender is.
+        outcomes: list[CommitOutcome] = []
+        service.meanwhile["GetSenderProfile"] = lambda: outcomes.append(other.commit_message(theirs, acknowledgement=taken).outcome)
+        await device.drain()
+        assert outcomes == [CommitOutcome.STORED]
+        said = {each.message_id: (AckOutcome(each.outcome), each.envelope_digest) for each in service.acknowledged}
+        assert said == {
+            theirs.message_id: (AckOutcome.DELIVERED, b"d" * 32),
+            mine.message_id: (AckOutcome.UNDELIVERED, digest_of(mine)),
+        }
+        assert [each.message_id for each in await device.inbox()] == [theirs.message_id]
+
+
+async def test_what_cannot_be_read_is_acknowledged_without_an_envelope(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.put(b"noise")
+    await device.drain()
+    assert service.reasons() == [(AckOutcome.UNDELIVERED, Reason.DEVICE_CANNOT_OPEN)]
+    assert service.acknowledged[0].envelope_digest == NO_DIGEST
 
 
 async def test_a_service_whose_clock_runs_ahead_for_a_while_makes_a_phone_forget_nothing(

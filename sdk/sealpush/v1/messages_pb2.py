@@ -26,17 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sealpush.v1 import common_pb2 as sealpush_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpush/v1/messages.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\"\x8e\x02\n\x08\x44\x65livery\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x12\n\nwake_up_id\x18\x02 \x01(\x0c\x12\x10\n\x08\x65nvelope\x18\x03 \x01(\x0c\x12\'\n\x08priority\x18\x04 \x01(\x0e\x32\x15.sealpush.v1.Priority\x12\x30\n\rcontent_class\x18\x05 \x01(\x0e\x32\x19.sealpush.v1.ContentClass\x12\r\n\x05muted\x18\x06 \x01(\x08\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\"\n\x0c\x46\x65tchRequest\x12\x12\n\nwake_up_id\x18\x01 \x01(\x0c\"i\n\rFetchResponse\x12\'\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x15.sealpush.v1.Delivery\x12/\n\x0bserver_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"5\n\x0c\x44rainRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\x0c\"\x84\x01\n\rDrainResponse\x12)\n\ndeliveries\x18\x01 \x03(\x0b\x32\x15.sealpush.v1.Delivery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb3\x01\n\x0f\x41\x63knowledgement\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x12\n\ncontent_id\x18\x02 \x01(\x0c\x12(\n\x07outcome\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.AckOutcome\x12,\n\x0breason_code\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12\r\n\x05\x61t_ms\x18\x05 \x01(\x04\x12\x11\n\tsignature\x18\x06 \x01(\x0c\"L\n\x12\x41\x63knowledgeRequest\x12\x36\n\x10\x61\x63knowledgements\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.Acknowledgement\"l\n\tAckResult\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12(\n\x07verdict\x18\x02 \x01(\x0e\x32\x17.sealpush.v1.AckVerdict\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.sealpush.v1.State\">\n\x13\x41\x63knowledgeResponse\x12\'\n\x07results\x18\x01 \x03(\x0b\x32\x16.sealpush.v1.AckResult\"G\n\rStreamRequest\x12\x36\n\x10\x61\x63knowledgements\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.Acknowledgement\"\xaf\x01\n\x0eStreamResponse\x12)\n\ndeliveries\x18\x01 \x03(\x0b\x32\x15.sealpush.v1.Delivery\x12+\n\x0b\x61\x63k_results\x18\x02 \x03(\x0b\x32\x16.sealpush.v1.AckResult\x12\x14\n\x0c\x62\x61\x63klog_done\x18\x03 \x01(\x08\x12/\n\x0bserver_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x90\x01\n\nAckOutcome\x12\x1b\n\x17\x41\x43K_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x43K_OUTCOME_DELIVERED\x10\x01\x12\x1b\n\x17\x41\x43K_OUTCOME_UNDELIVERED\x10\x02\x12\x17\n\x13\x41\x43K_OUTCOME_BLOCKED\x10\x03\x12\x14\n\x10\x41\x43K_OUTCOME_READ\x10\x04*\x8b\x01\n\nAckVerdict\x12\x1b\n\x17\x41\x43K_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43K_VERDICT_ACCEPTED\x10\x01\x12\x14\n\x10\x41\x43K_VERDICT_LATE\x10\x02\x12\x17\n\x13\x41\x43K_VERDICT_UNKNOWN\x10\x03\x12\x17\n\x13\x41\x43K_VERDICT_REFUSED\x10\x04\x32\xa3\x02\n\x08Messages\x12>\n\x05\x46\x65tch\x12\x19.sealpush.v1.FetchRequest\x1a\x1a.sealpush.v1.FetchResponse\x12>\n\x05\x44rain\x12\x19.sealpush.v1.DrainRequest\x1a\x1a.sealpush.v1.DrainResponse\x12P\n\x0b\x41\x63knowledge\x12\x1f.sealpush.v1.AcknowledgeRequest\x1a .sealpush.v1.AcknowledgeResponse\x12\x45\n\x06Stream\x12\x1a.sealpush.v1.StreamRequest\x1a\x1b.sealpush.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asealpush/v1/messages.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\"\x8e\x02\n\x08\x44\x65livery\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x12\n\nwake_up_id\x18\x02 \x01(\x0c\x12\x10\n\x08\x65nvelope\x18\x03 \x01(\x0c\x12\'\n\x08priority\x18\x04 \x01(\x0e\x32\x15.sealpush.v1.Priority\x12\x30\n\rcontent_class\x18\x05 \x01(\x0e\x32\x19.sealpush.v1.ContentClass\x12\r\n\x05muted\x18\x06 \x01(\x08\x12.\n\ncreated_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\"\n\x0c\x46\x65tchRequest\x12\x12\n\nwake_up_id\x18\x01 \x01(\x0c\"i\n\rFetchResponse\x12\'\n\x08\x64\x65livery\x18\x01 \x01(\x0b\x32\x15.sealpush.v1.Delivery\x12/\n\x0bserver_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"5\n\x0c\x44rainRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\x0c\"\x84\x01\n\rDrainResponse\x12)\n\ndeliveries\x18\x01 \x03(\x0b\x32\x15.sealpush.v1.Delivery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\x0c\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xcc\x01\n\x0f\x41\x63knowledgement\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x12\n\ncontent_id\x18\x02 \x01(\x0c\x12(\n\x07outcome\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.AckOutcome\x12,\n\x0breason_code\x18\x04 \x01(\x0e\x32\x17.sealpush.v1.ReasonCode\x12\r\n\x05\x61t_ms\x18\x05 \x01(\x04\x12\x11\n\tsignature\x18\x06 \x01(\x0c\x12\x17\n\x0f\x65nvelope_digest\x18\x07 \x01(\x0c\"L\n\x12\x41\x63knowledgeRequest\x12\x36\n\x10\x61\x63knowledgements\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.Acknowledgement\"l\n\tAckResult\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12(\n\x07verdict\x18\x02 \x01(\x0e\x32\x17.sealpush.v1.AckVerdict\x12!\n\x05state\x18\x03 \x01(\x0e\x32\x12.sealpush.v1.State\">\n\x13\x41\x63knowledgeResponse\x12\'\n\x07results\x18\x01 \x03(\x0b\x32\x16.sealpush.v1.AckResult\"G\n\rStreamRequest\x12\x36\n\x10\x61\x63knowledgements\x18\x01 \x03(\x0b\x32\x1c.sealpush.v1.Acknowledgement\"\xaf\x01\n\x0eStreamResponse\x12)\n\ndeliveries\x18\x01 \x03(\x0b\x32\x15.sealpush.v1.Delivery\x12+\n\x0b\x61\x63k_results\x18\x02 \x03(\x0b\x32\x16.sealpush.v1.AckResult\x12\x14\n\x0c\x62\x61\x63klog_done\x18\x03 \x01(\x08\x12/\n\x0bserver_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x90\x01\n\nAckOutcome\x12\x1b\n\x17\x41\x43K_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x43K_OUTCOME_DELIVERED\x10\x01\x12\x1b\n\x17\x41\x43K_OUTCOME_UNDELIVERED\x10\x02\x12\x17\n\x13\x41\x43K_OUTCOME_BLOCKED\x10\x03\x12\x14\n\x10\x41\x43K_OUTCOME_READ\x10\x04*\x8b\x01\n\nAckVerdict\x12\x1b\n\x17\x41\x43K_VERDICT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43K_VERDICT_ACCEPTED\x10\x01\x12\x14\n\x10\x41\x43K_VERDICT_LATE\x10\x02\x12\x17\n\x13\x41\x43K_VERDICT_UNKNOWN\x10\x03\x12\x17\n\x13\x41\x43K_VERDICT_REFUSED\x10\x04\x32\xa3\x02\n\x08Messages\x12>\n\x05\x46\x65tch\x12\x19.sealpush.v1.FetchRequest\x1a\x1a.sealpush.v1.FetchResponse\x12>\n\x05\x44rain\x12\x19.sealpush.v1.DrainRequest\x1a\x1a.sealpush.v1.DrainResponse\x12P\n\x0b\x41\x63knowledge\x12\x1f.sealpush.v1.AcknowledgeRequest\x1a .sealpush.v1.AcknowledgeResponse\x12\x45\n\x06Stream\x12\x1a.sealpush.v1.StreamRequest\x1a\x1b.sealpush.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sealpush.v1.messages_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACKOUTCOME']._serialized_start=1394
-  _globals['_ACKOUTCOME']._serialized_end=1538
-  _globals['_ACKVERDICT']._serialized_start=1541
-  _globals['_ACKVERDICT']._serialized_end=1680
+  _globals['_ACKOUTCOME']._serialized_start=1419
+  _globals['_ACKOUTCOME']._serialized_end=1563
+  _globals['_ACKVERDICT']._serialized_start=1566
+  _globals['_ACKVERDICT']._serialized_end=1705
   _globals['_DELIVERY']._serialized_start=103
   _globals['_DELIVERY']._serialized_end=373
   _globals['_FETCHREQUEST']._serialized_start=375
@@ -48,17 +48,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINRESPONSE']._serialized_start=574
   _globals['_DRAINRESPONSE']._serialized_end=706
   _globals['_ACKNOWLEDGEMENT']._serialized_start=709
-  _globals['_ACKNOWLEDGEMENT']._serialized_end=888
-  _globals['_ACKNOWLEDGEREQUEST']._serialized_start=890
-  _globals['_ACKNOWLEDGEREQUEST']._serialized_end=966
-  _globals['_ACKRESULT']._serialized_start=968
-  _globals['_ACKRESULT']._serialized_end=1076
-  _globals['_ACKNOWLEDGERESPONSE']._serialized_start=1078
-  _globals['_ACKNOWLEDGERESPONSE']._serialized_end=1140
-  _globals['_STREAMREQUEST']._serialized_start=1142
-  _globals['_STREAMREQUEST']._serialized_end=1213
-  _globals['_STREAMRESPONSE']._serialized_start=1216
-  _globals['_STREAMRESPONSE']._serialized_end=1391
-  _globals['_MESSAGES']._serialized_start=1683
-  _globals['_MESSAGES']._serialized_end=1974
+  _globals['_ACKNOWLEDGEMENT']._serialized_end=913
+  _globals['_ACKNOWLEDGEREQUEST']._serialized_start=915
+  _globals['_ACKNOWLEDGEREQUEST']._serialized_end=991
+  _globals['_ACKRESULT']._serialized_start=993
+  _globals['_ACKRESULT']._serialized_end=1101
+  _globals['_ACKNOWLEDGERESPONSE']._serialized_start=1103
+  _globals['_ACKNOWLEDGERESPONSE']._serialized_end=1165
+  _globals['_STREAMREQUEST']._serialized_start=1167
+  _globals['_STREAMREQUEST']._serialized_end=1238
+  _globals['_STREAMRESPONSE']._serialized_start=1241
+  _globals['_STREAMRESPONSE']._serialized_end=1416
+  _globals['_MESSAGES']._serialized_start=1708
+  _globals['_MESSAGES']._serialized_end=1999
 # @@protoc_insertion_point(module_scope)

@@ -66,7 +66,7 @@ class _AckVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AckVerdict
     ACK_VERDICT_LATE: _AckVerdict.ValueType  # 2
     """It had ended in another way; recorded as late."""
     ACK_VERDICT_UNKNOWN: _AckVerdict.ValueType  # 3
-    """No such delivery of this device."""
+    """No such delivery of this device, or not with this content id and envelope."""
     ACK_VERDICT_REFUSED: _AckVerdict.ValueType  # 4
     """The signature or a field is wrong; do not repeat it."""
 
@@ -80,7 +80,7 @@ ACK_VERDICT_ACCEPTED: AckVerdict.ValueType  # 1
 ACK_VERDICT_LATE: AckVerdict.ValueType  # 2
 """It had ended in another way; recorded as late."""
 ACK_VERDICT_UNKNOWN: AckVerdict.ValueType  # 3
-"""No such delivery of this device."""
+"""No such delivery of this device, or not with this content id and envelope."""
 ACK_VERDICT_REFUSED: AckVerdict.ValueType  # 4
 """The signature or a field is wrong; do not repeat it."""
 Global___AckVerdict: _TypeAlias = AckVerdict  # noqa: Y015
@@ -255,6 +255,7 @@ class Acknowledgement(_message.Message):
     REASON_CODE_FIELD_NUMBER: _builtins.int
     AT_MS_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    ENVELOPE_DIGEST_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
     """16 bytes, from the delivery."""
     content_id: _builtins.bytes
@@ -267,6 +268,10 @@ class Acknowledgement(_message.Message):
     """The device's time of the outcome, milliseconds since 1970-01-01 UTC, as signed."""
     signature: _builtins.bytes
     """64 bytes: acknowledgement proof by the identity key."""
+    envelope_digest: _builtins.bytes
+    """32 bytes: the digest of the envelope (docs/device-protocol.md). 32 zero bytes with UNDELIVERED where the device could not read what came
+    far enough to have one.
+    """
     def __init__(
         self,
         *,
@@ -276,10 +281,11 @@ class Acknowledgement(_message.Message):
         reason_code: _common_pb2.ReasonCode.ValueType = ...,
         at_ms: _builtins.int = ...,
         signature: _builtins.bytes = ...,
+        envelope_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_ms", b"at_ms", "content_id", b"content_id", "message_id", b"message_id", "outcome", b"outcome", "reason_code", b"reason_code", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_ms", b"at_ms", "content_id", b"content_id", "envelope_digest", b"envelope_digest", "message_id", b"message_id", "outcome", b"outcome", "reason_code", b"reason_code", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

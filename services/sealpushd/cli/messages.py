@@ -222,6 +222,9 @@ def explained(status: MessageStatus) -> list[str]:
     "--root-public-key", metavar="HEX", help="The root that the app pins, from a source of its own. Default: that of the running `up`."
 )
 @click.option("--envelope", type=files.EXISTING, help="The envelope, if the sender kept it: compare it with what was signed.")
+@click.option(
+    "--revocations", type=files.EXISTING, metavar="LIST", help="The root's newest revocation list: see whether it takes back the key."
+)
 @_from
 @_json
 @data_dir_option
@@ -231,6 +234,7 @@ def receipt(
     given: Path | None,
     root_public_key: str | None,
     envelope: Path | None,
+    revocations: Path | None,
     sender_name: str | None,
     as_json: bool,
     data_dir: Path,
@@ -251,6 +255,7 @@ def receipt(
         raise WronglyCalled("--verify needs --root-public-key, and no --out: the file is there already")
     root = files.parse_key(Endpoints.load(data_dir).root_public_key if root_public_key is None else root_public_key, "--root-public-key")
     kept = None if envelope is None else files.read(envelope, ENVELOPE_BYTES_MAX)
+    revoked = None if revocations is None else receipts.read_revocations(revocations, root)
 
     async def fetch(wanted: MessageId) -> Receipt:
         async with _senders(data_dir) as open_sender:
@@ -263,7 +268,7 @@ def receipt(
             out.write_text(found.to_json(), encoding="ascii")
         except OSError as e:
             raise WronglyCalled(f"{out} cannot be written: {e.strerror}") from e
-    verdict = verify_receipt(found, root, envelope=kept)
+    verdict = verify_receipt(found, root, envelope=kept, revocations=revoked)
     if as_json:
         _print_json(receipts.as_document(found, verdict, root))
     else:

@@ -11,6 +11,7 @@ from sealpushd.cli import files
 
 if TYPE_CHECKING:
     from sealpush.receipts import Claim, Receipt, ReceiptVerdict
+    from sealpush.revocations import RevocationList
 
 _LINE_CHARACTERS: Final = 110
 # The longest word for a finding, and room around it.
@@ -71,6 +72,13 @@ def _block(title: str, claims: list[Claim]) -> Iterator[str]:
 
 def conclusion(verdict: ReceiptVerdict) -> str:
     """What it comes to, in a line or two."""
+    from sealpush.receipts import Finding
+
+    if {each.name for each in verdict.claims if each.finding is Finding.FAILED} == {"not_revoked"}:
+        return (
+            "It verifies, but the root has REVOKED what it rests on. Believe it only if it is the same as a receipt that somebody else "
+            "got before the key was stolen, or gets from the service."
+        )
     if verdict.failed:
         return "It does NOT verify: the receipt was changed, or the root is not the one that the app pins. Believe none of it."
     devices = len(verdict.delivered_to)
@@ -90,3 +98,10 @@ def read_receipt(path: Path) -> Receipt:
     from sealpush.receipts import RECEIPT_BYTES_MAX, Receipt
 
     return Receipt.from_json(files.read(path, RECEIPT_BYTES_MAX))
+
+
+def read_revocations(path: Path, root_public_key: bytes) -> RevocationList:
+    """The list in a file of `sealpush root revoke`, if this root signed it. Raises WronglyCalled, RevocationsRefused."""
+    from sealpush.revocations import verify_revocations
+
+    return verify_revocations(root_public_key, files.read_signed(path).signed)

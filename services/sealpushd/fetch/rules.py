@@ -180,11 +180,12 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """A verified acknowledgement."""
+    """An acknowledgement whose signature is right. `envelope_digest` is None where the device could not read what came."""
 
     message_id: MessageId
     device_id: DeviceId
     content_id: ContentId
+    envelope_digest: bytes | None
     outcome: AckOutcome
     reason: int
     at_ms: int

@@ -262,10 +262,20 @@ class MailboxStore:
     async def _acknowledge(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
         columns = _columns(
             (
-                (a.message_id, a.device_id, rules.ack_state(a.outcome), a.reason, a.content_id, a.outcome, a.at_ms, a.signature)
+                (
+                    a.message_id,
+                    a.device_id,
+                    rules.ack_state(a.outcome),
+                    a.reason,
+                    a.content_id,
+                    a.outcome,
+                    a.at_ms,
+                    a.signature,
+                    a.envelope_digest,
+                )
                 for _, a in acks
             ),
-            8,
+            9,
         )
         rows = await self._locked(((a.message_id, a.device_id) for _, a in acks), "close", *columns)
         closed = {(row["message_id"], row["device_id"]): State(row["state"]) for row in rows}
@@ -290,7 +300,9 @@ class MailboxStore:
 
     async def _late_acks(self, acks: Sequence[tuple[int, Ack]]) -> tuple[dict[int, AckAnswer], list[tuple[int, Ack]]]:
         """Answers, and those acknowledgements whose delivery is still open."""
-        columns = _columns(((a.message_id, a.device_id, a.content_id, a.outcome, a.reason, a.at_ms, a.signature) for _, a in acks), 7)
+        columns = _columns(
+            ((a.message_id, a.device_id, a.content_id, a.outcome, a.reason, a.at_ms, a.signature, a.envelope_digest) for _, a in acks), 8
+        )
         rows = await self._one_at_a_time("late_ack", *columns)
         found = {(row["message_id"], row["device_id"]): row for row in rows}
         answers = {}
@@ -307,10 +319,10 @@ class MailboxStore:
         return answers, overdue
 
     async def _read(self, acks: Sequence[tuple[int, Ack]]) -> dict[int, AckAnswer]:
-        distinct: dict[tuple[bytes, ...], tuple[int, bytes]] = {}
+        distinct: dict[tuple[bytes | None, ...], tuple[int, bytes]] = {}
         for _, a in acks:
-            distinct.setdefault((a.message_id, a.device_id, a.content_id), (a.at_ms, a.signature))
-        rows = await self._one_at_a_time("read", *_columns(((*key, *signed) for key, signed in distinct.items()), 5))
+            distinct.setdefault((a.message_id, a.device_id, a.content_id, a.envelope_digest), (a.at_ms, a.signature))
+        rows = await self._one_at_a_time("read", *_columns(((*key, *signed) for key, signed in distinct.items()), 6))
         found = {(row["message_id"], row["device_id"]): State(row["state"]) for row in rows}
         answers = {}
         for n, a in acks:
@@ -568,7 +580,7 @@ def _signed_acks(row: asyncpg.Record) -> tuple[SignedAck, ...]:
 
 def _close_columns(endings: Sequence[Ending]) -> list[list[Any]]:
     distinct = {(e.message_id, e.device_id): e for e in endings}
-    return _columns(((e.message_id, e.device_id, e.state, e.reason, None, None, None, None) for e in distinct.values()), 8)
+    return _columns(((e.message_id, e.device_id, e.state, e.reason, None, None, None, None, None) for e in distinct.values()), 9)
 
 
 def _ended(row: asyncpg.Record) -> Ended:

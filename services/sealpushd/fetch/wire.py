@@ -72,19 +72,20 @@ def parse_ack(proto: messages_pb2.Acknowledgement, device_id: DeviceId, identity
         outcome = AckOutcome(proto.outcome)
     except ValueError:
         return None
-    message_id, content_id = MessageId(proto.message_id), ContentId(proto.content_id)
+    message_id, content_id, digest = MessageId(proto.message_id), ContentId(proto.content_id), proto.envelope_digest
+    if digest == proofs.NO_DIGEST and outcome is not AckOutcome.UNDELIVERED:
+        return None
     try:
         if outcome is AckOutcome.READ:
-            proof = proofs.read_proof(message_id, content_id, device_id, proto.at_ms)
+            proof = proofs.read_proof(message_id, content_id, digest, device_id, proto.at_ms)
         else:
-            proof = proofs.acknowledgement_proof(
-                message_id, content_id, device_id, proofs.AckOutcome(outcome), proto.reason_code, proto.at_ms
-            )
+            proof = proofs.acknowledgement_proof(message_id, content_id, digest, device_id, outcome, proto.reason_code, proto.at_ms)
     except ValueError:
         return None
     if not proofs.verify_proof(identity_public_key, proof, proto.signature):
         return None
-    return Ack(message_id, device_id, content_id, outcome, proto.reason_code, proto.at_ms, proto.signature)
+    known = None if digest == proofs.NO_DIGEST else digest
+    return Ack(message_id, device_id, content_id, known, outcome, proto.reason_code, proto.at_ms, proto.signature)
 
 
 def to_delivery(taken: Taken) -> messages_pb2.Delivery:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sealpushd.cli.app import run
+from sealpushd.signedfile import Kind, SignedFile
 
 VECTORS = json.loads((Path(__file__).resolve().parents[2] / "vectors/receipts.json").read_text(encoding="utf-8"))
 CASES = {case["name"]: case for case in VECTORS["cases"]}
@@ -40,8 +41,8 @@ def test_what_verifies_is_told_by_sender_device_and_message(tmp_path: Path, caps
     [
         ("evidence: recipient ref", "It does NOT verify"),
         ("another root", "It does NOT verify"),
-        ("no evidence", "The sender's part is NOT proven. One device signed"),
-        ("no entry of the sender", "The sender's part is NOT proven."),
+        ("no evidence", "The sender's part is NOT proven. No device has signed"),
+        ("no entry of the sender", "The sender's part is NOT proven. One device signed"),
     ],
 )
 def test_what_is_not_proven_fails_and_says_so(name: str, conclusion: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +72,41 @@ def test_the_envelope_that_was_kept_is_compared(tmp_path: Path, capsys: pytest.C
     assert verify(tmp_path, "another envelope", "--envelope", str(kept)) == 1
 
 
+def listed(folder: Path, name: str) -> str:
+    """The revocation list of a case, as `sealpush root` writes it."""
+    path = folder / "list"
+    path.write_bytes(SignedFile(Kind.REVOCATIONS, bytes.fromhex(ROOT), bytes.fromhex(CASES[name]["revocations"])).encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["the key is revoked", "the entry is revoked", "the platform's key is revoked"])
+def test_what_the_root_took_back_is_told_apart_from_what_was_changed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(tmp_path, name, "--revocations", listed(tmp_path, name)) == 1
+    out = capsys.readouterr().out
+    assert "The root's revocation list 7, of 2023-11-15" in " ".join(out.split())
+    assert out.split("\n\n")[-1].startswith("It verifies, but the root has REVOKED")
+    # Without the list nobody would know.
+    assert verify(tmp_path, name) == 0
+    assert "no revocation list was given" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_was_changed_is_not_excused_by_a_revocation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "revoked, and not signed by that key"
+    assert verify(tmp_path, name, "--revocations", listed(tmp_path, name)) == 1
+    assert capsys.readouterr().out.split("\n\n")[-1].startswith("It does NOT verify")
+
+
+def test_a_list_that_takes_back_something_else_leaves_the_receipt_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(tmp_path, "another key is revoked", "--revocations", listed(tmp_path, "another key is revoked")) == 0
+    assert "takes back neither the key" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_list_of_another_root_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = CASES["another root"]["root_public_key"]
+    assert verify(tmp_path, "another root", "--revocations", listed(tmp_path, "an empty list"), root=other) == 1
+    assert "not signed by the root" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -83,6 +119,8 @@ def test_the_envelope_that_was_kept_is_compared(tmp_path: Path, capsys: pytest.C
         (["--verify", "NOTHING", "--root-public-key", ROOT], 2, "does not exist"),
         (["--verify", "FILE", "--root-public-key", ROOT], 1, "this is not JSON"),
         (["--verify", "FILE", "--root-public-key", ROOT, "--envelope", "NOTHING"], 2, "does not exist"),
+        (["--verify", "FILE", "--root-public-key", ROOT, "--revocations", "NOTHING"], 2, "does not exist"),
+        (["--verify", "FILE", "--root-public-key", ROOT, "--revocations", "FILE"], 2, "nothing that `sealpush root` signed"),
         (["not-an-id", "--root-public-key", ROOT], 2, "is no message id"),
     ],
 )

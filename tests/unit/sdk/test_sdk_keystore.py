@@ -30,13 +30,15 @@ from sealpush.keystore import (
     Keystore,
     MemoryKeystore,
     PendingAcknowledgement,
+    Seen,
     SqliteKeystore,
 )
-from sealpush.proofs import AckOutcome
+from sealpush.proofs import NO_DIGEST, AckOutcome
 
 NOW_MS = 1_700_000_000_000
 SENDER = SenderId(b"S" * 16)
 IDENTITY = IdentityKey.from_seed(b"\x11" * 32)
+DIGEST = b"\xdd" * 32
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -57,6 +59,7 @@ def make_message(
     return InboxMessage(
         message_id=MessageId(number.to_bytes(16, "big")),
         content_id=ContentId((number + (1 << 100)).to_bytes(16, "big")),
+        envelope_digest=(number + (1 << 200)).to_bytes(32, "big"),
         sender_id=sender_id,
         created_at_ms=created_at_ms,
         expires_at_ms=created_at_ms + DAY_MS,
@@ -68,7 +71,7 @@ def make_message(
 
 
 def make_acknowledgement(message: InboxMessage, outcome: AckOutcome = AckOutcome.DELIVERED, at_ms: int = NOW_MS) -> PendingAcknowledgement:
-    return PendingAcknowledgement(message.message_id, message.content_id, outcome, 0, at_ms)
+    return PendingAcknowledgement(message.message_id, message.content_id, message.envelope_digest, outcome, 0, at_ms)
 
 
 def make_prekey(prekey_id: int, kind: PrekeyKind = PrekeyKind.ONE_TIME, *, now_ms: int = NOW_MS) -> PrekeyPrivate:
@@ -93,7 +96,7 @@ def test_an_empty_store_knows_nothing(store: Keystore) -> None:
     assert not store.pending_acknowledgements()
     assert not store.inbox()
     assert store.message(MessageId(bytes(16))) is None
-    assert not store.seen(SENDER, ContentId(bytes(16)))
+    assert store.seen(SENDER, ContentId(bytes(16)), DIGEST) is Seen.NEVER
 
 
 def test_the_identity_is_made_once(store: Keystore) -> None:
@@ -255,7 +258,7 @@ def test_committing_stores_acknowledges_and_destroys_the_one_time_key(store: Key
     result = store.commit_message(message, acknowledgement=make_acknowledgement(message), used_prekey=(1, 1, PrekeyKind.ONE_TIME))
     assert result
     assert result.outcome is CommitOutcome.STORED
-    assert store.seen(SENDER, message.content_id)
+    assert store.seen(SENDER, message.content_id, message.envelope_digest) is Seen.THIS
     stored = store.message(message.message_id)
     assert stored is not None
     assert stored.local_id > 0
@@ -285,6 +288,38 @@ def test_the_same_content_is_stored_once_and_acknowledged_for_each_message(store
     assert commit(store, other_sender) is CommitOutcome.STORED
 
 
+def test_another_envelope_under_the_same_content_id_is_a_conflict_and_changes_nothing(store: Keystore) -> None:
+    message, prekey = make_message(1), make_prekey(1)
+    store.add_prekeys([prekey])
+    commit(store, message)
+    other = dataclasses.replace(message, message_id=MessageId(b"another message!"), envelope_digest=DIGEST, content=b"other")
+    assert store.seen(SENDER, message.content_id, message.envelope_digest) is Seen.THIS
+    assert store.seen(SENDER, message.content_id, DIGEST) is Seen.OTHER
+    assert commit(store, other, prekey) is CommitOutcome.CONFLICT
+    assert store.pending_acknowledgements() == [make_acknowledgement(message)]
+    assert store.prekey_count(PrekeyKind.ONE_TIME) == 1
+    assert [each.content for each in store.inbox()] == [message.content]
+    # Also long after the message itself is gone.
+    store.delete_message(message.message_id)
+    assert commit(store, other, prekey) is CommitOutcome.CONFLICT
+    # It is refused as what it is, which an end of the envelope that is here would not be.
+    same, another = (make_acknowledgement(each, AckOutcome.UNDELIVERED) for each in (message, other))
+    assert not store.queue_acknowledgement(same, sender_id=SENDER)
+    assert store.queue_acknowledgement(another, sender_id=SENDER)
+
+
+def test_what_is_committed_has_a_digest_and_its_acknowledgement_the_same_one(store: Keystore) -> None:
+    message = make_message(1)
+    for digest in (b"", bytes(31), NO_DIGEST):
+        nameless = dataclasses.replace(message, envelope_digest=digest)
+        with pytest.raises(KeystoreError, match="digest"):
+            store.commit_message(nameless, acknowledgement=make_acknowledgement(nameless))
+    other = dataclasses.replace(make_acknowledgement(message), envelope_digest=DIGEST)
+    with pytest.raises(KeystoreError, match="another message"):
+        store.commit_message(message, acknowledgement=other)
+    assert store.inbox() == []
+
+
 def test_a_deleted_message_stays_known_until_expiry_and_margin(store: Keystore) -> None:
     message = make_message(1)
     commit(store, message)
@@ -292,10 +327,10 @@ def test_a_deleted_message_stays_known_until_expiry_and_margin(store: Keystore) 
     assert not store.delete_message(message.message_id)
     assert commit(store, message) is CommitOutcome.DUPLICATE
     store.purge(message.expires_at_ms + DEDUP_MARGIN_MS - 1)
-    assert store.seen(SENDER, message.content_id)
+    assert store.seen(SENDER, message.content_id, message.envelope_digest) is Seen.THIS
     assert store.inbox() == []
     store.purge(message.expires_at_ms + DEDUP_MARGIN_MS)
-    assert not store.seen(SENDER, message.content_id)
+    assert store.seen(SENDER, message.content_id, message.envelope_digest) is Seen.NEVER
 
 
 def test_a_replace_key_takes_the_predecessor_of_the_same_sender_even_if_shown(store: Keystore) -> None:
@@ -557,20 +592,30 @@ def test_used_keys_are_gone_from_the_bytes_of_the_file_after_a_purge(path: Path)
 
 
 def test_a_store_of_the_release_before_is_taken_over_with_everything_in_it(path: Path) -> None:
+    message = make_message(1)
     with SqliteKeystore(path) as store:
         seed = store.create_identity().seed
-        commit(store, make_message(1))
+        commit(store, message)
     connection = sqlite3.connect(path)
     for table in ("device_log", "notices"):
         connection.execute(f"DROP TABLE {table}")
+    for table in ("seen", "messages", "acknowledgements"):
+        connection.execute(f"ALTER TABLE {table} DROP COLUMN envelope_digest")
     connection.execute("PRAGMA user_version = 1")
     connection.commit()
     connection.close()
     for _ in range(2):
         with SqliteKeystore(path) as store:
             assert store.create_identity().seed == seed
-            assert len(store.inbox()) == 1
+            assert store.inbox() == [dataclasses.replace(message, envelope_digest=NO_DIGEST, local_id=1)]
             assert store.put_device_log(store.device_log(), KeptLog((b"a",), b"1" * 32), []) == []
+            # What was owed does not say over which envelope. The service sends the delivery again, and it is known.
+            assert store.pending_acknowledgements() == []
+            assert store.seen(SENDER, message.content_id, message.envelope_digest) is Seen.THIS
+    with SqliteKeystore(path) as store:
+        assert commit(store, message) is CommitOutcome.DUPLICATE
+        assert store.pending_acknowledgements() == [make_acknowledgement(message)]
+        assert commit(store, make_message(2)) is CommitOutcome.STORED
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
     connection.close()
@@ -648,8 +693,8 @@ for number in range(25):
     counters.append(store.next_counter())
     first_ids.append(store.reserve_prekey_ids(3))
     message_id, content_id = number.to_bytes(16, "big"), (number + 100).to_bytes(16, "big")
-    message = InboxMessage(message_id, content_id, b"S" * 16, 1, 2, 3, b"text")
-    acknowledgement = PendingAcknowledgement(message_id, content_id, AckOutcome.DELIVERED, 0, 4)
+    message = InboxMessage(message_id, content_id, b"d" * 32, b"S" * 16, 1, 2, 3, b"text")
+    acknowledgement = PendingAcknowledgement(message_id, content_id, b"d" * 32, AckOutcome.DELIVERED, 0, 4)
     if store.commit_message(message, acknowledgement=acknowledgement):
         stored.append(number)
 store.close()
@@ -689,8 +734,8 @@ from sealpush.keys import *
 from sealpush.proofs import AckOutcome
 store = SqliteKeystore(sys.argv[1])
 message_id, content_id = b"M" * 16, b"C" * 16
-message = InboxMessage(message_id, content_id, b"S" * 16, 1, 2, 3, b"text")
-acknowledgement = PendingAcknowledgement(message_id, content_id, AckOutcome.DELIVERED, 0, 4)
+message = InboxMessage(message_id, content_id, b"d" * 32, b"S" * 16, 1, 2, 3, b"text")
+acknowledgement = PendingAcknowledgement(message_id, content_id, b"d" * 32, AckOutcome.DELIVERED, 0, 4)
 def kill_at(statement):
     if statement.startswith(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -710,6 +755,6 @@ def test_a_process_killed_while_committing_leaves_all_or_nothing(path: Path, sta
     victim = subprocess.run([sys.executable, "-c", _VICTIM, path, statement], timeout=60, check=False)
     assert victim.returncode == -signal.SIGKILL
     with SqliteKeystore(path) as store:
-        assert store.seen(SENDER, ContentId(b"C" * 16)) is kept
+        assert (store.seen(SENDER, ContentId(b"C" * 16), b"d" * 32) is Seen.THIS) is kept
         assert len(store.inbox()) == len(store.pending_acknowledgements()) == int(kept)
         assert (store.prekey(1, 1, PrekeyKind.ONE_TIME) is None) is kept

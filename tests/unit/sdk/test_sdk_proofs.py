@@ -28,7 +28,7 @@ u64 = st.integers(0, (1 << 64) - 1)
 
 challenges = st.tuples(st.just("challenge"), st.binary(min_size=16, max_size=512), ids)
 registrations = st.tuples(st.just("registration"), ids, digests, st.text("abc.-9", min_size=1, max_size=64))
-acknowledgements = st.tuples(st.just("acknowledgement"), ids, ids, ids, st.sampled_from(AckOutcome), st.integers(0, 65535), u64)
+acknowledgements = st.tuples(st.just("acknowledgement"), ids, ids, digests, ids, st.sampled_from(AckOutcome), st.integers(0, 65535), u64)
 changes = st.tuples(st.just("change"), ids, st.integers(1, (1 << 64) - 1), st.text("/abc.", min_size=1), digests)
 statements = st.one_of(challenges, registrations, acknowledgements, changes)
 
@@ -63,12 +63,12 @@ def test_proofs_have_the_documented_bytes() -> None:
         registration_proof(RegistrationId(b"R" * 16), b"I" * 32, AppId("ua.bank"))
         == b"SPP1-register\x01" + b"R" * 16 + b"I" * 32 + b"\0\x07ua.bank"
     )
-    message, content, device = MessageId(b"M" * 16), ContentId(b"C" * 16), DeviceId(b"D" * 16)
+    message, content, digest, device = MessageId(b"M" * 16), ContentId(b"C" * 16), b"E" * 32, DeviceId(b"D" * 16)
     assert (
-        acknowledgement_proof(message, content, device, AckOutcome.UNDELIVERED, 0x0102, 3)
-        == b"SPP1-ack\x01" + b"M" * 16 + b"C" * 16 + b"D" * 16 + b"\x02" + b"\x01\x02" + bytes(7) + b"\x03"
+        acknowledgement_proof(message, content, digest, device, AckOutcome.UNDELIVERED, 0x0102, 3)
+        == b"SPP1-ack\x01" + b"M" * 16 + b"C" * 16 + b"E" * 32 + b"D" * 16 + b"\x02" + b"\x01\x02" + bytes(7) + b"\x03"
     )
-    assert read_proof(message, content, device, 3).endswith(b"\x04" + bytes(2) + bytes(7) + b"\x03")
+    assert read_proof(message, content, digest, device, 3).endswith(b"\x04" + bytes(2) + bytes(7) + b"\x03")
     assert (
         change_proof(device, 9, "/sealpush.v1.Keys/Upload", b"h" * 32)
         == b"SPP1-change\x01" + b"D" * 16 + bytes(7) + b"\x09" + b"\x18/sealpush.v1.Keys/Upload" + b"h" * 32
@@ -97,10 +97,11 @@ def test_out_of_bounds_fields_are_refused() -> None:
         lambda: registration_proof(RegistrationId(b"R" * 16), b"I" * 32, AppId("")),
         lambda: registration_proof(RegistrationId(b"R" * 16), b"I" * 32, AppId("a" * 65)),
         lambda: registration_proof(RegistrationId(b"R" * 16), b"I" * 32, AppId("app é")),
-        lambda: acknowledgement_proof(message, content, device, AckOutcome.DELIVERED, 65536, 0),
-        lambda: acknowledgement_proof(message, content, device, AckOutcome.DELIVERED, 0, -1),
-        lambda: acknowledgement_proof(MessageId(b""), content, device, AckOutcome.DELIVERED, 0, 0),
-        lambda: acknowledgement_proof(message, content, device, 5, 0, 0),  # type: ignore[arg-type]
+        lambda: acknowledgement_proof(message, content, digest, device, AckOutcome.DELIVERED, 65536, 0),
+        lambda: acknowledgement_proof(message, content, digest, device, AckOutcome.DELIVERED, 0, -1),
+        lambda: acknowledgement_proof(MessageId(b""), content, digest, device, AckOutcome.DELIVERED, 0, 0),
+        lambda: acknowledgement_proof(message, content, b"E" * 31, device, AckOutcome.DELIVERED, 0, 0),
+        lambda: acknowledgement_proof(message, content, digest, device, 5, 0, 0),  # type: ignore[arg-type]
         lambda: change_proof(device, 0, "/m", digest),
         lambda: change_proof(device, 1, "", digest),
         lambda: change_proof(device, 1, "/m m", digest),

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sealpush.envelope import FLAG_SERVER_SEALED, Header, evidence_of, seal
+from sealpush.envelope import FLAG_SERVER_SEALED, Envelope, Header, evidence_of, seal
 from sealpush.errors import ReceiptRefused
 from sealpush.ids import ContentId, DeviceId, MessageId, RecipientRef, SenderId, uuid7
 from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, EntryRole, IdentityKey, RootKey, SenderEntry, SenderMode, sign_sender_entry
 from sealpush.model import Reason, State
-from sealpush.proofs import AckOutcome, acknowledgement_proof
+from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof
 from sealpush.receipts import (
     DELIVERIES_MAX,
     RECEIPT_BYTES_MAX,
@@ -31,8 +31,8 @@ KEY = ContentSigningKey.from_seed(b"\x02" * 32)
 IDENTITY = IdentityKey.from_seed(b"\x03" * 32)
 SENDER_ID, CONTENT_ID, DEVICE_ID = SenderId(b"S" * 16), ContentId(b"C" * 16), DeviceId(b"D" * 16)
 MESSAGE_ID = MessageId(uuid7(NOW_MS))
-# What no receipt proves, whoever made it.
-NEVER = {"acceptance", "recipient", "content"}
+# What no receipt proves by itself, whoever made it.
+NEVER = {"acceptance", "recipient", "content", "not_revoked"}
 
 
 def signed_entry(role: EntryRole) -> bytes:
@@ -41,15 +41,17 @@ def signed_entry(role: EntryRole) -> bytes:
     return sign_sender_entry(ROOT, SenderEntry(SENDER_ID, "Банк", modes, (key,), NOW_MS - DAY_MS, NOW_MS + DAY_MS, 1, role))
 
 
-def signed(outcome: AckOutcome, reason: Reason = Reason.UNSPECIFIED, at_ms: int = NOW_MS) -> SignedAcknowledgement:
-    proof = acknowledgement_proof(MESSAGE_ID, CONTENT_ID, DEVICE_ID, outcome, reason, at_ms)
+def sealed(text: bytes = b"text", *, server: bool = False) -> Envelope:
+    flags = FLAG_SERVER_SEALED if server else 0
+    return seal(text, Header(CONTENT_ID, SENDER_ID, KEY.key_id, RecipientRef(b"R" * 32), NOW_MS, NOW_MS + DAY_MS, flags), [], KEY)
+
+
+def signed(digest: bytes, outcome: AckOutcome, reason: Reason = Reason.UNSPECIFIED, at_ms: int = NOW_MS) -> SignedAcknowledgement:
+    proof = acknowledgement_proof(MESSAGE_ID, CONTENT_ID, digest, DEVICE_ID, outcome, reason, at_ms)
     return SignedAcknowledgement(outcome, reason, at_ms, IDENTITY.sign(proof))
 
 
-def receipt(*acknowledgements: SignedAcknowledgement, state: State = State.DELIVERED, server: bool = False) -> Receipt:
-    flags = FLAG_SERVER_SEALED if server else 0
-    header = Header(CONTENT_ID, SENDER_ID, KEY.key_id, RecipientRef(b"R" * 32), NOW_MS, NOW_MS + DAY_MS, flags)
-    made = seal(b"text", header, [], KEY)
+def receipt(made: Envelope, *acknowledgements: SignedAcknowledgement, state: State = State.DELIVERED) -> Receipt:
     delivery = ReceiptDelivery(DEVICE_ID, IDENTITY.public_key, state, Reason.UNSPECIFIED, acknowledgements)
     return Receipt(
         MESSAGE_ID,
@@ -57,13 +59,17 @@ def receipt(*acknowledgements: SignedAcknowledgement, state: State = State.DELIV
         CONTENT_ID,
         evidence_of(made.head, made.tail),
         signed_entry(EntryRole.SENDER),
-        signed_entry(EntryRole.PLATFORM) if server else b"",
+        signed_entry(EntryRole.PLATFORM) if made.header.server_sealed else b"",
         (delivery,),
     )
 
 
-DELIVERED = receipt(signed(AckOutcome.DELIVERED), signed(AckOutcome.READ))
-DELIVERED_BY_SERVER = receipt(signed(AckOutcome.DELIVERED), signed(AckOutcome.READ), server=True)
+def delivered(made: Envelope) -> Receipt:
+    return receipt(made, signed(made.digest, AckOutcome.DELIVERED), signed(made.digest, AckOutcome.READ))
+
+
+DELIVERED = delivered(sealed())
+DELIVERED_BY_SERVER = delivered(sealed(server=True))
 
 
 def all_proven(verdict: ReceiptVerdict) -> bool:
@@ -204,6 +210,34 @@ def test_nothing_in_it_is_believed_once_something_fails() -> None:
     assert verdict.failed
     assert not verdict.sender_proven
     assert verdict.delivered_to == ()
+
+
+def test_what_was_signed_over_one_envelope_proves_nothing_of_another_under_the_same_content_id() -> None:
+    """Both are truly signed by the sender; only one was ever opened."""
+    opened, shown = sealed(b"You owe 1."), sealed(b"You owe 1000000.")
+    forged = dataclasses.replace(delivered(opened), evidence=delivered(shown).evidence)
+    verdict = verify_receipt(forged, ROOT.public_key)
+    assert {each.name for each in verdict.claims if each.finding is Finding.FAILED} == {"delivered", "read"}
+    assert verdict.delivered_to == ()
+
+
+@pytest.mark.parametrize("outcome", AckOutcome)
+def test_only_what_could_not_be_delivered_counts_without_an_envelope(outcome: AckOutcome) -> None:
+    made = receipt(sealed(), signed(NO_DIGEST, outcome), state=State.UNDELIVERED)
+    claims = {each.name: each.finding for each in verify_receipt(made, ROOT.public_key).claims}
+    if outcome is AckOutcome.UNDELIVERED:
+        assert (claims["unreadable"], claims["state"]) == (Finding.PROVEN, Finding.PROVEN)
+    else:
+        assert claims[outcome.name.lower()] is Finding.FAILED
+    # Nobody signed that this envelope came with this message.
+    assert claims["message"] is Finding.UNPROVEN
+
+
+def test_without_evidence_what_the_device_signed_cannot_be_told() -> None:
+    verdict = verify_receipt(dataclasses.replace(DELIVERED, evidence=b""), ROOT.public_key)
+    assert not verdict.failed
+    assert verdict.delivered_to == ()
+    assert {each.finding for each in verdict.claims if each.device_id} == {Finding.UNPROVEN}
 
 
 def test_a_verdict_needs_a_root() -> None:

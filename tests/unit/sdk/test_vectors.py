@@ -169,6 +169,7 @@ def test_sealing_gives_these_bytes_and_every_recipient_opens_them(file: Json, ca
     sealed = dataclasses.replace(sealed, stanzas=ours)
     data = sealed.encode()
     assert (len(data), hashlib.sha256(data).hexdigest()) == (expected["bytes"], expected["sha256"])
+    assert sealed.digest.hex() == expected["envelope_digest"]
     if "envelope" in expected:
         assert data.hex() == expected["envelope"]
     else:
@@ -463,6 +464,7 @@ def statement_of(case: Json) -> bytes:
             return acknowledgement_proof(
                 MessageId(unhex(fields["message_id"])),
                 ContentId(unhex(fields["content_id"])),
+                unhex(fields["envelope_digest"]),
                 DeviceId(unhex(fields["device_id"])),
                 AckOutcome(fields["outcome"]),
                 fields["reason_code"],
@@ -509,7 +511,9 @@ def receipt_text(base: str, changes: list[Json]) -> str:
 def test_receipts_prove_what_the_vector_says(case: Json) -> None:
     receipt = Receipt.from_json(receipt_text(case["receipt"], case["changes"]).encode())
     kept = None if case["envelope"] is None else unhex(case["envelope"])
-    verdict = verify_receipt(receipt, unhex(case["root_public_key"]), envelope=kept)
+    root = unhex(case["root_public_key"])
+    revocations = None if case["revocations"] is None else verify_revocations(root, unhex(case["revocations"]))
+    verdict = verify_receipt(receipt, root, envelope=kept, revocations=revocations)
     places = {each.device_id: f" {n}" for n, each in enumerate(receipt.deliveries)} | {None: ""}
     found = {each.name + places[each.device_id]: each.finding.name.lower() for each in verdict.claims}
     assert len(found) == len(verdict.claims)

@@ -168,6 +168,9 @@ const signedBytes = ({ headerBytes, commit, content }) => concat(utf8('SPE1-sig'
 /** Head, SHA-512 of the content and signature of a parsed envelope: all that the signature covers. */
 export const evidenceOf = ({ headerBytes, commit, content, signature }) => concat(headerBytes, commit, sha512(content), signature);
 
+/** The digest of a parsed envelope, which names it in acknowledgements; the same for each device, as stanzas do not count. */
+export const digestOf = (envelope) => sha256(evidenceOf(envelope));
+
 /** The header at the beginning of these bytes. Throws EnvelopeRefused. */
 export function headerOf(bytes) {
   try {
@@ -226,10 +229,11 @@ function wrap(contentKey, headerBytes, recipient, random) {
  *
  * `device`: deviceId, `prekeys`, a list of `{ suite, prekeyId, kind, publicKey, privateKey }`, `minSuite`, and when it was raised to that,
  * `raisedAtMs` by the server's time (left out: before anything that still lives).
- * `trust`: rootPublicKey, as blobs senderEntry and platformEntry (null if none), and `revocations`, the newest list that
+ * `trust`: rootPublicKey, as blobs senderEntry and platformEntry (each null if none), and `revocations`, the newest list that
  * `verifyRevocations` gave (null if none).
  * `nowMs` is the server's time, `skewMs` how far it may be off; `seen(senderId, contentId)` tells repetitions. An
- * application treats those two more finely: it holds a message from the future, and acknowledges a repeated one again.
+ * application treats those two more finely: it holds a message from the future, and acknowledges a repeated one again if
+ * its `digestOf` is that of the one it has.
  *
  * `onStage(name)` is told before each check, for tests. Never let it reach a log or the network.
  */
@@ -249,6 +253,7 @@ export function open(bytes, { device, trust, nowMs, skewMs, seen = () => false, 
 }
 
 function trustedKey(header, { rootPublicKey, senderEntry, platformEntry, revocations = null }, nowMs) {
+  if (!senderEntry) throw new EnvelopeRefused();
   try {
     const sender = verifyEntry(rootPublicKey, senderEntry, nowMs);
     const needsPlatform = header.serverSealed && platformEntry;

@@ -1,9 +1,10 @@
 export { decodeEntry, encodeEntry, EntryKind, fingerprint, nextLog, startLog } from './devicelog.js';
-export { CONTENT_BYTES_MAX, DEVICES_MAX, encode, forDevice, open, openSignedBy, parse, seal } from './envelope.js';
+export { CONTENT_BYTES_MAX, DEVICES_MAX, digestOf, encode, forDevice, open, openSignedBy, parse, seal } from './envelope.js';
 export { contentKeyOf, Mode, Role, verifyEntry } from './entries.js';
 export { DeviceLogBroken, EntryRefused, EnvelopeRefused, KeyRefused, ReceiptRefused, RevocationsRefused } from './errors.js';
 export { choosePrekey, Kind, prekeyStatement, recipientOf, verifyPrekey } from './prekeys.js';
-export { acknowledgementStatement, challengeStatement, changeStatement, Outcome, registrationStatement, vouchStatement } from './proofs.js';
+export { acknowledgementStatement, challengeStatement, changeStatement, NO_DIGEST, Outcome } from './proofs.js';
+export { registrationStatement, vouchStatement } from './proofs.js';
 export { Finding, readReceipt, verifyReceipt } from './receipts.js';
 export { REVOCATIONS_MAX, revokesEntry, revokesKey, verifyRevocations } from './revocations.js';
 export { contentKeyId, signingKey, verify } from './signing.js';

@@ -28,13 +28,17 @@ export function registrationStatement({ registrationId, identityPublicKey, appId
   );
 }
 
-/** What became of a message. `atMs` is a number or a BigInt. */
-export function acknowledgementStatement({ messageId, contentId, deviceId, outcome, reasonCode, atMs }) {
+/** In place of an envelope's digest, where what came could not be read so far: with UNDELIVERED only. */
+export const NO_DIGEST = new Uint8Array(32);
+
+/** What became of a message, that is of the envelope with this digest (`digestOf`). `atMs` is a number or a BigInt. */
+export function acknowledgementStatement({ messageId, contentId, envelopeDigest, deviceId, outcome, reasonCode, atMs }) {
   if (!Object.values(Outcome).includes(outcome)) throw new RangeError('outcome is 1 to 4');
   return statement(
     'SPP1-ack',
     exactly(16, messageId, 'messageId'),
     exactly(16, contentId, 'contentId'),
+    exactly(32, envelopeDigest, 'envelopeDigest'),
     exactly(16, deviceId, 'deviceId'),
     u8(outcome),
     u16(reasonCode),

@@ -1,10 +1,11 @@
 // Receipts: what anybody can verify about a message, also when its content is gone. The format is in docs/receipts.md.
 
-import { concat, demand, same, sha512, utf8 } from './bytes.js';
+import { concat, demand, same, sha256, sha512, utf8 } from './bytes.js';
 import { contentKeyOf, Role, verifyEntry } from './entries.js';
 import { evidenceOf, headerOf, HEAD_BYTES, parse } from './envelope.js';
 import { EntryRefused, EnvelopeRefused, ReceiptRefused } from './errors.js';
-import { acknowledgementStatement, Outcome } from './proofs.js';
+import { acknowledgementStatement, NO_DIGEST, Outcome } from './proofs.js';
+import { revokesEntry, revokesKey } from './revocations.js';
 import { contentKeyId, verify } from './signing.js';
 
 /** What became of a claim. UNPROVEN: nothing that was signed says so. FAILED: what is there to prove it does not verify. */
@@ -25,6 +26,7 @@ const CLAIMS = new Map([
   [Outcome.BLOCKED, { name: 'blocked', state: 6 }],
   [Outcome.READ, { name: 'read' }],
 ]);
+const UNREADABLE = 'unreadable'; // of UNDELIVERED over no envelope
 
 // --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -110,12 +112,14 @@ function list(value, min, max) {
  * What a receipt proves to whoever trusts this root: `{ claims, failed, senderProven, deliveredTo }`. A claim is
  * `{ name, finding }` and, about a delivery, its `deviceId`; docs/receipts.md says what each means.
  *
- * Where `failed` is true, believe none of it. `envelope`: the whole one, if somebody kept it; it is compared.
+ * Where `failed` is true, believe none of it. `envelope`: the whole one, if somebody kept it; it is compared. `revocations`: the root's
+ * newest list, as `verifyRevocations` gives it; what it takes back fails, whenever the content was made.
  */
-export function verifyReceipt(receipt, rootPublicKey, { envelope = null } = {}) {
-  const claims = [...senderClaims(receipt, rootPublicKey), contentClaim(receipt, envelope)];
+export function verifyReceipt(receipt, rootPublicKey, { envelope = null, revocations = null } = {}) {
+  const claims = [...senderClaims(receipt, rootPublicKey, revocations), contentClaim(receipt, envelope)];
   const signed = receipt.deliveries.flatMap((delivery) => deliveryClaims(receipt, delivery));
-  const linked = signed.some(({ name, finding }) => name !== 'state' && finding === Finding.PROVEN);
+  // What could not be read was no envelope that the device knows of.
+  const linked = signed.some(({ name, finding }) => !['state', UNREADABLE].includes(name) && finding === Finding.PROVEN);
   claims.push(
     ...signed,
     claim('message', linked ? Finding.PROVEN : Finding.UNPROVEN),
@@ -134,7 +138,7 @@ export function verifyReceipt(receipt, rootPublicKey, { envelope = null } = {}) 
 
 const claim = (name, finding) => ({ name, finding });
 
-function senderClaims({ evidence, senderId, contentId, senderEntry, platformEntry }, rootPublicKey) {
+function senderClaims({ evidence, senderId, contentId, senderEntry, platformEntry }, rootPublicKey, revocations) {
   if (evidence.length === 0) return [claim('content_signature', Finding.UNPROVEN)];
   const header = orNull(() => headerOf(evidence), EnvelopeRefused);
   if (!header) return [claim('header', Finding.FAILED)];
@@ -152,7 +156,9 @@ function senderClaims({ evidence, senderId, contentId, senderEntry, platformEntr
   if (header.serverSealed) platform = entryClaim('platform_entry', platformEntry, Role.PLATFORM, () => true);
   else if (platformEntry.length > 0) claims.push(claim('platform_entry', Finding.FAILED));
 
-  claims.push(claim('content_signature', signatureFinding(evidence, header, sender, platform)));
+  const signature = signatureFinding(evidence, header, sender, platform);
+  claims.push(claim('content_signature', signature));
+  if (signature === Finding.PROVEN) claims.push(claim('not_revoked', revocationFinding(revocations, header, sender, platform)));
   return claims;
 }
 
@@ -173,29 +179,45 @@ function signatureFinding(evidence, header, sender, platform) {
   return verify(publicKey, signed, evidence.subarray(-64)) ? Finding.PROVEN : Finding.FAILED;
 }
 
+function revocationFinding(revocations, header, sender, platform) {
+  if (!revocations) return Finding.UNPROVEN;
+  const entries = platform ? [sender, platform] : [sender];
+  const isKeyRevoked = revokesKey(revocations, contentKeyOf(header, sender, platform));
+  return isKeyRevoked || entries.some((entry) => revokesEntry(revocations, entry)) ? Finding.FAILED : Finding.PROVEN;
+}
+
 function contentClaim({ evidence }, envelope) {
   if (envelope === null || evidence.length === 0) return claim('content', Finding.UNPROVEN);
   const parsed = orNull(() => parse(envelope), EnvelopeRefused);
   return claim('content', parsed && same(evidenceOf(parsed), evidence) ? Finding.PROVEN : Finding.FAILED);
 }
 
-function deliveryClaims(receipt, { deviceId, identityPublicKey, state, reasonCode, acknowledgements }) {
+function deliveryClaims(receipt, delivery) {
+  const { deviceId, state, reasonCode, acknowledgements } = delivery;
   const claims = [];
   const ends = [];
   for (const acknowledgement of acknowledgements) {
-    const { outcome, reasonCode: signedReason, signature } = acknowledgement;
-    const { name, state: broughtAbout } = CLAIMS.get(outcome);
-    const { messageId, contentId } = receipt;
-    const statement = acknowledgementStatement({ messageId, contentId, deviceId, ...acknowledgement });
-    let finding = Finding.UNPROVEN;
-    if (identityPublicKey.length > 0) finding = verify(identityPublicKey, statement, signature) ? Finding.PROVEN : Finding.FAILED;
+    const { name, finding } = acknowledgementClaim(receipt, delivery, acknowledgement);
     claims.push({ ...claim(name, finding), deviceId });
-    if (broughtAbout === state && signedReason === reasonCode) ends.push(finding);
+    if (CLAIMS.get(acknowledgement.outcome).state === state && acknowledgement.reasonCode === reasonCode) ends.push(finding);
   }
   let said = Finding.UNPROVEN;
   if (ends.includes(Finding.PROVEN)) said = Finding.PROVEN;
   else if (state === DELIVERED && ends.length === 0) said = Finding.FAILED;
   return [...claims, { ...claim('state', said), deviceId }];
+}
+
+/** Signed over the receipt's own envelope, or, where the device could not read what came, over none. */
+function acknowledgementClaim({ messageId, contentId, evidence }, { deviceId, identityPublicKey }, acknowledgement) {
+  const { name } = CLAIMS.get(acknowledgement.outcome);
+  if (evidence.length === 0 || identityPublicKey.length === 0) return claim(name, Finding.UNPROVEN);
+  const isSigned = (envelopeDigest) => {
+    const statement = acknowledgementStatement({ messageId, contentId, envelopeDigest, deviceId, ...acknowledgement });
+    return verify(identityPublicKey, statement, acknowledgement.signature);
+  };
+  if (isSigned(sha256(evidence))) return claim(name, Finding.PROVEN);
+  if (acknowledgement.outcome === Outcome.UNDELIVERED && isSigned(NO_DIGEST)) return claim(UNREADABLE, Finding.PROVEN);
+  return claim(name, Finding.FAILED);
 }
 
 function orNull(action, refused) {

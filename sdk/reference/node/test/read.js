@@ -11,7 +11,7 @@ export const bytes = (text) => Uint8Array.from(Buffer.from(text, 'hex'));
 export const contentOf = ({ hex, repeat, length }) => (hex === undefined ? new Uint8Array(length).fill(bytes(repeat)[0]) : bytes(hex));
 
 const BYTES = new Set(
-  'device_id identity_public_key public_key private_key content_id sender_id sender_key_id recipient_ref signature challenge registration_id message_id body by_device_id added_head'.split(' '),
+  'device_id identity_public_key public_key private_key content_id envelope_digest sender_id sender_key_id recipient_ref signature challenge registration_id message_id body by_device_id added_head'.split(' '),
 );
 const BIG = new Set(['serial', 'counter', 'at_ms']);
 

@@ -3,7 +3,7 @@
 import assert from 'node:assert/strict';
 import { describe, test } from 'node:test';
 
-import { Finding, readReceipt, ReceiptRefused, verifyReceipt } from '../src/index.js';
+import { Finding, readReceipt, ReceiptRefused, verifyReceipt, verifyRevocations } from '../src/index.js';
 import { bytes, load } from './read.js';
 
 const hex = (data) => Buffer.from(data).toString('hex');
@@ -24,7 +24,9 @@ describe('what receipts prove', () => {
     test(vector.name, () => {
       const receipt = readReceipt(changed(vector.receipt, vector.changes));
       const envelope = vector.envelope === null ? null : bytes(vector.envelope);
-      const verdict = verifyReceipt(receipt, bytes(vector.root_public_key), { envelope });
+      const root = bytes(vector.root_public_key);
+      const revocations = vector.revocations === null ? null : verifyRevocations(root, bytes(vector.revocations));
+      const verdict = verifyReceipt(receipt, root, { envelope, revocations });
       const places = new Map(receipt.deliveries.map(({ deviceId }, index) => [hex(deviceId), ` ${index}`]));
       const found = verdict.claims.map(({ name, deviceId, finding }) => [name + (deviceId ? places.get(hex(deviceId)) : ''), finding]);
       assert.deepEqual(Object.fromEntries(found), vector.claims);

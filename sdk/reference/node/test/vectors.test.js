@@ -40,9 +40,11 @@ for (const name of ['seal', 'seal_hybrid']) describe(name, () => {
 
       const parsed = sealpush.parse(sealed);
       assert.deepEqual(sealpush.encode(parsed), sealed);
+      assert.equal(hex(sealpush.digestOf(parsed)), expect.envelope_digest);
       for (const { device } of vector.recipients) {
         const own = devices[device];
         const alone = sealpush.parse(sealpush.forDevice(parsed, own.deviceId));
+        assert.equal(hex(sealpush.digestOf(alone)), expect.envelope_digest);
         for (const envelope of [parsed, alone]) {
           const opened = sealpush.openSignedBy(envelope, { device: own, senderPublicKey: signer.publicKey });
           assert.deepEqual(plain(opened), content);
@@ -91,7 +93,7 @@ for (const name of ['open', 'open_hybrid']) describe(name, () => {
       device: { ...devices[context.device], minSuite: context.min_suite, raisedAtMs: context.raised_at_ms ?? undefined },
       trust: {
         rootPublicKey: bytes(context.root_public_key),
-        senderEntry: bytes(context.sender_entry),
+        senderEntry: context.sender_entry && bytes(context.sender_entry),
         platformEntry: context.platform_entry && bytes(context.platform_entry),
       },
       nowMs: context.now_ms,
@@ -117,6 +119,11 @@ for (const name of ['open', 'open_hybrid']) describe(name, () => {
       assert.equal(reached, vector.stage);
     });
   }
+
+  test('refused: no entry of the sender is known', () => {
+    const [vector] = file.opened;
+    assert.throws(() => openAsIn({ ...vector, context: { ...vector.context, sender_entry: null } }, () => {}), sealpush.EnvelopeRefused);
+  });
 
   for (const vector of file.swept) {
     test(`swept: ${vector.name}`, () => {

@@ -1,10 +1,11 @@
 -- Deliveries, which this transaction has locked, reach a terminal state; whoever removes the row from the hot table wins.
 -- In: $1 message ids, $2 device ids, $3 states, $4 reasons; for acknowledgements, else null: $5 content ids, $6 outcomes, $7 device times
---   (ms), $8 signatures. An acknowledgement closes only what has not expired, and only with the right content id.
+--   (ms), $8 signatures, $9 envelopes' digests (null: the device could not read it). An acknowledgement closes only what has not expired,
+--   and only with the right content id and digest; a message whose evidence is not kept has no digest to be wrong.
 -- Out: a row for each delivery that was closed now, and whether a push may have left before.
 WITH given AS (
-    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::int2[], $4::int2[], $5::uuid[], $6::int2[], $7::int8[], $8::bytea[])
-        AS t (message_id, device_id, state, reason, content_id, outcome, at_ms, signature)
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::int2[], $4::int2[], $5::uuid[], $6::int2[], $7::int8[], $8::bytea[], $9::bytea[])
+        AS t (message_id, device_id, state, reason, content_id, outcome, at_ms, signature, envelope_digest)
 ), fitting AS MATERIALIZED (
     SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, d.state AS state_before,
            -- No push can have left what was never handed to a dispatcher, and no device has what is QUEUED.
@@ -13,7 +14,10 @@ WITH given AS (
     JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
     JOIN messages m ON m.message_id = g.message_id
     JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
-    WHERE g.outcome IS NULL OR (o.expires_at > now() AND m.content_id = g.content_id)
+    WHERE g.outcome IS NULL OR (
+        o.expires_at > now() AND m.content_id = g.content_id
+        AND (g.envelope_digest IS NULL OR m.evidence IS NULL OR g.envelope_digest = sha256(m.evidence))
+    )
 ), removed AS (
     DELETE FROM open_deliveries o USING fitting f
     WHERE o.device_id = f.device_id AND o.message_id = f.message_id

@@ -1,12 +1,15 @@
--- The user read them. In: $1 message ids, $2 device ids, $3 content ids, $4 device times (ms), $5 signatures.
--- Out: a row for each delivery that exists.
+-- The user read them. In: $1 message ids, $2 device ids, $3 content ids, $4 envelopes' digests, $5 device times (ms), $6 signatures.
+-- Out: a row for each delivery that exists with this content id and digest.
 WITH given AS (
-    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::int8[], $5::bytea[])
-        AS t (message_id, device_id, content_id, at_ms, signature)
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::bytea[], $5::int8[], $6::bytea[])
+        AS t (message_id, device_id, content_id, envelope_digest, at_ms, signature)
 ), found AS (
-    SELECT g.message_id, g.device_id, g.at_ms, g.signature, d.state, d.reason, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel
+    -- Once a delivery, also where no evidence is kept and several digests count.
+    SELECT DISTINCT ON (g.message_id, g.device_id)
+           g.message_id, g.device_id, g.at_ms, g.signature, d.state, d.reason, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel
     FROM given g
     JOIN messages m ON m.message_id = g.message_id AND m.content_id = g.content_id
+        AND (m.evidence IS NULL OR g.envelope_digest = sha256(m.evidence))
     JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
 ), marked AS (
     UPDATE deliveries d SET read_at = now(), read_ack_at_ms = f.at_ms, read_ack_signature = f.signature
