@@ -801,6 +801,8 @@ def open_vectors() -> Json:
         "bases": {"one device": one.hex(), "two devices": two.hex(), "by the server": server.hex()},
         "opened": opened,
         "refused": refused,
+        # Every beginning of these, from none of their bytes to all but one, at the stage parse.
+        "truncated": ["one device", "two devices"],
         "swept": [
             swept("every bit of the header", "one device", 0, HEADER_BITS),
             swept("every bit of the header, signed anew by the sender", "one device", 0, HEADER_BITS_SIGNED_ANEW, content_offset=tail),
@@ -972,6 +974,7 @@ def open_hybrid_vectors() -> Json:
         "bases": {"hybrid": one.hex(), "hybrid, one-time": once.hex(), "mixed": mixed.hex()},
         "opened": [{**case, "context": {"device": 1, **case.get("context", {})}} for case in opened],
         "refused": [{**case, "context": {"device": 1, **case.get("context", {})}} for case in refused],
+        "truncated": ["hybrid"],
         "swept": [
             {**each, "context": {"device": 1}}
             for each in (

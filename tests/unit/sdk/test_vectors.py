@@ -365,6 +365,16 @@ def test_a_device_refuses_every_flip_of_a_sweep(file: Json, case: Json) -> None:
         assert last_stage(data, context) == stage
 
 
+@pytest.mark.parametrize(("name", "base"), [(name, base) for name in OPEN_FILES for base in FILES[name]["truncated"]])
+def test_a_device_refuses_every_beginning_of_an_envelope(name: str, base: str) -> None:
+    file = FILES[name]
+    whole, context = unhex(file["bases"][base]), context_of(file, {})
+    for length in range(len(whole)):
+        with pytest.raises(EnvelopeRefused):
+            whole_device(whole[:length], context)
+        assert last_stage(whole[:length], context) == "parse"
+
+
 def test_every_stage_has_a_refusal_and_every_bit_of_the_header_two() -> None:
     file = FILES["open"]
     assert {case["stage"] for case in file["refused"]} == set(file["stages"])

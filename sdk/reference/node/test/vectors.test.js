@@ -125,6 +125,17 @@ for (const name of ['open', 'open_hybrid']) describe(name, () => {
     assert.throws(() => openAsIn({ ...vector, context: { ...vector.context, sender_entry: null } }, () => {}), sealpush.EnvelopeRefused);
   });
 
+  for (const base of file.truncated) {
+    test(`truncated: ${base}`, () => {
+      const whole = bytes(file.bases[base]);
+      for (let length = 0; length < whole.length; length += 1) {
+        let reached;
+        assert.throws(() => openAsIn({ base }, (each) => (reached = each), whole.subarray(0, length)), sealpush.EnvelopeRefused);
+        assert.equal(reached, 'parse', `cut to ${length} bytes`);
+      }
+    });
+  }
+
   for (const vector of file.swept) {
     test(`swept: ${vector.name}`, () => {
       const { offset, step, masks, content_offset: contentOffset } = vector;
