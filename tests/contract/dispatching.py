@@ -50,7 +50,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         self.dead: list[directory_pb2.DeadToken] = []
 
     async def Resolve(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
-        raise NotImplementedError
+        raise AssertionError("dispatch resolves no recipients")
 
     async def GetPushTargets(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         nobody = directory_pb2.PushTarget

@@ -94,7 +94,7 @@ class Administration(administration_pb2_grpc.AdministrationServicer):
         key = EntryKey(ContentSigningKey.generate().public_key, 0, TIME_MS_MAX)
         self.platform = SenderEntry(SenderId(b"P" * 16), "Platform", SenderMode.SERVER, (key,), 0, TIME_MS_MAX, 1, EntryRole.PLATFORM)
 
-    async def GetSenders(  # noqa: N802
+    async def GetSenders(  # noqa: N802 - gRPC's name
         self, request: administration_pb2.GetSendersRequest, context: Any
     ) -> administration_pb2.GetSendersResponse:
         known = [each for each in request.sender_ids if each in self.entries]
@@ -165,7 +165,7 @@ class Sealing(sealing_pb2_grpc.SealingServicer):
             results.append(sealing_pb2.SealResult(parts=parts))
         return sealing_pb2.SealResponse(results=results)
 
-    async def CheckStanzas(  # noqa: N802
+    async def CheckStanzas(  # noqa: N802 - gRPC's name
         self, request: sealing_pb2.CheckStanzasRequest, context: Any
     ) -> sealing_pb2.CheckStanzasResponse:
         verdicts = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
@@ -369,7 +369,6 @@ class RegistrationStore:
                 if stored is not None and stored["state"] == InstallState.UNREGISTERED and stored["change_counter"] == counter:
                     return []
                 await _refuse_change(c, device_id)
-            assert row is not None  # noqa: S101 - refused otherwise
             subscriber_id = SubscriberId(row["subscriber_id"])
             closures = rules.closures_of_end(device_id, subscriber_id, Reason.UNREGISTERED)
             return await _end_installation(c, device_id, subscriber_id, closures, now)
@@ -386,11 +385,7 @@ class RegistrationStore:
             await c.execute(LOCK, _lock_number(device_id))
             # In one order: of two that remove each other, the second finds that it has ended.
             rows = await c.fetch(LOCK_INSTALLATIONS, [by_device_id, device_id])
-            row = await c.fetchrow(TAKE_COUNTER, by_device_id, counter, now)
-            if row is None:
-                await _refuse_change(c, by_device_id)
-            assert row is not None  # noqa: S101 - refused otherwise
-            subscriber_id = SubscriberId(row["subscriber_id"])
+            subscriber_id = await _take_counter(c, by_device_id, counter, now)
             installed = {one["device_id"]: Installed(SubscriberId(one["subscriber_id"]), InstallState(one["state"])) for one in rows}
             closures = rules.closures_of_removal(
                 device_id, subscriber_id, installed.get(device_id), listed.get(device_id), listed.get(by_device_id)
@@ -402,11 +397,7 @@ class RegistrationStore:
     async def set_preference(self, device_id: DeviceId, counter: int, preference: Preference, now: datetime) -> list[Closure]:
         """What other services must be told. Raises as `change_installation`."""
         async with self._db.transaction() as c:
-            row = await c.fetchrow(TAKE_COUNTER, device_id, counter, now)
-            if row is None:
-                await _refuse_change(c, device_id)
-            assert row is not None  # noqa: S101 - refused otherwise
-            subscriber_id = SubscriberId(row["subscriber_id"])
+            subscriber_id = await _take_counter(c, device_id, counter, now)
             if preference.is_default:
                 await c.execute(DROP_PREFERENCE, subscriber_id, preference.sender_id)
             else:
@@ -433,14 +424,11 @@ class RegistrationStore:
     async def set_lock(self, device_id: DeviceId, counter: int, pin_hash: bytes | None, now: datetime) -> None:
         """None: no lock any more. Raises as `change_installation`."""
         async with self._db.transaction() as c:
-            row = await c.fetchrow(TAKE_COUNTER, device_id, counter, now)
-            if row is None:
-                await _refuse_change(c, device_id)
-            assert row is not None  # noqa: S101 - refused otherwise
+            subscriber_id = await _take_counter(c, device_id, counter, now)
             if pin_hash is None:
-                await c.execute(DROP_REGISTRATION_LOCK, row["subscriber_id"])
+                await c.execute(DROP_REGISTRATION_LOCK, subscriber_id)
             else:
-                await c.execute(PUT_REGISTRATION_LOCK, row["subscriber_id"], pin_hash, now)
+                await c.execute(PUT_REGISTRATION_LOCK, subscriber_id, pin_hash, now)
 
     async def has_lock(self, device_id: DeviceId) -> bool:
         return await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id) is not None
@@ -538,7 +526,15 @@ async def _end_installation(
     return await _put_closures(c, closures, now, now + CLOSURE_LEASE)
 
 
-async def _refuse_change(c: Connection, device_id: DeviceId) -> None:
+async def _take_counter(c: Connection, device_id: DeviceId, counter: int, now: datetime) -> SubscriberId:
+    """Whose installation the device is, with the counter of its change used up. Raises as `change_installation`."""
+    row = await c.fetchrow(TAKE_COUNTER, device_id, counter, now)
+    if row is None:
+        await _refuse_change(c, device_id)
+    return SubscriberId(row["subscriber_id"])
+
+
+async def _refuse_change(c: Connection, device_id: DeviceId) -> NoReturn:
     stored = await c.fetchrow(COUNTER, device_id)
     if stored is None or stored["state"] != InstallState.ACTIVE:
         raise Unauthenticated("this installation has ended; register again")
