@@ -24,7 +24,8 @@ async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:
                 start = time.perf_counter()
                 await suite.channels.publishing.Publish(request(phones.numbers[0]), metadata=suite.metadata, timeout=10)
                 accepted = time.perf_counter()
-                await asyncio.wait_for(phones.opened.get(), 20)
+                async with asyncio.timeout(20):
+                    await phones.opened.get()
                 if number >= 5:
                     took.append((time.perf_counter() - start) * 1000)
                     floor.append((accepted - start) * 1000)

@@ -62,7 +62,8 @@ async def _send(suite: Suite, phones: Phones, messages: int) -> list[bytes]:
     opened = 0
     for first in range(0, messages, BATCH):
         while len(ids) - opened > IN_FLIGHT - BATCH:
-            await asyncio.wait_for(phones.opened.get(), 60)
+            async with asyncio.timeout(60):
+                await phones.opened.get()
             opened += 1
         some = [request(numbers[n % len(numbers)]) for n in range(first, min(first + BATCH, messages))]
         answer = await suite.channels.publishing.PublishBatch(
@@ -70,7 +71,8 @@ async def _send(suite: Suite, phones: Phones, messages: int) -> list[bytes]:
         )
         ids.extend(result.accepted.message_id for result in answer.results)
     while opened < len(ids):
-        await asyncio.wait_for(phones.opened.get(), 60)
+        async with asyncio.timeout(60):
+            await phones.opened.get()
         opened += 1
     return ids
 

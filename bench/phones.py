@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,9 +96,7 @@ class Phones:
             finally:
                 stop.set()
                 listening.cancel()
-                with suppress(asyncio.CancelledError):
-                    await listening
-                await asyncio.gather(*waking, return_exceptions=True)
+                await asyncio.gather(listening, *waking, return_exceptions=True)
 
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[None]:

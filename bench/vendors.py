@@ -110,7 +110,8 @@ async def minimal(suite: Suite) -> AsyncIterator[Peer]:
     )
     async with _ending(process):
         assert process.stdout is not None
-        ports = json.loads(await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT_S))
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            ports = json.loads(await process.stdout.readline())
         yield Peer("minimal push service", process.pid, {kind: f"https://localhost:{port}" for kind, port in ports.items()}, _any_tokens)
 
 

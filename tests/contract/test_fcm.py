@@ -356,7 +356,8 @@ async def test_cancellation_passes_and_leaves_the_provider_usable(
     running.fcm.set_fault(simulated.BlackHole(), requests=1)
     send = asyncio.create_task(provider.send(target, new_wake_up(clock)))
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(send, 0.1)
+        async with asyncio.timeout(0.1):
+            await send
     assert send.cancelled()
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
 

@@ -19,8 +19,10 @@ import pytest
 import redis.asyncio
 
 from sealpushd import engines as engines_module
-from sealpushd.engines import EngineError, Engines, launcher
+from sealpushd.engines import EmbeddedPostgres, EmbeddedValkey, EngineError, Engines, launcher
 from sealpushd.engines.binaries import find_postgres
+from sealpushd.engines.datadir import DataDir
+from sealpushd.engines.process import ServerProcess
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has root to drop")
 
@@ -297,6 +299,32 @@ async def test_cancelled_while_starting_nothing_is_left(data_dir: Path) -> None:
         await task
     await eventually(lambda: processes_in(data_dir) == {})
     assert names_in(data_dir, "postgres*") == []
+
+
+@pytest.mark.parametrize("engine", [EmbeddedPostgres, EmbeddedValkey])
+async def test_cancelled_in_the_last_moment_of_a_start_it_ends(
+    used_data_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: type[EmbeddedPostgres] | type[EmbeddedValkey]
+) -> None:
+    """A start that has just succeeded and tidies up must not take a cancellation for its own: whoever cancelled would wait for ever."""
+    wait = ServerProcess.wait
+    cancelled: list[bool] = []
+
+    async def meets_a_cancellation(self: ServerProcess) -> int:
+        try:
+            return await wait(self)
+        except asyncio.CancelledError:
+            if not cancelled:
+                cancelled.append(starting.cancel())
+            raise
+
+    with DataDir.open(used_data_dir) as data:
+        server = engine(data)
+        monkeypatch.setattr(ServerProcess, "wait", meets_a_cancellation)
+        starting = asyncio.create_task(server.start())
+        async with asyncio.timeout(30):
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            await server.wait()
 
 
 async def test_a_pid_file_whose_pid_belongs_to_somebody_else_is_seen_through(used_data_dir: Path) -> None:

@@ -96,7 +96,8 @@ async def _maintain(url: str, every: timedelta | None) -> None:
         if every is None:
             return
         try:
-            await asyncio.wait_for(stop.wait(), every.total_seconds())
+            async with asyncio.timeout(every.total_seconds()):
+                await stop.wait()
         except TimeoutError:
             continue
 

@@ -248,34 +248,28 @@ class EmbeddedPostgres:
         """True when the database answers; False when the server ended first. Raises EngineError."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        ended = asyncio.ensure_future(self._server.wait())
-        try:
-            while not ended.done():
-                timeout_s = _START_TIMEOUT_S
-                try:
-                    await self._ensure_database()
-                except asyncpg.InvalidPasswordError as e:
-                    raise EngineError(
-                        f"PostgreSQL refuses the password in {self._data.root}/secrets/postgres-password. "
-                        "Restore that file from the same back-up as the data."
-                    ) from e
-                except asyncpg.CannotConnectNowError as e:
-                    timeout_s = _RECOVERY_TIMEOUT_S
-                    cause: Exception = e
-                except _NOT_YET as e:
-                    cause = e
-                else:
-                    return True
-                if loop.time() > started + timeout_s:
-                    raise self._server.failure(
-                        f"does not answer after {timeout_s:.0f} s", "The machine or its disk may be overloaded."
-                    ) from cause
-                await asyncio.wait((ended,), timeout=_POLL_S)
-            return False
-        finally:
-            ended.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ended
+        while True:
+            timeout_s = _START_TIMEOUT_S
+            try:
+                await self._ensure_database()
+            except asyncpg.InvalidPasswordError as e:
+                raise EngineError(
+                    f"PostgreSQL refuses the password in {self._data.root}/secrets/postgres-password. "
+                    "Restore that file from the same back-up as the data."
+                ) from e
+            except asyncpg.CannotConnectNowError as e:
+                timeout_s = _RECOVERY_TIMEOUT_S
+                cause: Exception = e
+            except _NOT_YET as e:
+                cause = e
+            else:
+                return True
+            if loop.time() > started + timeout_s:
+                raise self._server.failure(
+                    f"does not answer after {timeout_s:.0f} s", "The machine or its disk may be overloaded."
+                ) from cause
+            if await self._server.ends_within(_POLL_S):
+                return False
 
     async def _ensure_database(self) -> None:
         """Connects; makes the database where missing. A retry does no harm."""

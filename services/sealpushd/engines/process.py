@@ -98,6 +98,14 @@ class ServerProcess:
             raise RuntimeError(f"{self._name} was never started")
         return await self._process.wait()
 
+    async def ends_within(self, timeout_s: float) -> bool:
+        """Waits until the process has ended, but no longer than so many seconds; whether it has."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self.wait()
+                return True
+        return False
+
     async def stop(self, *steps: tuple[signal.Signals, float]) -> None:
         """Sends each signal and waits for so many seconds; then SIGKILL. Does nothing when the process has ended.
 
@@ -108,20 +116,15 @@ class ServerProcess:
         try:
             for number, timeout_s in steps:
                 self._send(number)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout_s):
-                        await self.wait()
-                        return
+                if await self.ends_within(timeout_s):
+                    return
         finally:
             if self.pid is not None:
                 self._send(signal.SIGKILL)
-        try:
-            async with asyncio.timeout(_KILL_TIMEOUT_S):
-                await self.wait()
-        except TimeoutError as e:
+        if not await self.ends_within(_KILL_TIMEOUT_S):
             raise EngineError(
                 f"{self._name} (process {self.pid}) does not end even by SIGKILL: its disk may be gone. Look into the kernel's log."
-            ) from e
+            )
 
     def tail(self) -> str:
         """The last lines the latest process wrote."""

@@ -1,7 +1,6 @@
 """A real Valkey of our own, for one machine."""
 
 import asyncio
-import contextlib
 import signal
 from urllib.parse import quote
 
@@ -110,7 +109,6 @@ class EmbeddedValkey:
     async def _become_ready(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_TIMEOUT_S
-        ended = asyncio.ensure_future(self._server.wait())
         client = redis.asyncio.Redis.from_url(
             self.url,
             socket_timeout=_PING_TIMEOUT_S,
@@ -118,7 +116,7 @@ class EmbeddedValkey:
             retry=Retry(NoBackoff(), 0),
         )
         try:
-            while not ended.done():
+            while True:
                 try:
                     await client.ping()
                     return
@@ -129,10 +127,9 @@ class EmbeddedValkey:
                         raise self._server.failure(
                             f"does not answer after {_START_TIMEOUT_S:.0f} s", "The machine may be overloaded."
                         ) from e
-                await asyncio.wait((ended,), timeout=_POLL_S)
-            raise self._server.failure(f"ended while starting (exit code {self._server.returncode})", "Mend what it names and start again.")
+                if await self._server.ends_within(_POLL_S):
+                    raise self._server.failure(
+                        f"ended while starting (exit code {self._server.returncode})", "Mend what it names and start again."
+                    )
         finally:
             await client.aclose()
-            ended.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ended

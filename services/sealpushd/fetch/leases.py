@@ -73,7 +73,8 @@ class WakeUpSession:
                 yield claimed
                 continue
             try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_PERIOD_S)
+                async with asyncio.timeout(LOOK_PERIOD_S):
+                    await self._changed.wait()
             except TimeoutError:
                 continue
 

@@ -50,7 +50,8 @@ class Journal:
 
     async def wait(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._event.wait(), JOURNAL_LOOK_PERIOD_S)
+            async with asyncio.timeout(JOURNAL_LOOK_PERIOD_S):
+                await self._event.wait()
 
 
 class Mailbox:

@@ -158,7 +158,8 @@ async def run_service(service: str, settings: Settings, build: Build, ready: Cal
     finally:
         for close in reversed(runtime.closes):
             try:
-                await asyncio.wait_for(close(), timeout=5)
+                async with asyncio.timeout(5):
+                    await close()
             except Exception as e:
                 log.warning("a part did not close cleanly", error=repr(e))
 

@@ -42,7 +42,8 @@ class Follower:
     async def changed(self) -> set[MessageId]:
         """Messages that may have changed since the last call; empty when nothing came within a look period."""
         try:
-            await asyncio.wait_for(self._event.wait(), LOOK_PERIOD_S)
+            async with asyncio.timeout(LOOK_PERIOD_S):
+                await self._event.wait()
         except TimeoutError:
             return set()
         self._event.clear()

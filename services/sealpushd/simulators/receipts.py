@@ -15,7 +15,7 @@ import json
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -84,8 +84,9 @@ class ReceiptSender:
                 # A cancellation that meets an answer is lost in the HTTP client: then this tells.
                 sender._closing = True
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.wait((task,))
+                if not task.cancelled():
+                    task.result()
 
     async def _run(self, client: Client) -> None:
         while not self._closing:

@@ -23,8 +23,9 @@ async def test_a_call_that_hangs_in_a_write_is_cut_off_after_the_grace() -> None
     call = asyncio.create_task(serve())
     await asyncio.sleep(0)
     streams[0].end(Aborted("another stream took over"))
-    with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(call, 5)
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
 
 async def test_a_call_that_ends_by_itself_is_not_cut_off() -> None:
