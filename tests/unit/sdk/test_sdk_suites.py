@@ -2,7 +2,9 @@
 
 import hashlib
 import hmac
+import json
 import os
+from pathlib import Path
 
 import nacl.bindings
 import nacl.utils
@@ -123,20 +125,16 @@ def hkdf_expand(key: bytes, info: bytes, size: int) -> bytes:
     return hmac.digest(key, info + b"\x01", "sha256")[:size]
 
 
-def test_the_hybrid_is_hpke_with_the_kem_that_the_module_names() -> None:
-    """Taken apart here by RFC 9180 and the drafts' text, without the HPKE under test."""
-    seed = os.urandom(32)
-    _, public_key = HYBRID.key_pair(lambda _: seed)
-    wrapped = HYBRID.wrap(PAYLOAD, public_key, nacl.utils.random)
+def apart(seed: bytes, enc: bytes, info: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """Public key, shared secret, key and nonce: HPKE taken apart by RFC 9180 and the drafts' text, without the HPKE under test."""
     expanded = hashlib.shake_256(seed).digest(96)
     lattice, curve = mlkem.MLKEM768PrivateKey.from_seed_bytes(expanded[:64]), x25519.X25519PrivateKey.from_private_bytes(expanded[64:])
-    assert public_key == lattice.public_key().public_bytes_raw() + curve.public_key().public_bytes_raw()
-    enc, ciphertext = wrapped[:1120], wrapped[1120:]
+    curve_public = curve.public_key().public_bytes_raw()
     shared = hashlib.sha3_256(
         lattice.decapsulate(enc[:1088])
         + curve.exchange(x25519.X25519PublicKey.from_public_bytes(enc[1088:]))
         + enc[1088:]
-        + public_key[1184:]
+        + curve_public
         + b"\\.//^\\"
     ).digest()
     suite_id = b"HPKE" + bytes.fromhex("647a00010003")
@@ -147,7 +145,35 @@ def test_the_hybrid_is_hpke_with_the_kem_that_the_module_names() -> None:
     def labeled_expand(key: bytes, label: bytes, info: bytes, size: int) -> bytes:
         return hkdf_expand(key, size.to_bytes(2, "big") + b"HPKE-v1" + suite_id + label + info, size)
 
-    context = b"\0" + labeled_extract(b"", b"psk_id_hash", b"") + labeled_extract(b"", b"info_hash", b"SPE1-stanza")
+    context = b"\0" + labeled_extract(b"", b"psk_id_hash", b"") + labeled_extract(b"", b"info_hash", info)
     secret = labeled_extract(shared, b"secret", b"")
     key, nonce = labeled_expand(secret, b"key", context, 32), labeled_expand(secret, b"base_nonce", context, 12)
-    assert nacl.bindings.crypto_aead_chacha20poly1305_ietf_decrypt(ciphertext, b"", nonce, key) == PAYLOAD
+    return lattice.public_key().public_bytes_raw() + curve_public, shared, key, nonce
+
+
+def test_the_hybrid_is_hpke_with_the_kem_that_the_module_names() -> None:
+    seed = os.urandom(32)
+    _, public_key = HYBRID.key_pair(lambda _: seed)
+    wrapped = HYBRID.wrap(PAYLOAD, public_key, nacl.utils.random)
+    same_public_key, _, key, nonce = apart(seed, wrapped[:1120], b"SPE1-stanza")
+    assert public_key == same_public_key
+    assert nacl.bindings.crypto_aead_chacha20poly1305_ietf_decrypt(wrapped[1120:], b"", nonce, key) == PAYLOAD
+
+
+def test_the_hybrid_agrees_with_the_published_vector() -> None:
+    """Its `info` and additional data are not ours, so that its message is opened with the parts that the test above holds to ours."""
+    published = json.loads((Path(__file__).parent / "hpke_published.json").read_text())
+    del published["source"]
+    vector = {name: bytes.fromhex(value) for name, value in published.items()}
+    _, public_key = HYBRID.key_pair(lambda _: vector["seed"])
+    assert public_key == vector["public_key"]
+    assert apart(vector["seed"], vector["enc"], vector["info"]) == (
+        public_key,
+        vector["shared_secret"],
+        vector["key"],
+        vector["base_nonce"],
+    )
+    opened = nacl.bindings.crypto_aead_chacha20poly1305_ietf_decrypt(
+        vector["ciphertext"], vector["aad"], vector["base_nonce"], vector["key"]
+    )
+    assert opened == vector["plaintext"]
