@@ -11,7 +11,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.errors import NotRegisteredHere, SealpushError
 from sealpush.keys import IdentityKey
-from sealpush.keystore import DeviceRegistration, Keystore, MemoryKeystore
+from sealpush.keystore import DeviceRegistration, Keystore
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import timestamp_ms
 from sealpush.retry import Clock
 

@@ -36,11 +36,13 @@ from sealpush.keys import (
     generate_prekey,
     sign_sender_entry,
 )
-from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
+from sealpush.keystore import Keystore
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform
 from sealpush.proofs import sign_proof, vouch_proof
 from sealpush.publication import Accepted, IdentityChanged, Publication, PublishOutcome
 from sealpush.sender import Sender
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc, common_pb2, keys_pb2
 from sealpush.v1.content_pb2 import Content

@@ -59,8 +59,9 @@ from sealpush.keys import (
     sign_sender_entry,
     verify_prekey,
 )
-from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, MemoryKeystore, PendingAcknowledgement, SqliteKeystore
+from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement
 from sealpush.local import FUTURE_SKEW_MS, Store, Trouble
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform, Reason
 from sealpush.proofs import (
     NO_DIGEST,
@@ -74,6 +75,7 @@ from sealpush.proofs import (
 )
 from sealpush.retry import Deadline, RetryPolicy, SystemClock
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Calls, Channels, Endpoints
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2

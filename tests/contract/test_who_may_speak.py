@@ -17,7 +17,7 @@ from sealpush.device import Device
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, seal
 from sealpush.ids import ContentId, SenderId, uuid7
 from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, EntryRole, SenderEntry, SenderMode, sign_sender_entry
-from sealpush.keystore import MemoryKeystore
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform, Reason
 from sealpush.proofs import AckOutcome
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations

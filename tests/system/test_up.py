@@ -20,10 +20,10 @@ import pytest
 
 from sealpush.ids import SenderId, uuid7, uuid_text
 from sealpush.keys import ContentSigningKey, PrekeyKind, RootKey, SenderMode
-from sealpush.keystore import SqliteKeystore
 from sealpush.model import ContentClass, State
 from sealpush.publication import Accepted
 from sealpush.sender import Sender
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels
 from sealpush.v1.content_pb2 import Content

@@ -1,4 +1,4 @@
-"""sealpush.keystore: one contract over both stores, then what only a file can go through."""
+"""The keystores: one contract over both, then what only a file can go through."""
 
 import dataclasses
 import json
@@ -22,18 +22,18 @@ from sealpush.keys import DAY_MS, PREKEY_RETENTION_MS, EntryRole, IdentityKey, P
 from sealpush.keystore import (
     DEDUP_MARGIN_MS,
     NOTICES_MAX,
-    SCHEMA_VERSION,
     CommitOutcome,
     DeviceRegistration,
     InboxMessage,
     KeptLog,
     Keystore,
-    MemoryKeystore,
     PendingAcknowledgement,
     Seen,
-    SqliteKeystore,
 )
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.proofs import NO_DIGEST, AckOutcome
+from sealpush.sqlite_file import SCHEMA_VERSION
+from sealpush.sqlite_keystore import SqliteKeystore
 
 NOW_MS = 1_700_000_000_000
 SENDER = SenderId(b"S" * 16)
@@ -659,7 +659,7 @@ def test_other_files_are_refused(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_store_held_by_another_is_busy_and_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sealpush.keystore.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("sealpush.sqlite_file.BUSY_TIMEOUT_S", 0.05)
     holder = sqlite3.connect(path, isolation_level=None)
     with SqliteKeystore(path) as store:
         holder.execute("BEGIN IMMEDIATE")
@@ -682,6 +682,7 @@ def test_a_number_too_large_for_the_file_changes_nothing(path: Path) -> None:
 _WORKER = """
 import json, sys
 from sealpush.keystore import *
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.keys import *
 from sealpush.proofs import AckOutcome
 store = SqliteKeystore(sys.argv[1])
@@ -730,6 +731,7 @@ def test_two_processes_on_one_file_agree(path: Path) -> None:
 _VICTIM = """
 import os, signal, sys
 from sealpush.keystore import *
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.keys import *
 from sealpush.proofs import AckOutcome
 store = SqliteKeystore(sys.argv[1])
