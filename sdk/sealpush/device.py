@@ -198,7 +198,7 @@ class Device:
         self._trouble = trouble = Trouble()
         self._session = session = Session(calls, channels, store, who, time, trouble)
         self._devices = devices = Devices(session, store, who, time, trouble, self._tell_notice)
-        revocations = Revocations(root_public_key, calls, channels, store, trouble)
+        revocations = Revocations(root_public_key, calls, channels, store, time, trouble)
         self._upkeep = upkeep = Upkeep(
             session, store, who, time, devices, revocations, trouble, suite=suite, one_time_prekeys=one_time_prekeys
         )
@@ -619,13 +619,13 @@ class Device:
         if self._prepared:
             return
 
-        def read(keystore: Keystore) -> tuple[IdentityKey | None, DeviceRegistration | None, int | None]:
+        def read(keystore: Keystore) -> tuple[IdentityKey | None, DeviceRegistration | None, int | None, int]:
             keystore.pin_root(self._root_public_key)
-            return keystore.identity(), keystore.registration(), keystore.clock_offset_ms()
+            return keystore.identity(), keystore.registration(), keystore.clock_offset_ms(), keystore.proven_time_ms()
 
         async with self._preparing:
             if not self._prepared:
-                self._who.identity, self._who.registration, self._time.offset_ms = await self._store(read)
+                self._who.identity, self._who.registration, self._time.offset_ms, self._time.proven_ms = await self._store(read)
                 await self._upkeep.load()
                 self._prepared = True
 

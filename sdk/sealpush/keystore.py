@@ -158,8 +158,17 @@ class Keystore(Protocol):
         """The kept difference, or None before the first one."""
         ...
 
+    def raise_proven_time(self, at_ms: int) -> None:
+        """Keep the latest time that is proven (sealpush/proven.py); an earlier one changes nothing."""
+        ...
+
+    def proven_time_ms(self) -> int:
+        """The latest time kept by `raise_proven_time()`, 0 before the first one."""
+        ...
+
     def pin_root(self, root_public_key: bytes, *, replace: bool = False) -> None:
-        """Pin the platform's root. Another root than the pinned one raises RootMismatch unless `replace` is given."""
+        """Pin the platform's root. Another root than the pinned one raises RootMismatch unless `replace` is given; then goes what was
+        kept because the old one had signed it: entries, the revocation list, the proven time."""
         ...
 
     def pinned_root(self) -> bytes | None:

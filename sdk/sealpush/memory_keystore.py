@@ -52,6 +52,7 @@ class MemoryKeystore:
         "_next_prekey_id",
         "_notices",
         "_prekeys",
+        "_proven_ms",
         "_registration",
         "_revocations",
         "_root_public_key",
@@ -69,6 +70,7 @@ class MemoryKeystore:
         self._facts: dict[str, bytes] = {}
         self._counter = 0
         self._clock_offset_ms: int | None = None
+        self._proven_ms = 0
         self._root_public_key: bytes | None = None
         self._next_prekey_id = 1
         self._last_local_id = 0
@@ -142,12 +144,21 @@ class MemoryKeystore:
         with self._open():
             return self._clock_offset_ms
 
+    def raise_proven_time(self, at_ms: int) -> None:
+        with self._open():
+            self._proven_ms = max(self._proven_ms, at_ms)
+
+    def proven_time_ms(self) -> int:
+        with self._open():
+            return self._proven_ms
+
     def pin_root(self, root_public_key: bytes, *, replace: bool = False) -> None:
         with self._open():
             check_root(self._root_public_key, root_public_key, replace=replace)
             if self._root_public_key not in (None, root_public_key):
                 self._entries.clear()
                 self._revocations = None
+                self._proven_ms = 0
             self._root_public_key = root_public_key
 
     def pinned_root(self) -> bytes | None:

@@ -103,6 +103,7 @@ class Receiver:
                 sender_public_key=public_key,
                 min_suite=min_suite,
             )
+            self._time.prove(keystore, header.created_at_ms)
             message = self._inbox_message(delivery, header, digest, plaintext)
             result = keystore.commit_message(
                 message,

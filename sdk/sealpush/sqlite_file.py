@@ -18,8 +18,8 @@ SCHEMA_VERSION: Final = 2
 _APPLICATION_ID: Final = 0x53504B31  # "SPK1": tells this file from any other SQLite file
 
 _SCHEMA = """
--- One value per name: identity_seed, root_public_key, clock_offset_ms, counter, next_prekey_id, log_head, the registration,
--- the revocation list with its serial, and "fact:…" for the caller's own.
+-- One value per name: identity_seed, root_public_key, clock_offset_ms, proven_time_ms, counter, next_prekey_id, log_head, the
+-- registration, the revocation list with its serial, and "fact:…" for the caller's own.
 CREATE TABLE facts (name TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 
 -- Private prekeys; deleted_at_ms is when purge() takes them.

@@ -151,6 +151,14 @@ class SqliteKeystore:
         with self._reading() as connection:
             return _number(connection, "clock_offset_ms")
 
+    def raise_proven_time(self, at_ms: int) -> None:
+        with self._writing() as connection:
+            _set_number(connection, "proven_time_ms", max(_number(connection, "proven_time_ms") or 0, at_ms))
+
+    def proven_time_ms(self) -> int:
+        with self._reading() as connection:
+            return _number(connection, "proven_time_ms") or 0
+
     def pin_root(self, root_public_key: bytes, *, replace: bool = False) -> None:
         with self._writing() as connection:
             pinned = _value(connection, "root_public_key")
@@ -159,6 +167,7 @@ class SqliteKeystore:
                 connection.execute("DELETE FROM entries")
                 _set_value(connection, "revocations", None)
                 _set_value(connection, "revocations_serial", None)
+                _set_value(connection, "proven_time_ms", None)
             _set_value(connection, "root_public_key", root_public_key)
 
     def pinned_root(self) -> bytes | None:

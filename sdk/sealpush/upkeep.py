@@ -105,7 +105,7 @@ class Upkeep:
         def finish(keystore: Keystore) -> None:
             if rotated:
                 set_uploaded(keystore, signed, now_ms)
-                keystore.retire_signed_prekeys(signed.prekey_id, now_ms)
+                keystore.retire_signed_prekeys(signed.prekey_id, self._time.bounded_ms())
             keystore.purge(run_out_ms)
             keystore.set_fact(_MAINTAINED_AT, now_ms.to_bytes(8, "big"))
 
@@ -126,7 +126,7 @@ class Upkeep:
     async def _signed_prekey(self) -> tuple[SignedPrekey, bool, bool]:
         """The signed prekey to use from now on, whether the service has yet to hear of it, and whether its suite is new to the service."""
         identity, registration = self._who.registered()
-        now_ms = self._time.now_ms()
+        now_ms = self._time.bounded_ms()
 
         def current(keystore: Keystore) -> tuple[PrekeyPrivate, bytes | None, bool]:
             suite = raise_to(keystore, self._suite)
@@ -149,7 +149,7 @@ class Upkeep:
             state = await self._session.call(self._session.channels.keys.GetPrekeyState, keys_pb2.GetPrekeyStateRequest(), deadline)
             if state.one_time_prekeys_left >= min(ONE_TIME_PREKEYS_REFILL_BELOW, wanted):
                 return []
-        now_ms = self._time.now_ms()
+        now_ms = self._time.bounded_ms()
         return await self._store(lambda keystore: _make_one_time_prekeys(keystore, identity, registration.device_id, now_ms, suite, wanted))
 
 

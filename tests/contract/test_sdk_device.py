@@ -60,7 +60,7 @@ from sealpush.keys import (
     verify_prekey,
 )
 from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement
-from sealpush.local import FUTURE_SKEW_MS, Store, Trouble
+from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble
 from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform, Reason
 from sealpush.proofs import (
@@ -1104,10 +1104,10 @@ async def test_without_the_accounts_service_messages_wait(service: Service, make
 # --- what the root took back ---
 
 
-def revoke(service: Service, *items: Revoked, serial: int = 1, root: RootKey = ROOT) -> None:
+def revoke(service: Service, *items: Revoked, serial: int = 1, root: RootKey = ROOT, issued_ms: int = 0) -> None:
     """Have the service give this list from now on."""
     in_order = tuple(sorted(items, key=lambda item: item.encode()))
-    service.revocations = sign_revocations(root, RevocationList(serial, 0, in_order))
+    service.revocations = sign_revocations(root, RevocationList(serial, issued_ms, in_order))
 
 
 async def test_a_key_revoked_after_its_entry_was_cached_is_refused_from_the_next_day_on(
@@ -1215,6 +1215,25 @@ async def test_two_processes_over_one_store_go_by_the_newer_list(service: Servic
     assert service.outcomes() == [AckOutcome.UNDELIVERED]
 
 
+@pytest.mark.parametrize("issued_in_ms", [0, 400 * DAY_MS])
+async def test_by_the_issue_of_a_list_an_entry_has_ended_and_one_from_the_future_ends_no_other(
+    service: Service, make: Make, keystore: Keystore, issued_in_ms: int
+) -> None:
+    now_ms = service.now().ToMilliseconds()
+    revoke(service, issued_ms=now_ms + issued_in_ms)
+    device = await register(make(keystore))
+    await device.maintain()
+    service.entry = make_entry(not_after_ms=now_ms - DAY_MS)
+    service.time_ahead_s = -3 * 86_400
+    service.send("signed by a key that has ended")
+    for _ in range(2):
+        assert await device.drain() == []
+        device = make(keystore)
+    assert service.acknowledged == []
+    service.entry = make_entry(serial=2, not_after_ms=now_ms + DAY_MS)
+    assert texts(await device.drain()) == ["signed by a key that has ended"], "certified anew"
+
+
 async def test_of_two_questions_at_once_the_newer_list_counts_whichever_is_stored_last(
     service: Service, channels: Channels, clock: FakeClock
 ) -> None:
@@ -1232,7 +1251,8 @@ async def test_of_two_questions_at_once_the_newer_list_counts_whichever_is_store
 
     second_is_done = asyncio.Event()
     calls = Calls(clock, lambda: 0.5, RetryPolicy())
-    revocations = Revocations(ROOT.public_key, calls, channels, LateStore(MemoryKeystore()), Trouble())
+    store = LateStore(MemoryKeystore())
+    revocations = Revocations(ROOT.public_key, calls, channels, store, ServerTime(clock, store), Trouble())
     deadline = Deadline.after(clock, 10)
     revoke(service, serial=1)
     first = asyncio.create_task(revocations.refresh(deadline))
@@ -1786,6 +1806,26 @@ async def test_a_rotation_whose_upload_failed_is_repeated_with_the_same_key(serv
     await make(keystore).maintain()
     assert made is not None
     assert service.phone().signed_prekey.public_key == made.public_key
+
+
+async def test_a_server_that_goes_back_keeps_no_old_prekey_in_use(service: Service, make: Make, clock: FakeClock) -> None:
+    keystore = MemoryKeystore()
+    device = await register(make(keystore))
+    for passed_s in (6.9 * 86_400, 7.1 * 86_400):  # the daily upkeep is due at the first of them only
+        clock.ahead_s = service.time_ahead_s = passed_s
+        service.send()
+        assert len(await device.drain()) == 1
+    first = service.phone().signed_prekey
+    service.time_ahead_s = 86_400
+    await device.drain()
+    second = keystore.newest_signed_prekey()
+    assert second is not None
+    assert second.created_at_ms - first.created_at_ms >= 7 * DAY_MS
+    # A server that believes its clock refuses a prekey from the future: it gets it when the clock is right.
+    assert service.phone().signed_prekey == first
+    service.time_ahead_s = clock.ahead_s
+    await device.maintain()
+    assert service.phone().signed_prekey.public_key == second.public_key
 
 
 # --- the hybrid suite ---

@@ -137,6 +137,13 @@ def test_the_counter_rises_by_one_and_can_be_raised(store: Keystore) -> None:
     assert store.next_counter() == (1 << 63) + 6
 
 
+def test_the_proven_time_rises_and_never_falls(store: Keystore) -> None:
+    assert store.proven_time_ms() == 0
+    store.raise_proven_time(NOW_MS)
+    store.raise_proven_time(NOW_MS - 1)
+    assert store.proven_time_ms() == NOW_MS
+
+
 def test_the_clock_offset_may_be_negative(store: Keystore) -> None:
     store.set_clock_offset_ms(-90_000)
     assert store.clock_offset_ms() == -90_000
@@ -147,6 +154,7 @@ def test_another_root_is_refused_and_replacing_it_drops_what_the_old_one_signed(
     store.pin_root(b"r" * 32)
     store.put_sender_entry(SENDER, EntryRole.SENDER, 1, NOW_MS, b"blob")
     store.put_revocations(9, b"list")
+    store.raise_proven_time(NOW_MS)
     with pytest.raises(RootMismatch):
         store.pin_root(b"q" * 32)
     assert store.pinned_root() == b"r" * 32
@@ -155,6 +163,7 @@ def test_another_root_is_refused_and_replacing_it_drops_what_the_old_one_signed(
     assert store.pinned_root() == b"q" * 32
     assert store.sender_entry(SENDER, EntryRole.SENDER) is None
     assert store.revocations() is None
+    assert store.proven_time_ms() == 0
     assert store.put_revocations(1, b"the other root's first list")
     with pytest.raises(KeystoreError):
         store.pin_root(b"short")
