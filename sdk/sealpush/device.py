@@ -204,7 +204,7 @@ class Device:
         )
         self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble, revocations)
         self._inbox = inbox = Inbox(store, time, entries)
-        self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble)
+        self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble, upkeep.hasten)
         acknowledgements = Acknowledgements(session, store, who, trouble)
         self._drainer = Drainer(session, receiver, acknowledgements, inbox, time)
         self._live = Live(session, receiver, acknowledgements, inbox, upkeep, time, trouble)

@@ -195,6 +195,14 @@ class Keystore(Protocol):
         """The first of `count` consecutive prekey ids that are given to nobody else."""
         ...
 
+    def highest_prekey_id(self) -> int:
+        """The highest id that `reserve_prekey_ids()` gave, or that was raised to; 0 before the first."""
+        ...
+
+    def raise_prekey_id(self, used: int) -> None:
+        """Never give `used` or a lower id again: for a store restored from a backup, told by the server."""
+        ...
+
     def add_prekeys(self, prekeys: Sequence[PrekeyPrivate]) -> None:
         """Keep private halves, all or none; do this before uploading the public ones."""
         ...

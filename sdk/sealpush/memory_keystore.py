@@ -195,6 +195,14 @@ class MemoryKeystore:
             self._next_prekey_id += check_prekey_ids(first, count)
             return first
 
+    def highest_prekey_id(self) -> int:
+        with self._open():
+            return self._next_prekey_id - 1
+
+    def raise_prekey_id(self, used: int) -> None:
+        with self._open():
+            self._next_prekey_id = max(self._next_prekey_id, used + 1)
+
     def add_prekeys(self, prekeys: Sequence[PrekeyPrivate]) -> None:
         added = {(each.suite, each.prekey_id, each.kind): (each, prekey_deleted_at_ms(each)) for each in prekeys}
         with self._open():

@@ -210,6 +210,14 @@ class SqliteKeystore:
             _set_number(connection, "next_prekey_id", first + check_prekey_ids(first, count))
             return first
 
+    def highest_prekey_id(self) -> int:
+        with self._reading() as connection:
+            return (_number(connection, "next_prekey_id") or 1) - 1
+
+    def raise_prekey_id(self, used: int) -> None:
+        with self._writing() as connection:
+            _set_number(connection, "next_prekey_id", max(_number(connection, "next_prekey_id") or 1, used + 1))
+
     def add_prekeys(self, prekeys: Sequence[PrekeyPrivate]) -> None:
         rows = [
             (

@@ -51,11 +51,13 @@ from sealpush.keys import (
     ContentSigningKey,
     EntryKey,
     EntryRole,
+    IdentityKey,
     PrekeyKind,
     RootKey,
     SenderEntry,
     SenderMode,
     SignedPrekey,
+    generate_prekey,
     sign_sender_entry,
     verify_prekey,
 )
@@ -78,6 +80,7 @@ from sealpush.revocations import RevocationList, Revoked, RevokedEntries, Revoke
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Calls, Channels, Endpoints
+from sealpush.upkeep import PREKEY_IDS_SKIPPED_MAX
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
 from sealpush.v1.content_pb2 import Content
@@ -199,6 +202,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.refuse_answers = 0
         self.confirmations: list[registration_pb2.ConfirmRegistrationRequest] = []
         self.log_after_own: list[bytes] = []
+        self.uploads: list[keys_pb2.PrekeyUpload] = []
+        # The highest id of a prekey that the service says it knows of a phone.
+        self.highest_prekey_id = 0
         self.stopping = False
 
     def phone(self) -> Phone:
@@ -343,6 +349,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         phone = await self.who(context)
         await self.check_change(phone, "/sealpush.v1.Keys/UploadPrekeys", request.change, request.proof, context)
         upload = keys_pb2.PrekeyUpload.FromString(request.change)
+        self.uploads.append(upload)
         min_suite = upload.min_suite or phone.min_suite
         if min_suite < phone.min_suite:
             await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
@@ -366,7 +373,12 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
 
     async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> Any:
         phone = await self.who(context)
-        return keys_pb2.GetPrekeyStateResponse(signed_prekey_id=phone.signed_prekey.prekey_id, one_time_prekeys_left=len(phone.one_time))
+        return keys_pb2.GetPrekeyStateResponse(
+            signed_prekey_id=phone.signed_prekey.prekey_id,
+            one_time_prekeys_left=len(phone.one_time),
+            highest_prekey_id=self.highest_prekey_id,
+            min_suite=phone.min_suite,
+        )
 
     async def GetRecipientKeys(self, request: keys_pb2.GetRecipientKeysRequest, context: Context) -> Any:
         raise NotImplementedError
@@ -1826,6 +1838,62 @@ async def test_a_server_that_goes_back_keeps_no_old_prekey_in_use(service: Servi
     service.time_ahead_s = clock.ahead_s
     await device.maintain()
     assert service.phone().signed_prekey.public_key == second.public_key
+
+
+async def test_lost_prekeys_are_replaced_once_whatever_becomes_of_the_upload(service: Service, make: Make, keystore: Keystore) -> None:
+    told: list[DeviceNotice] = []
+    options = {"one_time_prekeys": 20, "policy": RetryPolicy(attempts_max=1), "on_notice": told.append}
+    device = await register(make(keystore, **options))
+    await device.maintain()
+    service.highest_prekey_id = 500
+    for fault in (service.down, service.lose_answer):
+        fault["UploadPrekeys"] = 10
+        with pytest.raises(Unavailable):
+            await make(keystore, **options).maintain()
+        fault.clear()
+    await make(keystore, **options).maintain()
+    signed, *one_time = service.uploads[-1].prekeys
+    assert service.uploads[-1].forget_former
+    assert signed.prekey_id == 501, "made once, and kept"
+    assert len(one_time) == 20
+    assert min(each.prekey_id for each in one_time) > 501
+    assert [each.kind for each in told] == [NoticeKind.RESTORED]
+    uploads = len(service.uploads)
+    await make(keystore, **options).maintain()
+    assert len(service.uploads) == uploads
+    service.send("to a new one", one_time=True)
+    assert texts(await device.drain()) == ["to a new one"]
+
+
+async def test_a_bad_server_cannot_use_up_the_ids_of_prekeys(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    for _ in range(3):
+        service.highest_prekey_id = 0xFFFF_FFFF
+        await device.maintain()
+        assert keystore.highest_prekey_id() == 1
+        assert await device.notices() == []
+    service.down["UploadPrekeys"] = 1_000
+    for _ in range(3):
+        service.highest_prekey_id = keystore.highest_prekey_id() + PREKEY_IDS_SKIPPED_MAX
+        with pytest.raises(Unavailable):
+            await device.maintain()
+    assert keystore.highest_prekey_id() < 2 * PREKEY_IDS_SKIPPED_MAX
+
+
+async def test_who_names_prekeys_that_never_were_costs_a_look_an_hour(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    assert await device.drain() == []
+    looks = service.calls["GetRevocations"]
+    never = generate_prekey(
+        IdentityKey.generate(), service.phone().device_id, prekey_id=77, kind=PrekeyKind.ONE_TIME, now_ms=clock.now_ms()
+    )[1]
+    for hours in range(3):
+        clock.ahead_s = service.time_ahead_s = hours * 3600
+        for _ in range(5):
+            service.send(prekey=never)
+            assert await device.drain() == []
+    assert service.outcomes() == [AckOutcome.UNDELIVERED] * 15
+    assert service.calls["GetRevocations"] == looks + 2, "not in the hour of the first look"
 
 
 # --- the hybrid suite ---

@@ -137,6 +137,16 @@ def test_the_counter_rises_by_one_and_can_be_raised(store: Keystore) -> None:
     assert store.next_counter() == (1 << 63) + 6
 
 
+def test_prekey_ids_follow_each_other_and_can_be_raised(store: Keystore) -> None:
+    assert store.highest_prekey_id() == 0
+    assert store.reserve_prekey_ids(3) == 1
+    store.raise_prekey_id(2)
+    assert store.highest_prekey_id() == 3
+    store.raise_prekey_id(10)
+    assert store.highest_prekey_id() == 10
+    assert store.reserve_prekey_ids(1) == 11
+
+
 def test_the_proven_time_rises_and_never_falls(store: Keystore) -> None:
     assert store.proven_time_ms() == 0
     store.raise_proven_time(NOW_MS)
