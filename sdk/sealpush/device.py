@@ -156,7 +156,7 @@ class Device:
 
     `endpoints` may be a `Channels` shared by many devices; then whoever made it closes it. `root_public_key` is the
     platform's root that the app ships; it is pinned in the keystore. `on_message` gets each message that `run_stream()`
-    brings; `on_notice` gets each notice about the person's other devices as it is found, and `notices()` keeps it until it is dismissed.
+    brings; `on_notice` gets each notice about the person's devices as it is found, and `notices()` keeps it until it is dismissed.
     `one_time_prekeys` is how many to bring to the service at a time; 0: none.
     Without one, content is sealed to the signed prekey, without forward secrecy within its week. `suite` is what prekeys are of
     from now on, SUITE_HYBRID for those that hold against a quantum computer too; a device that had a higher one keeps it.
@@ -541,7 +541,7 @@ class Device:
         )
 
     async def notices(self) -> list[DeviceNotice]:
-        """What the person was not told, or has not dismissed, about their other devices; oldest first."""
+        """What the person was not told, or has not dismissed, about their devices; oldest first."""
         await self._prepare()
         return await self._store(lambda keystore: keystore.notices())
 

@@ -133,7 +133,8 @@ class Upkeep:
         """Messages matter more: what fails here is noted, and tried again the next time."""
         await self._devices.check_if_due(deadline, longest_s)
         remaining_s = min(deadline.remaining_s(), longest_s)
-        if not self._is_due() or remaining_s < MAINTENANCE_S_MIN:
+        is_due = abs(self._time.now_ms() - self._done_at_ms) >= MAINTENANCE_PERIOD_MS or self.is_hastened
+        if not is_due or remaining_s < MAINTENANCE_S_MIN:
             return
         try:
             await self.do(Deadline.after(deadline.clock, remaining_s))
@@ -144,31 +145,29 @@ class Upkeep:
         """A prekey is missing here: this may be a store out of a back-up, and should not wait for the next day."""
         self._hastened = True
 
-    def _is_due(self) -> bool:
-        if abs(self._time.now_ms() - self._done_at_ms) >= MAINTENANCE_PERIOD_MS:
-            return True
+    @property
+    def is_hastened(self) -> bool:
+        """Whether it is due before its day has passed."""
         return self._hastened and (self._began_at is None or self._time.steady_s() - self._began_at >= HASTENED_PAUSE_S)
 
     async def _lost_prekeys(self, state: keys_pb2.GetPrekeyStateResponse) -> int:
         """Up to which id the prekeys are those of a store that is gone, by what the service knows; 0: none are."""
         known_there = state.highest_prekey_id
+        noted, given = await self._store(lambda keystore: (keystore.fact(_LOST_PREKEYS), keystore.highest_prekey_id()))
+        if noted is not None:
+            return int.from_bytes(noted, "big")
+        if not given < known_there <= given + PREKEY_IDS_SKIPPED_MAX:
+            return 0
+        log.warning("the service knows prekeys of this device that are not here: its store came out of a back-up; making new ones")
+        await self._devices.tell_restored()  # first: once the ids have leaped, nothing shows any more
 
-        def look(keystore: Keystore) -> tuple[int, bool]:
-            lost = int.from_bytes(keystore.fact(_LOST_PREKEYS) or b"", "big")
-            given = keystore.highest_prekey_id()
-            is_new = not lost and given < known_there <= given + PREKEY_IDS_SKIPPED_MAX
-            if is_new:
-                lost = known_there
-                keystore.set_fact(_LOST_PREKEYS, lost.to_bytes(4, "big"))
-                keystore.raise_prekey_id(lost)
-                raise_to(keystore, min(state.min_suite, max(SUITES)))  # it may be a copy from before a rise
-            return lost, is_new
+        def leap(keystore: Keystore) -> None:
+            keystore.set_fact(_LOST_PREKEYS, known_there.to_bytes(4, "big"))
+            keystore.raise_prekey_id(known_there)
+            raise_to(keystore, min(state.min_suite, max(SUITES)))  # it may be a copy from before a rise
 
-        lost, is_new = await self._store(look)
-        if is_new:
-            log.warning("the service knows prekeys of this device that are not here: its store came out of a back-up; making new ones")
-            await self._devices.tell_restored()
-        return lost
+        await self._store(leap)
+        return known_there
 
     async def _signed_prekey(self, lost: int) -> tuple[SignedPrekey, bool, bool]:
         """The signed prekey to use from now on, whether the service has yet to hear of it, and whether its suite is new to the service.

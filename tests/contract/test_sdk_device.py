@@ -1880,13 +1880,29 @@ async def test_a_bad_server_cannot_use_up_the_ids_of_prekeys(service: Service, m
     assert keystore.highest_prekey_id() < 2 * PREKEY_IDS_SKIPPED_MAX
 
 
+def make_unknown_prekey(service: Service) -> SignedPrekey:
+    """One whose private half is not in the phone's store."""
+    now_ms = service.now().ToMilliseconds()
+    return generate_prekey(IdentityKey.generate(), service.phone().device_id, prekey_id=77, kind=PrekeyKind.ONE_TIME, now_ms=now_ms)[1]
+
+
+async def test_a_stream_looks_at_once_when_a_prekey_is_missing(service: Service, make: Make, keystore: Keystore) -> None:
+    await (await register(make(keystore))).maintain()
+    async with make(keystore).stream() as messages:
+        await messages.caught_up()
+        service.highest_prekey_id = 500
+        service.send(prekey=make_unknown_prekey(service))
+        await until(lambda: service.phone().signed_prekey.prekey_id == 501)
+        service.send("opens")
+        async with asyncio.timeout(5):
+            assert (await anext(messages)).content.body == "opens"
+
+
 async def test_who_names_prekeys_that_never_were_costs_a_look_an_hour(service: Service, make: Make, clock: FakeClock) -> None:
     device = await register(make())
     assert await device.drain() == []
     looks = service.calls["GetRevocations"]
-    never = generate_prekey(
-        IdentityKey.generate(), service.phone().device_id, prekey_id=77, kind=PrekeyKind.ONE_TIME, now_ms=clock.now_ms()
-    )[1]
+    never = make_unknown_prekey(service)
     for hours in range(3):
         clock.ahead_s = service.time_ahead_s = hours * 3600
         for _ in range(5):
