@@ -12,8 +12,8 @@ does the time in a server's answer or in the device log, which nobody signs.
 
 Who signs may lie too, or have a wrong clock, the offline root's machine included. A time in the future, once believed, would end every
 entry for as long; so no signature moves the bound beyond the phone's own clock. Harm takes both a signer's lie and a phone whose
-clock is ahead, and reaches no further than that clock. Even then nothing is lost: a message waits where its sender's entry seems to
-have ended, and the lifetime of messages is not judged by this bound.
+clock is ahead, and reaches no further than that clock. Even then nothing is refused or deleted: a message waits where its sender's
+entry seems to have ended, new prekeys wait for the service to take them, and the lifetime of messages is not judged by this bound.
 """
 
 
