@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -325,6 +326,42 @@ async def test_cancelled_in_the_last_moment_of_a_start_it_ends(
             with pytest.raises(asyncio.CancelledError):
                 await starting
             await server.wait()
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_start_of_valkey_that_is_cancelled_while_it_asks_ends_as_cancelled(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """The first answer of a server must not take the place of a cancellation: the supervisor would go on watching it."""
+
+    async def listens(self: ServerProcess, timeout_s: float) -> bool:
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_unix_connection(urlsplit(server.url).path)
+                    break
+                await asyncio.sleep(0.01)
+        writer.close()
+        await writer.wait_closed()
+        cancel_in(turns)
+        return False
+
+    def cancel_in(turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(cancel_in, turns - 1)
+        else:
+            asked.append(starting.cancel())
+
+    asked: list[bool] = []
+    with DataDir.open(data_dir) as data:
+        server = EmbeddedValkey(data)
+        with monkeypatch.context() as patched:
+            patched.setattr(ServerProcess, "ends_within", listens)
+            patched.setattr(EmbeddedValkey, "stop", lambda _: asyncio.sleep(0))
+            starting = asyncio.create_task(server.start())
+            await asyncio.wait((starting,))
+        await server.stop()
+        assert [starting.cancelled()] == asked
 
 
 async def test_a_pid_file_whose_pid_belongs_to_somebody_else_is_seen_through(used_data_dir: Path) -> None:
