@@ -29,11 +29,9 @@ from sealpushd.simulators.receipts import ReceiptSettings
 from sealpushd.simulators.server import HmsClient, RunningSimulators, SimulatedHms, SimulatorSettings, simulators
 from sealpushd.v1 import simulator_pb2 as pb
 from sealpushd.v1.simulator_pb2_grpc import SimulatedPushStub
-from tests.contract.harness import FakeClock
+from tests.contract.harness import LIMIT_S, FakeClock
 from tests.contract.push_simulators import Certificates, raw_client
 
-# Bounds a hang, on a slow machine.
-LIMIT_S = 30
 APP, OTHER_APP, SECRET = "104000001", "104000002", "a secret of a test"
 USER, KEY = "receipts", "key of receipts"
 CLIENTS = (HmsClient(APP, SECRET, USER, KEY), HmsClient(OTHER_APP, SECRET))

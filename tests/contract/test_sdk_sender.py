@@ -456,12 +456,12 @@ async def test_the_same_bytes_go_again_after_an_ambiguous_failure(service: Servi
 
 
 async def test_without_an_answer_the_outcome_is_unknown_and_in_time(service: Service, channels: Channels) -> None:
-    sender = Sender(channels, "bank", "secret", timeout_s=0.4)
+    sender = Sender(channels, "bank", "secret", timeout_s=1)
     await sender.sign_in()
     service.hang = {"Publish"}
     started = time.monotonic()
     outcome = await sender.publish(PHONE, content(), request_id="r")
-    assert time.monotonic() - started < 0.8
+    assert time.monotonic() - started < 4, "each of its attempts may not take the whole time"
     assert isinstance(outcome, Unanswered)
     assert outcome.request_id == "r"
 

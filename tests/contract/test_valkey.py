@@ -13,10 +13,10 @@ import pytest_asyncio
 from sealpushd.engines import Engines
 from sealpushd.platform import valkey as valkeys
 from sealpushd.platform.valkey import CHANNEL_QUEUE, Valkey
+from tests.contract.harness import LIMIT_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-LIMIT_S = 30.0
 DEVICE = bytes(16)
 
 CALLS: dict[str, Callable[[Valkey], Awaitable[object]]] = {

@@ -47,7 +47,7 @@ from sealpushd.simulators.control import SmsControlService
 from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
 from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import Connect, FakeClock, Migrated, Peer, Serve, Served
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Migrated, Peer, Serve, Served
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -58,7 +58,6 @@ HOUR_MS = 3_600_000
 WRONG_MS = [HOUR_MS, -HOUR_MS, 24 * HOUR_MS, -24 * HOUR_MS]
 # Much shorter than any clock here is wrong.
 LIFETIME = timedelta(minutes=10)
-LIMIT_S = 20
 NUMBERS = itertools.count(1)
 SENDER_ID = SenderId(uuid7())
 
