@@ -166,9 +166,13 @@ class Channels:
             stub = self._stubs[service] = kind(self._channel(getattr(self.endpoints, service)))
         return stub
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def check_open(self) -> None:
+        """Raises RuntimeError once they are closed."""
         if self._closed:
             raise RuntimeError("these channels are closed; make new ones")
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        self.check_open()
         channel = self._channels.get(address)
         if channel is None:
             if self.endpoints.insecure:

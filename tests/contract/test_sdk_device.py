@@ -1650,6 +1650,26 @@ async def test_a_stream_of_an_ended_installation_ends(service: Service, make: Ma
         await device.run_stream()
 
 
+async def test_who_waits_for_the_backlog_of_a_stream_that_ends_is_told(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.phones.clear()
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
+        for _ in range(2):
+            with pytest.raises(RegistrationEnded):
+                await messages.caught_up()
+        with pytest.raises(RegistrationEnded):
+            await anext(messages)
+
+
+async def test_a_stream_whose_channels_are_closed_ends(service: Service, make: Make) -> None:
+    device = await register(make())
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
+        await messages.caught_up()
+        await device._channels.close()
+        with pytest.raises(RuntimeError, match="channels are closed"):
+            await anext(messages)
+
+
 async def test_a_stream_that_was_open_when_the_installation_ended_ends(
     service: Service, make: Make, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
