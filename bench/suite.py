@@ -18,10 +18,12 @@ from sealpush import Channels
 from sealpush.v1 import accounts_pb2
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
+from sealpushd.up.ports import Ports
 from sealpushd.up.sdk import public_endpoints
 
 START_TIMEOUT_S: Final = 60.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_claims: Final[list[socket.socket]] = []
 
 
 @dataclass(slots=True)
@@ -97,14 +99,21 @@ class Suite:
 
 
 def free_base() -> int:
-    """A base port whose range nobody seems to use."""
-    for base in range(21000, 60000, 300):
+    """A base port whose range nobody uses, and nobody else gets from here while this process lasts.
+
+    That nobody listens is not enough: a suite takes seconds from looking to listening, and would talk to the services of another.
+    """
+    # Below the ports that Linux gives to connections.
+    for base in range(11_000, 32_000, 250):
+        # A name that ends with the process, and is known wherever the ports are: in this network namespace.
+        claim = socket.socket(socket.AF_UNIX)
         try:
-            for offset in (1, 90, 91, 92, 93, 94, 101, 201):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", base + offset))
-        except OSError:
+            claim.bind(f"\0sealpush-base-port-{base}")
+            Ports(base).check_free(patience_s=0)
+        except (OSError, UpError):
+            claim.close()
             continue
+        _claims.append(claim)
         return base
     raise RuntimeError("no free range of ports")
 

@@ -38,6 +38,13 @@ class MessageStream:
         self._inbox = inbox
         self._queue = queue
         self._caught_up = caught_up
+        self._failure: Exception | None = None
+
+    def failed(self, error: Exception) -> None:
+        """Note what ended the stream: whoever waits for the backlog waits in vain if it had not come."""
+        if not self._caught_up.is_set():
+            self._failure = error
+            self._caught_up.set()
 
     def __aiter__(self) -> Self:
         return self
@@ -53,8 +60,10 @@ class MessageStream:
         return shown[0]
 
     async def caught_up(self) -> None:
-        """Return once everything that had waited at the service has come."""
+        """Return once everything that had waited at the service has come. Raises what ended the stream before."""
         await self._caught_up.wait()
+        if self._failure is not None:
+            raise self._failure
 
 
 class Live:
@@ -89,11 +98,13 @@ class Live:
             try:
                 await self.run(queue.put, caught_up, retake=retake)
             except Exception as error:
+                stream.failed(error)
                 await queue.put(error)
 
+        stream = MessageStream(self._inbox, queue, caught_up)
         task = asyncio.create_task(run(), name="sealpush-stream")
         try:
-            yield MessageStream(self._inbox, queue, caught_up)
+            yield stream
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -143,6 +154,12 @@ class Live:
                     raise
             except KeystoreBusy as busy:
                 self._trouble.note(busy)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and not task.cancelling():
+                    # gRPC ends the calls of channels that are closed as if somebody had cancelled whoever waits for them.
+                    self._session.channels.check_open()
+                raise
             if connection.progressed:
                 attempt = 0
                 refused_token = False

@@ -66,7 +66,7 @@ from sealpush.publication import (
 from sealpush.receipts import Receipt
 from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, jitter, retrying
 from sealpush.suites import SUITE_X25519
-from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata
+from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata, cancellation_kept
 from sealpush.v1 import accounts_pb2, keys_pb2, publish_pb2
 from sealpush.v1.content_pb2 import Content
 
@@ -553,17 +553,18 @@ class _StreamSession:
         call = self._channels.publishing.PublishStream(metadata=call_metadata(bearer, uuid7().hex()))
         writer = asyncio.create_task(self._write(call), name="sealpush-publish-frames")
         try:
-            async for answer in call:
-                frame = self._unanswered.pop(answer.frame, None)
-                self._room.set()
-                if frame is None:
-                    continue
-                for index, request in enumerate(frame):
-                    request_id = RequestId(request.request_id)
-                    if index < len(answer.results):
-                        yield settled(outcome_of(request_id, answer.results[index]))
-                    else:
-                        yield Unanswered(request_id, "NO_RESULT", "the service left it out; publish it again")
+            with cancellation_kept():
+                async for answer in call:
+                    frame = self._unanswered.pop(answer.frame, None)
+                    self._room.set()
+                    if frame is None:
+                        continue
+                    for index, request in enumerate(frame):
+                        request_id = RequestId(request.request_id)
+                        if index < len(answer.results):
+                            yield settled(outcome_of(request_id, answer.results[index]))
+                        else:
+                            yield Unanswered(request_id, "NO_RESULT", "the service left it out; publish it again")
         finally:
             call.cancel()
             writer.cancel()

@@ -4,8 +4,9 @@ One `Channels` serves thousands of devices and senders in a process: an HTTP/2 c
 """
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
@@ -165,9 +166,13 @@ class Channels:
             stub = self._stubs[service] = kind(self._channel(getattr(self.endpoints, service)))
         return stub
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def check_open(self) -> None:
+        """Raises RuntimeError once they are closed."""
         if self._closed:
             raise RuntimeError("these channels are closed; make new ones")
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        self.check_open()
         channel = self._channels.get(address)
         if channel is None:
             if self.endpoints.insecure:
@@ -232,6 +237,23 @@ def call_failed(error: grpc.aio.AioRpcError) -> CallFailed:
         retry_after_s=retry_after_s,
         metadata=metadata,
     )
+
+
+@contextlib.contextmanager
+def cancellation_kept() -> Iterator[None]:
+    """A block that reads a call which streams both ways; a cancellation ends it, always.
+
+    gRPC loses one that meets the end of such a call before its first message, and raises how the call ended. Whoever then connects again
+    would go on for ever, and with it whoever waits for its end.
+    """
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task is not None else 0
+    try:
+        yield
+    except grpc.aio.AioRpcError:
+        if task is not None and task.cancelling() > cancellations:
+            raise asyncio.CancelledError from None
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from sealpushd.simulators.core import PushSimulator
 from sealpushd.simulators.server import RunningSimulators, SimulatedApns, SimulatedFcm, SimulatedHms, SimulatorSettings, simulators
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, lanes_pb2, lanes_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc, providers_pb2
 from sealpushd.v1.providers_pb2_grpc import ProvidersStub
-from tests.contract.harness import FakeClock, Mesh, Peer
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Peer
 from tests.contract.push_simulators import Certificates
 
 BANK = "bank"
@@ -244,7 +244,7 @@ class Dispatch:
         answer = await self._lanes.RequeueLane(request, metadata=self.operator.metadata())
         return int(answer.requeued)
 
-    async def lane_that(self, platform: int, true: Callable[[lanes_pb2.Lane], bool], seconds: float = 5) -> lanes_pb2.Lane:
+    async def lane_that(self, platform: int, true: Callable[[lanes_pb2.Lane], bool], seconds: float = LIMIT_S) -> lanes_pb2.Lane:
         """The lane, once something is true of it."""
         async with asyncio.timeout(seconds):
             while True:
@@ -374,7 +374,7 @@ class Pushing:
             messages,
         )
 
-    async def until(self, messages: Sequence[bytes], true: Callable[[Any], bool], seconds: float = 10) -> list[Any]:
+    async def until(self, messages: Sequence[bytes], true: Callable[[Any], bool], seconds: float = LIMIT_S) -> list[Any]:
         """The rows, once something is true of every one."""
         async with asyncio.timeout(seconds):
             while True:
@@ -384,7 +384,7 @@ class Pushing:
                     return rows
                 await asyncio.sleep(0.02)
 
-    async def pushed(self, messages: Sequence[bytes], seconds: float = 10) -> list[Any]:
+    async def pushed(self, messages: Sequence[bytes], seconds: float = LIMIT_S) -> list[Any]:
         """The rows, once every one is pushed."""
         return await self.until(messages, lambda row: row["state"] == common_pb2.STATE_PUSHED and row["session_id"] is None, seconds)
 
@@ -416,7 +416,7 @@ async def pushing(
         await rows.execute('TRUNCATE "fetch".open_deliveries, dispatch.lane_states, dispatch.providers')
 
         async def publish(request: mailbox_pb2.StoreRequest) -> Any:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(LIMIT_S):
                 while True:
                     try:
                         return await channel.call(store, request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.rpc import error_details_pb2, status_pb2
 
 from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.db import Connection
 from sealpushd.platform.errors import DETAILS_KEY
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.rpc import GuardedServer
@@ -21,6 +23,8 @@ from sealpushd.platform.settings import Settings
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
 
 LOOPBACK = "127.0.0.1"
+# Bounds a hang, where nothing is claimed about time: a machine may be many times slower than the one on which a test was written.
+LIMIT_S = 30
 
 
 class FakeClock:
@@ -34,6 +38,23 @@ class FakeClock:
 
     def advance(self, by: timedelta) -> None:
         self._now += by
+
+
+async def until_locked_out(sql: Connection, count: int = 1) -> list[int]:
+    """Wait until so many other clients of this database wait for a lock; their backends' process ids.
+
+    Of clients, because autovacuum waits as well. Each look is a fresh one: within a transaction, PostgreSQL goes on showing those backends
+    and statements that the first look found.
+    """
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            await sql.execute("SELECT pg_stat_clear_snapshot()")
+            found = await sql.fetch(
+                "SELECT pid FROM pg_stat_activity"
+                " WHERE datname = current_database() AND backend_type = 'client backend' AND wait_event_type = 'Lock'"
+            )
+            if len(found) >= count:
+                return [row["pid"] for row in found]
 
 
 class Migrated(Protocol):

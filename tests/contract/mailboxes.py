@@ -22,6 +22,7 @@ from sealpushd.platform.db import Connection
 from sealpushd.platform.server import ServiceApp
 from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
 from sealpushd.v1 import mailbox_pb2
+from tests.contract.harness import LIMIT_S
 
 IOS = int(common_pb2.PLATFORM_IOS)
 # What a dispatcher reports.
@@ -125,7 +126,7 @@ async def overdue(sql: Connection, of: NewMessage) -> None:
 
 async def listening(valkey_url: str, mailboxes: int) -> None:
     """Wait until exactly so many mailboxes hear each other through Valkey."""
-    async with Redis.from_url(valkey_url) as client, asyncio.timeout(10):
+    async with Redis.from_url(valkey_url) as client, asyncio.timeout(LIMIT_S):
         while {count for _, count in await client.pubsub_numsub(CHANNEL_QUEUE, CHANNEL_STREAMS)} != {mailboxes}:
             pass
 
@@ -142,6 +143,6 @@ async def end(tasks: list[asyncio.Task[None]], *apps: ServiceApp) -> None:
     def in_flight() -> float:
         return sum(sample.value for metric in REGISTRY.collect() if metric.name == "sealpush_rpc_in_flight" for sample in metric.samples)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         while in_flight():  # noqa: ASYNC110 - a metric has no event
             await asyncio.sleep(0.01)

@@ -47,7 +47,7 @@ from sealpushd.simulators.control import SmsControlService
 from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
 from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import Connect, FakeClock, Peer, Serve, Served
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Peer, Serve, Served
 
 APP = "bank-app"
 PASSWORD = "a long password of a test"
@@ -56,7 +56,6 @@ HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 # Much shorter than any clock here is wrong.
 LIFETIME = timedelta(minutes=10)
-LIMIT_S = 20
 NUMBERS = itertools.count(1)
 SENDER_ID = SenderId(uuid7())
 

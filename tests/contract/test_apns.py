@@ -47,6 +47,7 @@ from sealpushd.simulators import core as simulated
 from sealpushd.simulators.server import ProviderKey, RunningSimulators, SimulatedApns, SimulatorSettings, serve_simulators, simulators
 from sealpushd.v1 import simulator_pb2 as pb
 from sealpushd.v1.simulator_pb2_grpc import SimulatedPushStub, SimulatedSmsStub
+from tests.contract.harness import LIMIT_S
 from tests.contract.push_simulators import connect_proxy
 
 TEAM, KEY, TOPIC = "TEAM123456", "KEY1234567", "ua.bank.app"
@@ -320,7 +321,7 @@ async def test_malformed_token_or_topic_never_reaches_apns(
 async def test_black_hole_is_a_retry_within_the_deadline_and_harms_nobody_else(
     running: RunningSimulators, apns_settings: ApnsSettings, target: PushTarget, clock: FakeClock
 ) -> None:
-    provider = ApnsProvider(with_http(apns_settings, total_timeout=timedelta(seconds=0.3)), clock)
+    provider = ApnsProvider(with_http(apns_settings, total_timeout=timedelta(seconds=1.5)), clock)
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
     running.apns.set_fault(simulated.BlackHole(), requests=1)
     lost = asyncio.create_task(provider.send(target, new_wake_up(clock)))
@@ -559,8 +560,9 @@ async def test_cancellation_passes_and_leaves_the_provider_usable(
 ) -> None:
     running.apns.set_fault(simulated.BlackHole(), requests=1)
     send = asyncio.create_task(provider.send(target, new_wake_up(clock)))
+    await arrived(running, 1)
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.1):
+        async with asyncio.timeout(0):
             await send
     assert send.cancelled()
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
@@ -927,7 +929,7 @@ async def test_server_reports_its_ports_and_stops_when_asked(keys: Keys) -> None
         stop.set()
 
     settings = SimulatorSettings(keys.certificate, keys.private_key, apns=SimulatedApns())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         await serve_simulators(settings, stop=stop, ready=ready)
     assert all(port > 0 for port in ports)
     with pytest.raises(OSError, match=r"[Cc]onnect"):

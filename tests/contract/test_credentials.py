@@ -45,7 +45,7 @@ from tests.contract.dispatching import (
     Pushing,
     pushing,
 )
-from tests.contract.harness import FakeClock, Mesh, Migrated, Refusal, refusal
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Refusal, refusal
 from tests.contract.push_simulators import Certificates
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -174,7 +174,7 @@ async def test_a_black_hole_is_answered_within_the_time_of_a_call(world: Pushing
     world.vendors.running.apns.set_fault(BlackHole(), requests=4)
     world.vendors.running.fcm.set_fault(BlackHole(), scope=FaultScope.TOKENS, requests=4)
     puts = [refusal(dispatch.put(world.vendors.credential(platform).request())) for platform in (IOS, ANDROID)]
-    async with asyncio.timeout(9):
+    async with asyncio.timeout(LIMIT_S):
         apns, fcm = await asyncio.gather(*puts)
     assert apns.code is fcm.code is CODE.FAILED_PRECONDITION
     assert "cannot be asked (timeout)" in apns.message
@@ -291,7 +291,7 @@ async def test_bad_requests_name_their_field_and_store_nothing(
     (mounted / "large.p8").write_bytes(b"x" * (SECRET_BYTES_MAX + 1))
     os.mkfifo(mounted / "pipe")
     dispatch = await world.dispatch(work=False)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         refused = await refusal(dispatch.put(world.vendors.credential(IOS).request(**changes)))
     assert (refused.code, refused.field) == (CODE.INVALID_ARGUMENT, field)
     assert words in refused.message
@@ -587,12 +587,12 @@ async def test_last_word_of_a_credential_that_was_replaced_holds_nothing_against
     dispatcher = Dispatcher(lanes, mailbox, registration, world.clock, lambda: 0.0, drain_limit=timedelta(seconds=1))
     task = asyncio.create_task(dispatcher.run())
     messages = await world.store(10)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         while old.asked < 10:  # noqa: ASYNC110 - a counter tells nobody
             await asyncio.sleep(0.01)
     lane.use(new)
     old.answers.set()
-    await world.pushed(messages, seconds=5)
+    await world.pushed(messages)
     assert (lane.state, lane.is_suspicious, lane.counts.accepted) == (LaneState.OPEN, False, 10)
     await dispatcher.drain()
     await task

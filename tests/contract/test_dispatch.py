@@ -42,7 +42,7 @@ from sealpushd.v1 import (
     providers_pb2,
     providers_pb2_grpc,
 )
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, refusal
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Peer, refusal
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -222,7 +222,7 @@ class World:
             [message_id for message_id, _ in pairs],
         )
 
-    async def until(self, pairs: list[tuple[bytes, bytes]], true: Callable[[Any], bool], seconds: float = 10) -> list[Any]:
+    async def until(self, pairs: list[tuple[bytes, bytes]], true: Callable[[Any], bool], seconds: float = LIMIT_S) -> list[Any]:
         """The rows, once something is true of every one."""
         async with asyncio.timeout(seconds):
             while True:
@@ -231,11 +231,11 @@ class World:
                     return rows
                 await asyncio.sleep(0.02)
 
-    async def pushed(self, pairs: list[tuple[bytes, bytes]], seconds: float = 10) -> list[Any]:
+    async def pushed(self, pairs: list[tuple[bytes, bytes]], seconds: float = LIMIT_S) -> list[Any]:
         return await self.until(pairs, lambda row: row["state"] == PUSHED and row["session_id"] is None, seconds)
 
 
-async def eventually(true: Callable[[], bool], seconds: float = 5) -> None:
+async def eventually(true: Callable[[], bool], seconds: float = LIMIT_S) -> None:
     async with asyncio.timeout(seconds):
         while not true():  # noqa: ASYNC110 - counters of peers tell nobody
             await asyncio.sleep(0.01)
@@ -471,7 +471,7 @@ async def test_black_hole_of_one_lane_does_not_slow_another(world: World) -> Non
     world.dispatch(shop, bank)
     await eventually(lambda: shop.sending == 32)
     pairs = await world.store(300)
-    await world.pushed(pairs, seconds=5)
+    await world.pushed(pairs)
     assert shop.sending == shop.held == 32
     assert not any(row["state"] == PUSHED for row in await world.deliveries(stuck))
 
@@ -515,7 +515,7 @@ async def test_mailbox_restart_loses_nothing(world: World) -> None:
 
 
 async def test_drain_reports_what_is_under_way_and_takes_nothing_more(world: World) -> None:
-    world.apns.apns.set_fault(Delay(timedelta(milliseconds=200)), requests=1000)
+    world.apns.apns.set_fault(Delay(timedelta(seconds=1)), requests=1000)
     pairs = await world.store(30)
     lane = world.lane(capacity=10)
     dispatcher = world.dispatch(lane)
@@ -534,7 +534,7 @@ async def test_drain_is_bounded(world: World) -> None:
     lane = world.lane()
     dispatcher = world.dispatch(lane, drain_limit=timedelta(seconds=0.2))
     await eventually(lambda: lane.sending == 3)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(LIMIT_S):
         await dispatcher.drain()
     await world.running.pop(dispatcher)
     await world.until(pairs, lambda row: row["session_id"] is None and row["attempts"] == 0)

@@ -27,7 +27,7 @@ from sealpushd.simulators.fcm import BAD_REQUEST, ERROR_INFO, FCM_ERROR, GRANT_T
 from sealpushd.simulators.server import RunningSimulators, ServiceAccount, SimulatedFcm, SimulatorSettings, simulators
 from sealpushd.v1 import simulator_pb2 as pb
 from sealpushd.v1.simulator_pb2_grpc import SimulatedPushStub
-from tests.contract.harness import FakeClock
+from tests.contract.harness import LIMIT_S, FakeClock
 from tests.contract.push_simulators import Certificates, connect_proxy, raw_client
 
 PROJECT, OTHER_PROJECT = "demo-bank", "demo-post"
@@ -593,7 +593,7 @@ def talk(running: RunningSimulators, certificates: Certificates) -> Callable[[by
         context = ssl.create_default_context(cafile=str(certificates.ca))
         reader, writer = await asyncio.open_connection("localhost", running.fcm_port, ssl=context)
         writer.write(data)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LIMIT_S):
             answer = await reader.read()
         writer.close()
         await writer.wait_closed()
@@ -645,7 +645,7 @@ async def test_client_that_does_not_wait_is_cut_off(running: RunningSimulators, 
     running.fcm.set_fault(simulated.BlackHole(), scope=simulated.FaultScope.TOKENS, requests=1)
     reader, writer = await asyncio.open_connection("localhost", running.fcm_port, ssl=certificates.trust())
     writer.write(b"POST /token HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n" + CLOSE * 10_000)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         with suppress(ConnectionError):
             assert await reader.read() == b""
     assert len(running.fcm.received) == 1

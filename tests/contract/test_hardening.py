@@ -20,11 +20,9 @@ from sealpushd.platform.rpc import GuardedServer
 from sealpushd.platform.server import server_options
 from sealpushd.platform.tokens import LEEWAY_S
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import LOOPBACK, Mesh, Migrated
+from tests.contract.harness import LIMIT_S, LOOPBACK, Mesh, Migrated
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-
-LIMIT_S = 10
 
 
 class Wire:
@@ -79,7 +77,7 @@ class Wire:
 async def test_a_database_that_fell_silent_is_given_up_and_the_next_statement_gets_a_new_connection(
     migrated: Migrated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db, "SILENCE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(db, "SILENCE_TIMEOUT_S", 2)
     url = urlsplit((await migrated("fetch"))["fetch"])
     where = parse_qs(url.query)
     wire = Wire(lambda: asyncio.open_unix_connection(f"{where['host'][0]}/.s.PGSQL.{where['port'][0]}"))
@@ -182,8 +180,8 @@ async def _read_all(call: Any) -> int:
 @pytest.mark.parametrize("busy", [True, False])
 async def test_a_senders_stream_ends_with_its_token(mesh: Mesh, *, busy: bool) -> None:
     claims = {"org": bytes(16).hex(), "apps": ["bank"], "scopes": ["publish", "status"], "networks": []}
-    # One second is left of what clocks may differ by.
-    token, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), 1 - LEEWAY_S, claims)
+    # One to two seconds are left of what clocks may differ by: a token's times are whole seconds.
+    token, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), 2 - LEEWAY_S, claims)
     servicer = _Publishing()  # type: ignore[abstract]
     server = grpc.aio.server()
     publish_pb2_grpc.add_PublishingServicer_to_server(servicer, GuardedServer(server, mesh.verifier))  # type: ignore[arg-type]

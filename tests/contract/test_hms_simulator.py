@@ -29,7 +29,7 @@ from sealpushd.simulators.receipts import ReceiptSettings
 from sealpushd.simulators.server import HmsClient, RunningSimulators, SimulatedHms, SimulatorSettings, simulators
 from sealpushd.v1 import simulator_pb2 as pb
 from sealpushd.v1.simulator_pb2_grpc import SimulatedPushStub
-from tests.contract.harness import FakeClock
+from tests.contract.harness import LIMIT_S, FakeClock
 from tests.contract.push_simulators import Certificates, raw_client
 
 APP, OTHER_APP, SECRET = "104000001", "104000002", "a secret of a test"
@@ -106,7 +106,7 @@ async def test_client_of_another_make_delivers(running: RunningSimulators, certi
     line.online([token])
 
     def send() -> tuple[Any, Any]:
-        connection = http.client.HTTPSConnection("localhost", running.hms_port, context=certificates.trust(), timeout=5)
+        connection = http.client.HTTPSConnection("localhost", running.hms_port, context=certificates.trust(), timeout=LIMIT_S)
         form = f"grant_type=client_credentials&client_secret={SECRET.replace(' ', '+')}&client_id={APP}"
         connection.request("POST", "/oauth2/v3/token", form, {"Content-Type": "application/x-www-form-urlencoded"})
         granted = json.load(connection.getresponse())
@@ -326,7 +326,8 @@ class Receiver:
     requests: list[tuple[dict[str, str], Any]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def connection_opened(self, connection: Connection) -> None: ...
+    def connection_opened(self, connection: Connection) -> None:
+        self.changed.set()
 
     def stream_refused(self, connection: Connection) -> None: ...
 
@@ -341,7 +342,7 @@ class Receiver:
 
     async def has(self, count: int) -> None:
         """Returns when so many receipts have come."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LIMIT_S):
             while len(self.receipts) < count:
                 self.changed.clear()
                 await self.changed.wait()
@@ -383,6 +384,22 @@ async def test_receipt_of_a_delivery_is_signed_and_names_tag_token_and_request(c
         digest = hmac.new(KEY.encode(), (signed[1] + signed[2] + USER).encode(), hashlib.sha256).digest()
         assert base64.b64decode(signed[3]) == digest
         assert headers["content-type"] == "application/json"
+
+
+async def test_a_listener_that_closes_admits_nobody_whose_handshake_ends_meanwhile(certificates: Certificates) -> None:
+    """It waits for the end of its connections: one that came too late to be dropped would keep it until its client leaves."""
+    receiver = Receiver()
+    listener = HttpListener(receiver)
+    files = {"certificate": certificates.certificate, "private_key": certificates.private_key}
+    port = await listener.start(host="127.0.0.1", port=0, **files)
+    _, writer = await asyncio.open_connection("localhost", port, ssl=certificates.trust())
+    async with asyncio.timeout(LIMIT_S):
+        await receiver.changed.wait()
+        closing = asyncio.create_task(listener.close())
+        await asyncio.sleep(0)
+        assert listener.admit("http/1.1") is None
+        await closing
+    writer.transport.abort()
 
 
 async def test_what_is_replaced_or_loses_its_app_is_told(certificates: Certificates, clock: FakeClock) -> None:
@@ -430,7 +447,7 @@ async def test_receiver_that_is_away_or_busy_gets_its_receipts_later(
         async with receiver.listening(certificates, unused_tcp_port):
             await receiver.has(3)
             assert await raw.code(raw.body(android={"bi_tag": "late"})) == "80000000"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(LIMIT_S):
                 while running.hms.counters.receipts < 2:  # noqa: ASYNC110 - the sender counts when it has the answer
                     await asyncio.sleep(0)
     assert [one["biTag"] for one in receiver.receipts] == ["early", "early", "early", "late"]
@@ -455,7 +472,7 @@ async def test_receiver_of_another_authority_gets_nothing(
         async with receiver.listening(stranger) as port, with_receipts(certificates, clock, port, tries=1) as (running, raw):
             running.hms.connect().online([raw.token])
             assert await raw.code() == "80000000"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(LIMIT_S):
                 while not any(entry["event"] == "receipts were given up" for entry in logs):  # noqa: ASYNC110 - only the log tells
                     await asyncio.sleep(0)
     assert receiver.requests == []

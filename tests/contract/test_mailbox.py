@@ -30,7 +30,7 @@ from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
 from sealpushd.platform.settings import load
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Migrated, Serve, Served, refusal
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Migrated, Serve, Served, refusal, until_locked_out
 from tests.contract.mailboxes import (
     IOS,
     PUSHED,
@@ -53,8 +53,6 @@ from tests.contract.mailboxes import (
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-
-LIMIT_S = 10
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -524,19 +522,15 @@ async def test_a_cancel_that_waited_for_a_fetch_sees_it(store: MailboxStore, sql
     await put(store, made)
     other = await connect(urls["admin"], search_path="fetch")
 
-    async def waiters(count: int) -> None:
-        while await sql.fetchval("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted") < count:
-            pass
-
     try:
         async with asyncio.timeout(LIMIT_S):
             # Both begin before either can go on; who came first goes first.
             async with other.transaction():
                 await other.execute("SELECT FROM open_deliveries WHERE message_id = $1 FOR UPDATE", made.message_id)
                 taking = asyncio.create_task(take(store, made))
-                await waiters(1)
+                await until_locked_out(sql, 1)
                 cancelling = asyncio.create_task(store.cancel(made.key.sender_id, [made.message_id]))
-                await waiters(2)
+                await until_locked_out(sql, 2)
             taken, cancelled = await asyncio.gather(taking, cancelling)
     finally:
         await other.close()
@@ -911,7 +905,7 @@ async def all_events(store: MailboxStore, after: Position, page: int = 7) -> tup
 async def events_with(store: MailboxStore, after: Position, last: NewMessage) -> list[Event]:
     """The events after a position, once a message's is among them: whatever transaction runs in the cluster, also autovacuum's, holds back
     those that began after it."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(LIMIT_S):
         while True:
             found, _ = await all_events(store, after)
             if any(event.message_id == last.message_id for event in found):
@@ -1584,12 +1578,8 @@ async def test_a_mailbox_whose_postgres_is_away_answers_unavailable_and_stores_n
     async with sql.transaction():
         await sql.execute(blocker)
         storing = asyncio.create_task(world.store(proto(made)))
-        async with asyncio.timeout(LIMIT_S):
-            while not await sql.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
-                pass
-        await sql.execute(
-            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = 'fetch_app' AND wait_event_type = 'Lock'"
-        )
+        for pid in await until_locked_out(sql):
+            await sql.execute("SELECT pg_terminate_backend($1, 5000)", pid)
         with pytest.raises(Unavailable):
             await storing
     assert await store.lookup_accepted([made.key]) == [None]

@@ -15,12 +15,11 @@ from sealpush.proofs import AckOutcome
 from sealpushd.fetch.rules import Ack, NewMessage, Report, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.db import Connection, Database, connect
-from tests.contract.harness import Migrated
+from tests.contract.harness import LIMIT_S, Migrated, until_locked_out
 from tests.contract.mailboxes import PUSHED, RETRY, TOKEN_GONE, a_session, ack, an_id, claim, delivery, digest, message, put, report
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-LIMIT_S = 10
 ROUNDS = 120
 MESSAGES = 64
 DEVICES = 8
@@ -118,8 +117,7 @@ async def in_turn(sql: Connection, urls: dict[str, str], of: NewMessage, *works:
                 tasks = []
                 for work in works:
                     tasks.append(asyncio.ensure_future(work()))
-                    while await sql.fetchval("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted") < len(tasks):
-                        pass
+                    await until_locked_out(sql, len(tasks))
             await asyncio.gather(*tasks)
     finally:
         await other.close()

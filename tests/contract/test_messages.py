@@ -32,12 +32,11 @@ from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
 from tests.contract.mailboxes import an_id, delivery, digest, end, listening, message, proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-LIMIT_S = 15
 HEAD, STANZA = b"h" * 126, b"s" * 139
 
 

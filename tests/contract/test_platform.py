@@ -17,11 +17,10 @@ from sealpushd.platform.db import Database, connect
 from sealpushd.platform.errors import StoreUnavailable
 from sealpushd.platform.migrate import SERVICES, SchemaError, check_schema, migrate
 from sealpushd.platform.vault import FileKeyWrapper, Vault, VaultError
-from tests.contract.harness import Migrated
+from tests.contract.harness import LIMIT_S, Migrated
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-LIMIT_S = 10
 SECRET = "hunter2"
 
 

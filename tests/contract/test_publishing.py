@@ -52,12 +52,11 @@ from sealpushd.v1 import (
     sealing_pb2,
     sealing_pb2_grpc,
 )
-from tests.contract.harness import FakeClock, Mesh, Migrated, Peer, Serve, Served, refusal
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Peer, Serve, Served, refusal
 from tests.contract.mailboxes import end, listening
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-LIMIT_S = 15
 APP = "bank"
 PHONE = "+380501234567"
 REF = RecipientRef(b"r" * 32)
@@ -762,7 +761,7 @@ async def test_a_longer_interval_waits_for_the_end_and_no_longer_than_asked(worl
     result = await world.publish(world.request())
     message_id = result.accepted.message_id
     assert (await world.status(message_id, 0.1)).state == common_pb2.STATE_QUEUED
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(LIMIT_S):
         waiting = asyncio.create_task(world.status(message_id, 8))
         await world.acknowledge(message_id, person.devices[0])
         assert (await waiting).state == common_pb2.STATE_DELIVERED

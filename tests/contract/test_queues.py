@@ -32,7 +32,7 @@ from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.settings import load
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Serve, refusal
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Serve, refusal, until_locked_out
 from tests.contract.mailboxes import (
     IOS,
     PUSHED,
@@ -56,7 +56,6 @@ from tests.contract.mailboxes import (
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-LIMIT_S = 10
 ANDROID = int(common_pb2.PLATFORM_ANDROID)
 # Sorts before the keys of all deliveries.
 FIRST = DeviceId(bytes(16)), rules.BEFORE_ALL
@@ -356,18 +355,14 @@ async def test_a_requeue_that_waited_for_an_acknowledgement_does_not_count_what_
     ended = made[1]
     other = await connect(urls["admin"], search_path="fetch")
 
-    async def waiters(count: int) -> None:
-        while await sql.fetchval("SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted") < count:
-            pass
-
     try:
         async with asyncio.timeout(LIMIT_S):
             async with other.transaction():
                 await other.execute("SELECT FROM open_deliveries WHERE message_id = $1 FOR UPDATE", ended.message_id)
                 acknowledging = asyncio.create_task(store.acknowledge([ack(ended)]))
-                await waiters(1)
+                await until_locked_out(sql, 1)
                 requeuing = asyncio.create_task(requeue(store, app))
-                await waiters(2)
+                await until_locked_out(sql, 2)
             (answer,), requeued = await asyncio.gather(acknowledging, requeuing)
     finally:
         await other.close()
@@ -464,22 +459,21 @@ async def test_a_count_that_fails_is_logged_and_the_next_one_tells(store: Mailbo
     queues = Queues(store, leases, FakeClock(), refresh_period_s=0)
     with capture_logs() as logs:
         async with asyncio.timeout(LIMIT_S):
-            async with sql.transaction():
-                await sql.execute("LOCK TABLE open_deliveries IN ACCESS EXCLUSIVE MODE")
-                watching = asyncio.create_task(queues.watch())
-                while not await sql.fetchval(
-                    "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity"
-                    " WHERE wait_event_type = 'Lock' AND datname = current_database() AND query LIKE '-- How much waits%'"
-                ):
-                    pass
-                while not logs:
-                    await sql.execute("SELECT")
+            watching = None
             try:
+                async with sql.transaction():
+                    await sql.execute("LOCK TABLE open_deliveries IN ACCESS EXCLUSIVE MODE")
+                    watching = asyncio.create_task(queues.watch())
+                    for pid in await until_locked_out(sql):
+                        await sql.execute("SELECT pg_cancel_backend($1)", pid)
+                    while not logs:
+                        await sql.execute("SELECT")
                 while gauges(made.app_id)[0] is None:
                     await sql.execute("SELECT")
             finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+                if watching is not None:
+                    watching.cancel()
+                    await asyncio.gather(watching, return_exceptions=True)
     assert logs[0]["event"].startswith("the queues could not be counted")
     assert gauges(made.app_id)[:2] == [1, 0]
 

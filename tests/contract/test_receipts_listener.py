@@ -41,7 +41,7 @@ from tests.contract.dispatching import (
     start_dispatch,
     vendors,
 )
-from tests.contract.harness import FakeClock, Mesh, Migrated
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated
 from tests.contract.push_simulators import Certificates, raw_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -243,7 +243,7 @@ async def test_noise_on_the_port_harms_nobody(receiver: Receiver) -> None:
 async def test_simulated_push_kit_reports_to_it(receiver: Receiver, certificates: Certificates) -> None:
     hms = receiver.vendors.running.hms
     settings = ReceiptSettings(url=f"https://localhost:{receiver.port}/hms/{BANK}", ca=certificates.ca)
-    async with ReceiptSender.sending(settings, hms, receiver.clock.now) as sender, asyncio.timeout(5):
+    async with ReceiptSender.sending(settings, hms, receiver.clock.now) as sender, asyncio.timeout(LIMIT_S):
         for n in range(120):
             sender.put(ReceiptStatus(HMS_APP, "", f"t{n}", DELIVERED, 1, "r"))
         while hms.counters.receipts < 120:  # noqa: ASYNC110 - a counter tells nobody
@@ -284,17 +284,26 @@ async def test_settings_that_cannot_be_listened_with_are_named(receiver: Receive
 async def test_connections_are_few_and_end_by_themselves(
     receiver: Receiver, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "CONNECTION_S", 0.5)
-    monkeypatch.setattr(listener, "CONNECTIONS_MAX", 3)
     context = ssl.create_default_context(cafile=str(certificates.ca))
-    slow = [await asyncio.open_connection("localhost", receiver.port, ssl=context) for _ in range(3)]
-    for _, writer in slow:
+
+    async def slow() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("localhost", receiver.port, ssl=context)
         writer.write(b"POST /hms/bank HTTP/1.1\r\nx-never-ends: ")
-    with pytest.raises((httpx.TransportError, OSError)):
-        await receiver.post(receiver.header())
-    async with asyncio.timeout(5):
-        for reader, writer in slow:
-            with contextlib.suppress(ConnectionError):
-                assert await reader.read() == b""
+        return reader, writer
+
+    with monkeypatch.context() as few:
+        few.setattr(listener, "CONNECTION_S", 2 * LIMIT_S)
+        few.setattr(listener, "CONNECTIONS_MAX", 3)
+        patient = [await slow() for _ in range(3)]
+        with pytest.raises((httpx.TransportError, OSError)):
+            await receiver.post(receiver.header())
+        for _, writer in patient:
             writer.close()
+    with monkeypatch.context() as brief:
+        brief.setattr(listener, "CONNECTION_S", 0.2)
+        reader, writer = await slow()
+    async with asyncio.timeout(LIMIT_S):
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
     assert await receiver.post(receiver.header()) == (200, "0")

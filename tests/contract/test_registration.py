@@ -48,7 +48,21 @@ from sealpushd.v1 import (
     sealing_pb2_grpc,
 )
 from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import LOOPBACK, Connect, FakeClock, Mesh, Migrated, Peer, Refusal, Serve, Served, read_refusal, refusal
+from tests.contract.harness import (
+    LIMIT_S,
+    LOOPBACK,
+    Connect,
+    FakeClock,
+    Mesh,
+    Migrated,
+    Peer,
+    Refusal,
+    Serve,
+    Served,
+    read_refusal,
+    refusal,
+    until_locked_out,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -607,7 +621,7 @@ async def work_off(world: World) -> None:
     task = asyncio.create_task(world.served.app.tasks[0]())
     admin = await connect(world.urls["admin"])
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(LIMIT_S):
             while await admin.fetchval("SELECT count(*) FROM registration.pending_closures"):
                 world.clock.advance(timedelta(minutes=2))
                 await asyncio.wait((task,), timeout=0.02)
@@ -652,7 +666,7 @@ async def test_a_device_cannot_come_back_before_its_end_is_carried_out(world: Wo
     request = phone.confirmation(started.registration_id, world.code(phone.number))
     assert (await refusal(phone.confirm(request))).code is StatusCode.UNAVAILABLE
     await world.mailbox_peer.start()
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(LIMIT_S):
         while isinstance(answer := await _outcome(phone.confirm(request)), Refusal):
             assert answer.code is StatusCode.UNAVAILABLE
     assert set(world.mailbox.closed) == {(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)}
@@ -703,7 +717,6 @@ async def test_one_code_brings_one_device_into_the_log_whatever_happens_at_once_
 # --- the registration lock -------------------------------------------------------------------------------------------------
 
 PIN = "271828"
-WAITING = "SELECT EXISTS (SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock')"
 
 
 async def locked_phone(world: World) -> Phone:
@@ -936,9 +949,7 @@ async def test_who_joins_after_a_lock_lapsed_does_not_end_the_one_that_is_set_me
         # Holds up the binding after it has looked at the lock.
         await admin.execute("SELECT 1 FROM registration.identifiers FOR UPDATE")
         joining = asyncio.ensure_future(_outcome(other.confirm(request)))
-        while not await admin.fetchval(WAITING):
-            # Outside of this process there is nothing to wait for but what it says.
-            await admin.execute("SELECT pg_sleep(0.01)")
+        await until_locked_out(admin)
         await owner.authenticate()
         await owner.lock("161803")
     await admin.close()

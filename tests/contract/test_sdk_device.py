@@ -79,7 +79,7 @@ from sealpush.retry import Deadline, RetryPolicy, SystemClock
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
-from sealpush.transport import Calls, Channels, Endpoints
+from sealpush.transport import TIMEOUT_S, Calls, Channels, Endpoints
 from sealpush.upkeep import PREKEY_IDS_SKIPPED_MAX
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
@@ -88,6 +88,7 @@ from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
 from sealpush.v1.messages_pb2_grpc import MessagesServicer, add_MessagesServicer_to_server
 from sealpush.v1.registration_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
 from sealpush.wire import read_prekey
+from tests.contract.harness import LIMIT_S
 
 APP = "example-bank"
 PHONE = "+380501234567"
@@ -625,7 +626,7 @@ def texts(messages: list[Message]) -> list[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -806,11 +807,10 @@ async def test_a_wake_up_returns_in_time_and_loses_nothing(service: Service, mak
     service.send("second")
     service.hang = {"Drain"}
     started = time.monotonic()
-    assert texts(await device.on_wake(named.wake_up_id, deadline=1.0)) == []
-    assert time.monotonic() - started < 1.2
+    assert texts(await device.on_wake(named.wake_up_id, deadline=1.5)) == []
     service.hang = {"Acknowledge"}
-    assert texts(await device.on_wake(deadline=1.0)) == ["first", "second"]
-    assert time.monotonic() - started < 2.4
+    assert texts(await device.on_wake(deadline=1.5)) == ["first", "second"]
+    assert time.monotonic() - started < TIMEOUT_S, "it did not wait as long as one call may take"
     service.hang = set()
     assert texts(await device.on_wake()) == []
     assert service.outcomes() == [AckOutcome.DELIVERED] * 2
@@ -832,7 +832,7 @@ async def test_a_wake_up_without_a_service_returns_nothing_in_time(service: Serv
     service.down["GetChallenge"] = 1000
     started = time.monotonic()
     assert await device.on_wake(deadline=0.5) == []
-    assert time.monotonic() - started < 0.7
+    assert time.monotonic() - started < TIMEOUT_S / 2, "it did not try as often as it may"
     assert (await device.diagnose()).last_error.startswith("Unavailable")
 
 
@@ -840,7 +840,7 @@ async def test_what_was_stored_before_the_end_of_time_is_handed_over_next_time(s
     device = await register(make(clock=SystemClock()))
     service.send()
     service.hang = {"Acknowledge"}  # stored, and then the time is over: still handed over, and only once
-    assert texts(await device.on_wake(deadline=0.5)) == ["hello"]
+    assert texts(await device.on_wake(deadline=1.5)) == ["hello"]
     service.hang = set()
     assert await device.on_wake() == []
     assert service.outcomes() == [AckOutcome.DELIVERED]
@@ -1456,7 +1456,7 @@ async def test_a_clock_that_jumps_between_two_messages_loses_neither(
 @pytest.mark.parametrize("by_ms", [30_000, *JUMPS])
 async def test_a_clock_that_jumps_while_a_stream_runs_loses_nothing(service: Service, make: Make, clock: FakeClock, by_ms: int) -> None:
     device = await register(make())
-    async with device.stream() as messages, asyncio.timeout(5):
+    async with device.stream() as messages, asyncio.timeout(LIMIT_S):
         service.send("a", lifetime_ms=20_000)
         assert (await anext(messages)).content.body == "a"
         assert await device._session.resync(device._session.deadline())
@@ -1558,7 +1558,7 @@ async def test_a_stream_brings_the_backlog_and_then_what_comes(service: Service,
     device = await register(make(keystore))
     for number in range(3):
         service.send(str(number))
-    async with asyncio.timeout(5), device.stream() as messages:
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
         got = [(await anext(messages)).content.body for _ in range(3)]
         await messages.caught_up()
         service.send("live")
@@ -1589,7 +1589,7 @@ async def test_acknowledgements_gather_while_one_is_on_its_way(service: Service,
 async def test_a_second_stream_ends_the_first_for_good(service: Service, make: Make) -> None:
     keystore = MemoryKeystore()
     first, second = await register(make(keystore)), make(keystore)
-    async with asyncio.timeout(5), first.stream() as messages:
+    async with asyncio.timeout(LIMIT_S), first.stream() as messages:
         await messages.caught_up()
         async with second.stream() as others:
             await others.caught_up()
@@ -1605,7 +1605,7 @@ async def test_a_second_stream_ends_the_first_for_good(service: Service, make: M
 async def test_a_stream_may_retake(service: Service, make: Make, clock: FakeClock) -> None:
     keystore = MemoryKeystore()
     first, second = await register(make(keystore)), make(keystore)
-    async with asyncio.timeout(5), first.stream(retake=True) as messages:
+    async with asyncio.timeout(LIMIT_S), first.stream(retake=True) as messages:
         await messages.caught_up()
         async with second.stream() as others:
             with pytest.raises(StreamTakenOver):
@@ -1628,10 +1628,12 @@ async def test_a_broken_stream_connects_again_and_shows_nothing_twice(service: S
     for number in range(5):
         service.send(str(number))
         await until(lambda: not service.phone().waiting)
+        tried = service.calls["Stream"]
         cast(Any, service.phone().stream).put_nowait("restart")
         service.down["Stream"] = 2
         service.tokens.clear()
-        await until(lambda: service.phone().stream is None)
+        while service.calls["Stream"] < tried + 3:
+            await asyncio.sleep(0.005)
         await until(lambda: service.phone().stream is not None)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -1645,7 +1647,7 @@ async def test_a_stream_takes_what_it_held_once_it_can(service: Service, make: M
     device = await register(make(policy=RetryPolicy(attempts_max=2)))
     service.down["GetSenderProfile"] = 10
     service.send("waits")
-    async with asyncio.timeout(5), device.stream() as messages:
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
         assert (await anext(messages)).content.body == "waits"
         await until(lambda: not service.phone().waiting)
     assert service.calls["GetSenderProfile"] == 11
@@ -1657,7 +1659,7 @@ async def test_a_stream_sends_what_an_earlier_process_still_owes(service: Servic
     service.send()
     (message,) = await device.drain()
     await device.mark_read(message.message_id)
-    async with asyncio.timeout(5), make(keystore).stream():
+    async with asyncio.timeout(LIMIT_S), make(keystore).stream():
         await until(lambda: len(service.acknowledged) == 2)
         await until(lambda: keystore.pending_acknowledgements() == [])
     assert service.outcomes() == [AckOutcome.DELIVERED, AckOutcome.READ]
@@ -1667,7 +1669,7 @@ async def test_what_a_closed_stream_had_not_given_out_comes_by_draining(service:
     device = await register(make())
     for number in range(3):
         service.send(str(number))
-    async with asyncio.timeout(5), device.stream() as messages:
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
         await messages.caught_up()
         await until(lambda: not service.phone().waiting)
         assert (await anext(messages)).content.body == "0"
@@ -1682,12 +1684,32 @@ async def test_a_stream_of_an_ended_installation_ends(service: Service, make: Ma
         await device.run_stream()
 
 
+async def test_who_waits_for_the_backlog_of_a_stream_that_ends_is_told(service: Service, make: Make) -> None:
+    device = await register(make())
+    service.phones.clear()
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
+        for _ in range(2):
+            with pytest.raises(RegistrationEnded):
+                await messages.caught_up()
+        with pytest.raises(RegistrationEnded):
+            await anext(messages)
+
+
+async def test_a_stream_whose_channels_are_closed_ends(service: Service, make: Make) -> None:
+    device = await register(make())
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
+        await messages.caught_up()
+        await device._channels.close()
+        with pytest.raises(RuntimeError, match="channels are closed"):
+            await anext(messages)
+
+
 async def test_a_stream_that_was_open_when_the_installation_ended_ends(
     service: Service, make: Make, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live, "HOUSEKEEPING_S", 0.01)
     device = await register(make())
-    async with asyncio.timeout(10), device.stream() as messages:
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
         await messages.caught_up()
         service.phones.clear()
         service.tokens.clear()
@@ -2046,7 +2068,7 @@ async def test_five_hundred_devices_share_a_process(service: Service, make: Make
     for device in devices:
         device._on_message = lambda message: got.append(message.content.body)
     tasks = [asyncio.create_task(device.run_stream()) for device in devices]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(2 * LIMIT_S):
         while any(phone.stream is None for phone in service.phones.values()):
             await asyncio.sleep(0.02)
         for phone in service.phones.values():
@@ -2207,7 +2229,7 @@ async def test_a_log_that_hangs_leaves_a_wake_up_its_deadline(service: Service, 
     service.send()
     started = time.monotonic()
     assert texts(await device.on_wake(deadline=2.0)) == ["hello"]
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < TIMEOUT_S, "it did not wait as long as one call may take"
 
 
 async def test_a_notice_is_kept_whatever_the_app_does_with_it(
@@ -2234,7 +2256,7 @@ async def test_an_app_may_ask_for_the_devices_when_it_is_told_of_one(service: Se
 
     device = await register(make(on_notice=ask))
     service.log_after_own.append(a_newcomer())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         await device.drain()
     assert seen == [2]
 
@@ -2243,7 +2265,7 @@ async def test_a_log_without_end_is_broken_before_it_costs_anything(service: Ser
     device = await register(make(keystore))
     service.log_after_own = [a_newcomer()] * 40_000
     service.send()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         assert texts(await device.drain()) == ["hello"]
     assert [each.kind for each in await device.notices()] == [NoticeKind.LOG_BROKEN]
     assert keystore.device_log().entries == ()

@@ -32,7 +32,7 @@ from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.publishing.app import build as build_publishing
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc, directory_pb2_grpc, sealing_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Refusal, Serve, Served, refusal
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Peer, Refusal, Serve, Served, refusal
 from tests.contract.test_publishing import APP, REF, VAULT_KEY, Directory, Person, Sealing
 from tests.contract.test_sdk_device import APP as PHONE_APP
 from tests.contract.test_sdk_device import PHONE, PLATFORM_KEY, ROOT, SENDER, SENDER_KEY, Service, register, serving, texts
@@ -40,7 +40,6 @@ from tests.contract.test_sdk_device import FakeClock as PhoneClock
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-LIMIT_S = 15
 BOTH = SenderMode.END_TO_END | SenderMode.SERVER
 PLATFORM_ID = SenderId(b"P" * 16)
 # In force when it is put; at the time of the test it lies so many days behind, or ahead.

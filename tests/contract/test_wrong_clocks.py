@@ -16,8 +16,8 @@ import pytest_asyncio
 
 from sealpush import MemoryKeystore, SqliteKeystore, State
 from sealpush.ids import MessageId
-from tests.contract.harness import Connect, FakeClock, Migrated, Serve
-from tests.contract.phones import DAY_MS, HOUR_MS, LIMIT_S, World, WrongClock, bodies, shows, whole_world
+from tests.contract.harness import LIMIT_S, Connect, FakeClock, Migrated, Serve
+from tests.contract.phones import DAY_MS, HOUR_MS, World, WrongClock, bodies, shows, whole_world
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -94,7 +94,7 @@ def processes_in(data_dir: Path) -> dict[int, str]:
     return found
 
 
-async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 # the kernel tells nobody when a process that is no child ends
             await asyncio.sleep(0.01)
@@ -208,7 +208,7 @@ async def test_a_second_opening_is_refused_while_the_first_goes_on(used_data_dir
     async with Engines.open(used_data_dir) as engines:
         with holder(used_data_dir) as second:
             assert second.stdout is not None
-            second.communicate(timeout=10)
+            second.communicate(timeout=60)
             assert second.returncode == 1
         with pytest.raises(EngineError, match=rf"in use by another Sealpush, process {os.getpid()}\b"):
             async with Engines.open(used_data_dir):
@@ -230,7 +230,7 @@ async def test_killed_engines_come_back_under_the_same_addresses(used_data_dir: 
         assert (engines.postgres_dsn, engines.valkey_url) == (dsn, url)
 
         # Both have a pid again, which is a little before they answer.
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 with contextlib.suppress(OSError, asyncpg.PostgresError, redis.exceptions.RedisError):
                     async with redis.asyncio.Redis.from_url(url) as valkey:
@@ -248,7 +248,7 @@ async def test_an_engine_that_cannot_come_back_is_reported_and_data_is_not_repla
     async with Engines.open(used_data_dir, valkey=False) as engines:
         (used_data_dir / "postgres").rename(used_data_dir / "elsewhere")
         os.kill(engines.processes["postgres"], signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with pytest.raises(EngineError, match="has vanished while in use"):
                 await engines.wait()
     assert not (used_data_dir / "postgres").exists()
@@ -259,7 +259,7 @@ async def test_engines_end_when_their_parent_is_killed_and_the_next_run_has_the_
         seen = facts(parent)
         await remember(seen["dsn"], "committed")
         parent.kill()
-        parent.wait(timeout=10)
+        parent.wait(timeout=60)
         # At once, while the servers of the killed run may still be ending.
         async with Engines.open(used_data_dir) as engines:
             assert await remembered(engines.postgres_dsn) == ["committed"]
@@ -271,7 +271,7 @@ async def test_engines_end_when_their_parent_is_killed_and_nobody_follows(used_d
     with holder(used_data_dir) as parent:
         facts(parent)
         parent.kill()
-        parent.wait(timeout=10)
+        parent.wait(timeout=60)
         await eventually(lambda: processes_in(used_data_dir) == {})
 
 
@@ -279,7 +279,7 @@ async def test_an_initdb_killed_half_way_is_healed(data_dir: Path) -> None:
     with holder(data_dir) as parent:
         await eventually(lambda: any(data_dir.glob("postgres-new-*/pgdata/PG_VERSION")))
         parent.kill()
-        parent.wait(timeout=10)
+        parent.wait(timeout=60)
     assert not (data_dir / "postgres").exists()
     async with Engines.open(data_dir, valkey=False) as engines:
         await remember(engines.postgres_dsn, "works")
@@ -327,15 +327,51 @@ async def test_cancelled_in_the_last_moment_of_a_start_it_ends(
             await server.wait()
 
 
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_start_of_valkey_that_is_cancelled_while_it_asks_ends_as_cancelled(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """The first answer of a server must not take the place of a cancellation: the supervisor would go on watching it."""
+
+    async def listens(self: ServerProcess, timeout_s: float) -> bool:
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_unix_connection(urlsplit(server.url).path)
+                    break
+                await asyncio.sleep(0.01)
+        writer.close()
+        await writer.wait_closed()
+        cancel_in(turns)
+        return False
+
+    def cancel_in(turns: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(cancel_in, turns - 1)
+        else:
+            asked.append(starting.cancel())
+
+    asked: list[bool] = []
+    with DataDir.open(data_dir) as data:
+        server = EmbeddedValkey(data)
+        with monkeypatch.context() as patched:
+            patched.setattr(ServerProcess, "ends_within", listens)
+            patched.setattr(EmbeddedValkey, "stop", lambda _: asyncio.sleep(0))
+            starting = asyncio.create_task(server.start())
+            await asyncio.wait((starting,))
+        await server.stop()
+        assert [starting.cancelled()] == asked
+
+
 async def test_a_pid_file_whose_pid_belongs_to_somebody_else_is_seen_through(used_data_dir: Path) -> None:
     async with Engines.open(used_data_dir, valkey=False):
         pid_file = (used_data_dir / "postgres" / "postmaster.pid").read_text()
     with stranger() as process:
         lines = [str(process.pid), *pid_file.splitlines()[1:]]
         (used_data_dir / "postgres" / "postmaster.pid").write_text("\n".join(lines) + "\n")
-        started = time.monotonic()
+        # Taken for a server that still ends, it would be waited for, and then reported.
         async with Engines.open(used_data_dir, valkey=False):
-            assert time.monotonic() - started < 5
+            pass
         assert process.poll() is None
 
 
@@ -374,7 +410,7 @@ async def test_an_ordinary_user_may_run_it(data_dir: Path) -> None:
         seen = facts(process)
         assert seen["uid"] != 0
         await remember(seen["dsn"], "works")
-        process.communicate("", timeout=10)
+        process.communicate("", timeout=60)
         assert process.returncode == 0
     assert processes_in(data_dir) == {}
 
@@ -400,7 +436,7 @@ async def test_root_without_user_namespaces_runs_it_as_an_ordinary_account(data_
         assert (data_dir / "postgres").stat().st_uid != 0
         assert (data_dir / "secrets").stat().st_uid == 0
         await remember(seen["dsn"], "without")
-        process.communicate("", timeout=10)
+        process.communicate("", timeout=60)
         assert process.returncode == 0
 
     async with Engines.open(data_dir) as engines:

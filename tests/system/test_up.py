@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from bench.suite import free_base
 from sealpush.ids import SenderId, uuid7, uuid_text
 from sealpush.keys import ContentSigningKey, PrekeyKind, RootKey, SenderMode
 from sealpush.model import ContentClass, State
@@ -33,7 +34,7 @@ from sealpushd.platform.db import connect
 from sealpushd.signedfile import SignedFile
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
-from sealpushd.up.ports import SERVICES, Ports
+from sealpushd.up.ports import SERVICES
 from sealpushd.up.sdk import content_key, public_endpoints
 from sealpushd.up.secrets import load_root
 
@@ -139,15 +140,6 @@ def processes_of(data_dir: Path) -> list[str]:
     return found
 
 
-def free_base_port(first: int) -> int:
-    """Somewhere nobody listens; different callers look in different places, so that they do not meet."""
-    for base in range(first, first + 2_000, 250):
-        with contextlib.suppress(UpError):
-            Ports(base).check_free(patience_s=0)
-            return base
-    raise AssertionError("no free ports")
-
-
 def folder() -> Path:
     """Where any user may pass, and short enough for sockets."""
     parent = Path(tempfile.mkdtemp(prefix="up-"))
@@ -158,7 +150,7 @@ def folder() -> Path:
 @pytest.fixture(scope="session")
 def up() -> Iterator[Up]:
     parent = folder()
-    running = Up(parent / "data", free_base_port(11_000))
+    running = Up(parent / "data", free_base())
     yield running
     assert running.end() == 0
     shutil.rmtree(parent)
@@ -226,7 +218,7 @@ def last_json(text: str) -> dict[str, Any]:
 
 
 def test_the_show_ends_as_it_should_and_again_on_the_same_directory(own_data_dir: Path) -> None:
-    base_port = free_base_port(14_000)
+    base_port = free_base()
     for _ in range(2):
         done = run("up", "--data-dir", own_data_dir, "--base-port", str(base_port), "--then-exit")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -514,7 +506,7 @@ def test_doctor_finds_all_well_and_the_database_can_be_looked_after(up: Up) -> N
 
 
 def test_a_second_up_on_the_same_directory_is_refused_and_the_first_goes_on(up: Up) -> None:
-    second = run("up", "--data-dir", up.data_dir, "--base-port", str(free_base_port(17_000)), "--then-exit")
+    second = run("up", "--data-dir", up.data_dir, "--base-port", str(free_base()), "--then-exit")
     assert second.returncode == 1
     assert f"in use by another Sealpush, process {up.process.pid}." in second.stderr
     assert len(second.stderr.splitlines()) == 1
@@ -583,7 +575,7 @@ async def test_a_service_that_hangs_is_started_again(up: Up) -> None:
 
 
 def test_killed_itself_it_leaves_no_process_and_the_next_run_keeps_what_was_accepted(own_data_dir: Path) -> None:
-    base_port = free_base_port(20_000)
+    base_port = free_base()
     first = Up(own_data_dir, base_port)
     sent = run("send", SWITCHED_OFF_PHONE, "kept", "--json", "--data-dir", own_data_dir)
     children = first.children()
@@ -604,7 +596,7 @@ def test_killed_itself_it_leaves_no_process_and_the_next_run_keeps_what_was_acce
 
 
 def test_killed_at_any_moment_of_its_first_run_the_next_one_works(own_data_dir: Path) -> None:
-    base_port = str(free_base_port(28_000))
+    base_port = str(free_base())
     # In the middle of the secrets, of initdb, of the migrations or a little later, of the services' start, of the demo's registrations.
     for sign in ("secrets/keys/keys.key", "postgres-new-*/pgdata/PG_VERSION", "postgres", "log/fetch.log", "phones/phone-1.sqlite"):
         arguments = command("up", "--data-dir", own_data_dir, "--base-port", base_port, "--quiet")
@@ -617,7 +609,7 @@ def test_killed_at_any_moment_of_its_first_run_the_next_one_works(own_data_dir: 
 
 
 def test_stopped_while_it_starts_it_leaves_nothing(own_data_dir: Path) -> None:
-    arguments = command("up", "--data-dir", own_data_dir, "--base-port", str(free_base_port(26_000)))
+    arguments = command("up", "--data-dir", own_data_dir, "--base-port", str(free_base()))
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         # Half-way: some of the services were started and cannot answer yet.
         eventually(lambda: (own_data_dir / "log" / "fetch.log").exists(), "the services are being started")
@@ -657,7 +649,7 @@ def test_a_lost_secret_is_reported_and_not_replaced(own_data_dir: Path) -> None:
     with DataDir.open(own_data_dir):
         secrets.prepare(own_data_dir / "secrets", ["services", "simulators"])
     (own_data_dir / "secrets" / "vault.key").unlink()
-    done = run("up", "--data-dir", own_data_dir, "--base-port", str(free_base_port(23_000)), "--then-exit")
+    done = run("up", "--data-dir", own_data_dir, "--base-port", str(free_base()), "--then-exit")
     assert done.returncode == 1
     assert "vault.key is missing. Restore it" in done.stderr
     assert not (own_data_dir / "postgres").exists()

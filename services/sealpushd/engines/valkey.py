@@ -111,14 +111,16 @@ class EmbeddedValkey:
         deadline = loop.time() + _START_TIMEOUT_S
         client = redis.asyncio.Redis.from_url(
             self.url,
-            socket_timeout=_PING_TIMEOUT_S,
+            # With one of its own, redis-py writes by asyncio.wait_for, which in Python 3.11 loses a cancellation that meets the result.
+            socket_timeout=None,
             socket_connect_timeout=_PING_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
         )
         try:
             while True:
                 try:
-                    await client.ping()
+                    async with asyncio.timeout(_PING_TIMEOUT_S):
+                        await client.ping()
                     return
                 except redis.exceptions.AuthenticationError as e:
                     raise EngineError("Valkey refuses its own password. Start again; report this if it stays.") from e

@@ -20,7 +20,8 @@ from sealpushd.platform.metrics import VALKEY_ERRORS
 
 log = structlog.get_logger()
 
-# Valkey is on the same machine or rack: what takes longer is not worth waiting for.
+# Of a whole call, a new connection and a second try included. Valkey is on the same machine or rack: what takes longer is not worth
+# waiting for.
 TIMEOUT_S: Final = 0.25
 PRESENCE_TTL_S: Final = 60
 RECONNECT_PAUSE_S: Final = 0.5
@@ -50,9 +51,11 @@ class Valkey:
     """The few things services use Valkey for. Nothing here raises because Valkey is away."""
 
     def __init__(self, url: str) -> None:
+        # Without the client's own time-out: with one, redis-py writes by asyncio.wait_for, which in Python 3.11 loses a cancellation that
+        # meets the result. A task of a service that ends would go on for ever.
         self._client: Redis = Redis.from_url(
             url,
-            socket_timeout=TIMEOUT_S,
+            socket_timeout=None,
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 1),
             health_check_interval=0,
@@ -64,21 +67,24 @@ class Valkey:
 
     async def ping(self) -> bool:
         try:
-            return bool(await self._client.ping())
+            async with asyncio.timeout(TIMEOUT_S):
+                return bool(await self._client.ping())
         except _FAILURES:
             return False
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Tell whoever listens; lost when nobody does."""
         try:
-            await self._client.publish(channel, message)
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._client.publish(channel, message)
         except _FAILURES:
             VALKEY_ERRORS.labels("publish").inc()
 
     async def present(self, device_ids: Sequence[bytes]) -> list[bool]:
         """Which devices hold a live stream, as far as is known; all False when Valkey is away."""
         try:
-            values: list[Any] = await self._client.mget([presence_key(device_id) for device_id in device_ids])
+            async with asyncio.timeout(TIMEOUT_S):
+                values: list[Any] = await self._client.mget([presence_key(device_id) for device_id in device_ids])
         except _FAILURES:
             VALKEY_ERRORS.labels("presence").inc()
             return [False] * len(device_ids)
@@ -86,7 +92,7 @@ class Valkey:
 
     async def set_present(self, device_ids: Sequence[bytes], stream_id: bytes) -> None:
         try:
-            async with self._client.pipeline(transaction=False) as pipe:
+            async with asyncio.timeout(TIMEOUT_S), self._client.pipeline(transaction=False) as pipe:
                 for device_id in device_ids:
                     pipe.set(presence_key(device_id), stream_id, ex=PRESENCE_TTL_S)
                 await pipe.execute()
@@ -95,14 +101,15 @@ class Valkey:
 
     async def clear_present(self, device_id: bytes) -> None:
         try:
-            await self._client.delete(presence_key(device_id))
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._client.delete(presence_key(device_id))
         except _FAILURES:
             VALKEY_ERRORS.labels("presence").inc()
 
     async def count(self, key: str, ttl_s: int, add: int = 1) -> int | None:
         """The sum of what was added to this key so far, this call included; 0 reads it. None when Valkey is away."""
         try:
-            async with self._client.pipeline(transaction=True) as pipe:
+            async with asyncio.timeout(TIMEOUT_S), self._client.pipeline(transaction=True) as pipe:
                 pipe.incrby(key, add)
                 pipe.expire(key, ttl_s, nx=True)
                 counted, _ = await pipe.execute()

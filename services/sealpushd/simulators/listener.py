@@ -23,6 +23,7 @@ class HttpListener:
         self._deserted = asyncio.Event()
         self._deserted.set()
         self._accepted = 0
+        self._closing = False
         self._listener: asyncio.Server | None = None
 
     async def start(self, *, host: str, port: int, certificate: Path, private_key: Path) -> int:
@@ -38,6 +39,7 @@ class HttpListener:
 
     async def close(self) -> None:
         """Stop listening and drop every connection. Idempotent."""
+        self._closing = True
         if self._listener is not None:
             self._listener.close()
             for connection in list(self._connections):
@@ -47,8 +49,8 @@ class HttpListener:
             await self._deserted.wait()
 
     def admit(self, chosen: str | None) -> Http1Connection | Http2Connection | None:
-        """A new connection that speaks what its client chose; None: too many, or a language that is not spoken here."""
-        if len(self._connections) >= CONNECTIONS_MAX:
+        """A new connection that speaks what its client chose; None: too many, the end, or a language that is not spoken here."""
+        if self._closing or len(self._connections) >= CONNECTIONS_MAX:
             return None
         connection: Http1Connection | Http2Connection
         number = self._accepted + 1

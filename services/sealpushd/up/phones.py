@@ -27,7 +27,7 @@ from sealpush.ids import MessageId
 from sealpush.model import PushEnvironment
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
-from sealpush.transport import Channels
+from sealpush.transport import Channels, cancellation_kept
 from sealpushd.up.demo import OFFLINE_PHONE
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
@@ -279,21 +279,22 @@ class _Pushed:
         call = self._push.Connect()
         wakes: set[asyncio.Task[None]] = set()
         try:
-            await call.write(simulator.ConnectRequest(push_service=self._push_service, online_device_tokens=[self._token]))
-            async for response in call:
-                if response.WhichOneof("frame") == "presence":
-                    if response.presence.unknown_device_tokens:
-                        return False
-                    self.phone.online.set()
-                    # What was pushed while nobody listened is not pushed again: an app looks when it starts.
-                    work = asyncio.create_task(self._catch_up())
-                    wakes.add(work)
-                    work.add_done_callback(wakes.discard)
-                for notification in response.batch.notifications:
-                    self.phone.pushes.append(notification.payload)
-                    work = asyncio.create_task(self._wake(notification.payload))
-                    wakes.add(work)
-                    work.add_done_callback(wakes.discard)
+            with cancellation_kept():
+                await call.write(simulator.ConnectRequest(push_service=self._push_service, online_device_tokens=[self._token]))
+                async for response in call:
+                    if response.WhichOneof("frame") == "presence":
+                        if response.presence.unknown_device_tokens:
+                            return False
+                        self.phone.online.set()
+                        # What was pushed while nobody listened is not pushed again: an app looks when it starts.
+                        work = asyncio.create_task(self._catch_up())
+                        wakes.add(work)
+                        work.add_done_callback(wakes.discard)
+                    for notification in response.batch.notifications:
+                        self.phone.pushes.append(notification.payload)
+                        work = asyncio.create_task(self._wake(notification.payload))
+                        wakes.add(work)
+                        work.add_done_callback(wakes.discard)
             return True
         finally:
             call.cancel()

@@ -10,7 +10,7 @@ import pytest
 
 from sealpushd.up.children import Child, Liveness
 
-PATIENCE_S = 20.0
+PATIENCE_S = 40.0
 PROBE_S = 0.05
 UNANSWERED_MAX = 3
 

@@ -26,7 +26,7 @@ def sh(script: str) -> list[str]:
 
 
 async def wait_for_output(server: ServerProcess, text: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while text not in server.tail():  # noqa: ASYNC110 # bounded polling of a file
             await asyncio.sleep(0.01)
 

@@ -23,7 +23,7 @@ async def test_a_call_that_hangs_in_a_write_is_cut_off_after_the_grace() -> None
     call = asyncio.create_task(serve())
     await asyncio.sleep(0)
     streams[0].end(Aborted("another stream took over"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         with pytest.raises(asyncio.CancelledError):
             await call
 

@@ -47,7 +47,7 @@ def test_a_certificate_of_a_lost_authority_is_made_anew(tmp_path: Path) -> None:
 
 async def check(channel: grpc.aio.Channel) -> health_pb2.HealthCheckResponse:
     stub: Any = health_pb2_grpc.HealthStub(channel)
-    answer: health_pb2.HealthCheckResponse = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    answer: health_pb2.HealthCheckResponse = await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
     return answer
 
 
