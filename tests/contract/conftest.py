@@ -6,22 +6,18 @@ Tests that use the engines run in the session's event loop: `pytestmark = pytest
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import grpc
 import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
 from sealpushd.engines import Engines
-from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import connect
 from sealpushd.platform.migrate import migrate
-from sealpushd.platform.server import Build, Runtime
-from sealpushd.platform.settings import Settings
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, Served
+from tests.contract.harness import FakeClock, Mesh, Migrated
 from tests.contract.push_simulators import Certificates
 
 PASSWORD = "a password of a test"
@@ -84,42 +80,6 @@ def migrated(postgres: str) -> Migrated:
 @pytest.fixture(scope="session")
 def mesh() -> Mesh:
     return Mesh()
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def closing() -> AsyncIterator[list[Callable[[], Awaitable[None]]]]:
-    """What is called, in reverse order, when the test ends."""
-    closes: list[Callable[[], Awaitable[None]]] = []
-    yield closes
-    for close in reversed(closes):
-        await close()
-
-
-@pytest.fixture
-def serve(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Serve:
-    async def start(service: str, build: Build, settings: Settings, clock: FakeClock) -> Served:
-        runtime = Runtime(service, settings, mesh.keys[service], mesh.verifier, clock, closing)
-        app = await build(runtime)
-        closing.extend(app.closes)
-        public, inside = Peer(app.public, mesh.verifier), Peer(app.mesh, mesh.verifier)
-        for peer in (public, inside):
-            await peer.start()
-            closing.append(peer.stop)
-        channel = grpc.aio.insecure_channel(public.address)
-        closing.append(channel.close)
-        return Served(app, channel, public.address, inside.address)
-
-    return start
-
-
-@pytest.fixture
-def mesh_channel(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Connect:
-    def make(peer: str, address: str, service: str) -> MeshChannel:
-        channel = MeshChannel(peer, address, mesh.keys[service])
-        closing.append(channel.aclose)
-        return channel
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,10 @@ from sealpushd.platform import db
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Database
 from sealpushd.platform.errors import StoreUnavailable
-from sealpushd.platform.rpc import GuardedServer
 from sealpushd.platform.server import server_options
 from sealpushd.platform.tokens import LEEWAY_S
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import LOOPBACK, Mesh, Migrated
+from tests.contract.harness import LOOPBACK, Mesh, Migrated, Peer
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -134,13 +133,11 @@ class _Waiting(mailbox_pb2_grpc.MailboxServicer):
 
 
 async def test_the_session_of_a_dispatcher_whose_network_is_gone_ends(mesh: Mesh) -> None:
-    servicer = _Waiting()  # type: ignore[abstract]
-    server = grpc.aio.server(options=server_options(receive_bytes_max=1024, keepalive_ms=1_000, streams_max=8))
-    mailbox_pb2_grpc.add_MailboxServicer_to_server(servicer, GuardedServer(server, mesh.verifier))  # type: ignore[arg-type]
-    port = server.add_insecure_port(f"{LOOPBACK}:0")
-    wire = Wire(lambda: asyncio.open_connection(LOOPBACK, port))
-    await server.start()
-    async with wire.open(), asyncio.timeout(2 * LIMIT_S):
+    servicer = _Waiting()  # type: ignore[abstract]  # nothing else is called
+    options = server_options(receive_bytes_max=1024, keepalive_ms=1_000, streams_max=8)
+    peer = Peer([(mailbox_pb2_grpc.add_MailboxServicer_to_server, servicer)], mesh.verifier, options=options).bind()
+    wire = Wire(lambda: asyncio.open_connection(LOOPBACK, peer.port))
+    async with peer, wire.open(), asyncio.timeout(2 * LIMIT_S):
         channel = MeshChannel("fetch", f"{LOOPBACK}:{wire.port}", mesh.keys["dispatch"])
         call = mailbox_pb2_grpc.MailboxStub(channel.channel).WakeUpSession(metadata=channel.metadata())
         await call.write(mailbox_pb2.WakeUpSessionRequest())
@@ -149,7 +146,6 @@ async def test_the_session_of_a_dispatcher_whose_network_is_gone_ends(mesh: Mesh
         await servicer.ended.wait()
         call.cancel()
         await channel.aclose()
-    await server.stop(None)
 
 
 class _Publishing(publish_pb2_grpc.PublishingServicer):
@@ -184,13 +180,13 @@ async def test_a_senders_stream_ends_with_its_token(mesh: Mesh, *, busy: bool) -
     claims = {"org": bytes(16).hex(), "apps": ["bank"], "scopes": ["publish", "status"], "networks": []}
     # One second is left of what clocks may differ by.
     token, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), 1 - LEEWAY_S, claims)
-    servicer = _Publishing()  # type: ignore[abstract]
-    server = grpc.aio.server()
-    publish_pb2_grpc.add_PublishingServicer_to_server(servicer, GuardedServer(server, mesh.verifier))  # type: ignore[arg-type]
-    port = server.add_insecure_port(f"{LOOPBACK}:0")
-    await server.start()
+    servicer = _Publishing()  # type: ignore[abstract]  # nothing else is called
     metadata = (("authorization", f"Bearer {token}"),)
-    async with grpc.aio.insecure_channel(f"{LOOPBACK}:{port}") as channel, asyncio.timeout(LIMIT_S):
+    async with (
+        Peer([(publish_pb2_grpc.add_PublishingServicer_to_server, servicer)], mesh.verifier) as peer,
+        grpc.aio.insecure_channel(peer.address) as channel,
+        asyncio.timeout(LIMIT_S),
+    ):
         stub = publish_pb2_grpc.PublishingStub(channel)
         if busy:
             call: Any = stub.WatchStatus(publish_pb2.WatchStatusRequest(), metadata=metadata)
@@ -202,4 +198,3 @@ async def test_a_senders_stream_ends_with_its_token(mesh: Mesh, *, busy: bool) -
         assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert "expired" in (ended.value.details() or "")
         await servicer.let_go.wait()
-    await server.stop(None)

@@ -83,6 +83,7 @@ from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
 from sealpush.v1.messages_pb2_grpc import MessagesServicer, add_MessagesServicer_to_server
 from sealpush.v1.registration_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
 from sealpush.wire import read_prekey
+from tests.contract.harness import Peer
 
 APP = "example-bank"
 PHONE = "+380501234567"
@@ -545,17 +546,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
 
 @asynccontextmanager
 async def serving(service: Service, credentials: grpc.ServerCredentials | None = None) -> AsyncIterator[str]:
-    server = grpc.aio.server(options=[("grpc.max_concurrent_streams", 10_000)])
-    add_RegistrationServicer_to_server(service, server)
-    add_KeysServicer_to_server(service, server)
-    add_AccountsServicer_to_server(service, server)
-    add_MessagesServicer_to_server(service, server)
-    port = server.add_secure_port("127.0.0.1:0", credentials) if credentials else server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(None)
+    add = add_RegistrationServicer_to_server, add_KeysServicer_to_server, add_AccountsServicer_to_server, add_MessagesServicer_to_server
+    async with Peer([(each, service) for each in add], credentials=credentials) as peer:
+        yield peer.address
 
 
 @pytest.fixture

@@ -9,22 +9,19 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
 from sealpush import (
     Accepted,
     Content,
     ContentClass,
     Device,
-    Endpoints,
     Keystore,
     MemoryKeystore,
     Message,
@@ -35,19 +32,11 @@ from sealpush import (
 )
 from sealpush.ids import MessageId, SenderId, uuid7
 from sealpush.keys import ContentSigningKey, RootKey, SenderMode
-from sealpushd.accounts.app import build as build_accounts
 from sealpushd.certify import certify_platform, certify_sender
-from sealpushd.fetch.app import build as build_fetch
-from sealpushd.keys.app import build as build_keys
+from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.settings import load
-from sealpushd.publishing.app import build as build_publishing
-from sealpushd.registration.app import build as build_registration
-from sealpushd.simulators.control import SmsControlService
-from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
-from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import Connect, FakeClock, Migrated, Peer, Serve, Served
+from tests.contract.harness import FakeClock, Mesh, Migrated, Services, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -81,23 +70,27 @@ class WrongClock:
 
 @dataclass
 class World:
-    endpoints: Endpoints
+    services: Services
     sender: Sender
-    sms: SmsSimulator
-    closing: list[Callable[[], Awaitable[None]]]
 
     def device(self, clock: WrongClock, keystore: Keystore) -> Device:
         made = Device(
-            APP, self.endpoints, keystore, root_public_key=ROOT.public_key, platform=Platform.ANDROID, one_time_prekeys=20, clock=clock
+            APP,
+            self.services.endpoints,
+            keystore,
+            root_public_key=ROOT.public_key,
+            platform=Platform.ANDROID,
+            one_time_prekeys=20,
+            clock=clock,
         )
-        self.closing.append(made.close)
+        self.services.closing.push_async_callback(made.close)
         return made
 
     async def registered(self, clock: WrongClock, keystore: Keystore | None = None) -> tuple[Device, str]:
         number = f"+38050200{next(NUMBERS):04d}"
         device = self.device(clock, keystore or MemoryKeystore())
         await device.start_registration(number)
-        found = re.search(r"\b(\d{6})\b", self.sms.inbox(number)[-1].text)
+        found = re.search(r"\b(\d{6})\b", self.services.sms.inbox(number)[-1].text)
         assert found is not None
         await device.confirm(found[1])
         return device, number
@@ -121,46 +114,11 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str], valkey_url: str, serve: Serve, mesh_channel: Connect, clock: FakeClock, tmp_path: Path, closing: Any
-) -> AsyncIterator[World]:
-    sms = SmsSimulator(now=clock.now)
-    inbox = Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(sms))], None)
-    await inbox.start()
-    closing.append(inbox.stop)
-    (tmp_path / "vault.key").write_text("07" * 32)
-    (tmp_path / "platform.key").write_text(PLATFORM_KEY.seed.hex())
-    settings = load(
-        valkey_url=SecretStr(valkey_url),
-        postgres_connections=2,
-        vault_key=tmp_path / "vault.key",
-        platform_key=tmp_path / "platform.key",
-        code_channel="simulated",
-        code_channel_address=inbox.address,
-    )
-    served: dict[str, Served] = {}
-    tasks: list[asyncio.Task[None]] = []
-    # Keys and registration call each other, so keys is served once more when registration has an address.
-    for name, build in (
-        ("accounts", build_accounts),
-        ("fetch", build_fetch),
-        ("keys", build_keys),
-        ("registration", build_registration),
-        ("keys", build_keys),
-        ("publishing", build_publishing),
-    ):
-        settings = settings.model_copy(update={"postgres_url": SecretStr(urls[name])})
-        served[name] = await serve(name, build, settings, clock)
-        settings = settings.model_copy(update={f"{name}_mesh": served[name].mesh_address})
-        tasks += [asyncio.create_task(task()) for task in served[name].app.tasks]
-    public = {name: one.public_address for name, one in served.items()}
-    endpoints = Endpoints(public["accounts"], public["registration"], public["keys"], public["publishing"], public["fetch"], insecure=True)
-    await set_up(mesh_channel("accounts", served["accounts"].mesh_address, "operator"))
-    async with Sender(endpoints, "bank", PASSWORD, signing_key=CONTENT_KEY) as sender:
-        yield World(endpoints, sender, sms, closing)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    async with running_services(engines, mesh, urls, clock, platform_key=PLATFORM_KEY) as services:
+        await set_up(services.channel("accounts", "operator"))
+        sender = await services.closing.enter_async_context(Sender(services.endpoints, "bank", PASSWORD, signing_key=CONTENT_KEY))
+        yield World(services, sender)
 
 
 async def set_up(accounts: MeshChannel) -> None:
