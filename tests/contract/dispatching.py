@@ -49,14 +49,14 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         self.targets: dict[bytes, directory_pb2.PushTarget] = {}
         self.dead: list[directory_pb2.DeadToken] = []
 
-    async def Resolve(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def Resolve(self, request: Any, context: Any) -> Any:
         raise AssertionError("dispatch resolves no recipients")
 
-    async def GetPushTargets(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def GetPushTargets(self, request: Any, context: Any) -> Any:
         nobody = directory_pb2.PushTarget
         return directory_pb2.GetPushTargetsResponse(targets=[self.targets.get(one, nobody(device_id=one)) for one in request.device_ids])
 
-    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:
         self.dead.extend(request.dead_tokens)
         for dead in request.dead_tokens:
             self.targets.pop(dead.device_id, None)

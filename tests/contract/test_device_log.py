@@ -96,20 +96,20 @@ class Accounts(accounts_pb2_grpc.AccountsServicer, administration_pb2_grpc.Admin
         platform = SenderEntry(SenderId(bytes(16)), "Platform", SenderMode.SERVER, keys[1], begin, end, 1, EntryRole.PLATFORM)
         self.entry, self.platform_entry = sign_sender_entry(ROOT, bank), sign_sender_entry(ROOT, platform)
 
-    async def SignIn(self, request: Any, context: Any) -> accounts_pb2.SignInResponse:  # noqa: N802
+    async def SignIn(self, request: Any, context: Any) -> accounts_pb2.SignInResponse:
         caller = SenderCaller(self.sender_id, uuid7(), (APP,), frozenset({"publish", "keys"}), ())
         token, expires_at = self._mesh.keys["accounts"].sender_token(caller)
         response = accounts_pb2.SignInResponse(access_token=token, sender_id=self.sender_id)
         response.expires_at.seconds = expires_at
         return response
 
-    async def GetSenderProfile(self, request: Any, context: Any) -> accounts_pb2.GetSenderProfileResponse:  # noqa: N802
+    async def GetSenderProfile(self, request: Any, context: Any) -> accounts_pb2.GetSenderProfileResponse:
         return accounts_pb2.GetSenderProfileResponse(sender_entry=self.entry, platform_entry=self.platform_entry)
 
-    async def GetApps(self, request: Any, context: Any) -> administration_pb2.GetAppsResponse:  # noqa: N802
+    async def GetApps(self, request: Any, context: Any) -> administration_pb2.GetAppsResponse:
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=APP, name="Bank")])
 
-    async def GetSenders(self, request: Any, context: Any) -> administration_pb2.GetSendersResponse:  # noqa: N802
+    async def GetSenders(self, request: Any, context: Any) -> administration_pb2.GetSendersResponse:
         senders = [administration_pb2.Sender(sender_id=self.sender_id, sender_entry=self.entry, platform_entry=self.platform_entry)]
         return administration_pb2.GetSendersResponse(senders=senders)
 

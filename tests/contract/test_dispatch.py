@@ -65,17 +65,17 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         target.registered_at.FromDatetime(at)
         self.targets[device_id] = target
 
-    async def Resolve(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def Resolve(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    async def GetPushTargets(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def GetPushTargets(self, request: Any, context: Any) -> Any:
         if self.refuse:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
         self.asked.append(len(request.device_ids))
         nobody = directory_pb2.PushTarget
         return directory_pb2.GetPushTargetsResponse(targets=[self.targets.get(one, nobody(device_id=one)) for one in request.device_ids])
 
-    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:
         answers = []
         for dead in request.dead_tokens:
             self.dead.append(dead)

@@ -123,7 +123,7 @@ class _Waiting(mailbox_pb2_grpc.MailboxServicer):
         self.began = asyncio.Event()
         self.ended = asyncio.Event()
 
-    async def WakeUpSession(self, request_iterator: Any, context: Any) -> AsyncIterator[mailbox_pb2.WakeUpSessionResponse]:  # noqa: N802 - gRPC's name
+    async def WakeUpSession(self, request_iterator: Any, context: Any) -> AsyncIterator[mailbox_pb2.WakeUpSessionResponse]:
         self.began.set()
         try:
             async for _ in request_iterator:
@@ -154,7 +154,7 @@ class _Publishing(publish_pb2_grpc.PublishingServicer):
     def __init__(self) -> None:
         self.let_go = asyncio.Event()
 
-    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:  # noqa: N802 - gRPC's name
+    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
         try:
             while True:
                 yield publish_pb2.WatchStatusResponse()
@@ -162,7 +162,7 @@ class _Publishing(publish_pb2_grpc.PublishingServicer):
         finally:
             self.let_go.set()
 
-    async def PublishStream(self, request_iterator: Any, context: Any) -> AsyncIterator[publish_pb2.PublishStreamResponse]:  # noqa: N802 - gRPC's name
+    async def PublishStream(self, request_iterator: Any, context: Any) -> AsyncIterator[publish_pb2.PublishStreamResponse]:
         try:
             async for frame in request_iterator:
                 yield publish_pb2.PublishStreamResponse(frame=frame.frame)

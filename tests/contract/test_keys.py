@@ -55,7 +55,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
     def __init__(self) -> None:
         self.people: dict[tuple[str, str], tuple[SubscriberId, list[DeviceId]]] = {}
 
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:
         return directory_pb2.ResolveResponse(results=[self._resolve(query) for query in request.queries])
 
     def _resolve(self, query: directory_pb2.ResolveQuery) -> directory_pb2.ResolveResult:
@@ -67,10 +67,10 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         devices = [directory_pb2.ResolvedDevice(device_id=each) for each in device_ids]
         return directory_pb2.ResolveResult(resolved=directory_pb2.Resolved(subscriber_id=subscriber_id, devices=devices))
 
-    async def GetPushTargets(self, request: directory_pb2.GetPushTargetsRequest, context: Any) -> Any:  # noqa: N802
+    async def GetPushTargets(self, request: directory_pb2.GetPushTargetsRequest, context: Any) -> Any:
         raise NotImplementedError
 
-    async def ReportDeadTokens(self, request: directory_pb2.ReportDeadTokensRequest, context: Any) -> Any:  # noqa: N802
+    async def ReportDeadTokens(self, request: directory_pb2.ReportDeadTokensRequest, context: Any) -> Any:
         raise NotImplementedError
 
 

@@ -62,7 +62,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         self.device_ids: list[DeviceId] = []
         self.block_all = False
 
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:
         devices = [directory_pb2.ResolvedDevice(device_id=each, platform=common_pb2.PLATFORM_IOS) for each in self.device_ids]
         resolved = directory_pb2.Resolved(subscriber_id=self.subscriber_id, devices=devices, block_all=self.block_all)
         return directory_pb2.ResolveResponse(results=[directory_pb2.ResolveResult(resolved=resolved)] * len(request.queries))

@@ -90,9 +90,7 @@ class Administration(administration_pb2_grpc.AdministrationServicer):
         key = EntryKey(ContentSigningKey.generate().public_key, 0, TIME_MS_MAX)
         self.platform = SenderEntry(SenderId(b"P" * 16), "Platform", SenderMode.SERVER, (key,), 0, TIME_MS_MAX, 1, EntryRole.PLATFORM)
 
-    async def GetSenders(  # noqa: N802 - gRPC's name
-        self, request: administration_pb2.GetSendersRequest, context: Any
-    ) -> administration_pb2.GetSendersResponse:
+    async def GetSenders(self, request: administration_pb2.GetSendersRequest, context: Any) -> administration_pb2.GetSendersResponse:
         known = [each for each in request.sender_ids if each in self.entries]
         return administration_pb2.GetSendersResponse(
             senders=[
@@ -113,7 +111,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         self.people: dict[str, Person] = {}
         self.asked = 0
 
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:
         self.asked += len(request.queries)
         return directory_pb2.ResolveResponse(results=[self._resolve(query) for query in request.queries])
 
@@ -148,7 +146,7 @@ class Sealing(sealing_pb2_grpc.SealingServicer):
         self.sealed = 0
         self.head = b"head"
 
-    async def Seal(self, request: sealing_pb2.SealRequest, context: Any) -> sealing_pb2.SealResponse:  # noqa: N802
+    async def Seal(self, request: sealing_pb2.SealRequest, context: Any) -> sealing_pb2.SealResponse:
         self.sealed += len(request.items)
         results = []
         for item in request.items:
@@ -161,9 +159,7 @@ class Sealing(sealing_pb2_grpc.SealingServicer):
             results.append(sealing_pb2.SealResult(parts=parts))
         return sealing_pb2.SealResponse(results=results)
 
-    async def CheckStanzas(  # noqa: N802 - gRPC's name
-        self, request: sealing_pb2.CheckStanzasRequest, context: Any
-    ) -> sealing_pb2.CheckStanzasResponse:
+    async def CheckStanzas(self, request: sealing_pb2.CheckStanzasRequest, context: Any) -> sealing_pb2.CheckStanzasResponse:
         verdicts = []
         for check in request.checks:
             present = {each.device_id for each in check.stanzas}
@@ -274,8 +270,7 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
-    # They answer only what publishing asks.
-    administration, directory, sealing = Administration(), Directory(), Sealing()  # type: ignore[abstract]
+    administration, directory, sealing = Administration(), Directory(), Sealing()  # type: ignore[abstract]  # asked for nothing else
     stand_ins: dict[str, list[AddServicer]] = {
         "accounts": [(administration_pb2_grpc.add_AdministrationServicer_to_server, administration)],
         "registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)],

@@ -66,7 +66,7 @@ TOKEN = "ab" * 32
 
 
 class Accounts(administration_pb2_grpc.AdministrationServicer):
-    async def GetApps(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def GetApps(self, request: Any, context: Any) -> Any:
         known = [app_id for app_id in request.app_ids if app_id in (APP, "other-app")]
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=one, name="Bank") for one in known])
 
@@ -82,7 +82,7 @@ class Keys(sealing_pb2_grpc.SealingServicer):
         # What happens once while registration waits for an answer.
         self.meanwhile: Callable[[], Awaitable[Any]] | None = None
 
-    async def PutDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def PutDevices(self, request: Any, context: Any) -> Any:
         if self.meanwhile is not None:
             call, self.meanwhile = self.meanwhile, None
             await call()
@@ -93,13 +93,13 @@ class Keys(sealing_pb2_grpc.SealingServicer):
         self.min_suites.update((one.device_id, one.min_suite) for one in request.devices)
         return sealing_pb2.PutDevicesResponse(refusals=[self.refuse for _ in request.devices])
 
-    async def RemoveDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def RemoveDevices(self, request: Any, context: Any) -> Any:
         self.removed.extend((one.subscriber_id, one.device_id) for one in request.devices)
         for one in request.devices:
             self.listed.pop(one.device_id, None)
         return sealing_pb2.RemoveDevicesResponse()
 
-    async def GetListedDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def GetListedDevices(self, request: Any, context: Any) -> Any:
         if self.meanwhile is not None:
             call, self.meanwhile = self.meanwhile, None
             await call()
@@ -118,12 +118,12 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
         self.blocked: list[tuple[bytes, bytes, bool]] = []
         self.called = asyncio.Event()
 
-    async def CloseDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def CloseDevices(self, request: Any, context: Any) -> Any:
         self.closed.extend((one.device_id, one.reason_code) for one in request.devices)
         self.called.set()
         return mailbox_pb2.CloseDevicesResponse(closed=len(request.devices))
 
-    async def Block(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def Block(self, request: Any, context: Any) -> Any:
         self.blocked.append((request.subscriber_id, request.sender_id, request.advertising_only))
         stopped = common_pb2.StoppedDelivery(
             message_id=bytes(16), stop_point=common_pb2.STOP_POINT_BEFORE_PUSH, state=common_pb2.STATE_BLOCKED
@@ -302,8 +302,7 @@ async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeC
         "TRUNCATE registration.subscribers, registration.registrations, registration.pending_closures, registration.vault_keys CASCADE"
     )
     await admin.close()
-    # Peers answer only what registration asks of them.
-    accounts, keys, mailbox = Accounts(), Keys(), Mailbox()  # type: ignore[abstract]
+    accounts, keys, mailbox = Accounts(), Keys(), Mailbox()  # type: ignore[abstract]  # they answer only what registration asks
     stand_ins: dict[str, list[AddServicer]] = {
         "accounts": [(administration_pb2_grpc.add_AdministrationServicer_to_server, accounts)],
         "keys": [(sealing_pb2_grpc.add_SealingServicer_to_server, keys)],
@@ -1073,7 +1072,7 @@ async def locks(world: World) -> int:
 async def test_an_answered_challenge_gives_a_device_token(world: World) -> None:
     phone = await world.phone()
     caller = world.mesh.verifier.verify(await phone.authenticate())
-    assert caller == DeviceCaller(phone.device_id, phone.subscriber_id, APP, phone.identity.public_key)  # type: ignore[arg-type]
+    assert caller == DeviceCaller(phone.device_id, SubscriberId(phone.subscriber_id), APP, phone.identity.public_key)
 
 
 async def test_every_bad_answer_is_refused_alike(world: World) -> None:

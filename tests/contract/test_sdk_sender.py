@@ -1,8 +1,5 @@
 """sealpush.Sender against a small publishing service over real gRPC that stores by request id and opens what was sealed."""
 
-# Methods of servicers are named by the protocol.
-# ruff: noqa: N802
-
 from __future__ import annotations
 
 import asyncio
