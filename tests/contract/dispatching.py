@@ -22,7 +22,6 @@ from sealpushd.dispatch import app as dispatch_app
 from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Connection
-from sealpushd.platform.db import connect as connect_db
 from sealpushd.platform.errors import Unavailable
 from sealpushd.platform.server import Runtime, ServiceApp
 from sealpushd.platform.settings import Settings, load
@@ -406,8 +405,7 @@ async def pushing(
     ):
         channel = services.channel("fetch", "publishing")
         store = mailbox_pb2_grpc.MailboxStub(channel.channel).Store
-        rows = await connect_db(databases["admin"])
-        services.closing.push_async_callback(rows.close)
+        rows = await services.sql()
         await rows.execute('TRUNCATE "fetch".open_deliveries, dispatch.lane_states, dispatch.providers')
 
         async def publish(request: mailbox_pb2.StoreRequest) -> Any:

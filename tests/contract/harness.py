@@ -28,6 +28,7 @@ from sealpushd.engines import Engines
 from sealpushd.fetch.app import build as build_fetch
 from sealpushd.keys.app import build as build_keys
 from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DETAILS_KEY
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.rpc import GuardedServer
@@ -196,6 +197,19 @@ class Services:
         channel = MeshChannel(service, getattr(self.settings, f"{service}_mesh"), self.mesh.keys[caller])
         self.closing.push_async_callback(channel.aclose)
         return channel
+
+    async def database(self, service: str) -> Database:
+        """One connection, as the service has them."""
+        made = Database(self.urls[service], service, 1)
+        await made.open()
+        self.closing.push_async_callback(made.aclose)
+        return made
+
+    async def sql(self, search_path: str | None = None) -> Connection:
+        """The database as its superuser: looks at tables and makes time pass."""
+        made = await connect(self.urls["admin"], search_path=search_path)
+        self.closing.push_async_callback(made.close)
+        return made
 
     async def serve(self, service: str, settings: Mapping[str, Any] = NOTHING, build: Build | None = None) -> Served:
         """Serve it once more, as another process over the same database would, with these settings of its own.

@@ -46,7 +46,7 @@ from sealpush.wire import wire_prekey
 from sealpushd.engines import Engines
 from sealpushd.keys.store import KeyStore
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Connection, Database, connect
+from sealpushd.platform.db import Connection
 from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller
 from sealpushd.simulators.sms import SmsSimulator
@@ -247,13 +247,9 @@ async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeC
     settings = {"codes_per_address_hour": 1000}
     async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins, settings=settings, platform_key=PLATFORM_KEY) as services:
         channels = await services.closing.enter_async_context(Channels(services.endpoints))
-        sql = await connect(urls["admin"], search_path="keys")
-        services.closing.push_async_callback(sql.close)
-        db = Database(urls["keys"], "keys", 1)
-        await db.open()
-        services.closing.push_async_callback(db.aclose)
         sealing = sealing_pb2_grpc.SealingStub(services.channel("keys", "registration").channel)
-        yield World(clock, channels, services.sms, accounts, sealing, mesh, sql, KeyStore(db, 10))
+        store = KeyStore(await services.database("keys"), 10)
+        yield World(clock, channels, services.sms, accounts, sealing, mesh, await services.sql("keys"), store)
 
 
 async def subscriber_of(device: Device) -> SubscriberId:

@@ -25,7 +25,6 @@ from sealpushd.dispatch.providers.http import HttpSettings
 from sealpushd.dispatch.session import Dispatcher
 from sealpushd.engines import Engines
 from sealpushd.platform.db import Connection
-from sealpushd.platform.db import connect as connect_db
 from sealpushd.platform.settings import Settings, SettingsError, load
 from sealpushd.platform.tls import LocalAuthority
 from sealpushd.simulators.core import Answer, BlackHole, Delay
@@ -40,7 +39,7 @@ from sealpushd.v1 import (
     providers_pb2,
     providers_pb2_grpc,
 )
-from tests.contract.dispatching import start_dispatch
+from tests.contract.dispatching import Dispatch, start_dispatch
 from tests.contract.harness import FakeClock, Mesh, Migrated, Peer, Services, refusal, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -169,6 +168,12 @@ class World:
         self.running[dispatcher] = asyncio.create_task(dispatcher.run())
         return dispatcher
 
+    async def process(self, settings: Settings, *, work: bool = True) -> Dispatch:
+        """The whole service; `work`: it takes wake-ups, too."""
+        started = await start_dispatch(settings, self.services.mesh, self.clock, work=work)
+        self.services.closing.push_async_callback(started.stop)
+        return started
+
     async def kill(self, dispatcher: Dispatcher) -> None:
         task = self.running.pop(dispatcher)
         task.cancel()
@@ -255,8 +260,7 @@ async def world(engines: Engines, mesh: Mesh, database: dict[str, str], clock: F
     ):
         channel = services.channel("fetch", "publishing")
         store = mailbox_pb2_grpc.MailboxStub(channel.channel).Store
-        rows = await connect_db(database["admin"])
-        services.closing.push_async_callback(rows.close)
+        rows = await services.sql()
         await rows.execute('TRUNCATE "fetch".open_deliveries, dispatch.lane_states, dispatch.providers')
 
         async def publish(request: mailbox_pb2.StoreRequest) -> Any:
@@ -550,7 +554,7 @@ def new_apns_credential(world: World, **changes: Any) -> providers_pb2.PutProvid
 
 
 async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resumed(world: World, dispatch_settings: Settings) -> None:
-    dispatch = await start_dispatch(dispatch_settings, world.services.mesh, world.clock)
+    dispatch = await world.process(dispatch_settings)
     operator = dispatch.operator
     lanes = lanes_pb2_grpc.LanesStub(operator.channel)
     await operator.call(providers_pb2_grpc.ProvidersStub(operator.channel).PutProvider, new_apns_credential(world))
@@ -560,7 +564,7 @@ async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resume
     pairs = await world.store(5)
     await dispatch.stop()
 
-    dispatch = await start_dispatch(dispatch_settings, world.services.mesh, world.clock)
+    dispatch = await world.process(dispatch_settings)
     operator = dispatch.operator
     lanes = lanes_pb2_grpc.LanesStub(operator.channel)
     [lane] = (await operator.call(lanes.ListLanes, lanes_pb2.ListLanesRequest())).lanes
@@ -590,14 +594,13 @@ async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resume
 )
 async def test_wrong_settings_say_what_to_do(world: World, dispatch_settings: Settings, change: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
-        await start_dispatch(dispatch_settings.model_copy(update=change), world.services.mesh, world.clock)
+        await world.process(dispatch_settings.model_copy(update=change))
 
 
 async def test_without_a_credential_it_idles_and_drains(world: World, dispatch_settings: Settings) -> None:
-    dispatch = await start_dispatch(dispatch_settings, world.services.mesh, world.clock, work=False)
+    dispatch = await world.process(dispatch_settings, work=False)
     task = asyncio.ensure_future(dispatch.app.tasks[0]())
     await asyncio.sleep(0)
     assert dispatch.app.drain is not None
     await dispatch.app.drain()
     await task
-    await dispatch.stop()

@@ -37,7 +37,7 @@ from sealpushd.engines import Engines
 from sealpushd.keys import rules
 from sealpushd.keys.store import KeyStore
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Database, connect
+from sealpushd.platform.db import connect
 from sealpushd.platform.errors import Aborted
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller, ServiceKey
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
@@ -221,11 +221,9 @@ async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeC
     directory = Directory()
     stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
     async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins) as services:
-        db = Database(urls["keys"], "keys", 1)
-        await db.open()
-        services.closing.push_async_callback(db.aclose)
+        store = KeyStore(await services.database("keys"), 10)
         sealing = sealing_pb2_grpc.SealingStub(services.channel("keys", "publishing").channel)
-        yield World(clock, keys_pb2_grpc.KeysStub(services["keys"].public), sealing, directory, KeyStore(db, 10), mesh.keys)
+        yield World(clock, keys_pb2_grpc.KeysStub(services["keys"].public), sealing, directory, store, mesh.keys)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from sealpush.v1.content_pb2 import Content
 from sealpush.wire import wire_prekey
 from sealpushd.engines import Engines
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Connection, connect
+from sealpushd.platform.db import Connection
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc, directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
 from tests.contract.harness import NOBODY, FakeClock, Mesh, Migrated, Services, refusal, running_services
@@ -231,8 +231,7 @@ async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeC
     directory = Directory()  # type: ignore[abstract]  # answers only what publishing and keys ask
     stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
     async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins, platform_key=PLATFORM_KEY) as services:
-        sql = await connect(urls["admin"], search_path="fetch")
-        services.closing.push_async_callback(sql.close)
+        sql = await services.sql("fetch")
         made = World(services, directory, sql, services.channel("accounts", "operator"), services.channel("keys", "registration"))
         await made.set_up()
         yield made

@@ -37,7 +37,7 @@ from sealpushd.engines import Engines
 from sealpushd.fetch.rules import Ack, TakeQuery
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Connection, Database, connect
+from sealpushd.platform.db import Connection
 from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.publishing import peers
@@ -277,18 +277,13 @@ async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeC
         "keys": [(sealing_pb2_grpc.add_SealingServicer_to_server, sealing)],
     }
     async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins) as services:
-        store_db = Database(urls["fetch"], "fetch", 1)
-        await store_db.open()
-        services.closing.push_async_callback(store_db.aclose)
-        sql = await connect(urls["admin"], search_path="fetch")
-        services.closing.push_async_callback(sql.close)
         made = World(
             services["publishing"],
             services["fetch"],
             mesh,
             clock,
-            MailboxStore(store_db),
-            sql,
+            MailboxStore(await services.database("fetch")),
+            await services.sql("fetch"),
             administration,
             directory,
             sealing,
