@@ -6,15 +6,18 @@ Tests that use the engines run in the session's event loop: `pytestmark = pytest
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
+from nacl.pwhash import argon2id
 from redis.asyncio import Redis
 
 from sealpushd.engines import Engines
+from sealpushd.engines import postgres as postgres_engine
 from sealpushd.platform.db import connect
 from sealpushd.platform.migrate import migrate
 from tests.contract.harness import FakeClock, Mesh, Migrated
@@ -30,10 +33,17 @@ def clock() -> FakeClock:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engines() -> AsyncIterator[Engines]:
-    """PostgreSQL and Valkey of this test run alone."""
+    """PostgreSQL and Valkey of this test run alone.
+
+    PostgreSQL waits for no disk: nothing here outlives the run, and what is killed is a process, not the machine. That it does wait
+    otherwise is for tests/system/test_engines.py.
+    """
     # A short path: sockets lie in it.
     with tempfile.TemporaryDirectory(prefix="sp-") as directory:
-        async with Engines.open(Path(directory) / "data") as running:
+        async with AsyncExitStack() as stack:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(postgres_engine._SETTINGS, "fsync", "off")
+                running = await stack.enter_async_context(Engines.open(Path(directory) / "data"))
             yield running
 
 
@@ -80,6 +90,15 @@ def migrated(postgres: str) -> Migrated:
 @pytest.fixture(scope="session")
 def mesh() -> Mesh:
     return Mesh()
+
+
+@pytest.fixture(scope="module")
+def cheap_passwords() -> Iterator[None]:
+    """Argon2id at its least, for modules that are not about guessing: 64 MiB for each sign-in would be half of their work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argon2id, "OPSLIMIT_INTERACTIVE", argon2id.OPSLIMIT_MIN)
+        patch.setattr(argon2id, "MEMLIMIT_INTERACTIVE", argon2id.MEMLIMIT_MIN)
+        yield
 
 
 @pytest.fixture(scope="session")

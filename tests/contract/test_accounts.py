@@ -33,7 +33,7 @@ from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
 from tests.contract.harness import FakeClock, Mesh, Migrated, Services, refusal, running_services
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 PASSWORD = "correct horse battery"
 

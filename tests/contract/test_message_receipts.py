@@ -44,7 +44,7 @@ from sealpushd.platform.tokens import DeviceCaller, SenderCaller
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc, directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
 from tests.contract.harness import NOBODY, FakeClock, Mesh, Migrated, Services, refusal, running_services
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 APP = "bank"
 PHONE = "+380501234567"

@@ -34,7 +34,7 @@ from tests.contract.test_sdk_device import APP as PHONE_APP
 from tests.contract.test_sdk_device import PHONE, PLATFORM_KEY, ROOT, SENDER, SENDER_KEY, Service, register, serving, texts
 from tests.contract.test_sdk_device import FakeClock as PhoneClock
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 LIMIT_S = 15
 BOTH = SenderMode.END_TO_END | SenderMode.SERVER

@@ -38,7 +38,7 @@ from sealpushd.platform.clients import MeshChannel
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
 from tests.contract.harness import FakeClock, Mesh, Migrated, Services, running_services
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 APP = "bank-app"
 PASSWORD = "a long password of a test"
