@@ -10,14 +10,12 @@ import contextlib
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
-from pydantic import SecretStr
 
 from sealpush import (
     Accepted,
@@ -36,18 +34,10 @@ from sealpush.ids import MessageId, SenderId, uuid7
 from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
 from sealpush.suites import SUITE_X25519
 from sealpush.v1 import messages_pb2, registration_pb2
-from sealpushd.accounts.app import build as build_accounts
-from sealpushd.fetch.app import build as build_fetch
-from sealpushd.keys.app import build as build_keys
+from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.settings import load
-from sealpushd.publishing.app import build as build_publishing
-from sealpushd.registration.app import build as build_registration
-from sealpushd.simulators.control import SmsControlService
-from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
-from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Peer, Serve, Served
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Services, running_services
 
 APP = "bank-app"
 PASSWORD = "a long password of a test"
@@ -117,20 +107,17 @@ class Liar(grpc.GenericRpcHandler):
 
 @dataclass
 class World:
-    endpoints: Endpoints
+    services: Services
     sender: Sender
     senders_clock: WrongClock
-    sms: SmsSimulator
     accounts: MeshChannel
     organisation_id: bytes
     liar: Liar
-    clock: FakeClock
-    closing: list[Callable[[], Awaitable[None]]]
 
     def device(self, clock: WrongClock, keystore: Keystore, *, one_time_prekeys: int = 20, suite: int = SUITE_X25519) -> Device:
-        self.clock.advance(timedelta(seconds=1))  # a challenge that is newer than those that were answered
+        self.services.clock.advance(timedelta(seconds=1))  # a challenge that is newer than those that were answered
         liar = Endpoints.single(f"127.0.0.1:{self.liar.port}", insecure=True)
-        endpoints = liar if self.liar.lie else self.endpoints
+        endpoints = liar if self.liar.lie else self.services.endpoints
         made = Device(
             APP,
             endpoints,
@@ -141,7 +128,7 @@ class World:
             suite=suite,
             clock=clock,
         )
-        self.closing.append(made.close)
+        self.services.closing.push_async_callback(made.close)
         return made
 
     async def another_sender(self, *, until: timedelta) -> Sender:
@@ -149,15 +136,15 @@ class World:
         sender_id = SenderId(uuid7())
         name = sender_id.hex()
         await put_sender(self.accounts, self.organisation_id, sender_id, name, make_entry(sender_id, SenderMode.SERVER, until=until))
-        sender = Sender(self.endpoints, "bank", PASSWORD, sender_name=name)
-        self.closing.append(sender.close)
+        sender = Sender(self.services.endpoints, "bank", PASSWORD, sender_name=name)
+        self.services.closing.push_async_callback(sender.close)
         return sender
 
     async def registered(self, clock: WrongClock, keystore: Keystore | None = None) -> tuple[Device, str]:
         number = f"+38050200{next(NUMBERS):04d}"
         device = self.device(clock, keystore or MemoryKeystore())
         await device.start_registration(number)
-        found = re.search(r"\b(\d{6})\b", self.sms.inbox(number)[-1].text)
+        found = re.search(r"\b(\d{6})\b", self.services.sms.inbox(number)[-1].text)
         assert found is not None
         await device.confirm(found[1])
         return device, number
@@ -177,13 +164,13 @@ class World:
     @contextlib.contextmanager
     def at(self, moved: timedelta) -> Iterator[None]:
         """Have the services' clock go wrong for a while."""
-        self.clock.advance(moved)
+        self.services.clock.advance(moved)
         yield
-        self.clock.advance(-moved)
+        self.services.clock.advance(-moved)
 
     def later(self, passed: timedelta) -> WrongClock:
         """Let so much time pass, for services, the bank and phones: the clock of a phone from now on."""
-        self.clock.advance(passed)
+        self.services.clock.advance(passed)
         self.liar.lie += passed
         self.senders_clock.wrong_by_ms = self.liar.lie // timedelta(milliseconds=1)
         return WrongClock(self.senders_clock.wrong_by_ms)
@@ -194,52 +181,19 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def whole_world(
-    urls: dict[str, str], valkey_url: str, serve: Serve, mesh_channel: Connect, clock: FakeClock, folder: Path, closing: Any
-) -> AsyncIterator[World]:
-    """Everything started, over databases that were migrated. Ends what runs of itself; `closing` ends the rest."""
-    sms = SmsSimulator(now=clock.now)
-    inbox = Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(sms))], None)
-    await inbox.start()
-    closing.append(inbox.stop)
-    (folder / "vault.key").write_text("07" * 32)
-    (folder / "platform.key").write_text(PLATFORM_KEY.seed.hex())
-    settings = load(
-        valkey_url=SecretStr(valkey_url),
-        postgres_connections=2,
-        vault_key=folder / "vault.key",
-        platform_key=folder / "platform.key",
-        code_channel="simulated",
-        code_channel_address=inbox.address,
-    )
-    served: dict[str, Served] = {}
-    tasks: list[asyncio.Task[None]] = []
-    # Keys and registration call each other, so keys is served once more when registration has an address.
-    for name, build in (
-        ("accounts", build_accounts),
-        ("fetch", build_fetch),
-        ("keys", build_keys),
-        ("registration", build_registration),
-        ("keys", build_keys),
-        ("publishing", build_publishing),
-    ):
-        settings = settings.model_copy(update={"postgres_url": SecretStr(urls[name])})
-        served[name] = await serve(name, build, settings, clock)
-        settings = settings.model_copy(update={f"{name}_mesh": served[name].mesh_address})
-        tasks += [asyncio.create_task(task()) for task in served[name].app.tasks]
-    public = {name: one.public_address for name, one in served.items()}
-    endpoints = Endpoints(public["accounts"], public["registration"], public["keys"], public["publishing"], public["fetch"], insecure=True)
-    accounts = mesh_channel("accounts", served["accounts"].mesh_address, "operator")
-    organisation_id = await set_up(accounts)
-    liar = Liar({name if name != "fetch" else "messages": one.public for name, one in served.items()})
-    await liar.start()
-    closing.append(lambda: liar.stop(None))
-    senders_clock = WrongClock()
-    async with Sender(endpoints, "bank", PASSWORD, signing_key=CONTENT_KEY, clock=senders_clock) as sender:
-        yield World(endpoints, sender, senders_clock, sms, accounts, organisation_id, liar, clock, closing)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def whole_world(engines: Engines, mesh: Mesh, urls: Mapping[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    """Everything started, over databases that were migrated."""
+    async with running_services(engines, mesh, urls, clock, platform_key=PLATFORM_KEY) as services:
+        accounts = services.channel("accounts", "operator")
+        organisation_id = await set_up(accounts)
+        public = {name: services[name].public for name in ("accounts", "registration", "keys", "publishing")}
+        liar = Liar(public | {"messages": services["fetch"].public})
+        await liar.start()
+        services.closing.push_async_callback(liar.stop, None)
+        senders_clock = WrongClock()
+        sender = Sender(services.endpoints, "bank", PASSWORD, signing_key=CONTENT_KEY, clock=senders_clock)
+        await services.closing.enter_async_context(sender)
+        yield World(services, sender, senders_clock, accounts, organisation_id, liar)
 
 
 def make_entry(

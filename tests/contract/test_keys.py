@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
 from sealpush.devicelog import DeviceLog, EntryKind, LogEntry
 from sealpush.envelope import CONTENT_BYTES_MAX, Header, Recipient, Stanza, assemble, open_envelope, recipient, seal
@@ -35,16 +33,15 @@ from sealpush.proofs import body_digest, change_proof, sign_proof
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc
 from sealpush.wire import read_prekey, wire_prekey
+from sealpushd.engines import Engines
 from sealpushd.keys import rules
-from sealpushd.keys.app import build
 from sealpushd.keys.store import KeyStore
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Database, connect
+from sealpushd.platform.db import connect
 from sealpushd.platform.errors import Aborted
-from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller, ServiceKey
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, refusal
+from tests.contract.harness import FakeClock, Mesh, Migrated, refusal, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -58,7 +55,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
     def __init__(self) -> None:
         self.people: dict[tuple[str, str], tuple[SubscriberId, list[DeviceId]]] = {}
 
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:
         return directory_pb2.ResolveResponse(results=[self._resolve(query) for query in request.queries])
 
     def _resolve(self, query: directory_pb2.ResolveQuery) -> directory_pb2.ResolveResult:
@@ -70,10 +67,10 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         devices = [directory_pb2.ResolvedDevice(device_id=each) for each in device_ids]
         return directory_pb2.ResolveResult(resolved=directory_pb2.Resolved(subscriber_id=subscriber_id, devices=devices))
 
-    async def GetPushTargets(self, request: directory_pb2.GetPushTargetsRequest, context: Any) -> Any:  # noqa: N802
+    async def GetPushTargets(self, request: directory_pb2.GetPushTargetsRequest, context: Any) -> Any:
         raise NotImplementedError
 
-    async def ReportDeadTokens(self, request: directory_pb2.ReportDeadTokensRequest, context: Any) -> Any:  # noqa: N802
+    async def ReportDeadTokens(self, request: directory_pb2.ReportDeadTokensRequest, context: Any) -> Any:
         raise NotImplementedError
 
 
@@ -223,34 +220,13 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str],
-    mesh: Mesh,
-    serve: Serve,
-    mesh_channel: Connect,
-    clock: FakeClock,
-    closing: list[Callable[[], Awaitable[None]]],
-    tmp_path: Path,
-) -> World:
-    # The vault's key is that of the shared database; the platform's is new for each.
-    (tmp_path / "vault").write_text("11" * 32)
-    (tmp_path / "platform").write_text(os.urandom(32).hex())
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
     directory = Directory()
-    registration = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
-    await registration.start()
-    closing.append(registration.stop)
-    settings = load(
-        postgres_url=SecretStr(urls["keys"]),
-        vault_key=tmp_path / "vault",
-        platform_key=tmp_path / "platform",
-        registration_mesh=registration.address,
-    )
-    served = await serve("keys", build, settings, clock)
-    db = Database(urls["keys"], "keys", 1)
-    await db.open()
-    closing.append(db.aclose)
-    sealing = sealing_pb2_grpc.SealingStub(mesh_channel("keys", served.mesh_address, "publishing").channel)
-    return World(clock, keys_pb2_grpc.KeysStub(served.public), sealing, directory, KeyStore(db, 10), mesh.keys)
+    stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
+    async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins) as services:
+        store = KeyStore(await services.database("keys"), 10)
+        sealing = sealing_pb2_grpc.SealingStub(services.channel("keys", "publishing").channel)
+        yield World(clock, keys_pb2_grpc.KeysStub(services["keys"].public), sealing, directory, store, mesh.keys)
 
 
 @pytest.fixture

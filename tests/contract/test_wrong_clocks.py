@@ -9,17 +9,17 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from sealpush import MemoryKeystore, SqliteKeystore, State
 from sealpush.ids import MessageId
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Migrated, Serve
+from sealpushd.engines import Engines
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated
 from tests.contract.phones import DAY_MS, HOUR_MS, World, WrongClock, bodies, shows, whole_world
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 WRONG_MS = [HOUR_MS, -HOUR_MS, 24 * HOUR_MS, -24 * HOUR_MS]
 
@@ -30,10 +30,8 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str], valkey_url: str, serve: Serve, mesh_channel: Connect, clock: FakeClock, tmp_path: Path, closing: Any
-) -> AsyncIterator[World]:
-    async with whole_world(urls, valkey_url, serve, mesh_channel, clock, tmp_path, closing) as made:
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    async with whole_world(engines, mesh, urls, clock) as made:
         yield made
 
 
