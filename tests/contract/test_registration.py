@@ -1094,6 +1094,20 @@ async def test_every_bad_answer_is_refused_alike(world: World) -> None:
     assert len(set(answers)) == 1
 
 
+async def test_a_clock_that_ran_ahead_and_came_back_locks_no_device_out(world: World) -> None:
+    phone = await world.phone()
+    ahead = timedelta(days=1)
+    world.clock.advance(ahead)
+    from_the_future = await phone.challenge()
+    await phone.answer(from_the_future)
+    world.clock.advance(-ahead)
+    answered = await phone.challenge()
+    await phone.answer(answered)
+    assert {(await refusal(phone.answer(each))).code for each in (from_the_future, answered)} == {StatusCode.UNAUTHENTICATED}
+    world.clock.advance(timedelta(seconds=1))
+    await phone.authenticate()
+
+
 async def test_of_many_parallel_answers_to_one_challenge_one_is_accepted(world: World) -> None:
     phone = await world.phone()
     challenge = await phone.challenge()
