@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     )
     from sealpush.failover import AlternativeChannel, ClientMemory, Delivered, FailoverPolicy, FallbackReason, HoldBack, Push
     from sealpush.keys import ContentSigningKey
-    from sealpush.keystore import DeviceRegistration, Keystore, MemoryKeystore, SqliteKeystore
+    from sealpush.keystore import DeviceRegistration, Keystore
+    from sealpush.memory_keystore import MemoryKeystore
     from sealpush.model import (
         Channel,
         ContentClass,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from sealpush.receipts import Claim, Finding, Receipt, ReceiptDelivery, ReceiptVerdict, SignedAcknowledgement, verify_receipt
     from sealpush.retry import Clock, RetryPolicy, SystemClock
     from sealpush.sender import Sender
+    from sealpush.sqlite_keystore import SqliteKeystore
     from sealpush.suites import SUITE_HYBRID, SUITE_X25519
     from sealpush.transport import Channels, Endpoints
     from sealpush.v1.content_pb2 import Action, Content
@@ -200,9 +202,8 @@ _HOMES: Final = {
     "keystore": (
         "DeviceRegistration",
         "Keystore",
-        "MemoryKeystore",
-        "SqliteKeystore",
     ),
+    "memory_keystore": ("MemoryKeystore",),
     "model": (
         "Channel",
         "ContentClass",
@@ -246,6 +247,7 @@ _HOMES: Final = {
         "SystemClock",
     ),
     "sender": ("Sender",),
+    "sqlite_keystore": ("SqliteKeystore",),
     "suites": (
         "SUITE_HYBRID",
         "SUITE_X25519",

@@ -156,7 +156,7 @@ class Device:
 
     `endpoints` may be a `Channels` shared by many devices; then whoever made it closes it. `root_public_key` is the
     platform's root that the app ships; it is pinned in the keystore. `on_message` gets each message that `run_stream()`
-    brings; `on_notice` gets each notice about the person's other devices as it is found, and `notices()` keeps it until it is dismissed.
+    brings; `on_notice` gets each notice about the person's devices as it is found, and `notices()` keeps it until it is dismissed.
     `one_time_prekeys` is how many to bring to the service at a time; 0: none.
     Without one, content is sealed to the signed prekey, without forward secrecy within its week. `suite` is what prekeys are of
     from now on, SUITE_HYBRID for those that hold against a quantum computer too; a device that had a higher one keeps it.
@@ -198,13 +198,13 @@ class Device:
         self._trouble = trouble = Trouble()
         self._session = session = Session(calls, channels, store, who, time, trouble)
         self._devices = devices = Devices(session, store, who, time, trouble, self._tell_notice)
-        revocations = Revocations(root_public_key, calls, channels, store, trouble)
+        revocations = Revocations(root_public_key, calls, channels, store, time, trouble)
         self._upkeep = upkeep = Upkeep(
             session, store, who, time, devices, revocations, trouble, suite=suite, one_time_prekeys=one_time_prekeys
         )
         self._entries = entries = SenderEntries(root_public_key, calls, channels, store, time, trouble, revocations)
         self._inbox = inbox = Inbox(store, time, entries)
-        self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble)
+        self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble, upkeep.hasten)
         acknowledgements = Acknowledgements(session, store, who, trouble)
         self._drainer = Drainer(session, receiver, acknowledgements, inbox, time)
         self._live = Live(session, receiver, acknowledgements, inbox, upkeep, time, trouble)
@@ -541,7 +541,7 @@ class Device:
         )
 
     async def notices(self) -> list[DeviceNotice]:
-        """What the person was not told, or has not dismissed, about their other devices; oldest first."""
+        """What the person was not told, or has not dismissed, about their devices; oldest first."""
         await self._prepare()
         return await self._store(lambda keystore: keystore.notices())
 
@@ -619,13 +619,13 @@ class Device:
         if self._prepared:
             return
 
-        def read(keystore: Keystore) -> tuple[IdentityKey | None, DeviceRegistration | None, int | None]:
+        def read(keystore: Keystore) -> tuple[IdentityKey | None, DeviceRegistration | None, int | None, int]:
             keystore.pin_root(self._root_public_key)
-            return keystore.identity(), keystore.registration(), keystore.clock_offset_ms()
+            return keystore.identity(), keystore.registration(), keystore.clock_offset_ms(), keystore.proven_time_ms()
 
         async with self._preparing:
             if not self._prepared:
-                self._who.identity, self._who.registration, self._time.offset_ms = await self._store(read)
+                self._who.identity, self._who.registration, self._time.offset_ms, self._time.proven_ms = await self._store(read)
                 await self._upkeep.load()
                 self._prepared = True
 

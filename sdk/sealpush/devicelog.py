@@ -162,21 +162,22 @@ class DeviceLog:
 
 
 class NoticeKind(enum.IntEnum):
-    """What a person is to be told about the devices."""
+    """What a person is to be told about the devices, and about this one."""
 
     ADDED = 1  # a device came, and nobody vouches for it: ask the person whether it is theirs
     VOUCHED = 2  # one of the person's other devices vouched for it
     REMOVED = 3
     LOG_BROKEN = 4  # the service tells another history than before: do not trust its list
     LOG_WITHHELD = 5  # messages come, and the log has not for days: there may be devices that nobody was told of
+    RESTORED = 6  # this device works with a store out of a back-up: what was sealed to it since then may never open
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceNotice:
-    """Something that happened to the person's other devices; kept until it is dismissed.
+    """Something that happened to the person's other devices, or to this one; kept until it is dismissed.
 
-    `at_ms` is as the log says; of a notice about the log, which concerns no device, when it was found. `number` rises, 0 before it is
-    stored.
+    `at_ms` is as the log says; of a notice about the log or this device, which names no device, when it was found. `number` rises, 0
+    before it is stored.
     """
 
     kind: NoticeKind

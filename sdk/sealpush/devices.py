@@ -100,6 +100,20 @@ class Devices:
         for notice in await self._store(note):
             await self._tell(notice)
 
+    async def tell_restored(self) -> None:
+        """Tell that this device works with a store out of a back-up; once, until that is dismissed. Raises KeystoreError."""
+        notice = DeviceNotice(NoticeKind.RESTORED, self._time.now_ms())
+
+        def note(keystore: Keystore) -> list[DeviceNotice]:
+            told = None
+            while told is None:  # until no other process followed the log meanwhile
+                kept = keystore.device_log()
+                told = keystore.put_device_log(kept, kept, [notice])
+            return told
+
+        for each in await self._store(note):
+            await self._tell(each)
+
     async def check(self, deadline: Deadline) -> DeviceLog:
         """The log as it is now, kept, and told where it has changed. Raises CallFailed, KeystoreError."""
         async with self._checking:

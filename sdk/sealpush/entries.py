@@ -47,11 +47,12 @@ class SenderProfile:
 class Revocations:
     """The newest revocation list that this device has seen. The list is public: asking for it takes no token."""
 
-    def __init__(self, root_public_key: bytes, calls: Calls, channels: Channels, store: Store, trouble: Trouble) -> None:
+    def __init__(self, root_public_key: bytes, calls: Calls, channels: Channels, store: Store, time: ServerTime, trouble: Trouble) -> None:
         self._root_public_key = root_public_key
         self._calls = calls
         self._channels = channels
         self._store = store
+        self._time = time
         self._trouble = trouble
         self._list: RevocationList | None = None
         self._is_read = False
@@ -84,7 +85,7 @@ class Revocations:
         if fresh is None or (known is not None and fresh.serial <= known.serial):
             return
         if await self._store(lambda keystore: keystore.put_revocations(fresh.serial, blob)):
-            self._go_by(fresh)
+            await self._go_by(fresh)
         else:
             await self._read()  # another process of this device was faster, with a newer one
 
@@ -97,12 +98,13 @@ class Revocations:
         blob = await self._store(lambda keystore: keystore.revocations())
         kept = None if blob is None else self._verified(blob)
         if kept is not None:
-            self._go_by(kept)
+            await self._go_by(kept)
 
-    def _go_by(self, verified: RevocationList) -> None:
+    async def _go_by(self, verified: RevocationList) -> None:
         """From now on, unless somebody who asked at the same time came here with a newer one."""
         if self._list is None or verified.serial > self._list.serial:
             self._list = verified
+            await self._store(lambda keystore: self._time.prove(keystore, verified.issued_ms))
 
     def _verified(self, blob: bytes) -> RevocationList | None:
         try:
@@ -237,7 +239,7 @@ class SenderEntries:
 
     async def _kept(self, name: SenderId, role: EntryRole) -> SenderEntry | None:
         """A cached entry that holds now, verified."""
-        now_ms = self._time.now_ms()
+        now_ms = self._time.bounded_ms()
         entry = self._entries.get((name, role))
         if entry is None:
             blob = await self._store(lambda keystore: keystore.sender_entry(name, role))
@@ -256,13 +258,13 @@ class SenderEntries:
             raise Held(str(older)) from older
         except EntryRefused as refused:
             self._trouble.note(refused)
-            if _out_of_time(blob, self._time.now_ms()):
+            if _out_of_time(blob, self._time.bounded_ms()):
                 raise Held("the sender's entry is outside its time; the message waits for a new one") from refused
             raise EnvelopeRefused from None
 
     async def _take(self, name: SenderId, role: EntryRole, blob: bytes, deadline: Deadline) -> SenderEntry:
         """An entry as the service gave it just now, verified and cached. Raises EntryRefused."""
-        entry = verify_sender_entry(self._root_public_key, blob, self._time.now_ms(), role=role)
+        entry = verify_sender_entry(self._root_public_key, blob, self._time.bounded_ms(), role=role)
         if role is EntryRole.SENDER and entry.sender_id != name:
             raise EntryRefused("the service gave the entry of another sender; do not trust this server")
         if await self._store(lambda keystore: keystore.sender_entry(name, role)) != blob:

@@ -254,7 +254,7 @@ class _Connection:
         self._held = held
         self._deliver = deliver
         self._caught_up = caught_up
-        self._holding = asyncio.Event()
+        self._waking = asyncio.Event()
         self.progressed = False
 
     async def run(self, bearer: str) -> None:
@@ -296,12 +296,14 @@ class _Connection:
         except Held:
             if len(self._held) < ACKS_BATCH_MAX:
                 self._held[message_id] = delivery
-                self._holding.set()
+                self._waking.set()
             return
         self._held.pop(message_id, None)
         self._uplink.owing()
         if committed is not None:
             await self._deliver(committed)
+        if self._upkeep.is_hastened:
+            self._waking.set()
 
     async def _keep_house(self) -> None:
         """Try again what is held, and do what is due daily."""
@@ -312,10 +314,10 @@ class _Connection:
                 await self._session.bearer(self._session.deadline())
             if not self._held:
                 attempt = 0
-                self._holding.clear()
+                self._waking.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(HOUSEKEEPING_S):
-                        await self._holding.wait()
+                        await self._waking.wait()
                 continue
             await self._session.pause(attempt)
             attempt += 1

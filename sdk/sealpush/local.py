@@ -11,8 +11,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.errors import NotRegisteredHere, SealpushError
 from sealpush.keys import IdentityKey
-from sealpush.keystore import DeviceRegistration, Keystore, MemoryKeystore
+from sealpush.keystore import DeviceRegistration, Keystore
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import timestamp_ms
+from sealpush.proven import proven
 from sealpush.retry import Clock
 
 # A sealer's clock may be 5 minutes off when the service accepts; a minute more for what travels.
@@ -26,6 +28,7 @@ CLOCK_JUMP_MS: Final = EXPIRY_SKEW_MS
 # One attempt takes no longer; what more went by were attempts before it.
 ROUND_TRIP_S_MAX: Final = 10.0
 CLOCK_PERSIST_MS: Final = 500  # smaller changes of the offset are not worth a write
+PROVEN_STEP_MS: Final = 60 * 60 * 1000  # nor are smaller ones of the proven time: entries and prekeys end after days
 
 Result = TypeVar("Result")
 
@@ -59,18 +62,23 @@ class Who:
 
 
 class ServerTime:
-    """The server's time as known here: the local clock and how far it is off, which the store keeps."""
+    """The server's time as known here: the local clock and how far it is off, and the latest time that is proven. The store keeps both."""
 
     def __init__(self, clock: Clock, store: Store) -> None:
         self._clock = clock
         self._store = store
         self.offset_ms: int | None = None
+        self.proven_ms = 0
         self.learned_at: float | None = None  # monotonic; None: not in this process
         self._learned_ms = 0  # the local clock then
 
     def now_ms(self) -> int:
         """Unix milliseconds by the server's clock; by the local one while nothing is known."""
         return self._clock.now_ms() + (self.offset_ms or 0)
+
+    def bounded_ms(self) -> int:
+        """As `now_ms()`, but never before the proven time: what entries and this device's prekeys are judged by."""
+        return max(self.now_ms(), self.proven_ms)
 
     def local_ms(self) -> int:
         """Unix milliseconds by the local clock: for what must not be the server's to tell."""
@@ -87,6 +95,13 @@ class ServerTime:
             return False
         steady_ms = (self._clock.monotonic() - self.learned_at) * 1000
         return abs(self._clock.now_ms() - self._learned_ms - steady_ms) > CLOCK_JUMP_MS
+
+    def prove(self, keystore: Keystore, signed_ms: int) -> None:
+        """Learn from a time whose signature was verified up to the pinned root. Raises KeystoreError."""
+        proven_ms = proven(self.proven_ms, signed_ms, self.local_ms())
+        if proven_ms - self.proven_ms >= PROVEN_STEP_MS:
+            keystore.raise_proven_time(proven_ms)
+            self.proven_ms = proven_ms
 
     async def learn(self, server_time: Timestamp, sent_at: float | None = None) -> None:
         """Learn from a server's time that arrived just now; an unset one teaches nothing.

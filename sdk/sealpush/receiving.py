@@ -14,6 +14,7 @@ DELIVERED says that this very envelope was opened.
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from sealpush.entries import SenderEntries
 from sealpush.envelope import MAGIC, Envelope, Header, TimeCheck, check_times, open_envelope
@@ -21,6 +22,7 @@ from sealpush.errors import EnvelopeRefused, KeystoreBusy
 from sealpush.floor import floor
 from sealpush.ids import ContentId, MessageId, SenderId
 from sealpush.inbox import FLAG_MUTED, Committed, Inbox, parse_content
+from sealpush.keys import PrekeyKind, PrekeyPrivate
 from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement, Seen
 from sealpush.local import EXPIRY_SKEW_MS, FUTURE_SKEW_MS, Held, ServerTime, Store, Trouble, Who
 from sealpush.model import Reason
@@ -32,10 +34,18 @@ from sealpush.v1 import messages_pb2
 
 
 class Receiver:
-    """Decides about deliveries, one at a time."""
+    """Decides about deliveries, one at a time. `prekey_missed` hears of content that a sender signed and no private half here opens."""
 
     def __init__(
-        self, session: Session, store: Store, who: Who, time: ServerTime, entries: SenderEntries, inbox: Inbox, trouble: Trouble
+        self,
+        session: Session,
+        store: Store,
+        who: Who,
+        time: ServerTime,
+        entries: SenderEntries,
+        inbox: Inbox,
+        trouble: Trouble,
+        prekey_missed: Callable[[], None],
     ) -> None:
         self._session = session
         self._store = store
@@ -44,6 +54,7 @@ class Receiver:
         self._entries = entries
         self._inbox = inbox
         self._trouble = trouble
+        self._prekey_missed = prekey_missed
         self.deciding = asyncio.Lock()  # also taken by who erases the store
 
     async def take(self, delivery: messages_pb2.Delivery, deadline: Deadline) -> Committed | None:
@@ -96,13 +107,20 @@ class Receiver:
 
         # Signature, open, store: without a pause between, in one thread.
         def open_and_commit(keystore: Keystore) -> Committed | None:
+            def prekey(suite: int, prekey_id: int, kind: PrekeyKind) -> PrekeyPrivate | None:
+                found = keystore.prekey(suite, prekey_id, kind)
+                if found is None:
+                    self._prekey_missed()
+                return found
+
             plaintext = open_envelope(
                 envelope,
                 device_id=registration.device_id,
-                private_prekey_lookup=keystore.prekey,
+                private_prekey_lookup=prekey,
                 sender_public_key=public_key,
                 min_suite=min_suite,
             )
+            self._time.prove(keystore, header.created_at_ms)
             message = self._inbox_message(delivery, header, digest, plaintext)
             result = keystore.commit_message(
                 message,

@@ -2,6 +2,9 @@
 
 A signed prekey serves 7 days; one-time prekeys are topped up when few are left at the service. Private halves are stored
 before anybody hears of the public ones. The root's revocation list is asked for as often.
+
+A store out of a back-up lacks what was made since, and would give ids a second time. The service knows ids that such a store never gave:
+then the device leaps above them, makes new prekeys, and has the service forget those from before.
 """
 
 import logging
@@ -28,7 +31,7 @@ from sealpush.keystore import Keystore
 from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble, Who
 from sealpush.retry import Deadline
 from sealpush.session import Session
-from sealpush.suites import SUITE_X25519
+from sealpush.suites import SUITE_X25519, SUITES
 from sealpush.v1 import keys_pb2
 from sealpush.wire import wire_prekey
 
@@ -40,7 +43,12 @@ MAINTENANCE_PERIOD_MS: Final = DAY_MS
 # can leave 10 a day here: enough for four that do nothing else, in 1 MB; in suite 2, whose public halves are kept too, in 7 MB.
 ONE_TIME_PRIVATE_MAX: Final = 5000
 
+# A bad server must not use up the 32 bits of ids: years of a phone's at once, and once only until it has taken new prekeys.
+PREKEY_IDS_SKIPPED_MAX: Final = 100_000
+HASTENED_PAUSE_S: Final = 3600.0  # a sender that names prekeys that never were costs a call an hour
+
 _UPLOADED_PREKEY: Final = "prekey.uploaded"  # a fact in the store: the id of the signed prekey that the service has
+_LOST_PREKEYS: Final = "prekey.lost"  # ids up to this one, 4 bytes, are those of a store that is gone; until the service has forgotten them
 _MAINTAINED_AT: Final = "maintained.at"
 
 
@@ -70,6 +78,8 @@ class Upkeep:
         self._revocations = revocations
         self._one_time_prekeys = one_time_prekeys
         self._done_at_ms = 0
+        self._hastened = False
+        self._began_at: float | None = None
 
     async def load(self) -> None:
         """Read when it was done last."""
@@ -81,14 +91,19 @@ class Upkeep:
 
     async def do(self, deadline: Deadline) -> None:
         """Learn what was revoked, rotate, top up, forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
+        self._hastened, self._began_at = False, self._time.steady_s()
         # Before what may fail: who keeps a revocation from a phone must not be anybody who can make the phone's uploads fail.
         await self._revocations.refresh(Deadline.after(deadline.clock, deadline.remaining_s() / 2))
         await self._session.know_time(deadline)
-        signed, rotated, rising = await self._signed_prekey()
-        upload = keys_pb2.PrekeyUpload(prekeys=map(wire_prekey, await self._one_time(signed.suite, deadline, rising=rising)))
+        state = await self._session.call(self._session.channels.keys.GetPrekeyState, keys_pb2.GetPrekeyStateRequest(), deadline)
+        lost = await self._lost_prekeys(state)
+        signed, rotated, rising = await self._signed_prekey(lost)
+        left = 0 if rising or lost else state.one_time_prekeys_left
+        upload = keys_pb2.PrekeyUpload(prekeys=map(wire_prekey, await self._one_time(signed.suite, left)))
         if rotated:
             upload.prekeys.insert(0, wire_prekey(signed))
             upload.min_suite = signed.suite
+            upload.forget_former = lost > 0
         if upload.prekeys:
             change = upload.SerializeToString()
             await self._session.change(
@@ -105,7 +120,9 @@ class Upkeep:
         def finish(keystore: Keystore) -> None:
             if rotated:
                 set_uploaded(keystore, signed, now_ms)
-                keystore.retire_signed_prekeys(signed.prekey_id, now_ms)
+                keystore.retire_signed_prekeys(signed.prekey_id, self._time.bounded_ms())
+            if lost:
+                keystore.set_fact(_LOST_PREKEYS, None)
             keystore.purge(run_out_ms)
             keystore.set_fact(_MAINTAINED_AT, now_ms.to_bytes(8, "big"))
 
@@ -116,21 +133,55 @@ class Upkeep:
         """Messages matter more: what fails here is noted, and tried again the next time."""
         await self._devices.check_if_due(deadline, longest_s)
         remaining_s = min(deadline.remaining_s(), longest_s)
-        if abs(self._time.now_ms() - self._done_at_ms) < MAINTENANCE_PERIOD_MS or remaining_s < MAINTENANCE_S_MIN:
+        is_due = abs(self._time.now_ms() - self._done_at_ms) >= MAINTENANCE_PERIOD_MS or self.is_hastened
+        if not is_due or remaining_s < MAINTENANCE_S_MIN:
             return
         try:
             await self.do(Deadline.after(deadline.clock, remaining_s))
         except SealpushError as error:
             self._trouble.note(error)
 
-    async def _signed_prekey(self) -> tuple[SignedPrekey, bool, bool]:
-        """The signed prekey to use from now on, whether the service has yet to hear of it, and whether its suite is new to the service."""
+    def hasten(self) -> None:
+        """A prekey is missing here: this may be a store out of a back-up, and should not wait for the next day."""
+        self._hastened = True
+
+    @property
+    def is_hastened(self) -> bool:
+        """Whether it is due before its day has passed."""
+        return self._hastened and (self._began_at is None or self._time.steady_s() - self._began_at >= HASTENED_PAUSE_S)
+
+    async def _lost_prekeys(self, state: keys_pb2.GetPrekeyStateResponse) -> int:
+        """Up to which id the prekeys are those of a store that is gone, by what the service knows; 0: none are."""
+        known_there = state.highest_prekey_id
+        noted, given = await self._store(lambda keystore: (keystore.fact(_LOST_PREKEYS), keystore.highest_prekey_id()))
+        if noted is not None:
+            return int.from_bytes(noted, "big")
+        if not given < known_there <= given + PREKEY_IDS_SKIPPED_MAX:
+            return 0
+        log.warning("the service knows prekeys of this device that are not here: its store came out of a back-up; making new ones")
+        await self._devices.tell_restored()  # first: once the ids have leaped, nothing shows any more
+
+        def leap(keystore: Keystore) -> None:
+            keystore.set_fact(_LOST_PREKEYS, known_there.to_bytes(4, "big"))
+            keystore.raise_prekey_id(known_there)
+            raise_to(keystore, min(state.min_suite, max(SUITES)))  # it may be a copy from before a rise
+
+        await self._store(leap)
+        return known_there
+
+    async def _signed_prekey(self, lost: int) -> tuple[SignedPrekey, bool, bool]:
+        """The signed prekey to use from now on, whether the service has yet to hear of it, and whether its suite is new to the service.
+
+        None of those with an id up to `lost`.
+        """
         identity, registration = self._who.registered()
-        now_ms = self._time.now_ms()
+        now_ms = self._time.bounded_ms()
 
         def current(keystore: Keystore) -> tuple[PrekeyPrivate, bytes | None, bool]:
             suite = raise_to(keystore, self._suite)
             newest = keystore.newest_signed_prekey()
+            if newest is not None and newest.prekey_id <= lost:
+                newest = None
             if newest is None or newest.suite != suite or not -FUTURE_SKEW_MS <= now_ms - newest.created_at_ms < SIGNED_PREKEY_ROTATION_MS:
                 newest = _make_signed_prekey(keystore, identity, registration.device_id, now_ms, suite)
             return newest, keystore.fact(_UPLOADED_PREKEY), suite > SUITE_X25519 and floor(keystore).raised_at_ms is None
@@ -139,17 +190,15 @@ class Upkeep:
         signed = _sign_prekey(identity, registration.device_id, prekey)
         return signed, _prekey_id_bytes(signed) != uploaded, rising
 
-    async def _one_time(self, suite: int, deadline: Deadline, *, rising: bool) -> list[SignedPrekey]:
-        """New one-time prekeys, if the service has few left. With a rise it forgets those it has."""
+    async def _one_time(self, suite: int, left: int) -> list[SignedPrekey]:
+        """New one-time prekeys, if the service has few left."""
         identity, registration = self._who.registered()
         wanted = self._one_time_prekeys
-        if not wanted or await self._store(lambda keystore: keystore.prekey_count(PrekeyKind.ONE_TIME)) >= ONE_TIME_PRIVATE_MAX:
+        if left >= min(ONE_TIME_PREKEYS_REFILL_BELOW, wanted):
             return []
-        if not rising:
-            state = await self._session.call(self._session.channels.keys.GetPrekeyState, keys_pb2.GetPrekeyStateRequest(), deadline)
-            if state.one_time_prekeys_left >= min(ONE_TIME_PREKEYS_REFILL_BELOW, wanted):
-                return []
-        now_ms = self._time.now_ms()
+        if await self._store(lambda keystore: keystore.prekey_count(PrekeyKind.ONE_TIME)) >= ONE_TIME_PRIVATE_MAX:
+            return []
+        now_ms = self._time.bounded_ms()
         return await self._store(lambda keystore: _make_one_time_prekeys(keystore, identity, registration.device_id, now_ms, suite, wanted))
 
 

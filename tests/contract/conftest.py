@@ -6,23 +6,22 @@ Tests that use the engines run in the session's event loop: `pytestmark = pytest
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import grpc
 import pytest
 import pytest_asyncio
+from nacl.pwhash import argon2id
 from redis.asyncio import Redis
 
 from sealpushd.engines import Engines
+from sealpushd.engines import postgres as postgres_engine
 from sealpushd.platform import valkey as valkeys
-from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import connect
 from sealpushd.platform.migrate import migrate
-from sealpushd.platform.server import Build, Runtime
-from sealpushd.platform.settings import Settings
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Peer, Serve, Served
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated
 from tests.contract.push_simulators import Certificates
 
 PASSWORD = "a password of a test"
@@ -42,10 +41,17 @@ def clock() -> FakeClock:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engines() -> AsyncIterator[Engines]:
-    """PostgreSQL and Valkey of this test run alone."""
+    """PostgreSQL and Valkey of this test run alone.
+
+    PostgreSQL waits for no disk: nothing here outlives the run, and what is killed is a process, not the machine. That it does wait
+    otherwise is for tests/system/test_engines.py.
+    """
     # A short path: sockets lie in it.
     with tempfile.TemporaryDirectory(prefix="sp-") as directory:
-        async with Engines.open(Path(directory) / "data") as running:
+        async with AsyncExitStack() as stack:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(postgres_engine._SETTINGS, "fsync", "off")
+                running = await stack.enter_async_context(Engines.open(Path(directory) / "data"))
             yield running
 
 
@@ -94,40 +100,13 @@ def mesh() -> Mesh:
     return Mesh()
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def closing() -> AsyncIterator[list[Callable[[], Awaitable[None]]]]:
-    """What is called, in reverse order, when the test ends."""
-    closes: list[Callable[[], Awaitable[None]]] = []
-    yield closes
-    for close in reversed(closes):
-        await close()
-
-
-@pytest.fixture
-def serve(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Serve:
-    async def start(service: str, build: Build, settings: Settings, clock: FakeClock) -> Served:
-        runtime = Runtime(service, settings, mesh.keys[service], mesh.verifier, clock, closing)
-        app = await build(runtime)
-        closing.extend(app.closes)
-        public, inside = Peer(app.public, mesh.verifier), Peer(app.mesh, mesh.verifier)
-        for peer in (public, inside):
-            await peer.start()
-            closing.append(peer.stop)
-        channel = grpc.aio.insecure_channel(public.address)
-        closing.append(channel.close)
-        return Served(app, channel, public.address, inside.address)
-
-    return start
-
-
-@pytest.fixture
-def mesh_channel(mesh: Mesh, closing: list[Callable[[], Awaitable[None]]]) -> Connect:
-    def make(peer: str, address: str, service: str) -> MeshChannel:
-        channel = MeshChannel(peer, address, mesh.keys[service])
-        closing.append(channel.aclose)
-        return channel
-
-    return make
+@pytest.fixture(scope="module")
+def cheap_passwords() -> Iterator[None]:
+    """Argon2id at its least, for modules that are not about guessing: 64 MiB for each sign-in would be half of their work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argon2id, "OPSLIMIT_INTERACTIVE", argon2id.OPSLIMIT_MIN)
+        patch.setattr(argon2id, "MEMLIMIT_INTERACTIVE", argon2id.MEMLIMIT_MIN)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,9 @@ from pydantic import SecretStr
 from sealpush.ids import uuid7
 from sealpush.v1 import common_pb2
 from sealpushd.dispatch import app as dispatch_app
-from sealpushd.fetch import app as fetch_app
+from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Connection
-from sealpushd.platform.db import connect as connect_db
 from sealpushd.platform.errors import Unavailable
 from sealpushd.platform.server import Runtime, ServiceApp
 from sealpushd.platform.settings import Settings, load
@@ -30,7 +29,7 @@ from sealpushd.simulators.core import PushSimulator
 from sealpushd.simulators.server import RunningSimulators, SimulatedApns, SimulatedFcm, SimulatedHms, SimulatorSettings, simulators
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, lanes_pb2, lanes_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc, providers_pb2
 from sealpushd.v1.providers_pb2_grpc import ProvidersStub
-from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Peer
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Peer, running_services
 from tests.contract.push_simulators import Certificates
 
 BANK = "bank"
@@ -49,14 +48,14 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         self.targets: dict[bytes, directory_pb2.PushTarget] = {}
         self.dead: list[directory_pb2.DeadToken] = []
 
-    async def Resolve(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def Resolve(self, request: Any, context: Any) -> Any:
         raise AssertionError("dispatch resolves no recipients")
 
-    async def GetPushTargets(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def GetPushTargets(self, request: Any, context: Any) -> Any:
         nobody = directory_pb2.PushTarget
         return directory_pb2.GetPushTargetsResponse(targets=[self.targets.get(one, nobody(device_id=one)) for one in request.device_ids])
 
-    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:
         self.dead.extend(request.dead_tokens)
         for dead in request.dead_tokens:
             self.targets.pop(dead.device_id, None)
@@ -395,24 +394,18 @@ class Pushing:
 
 @asynccontextmanager
 async def pushing(
-    databases: dict[str, str], valkey_url: str, mesh: Mesh, certificates: Certificates, clock: FakeClock, folder: Path
+    databases: dict[str, str], engines: Engines, mesh: Mesh, certificates: Certificates, clock: FakeClock, folder: Path
 ) -> AsyncIterator[Pushing]:
     """`databases`: with the schemas of fetch and dispatch."""
-    closing: list[Callable[[], Awaitable[None]]] = []
-    async with vendors(certificates, clock) as running:
-        settings = load(postgres_url=SecretStr(databases["fetch"]), valkey_url=SecretStr(valkey_url))
-        app = await fetch_app.build(Runtime("fetch", settings, mesh.keys["fetch"], mesh.verifier, clock, closing))
-        directory = Directory()
-        mailbox = Peer(app.mesh, mesh.verifier)
-        peer = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
-        for each in (mailbox, peer):
-            await each.start()
-            closing.append(each.stop)
-        channel = MeshChannel("fetch", mailbox.address, mesh.keys["publishing"])
-        closing.append(channel.aclose)
+    directory = Directory()
+    stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
+    async with (
+        vendors(certificates, clock) as running,
+        running_services(engines, mesh, databases, clock, ["fetch"], stand_ins=stand_ins, work=False) as services,
+    ):
+        channel = services.channel("fetch", "publishing")
         store = mailbox_pb2_grpc.MailboxStub(channel.channel).Store
-        rows = await connect_db(databases["admin"])
-        closing.append(rows.close)
+        rows = await services.sql()
         await rows.execute('TRUNCATE "fetch".open_deliveries, dispatch.lane_states, dispatch.providers')
 
         async def publish(request: mailbox_pb2.StoreRequest) -> Any:
@@ -428,8 +421,8 @@ async def pushing(
             clock,
             mesh,
             running,
-            dispatch_settings(running, databases["dispatch"], folder, fetch_mesh=mailbox.address, registration_mesh=peer.address),
-            mailbox,
+            dispatch_settings(running, databases["dispatch"], folder, **services.addresses),
+            services["fetch"].mesh,
             directory,
             rows,
             publish,
@@ -437,7 +430,5 @@ async def pushing(
         try:
             yield made
         finally:
-            for each_running in made.running:
-                await each_running.stop()
-            for close in reversed(closing):
-                await close()
+            for each in made.running:
+                await each.stop()

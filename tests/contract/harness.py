@@ -3,28 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol, Self
 
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.rpc import error_details_pb2, status_pb2
+from prometheus_client import REGISTRY
+from pydantic import SecretStr
+from redis.asyncio import Redis
 
+from sealpush.keys import ContentSigningKey
+from sealpush.transport import Endpoints
+from sealpushd.accounts.app import build as build_accounts
+from sealpushd.dispatch.app import build as build_dispatch
+from sealpushd.engines import Engines
+from sealpushd.fetch.app import build as build_fetch
+from sealpushd.keys.app import build as build_keys
 from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.db import Connection
+from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DETAILS_KEY
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.rpc import GuardedServer
-from sealpushd.platform.server import AddServicer, Build, ServiceApp
-from sealpushd.platform.settings import Settings
+from sealpushd.platform.server import AddServicer, Build, Runtime, ServiceApp
+from sealpushd.platform.settings import Settings, load
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
+from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
+from sealpushd.publishing.app import build as build_publishing
+from sealpushd.registration.app import build as build_registration
+from sealpushd.simulators.control import SmsControlService
+from sealpushd.simulators.sms import SmsSimulator
+from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
 
 LOOPBACK = "127.0.0.1"
 # Bounds a hang, where nothing is claimed about time: a machine may be many times slower than the one on which a test was written.
 LIMIT_S = 30
+# Of no service: who calls there is refused at once.
+NOBODY = f"{LOOPBACK}:9"
+# The same everywhere, because a database, and so the data keys that this one wraps, outlives an installation.
+VAULT_KEY = "07" * 32
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+BUILDS: Mapping[str, Build] = {
+    "accounts": build_accounts,
+    "registration": build_registration,
+    "keys": build_keys,
+    "publishing": build_publishing,
+    "dispatch": build_dispatch,
+    "fetch": build_fetch,
+}
 
 
 class FakeClock:
@@ -72,30 +105,57 @@ class Mesh:
 
 
 class Peer:
-    """A gRPC server in this process, on a port of its own that it keeps over stop and start."""
+    """A gRPC server in this process, on a port of its own that it keeps over stop and start. Without a verifier it asks for no token."""
 
-    def __init__(self, servicers: Sequence[AddServicer], verifier: TokenVerifier | None) -> None:
-        self._servicers = servicers
+    def __init__(
+        self,
+        servicers: Sequence[AddServicer] = (),
+        verifier: TokenVerifier | None = None,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        options: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        self.servicers = servicers
         self._verifier = verifier
-        self._port = 0
+        self._credentials = credentials
+        self._options = [("grpc.so_reuseport", 0), *options]
+        self.port = 0
         self._server: grpc.aio.Server | None = None
 
     @property
     def address(self) -> str:
-        return f"{LOOPBACK}:{self._port}"
+        return f"{LOOPBACK}:{self.port}"
+
+    def bind(self) -> Self:
+        """Take the port; who calls before the start waits for it."""
+        self._server = grpc.aio.server(options=self._options)
+        if self._credentials is None:
+            self.port = self._server.add_insecure_port(self.address)
+        else:
+            self.port = self._server.add_secure_port(self.address, self._credentials)
+        return self
 
     async def start(self) -> None:
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        if self._server is None:
+            self.bind()
+        assert self._server is not None
         registrar: Any = self._server if self._verifier is None else GuardedServer(self._server, self._verifier)
-        for add, servicer in self._servicers:
+        for add, servicer in self.servicers:
             add(servicer, registrar)
-        self._port = self._server.add_insecure_port(self.address)
         await self._server.start()
 
-    async def stop(self) -> None:
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Take no calls any more, and end those that last longer. Idempotent."""
         if self._server is not None:
-            await self._server.stop(None)
+            await self._server.stop(grace_s)
             self._server = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +165,185 @@ class Served:
     app: ServiceApp
     public: grpc.aio.Channel
     public_address: str
-    mesh_address: str
+    mesh: Peer
 
 
-class Serve(Protocol):
-    async def __call__(self, service: str, build: Build, settings: Settings, clock: FakeClock) -> Served: ...
+class Services:
+    """Services in this process that call each other over real gRPC. `running_services` makes them; `services["keys"]` was served last."""
+
+    def __init__(self, valkey_url: str, mesh: Mesh, clock: FakeClock, settings: Settings, closing: AsyncExitStack, *, work: bool) -> None:
+        self.mesh = mesh
+        self.clock = clock
+        # What every service is told; each gets the URL of its own database besides.
+        self.settings = settings
+        # What is to be closed at the end, last in, first out.
+        self.closing = closing
+        # What codes are sent to, where registration is served.
+        self.sms = SmsSimulator(now=clock.now)
+        self.stand_ins: dict[str, Peer] = {}
+        self.urls: dict[str, str] = {}
+        self._valkey_url = valkey_url
+        self._work = work
+        self._served: dict[str, Served] = {}
+        self._drains: list[Callable[[], Awaitable[None]]] = []
+        self._listeners: dict[str, tuple[Peer, Peer]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._peers: list[Peer] = []
+        self._mailboxes = 0
+
+    def __getitem__(self, service: str) -> Served:
+        return self._served[service]
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Of the public listeners. A stand-in answers at one address for phones and services."""
+        at = {name: peer.address for name, peer in self.stand_ins.items()}
+        at |= {name: served.public_address for name, served in self._served.items()}
+        accounts, registration, keys, publishing, messages = (
+            at.get(name, NOBODY) for name in ("accounts", "registration", "keys", "publishing", "fetch")
+        )
+        return Endpoints(accounts, registration, keys, publishing, messages, insecure=True)
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """The settings that say where each service's mesh listener is."""
+        return {f"{name}_mesh": getattr(self.settings, f"{name}_mesh") for name in SERVICES}
+
+    def channel(self, service: str, caller: str) -> MeshChannel:
+        """To a service's mesh listener, with the credentials of another or the operator's."""
+        channel = MeshChannel(service, getattr(self.settings, f"{service}_mesh"), self.mesh.keys[caller])
+        self.closing.push_async_callback(channel.aclose)
+        return channel
+
+    async def database(self, service: str) -> Database:
+        """One connection, as the service has them."""
+        made = Database(self.urls[service], service, 1)
+        await made.open()
+        self.closing.push_async_callback(made.aclose)
+        return made
+
+    async def sql(self, search_path: str | None = None) -> Connection:
+        """The database as its superuser: looks at tables and makes time pass."""
+        made = await connect(self.urls["admin"], search_path=search_path)
+        self.closing.push_async_callback(made.close)
+        return made
+
+    async def serve(self, service: str, settings: Mapping[str, Any] = NOTHING, build: Build | None = None) -> Served:
+        """Serve it once more, as another process over the same database would, with these settings of its own.
+
+        Who is served later calls this one; who is served already goes on calling the one before.
+        """
+        if service not in self._listeners:
+            self._listen(service)
+        public, inside = self._listeners.pop(service)
+        closes: list[Callable[[], Awaitable[None]]] = []
+
+        async def close() -> None:
+            for each in reversed(closes):
+                await each()
+
+        self.closing.push_async_callback(close)
+        own = self.settings.model_copy(update={"postgres_url": SecretStr(self.urls[service]), **settings})
+        runtime = Runtime(service, own, self.mesh.keys[service], self.mesh.verifier, self.clock, closes)
+        app = await (build or BUILDS[service])(runtime)
+        closes.extend(app.closes)
+        public.servicers, inside.servicers = app.public, app.mesh
+        for peer in (public, inside):
+            await peer.start()
+        channel = await self.closing.enter_async_context(grpc.aio.insecure_channel(public.address))
+        served = self._served[service] = Served(app, channel, public.address, inside)
+        if app.drain is not None:
+            self._drains.append(app.drain)
+        if self._work:
+            self._tasks += [asyncio.create_task(task()) for task in app.tasks]
+            if service == "fetch" and build is None:
+                self._mailboxes += 1
+                await self.heard(self._mailboxes)
+        return served
+
+    async def heard(self, mailboxes: int) -> None:
+        """Wait until exactly so many mailboxes hear each other through Valkey."""
+        async with Redis.from_url(self._valkey_url) as client, asyncio.timeout(LIMIT_S):
+            while {count for _, count in await client.pubsub_numsub(CHANNEL_QUEUE, CHANNEL_STREAMS)} != {mailboxes}:
+                pass
+
+    def _listen(self, service: str) -> None:
+        public, inside = (Peer((), self.mesh.verifier).bind() for _ in range(2))
+        self._listeners[service] = public, inside
+        self._peers += public, inside
+        self.settings = self.settings.model_copy(update={f"{service}_mesh": inside.address})
+
+    async def _open(self, urls: Mapping[str, str], services: Sequence[str], stand_ins: Mapping[str, Sequence[AddServicer]]) -> None:
+        self.urls |= urls
+        for name, servicers in stand_ins.items():
+            peer = self.stand_ins[name] = await self.closing.enter_async_context(Peer(servicers, self.mesh.verifier))
+            self.settings = self.settings.model_copy(update={f"{name}_mesh": peer.address})
+        if "registration" in services:
+            inbox = Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(self.sms))])
+            await self.closing.enter_async_context(inbox)
+            self.settings = self.settings.model_copy(update={"code_channel_address": inbox.address})
+        await self.heard(0)
+        for service in services:
+            self._listen(service)
+        for service in services:
+            await self.serve(service)
+
+    async def _rest(self) -> None:
+        """End what services do beside, and what their calls still do, before what they use is closed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for drain in self._drains:
+            await drain()
+        await asyncio.gather(*(peer.stop(LIMIT_S) for peer in self._peers))
+        async with asyncio.timeout(LIMIT_S):
+            while in_flight():  # noqa: ASYNC110 - a metric has no event
+                await asyncio.sleep(0.01)
 
 
-class Connect(Protocol):
-    def __call__(self, peer: str, address: str, service: str) -> MeshChannel:
-        """A channel to a mesh address with the credentials of a service."""
-        ...
+def in_flight() -> dict[str, float]:
+    """How many calls of which methods services of this process are answering."""
+    samples = [each for metric in REGISTRY.collect() if metric.name == "sealpush_rpc_in_flight" for each in metric.samples]
+    return {each.labels["method"]: each.value for each in samples if each.value}
+
+
+@asynccontextmanager
+async def running_services(
+    engines: Engines,
+    mesh: Mesh,
+    urls: Mapping[str, str],
+    clock: FakeClock,
+    services: Sequence[str] = (),
+    *,
+    stand_ins: Mapping[str, Sequence[AddServicer]] = NOTHING,
+    settings: Mapping[str, Any] = NOTHING,
+    platform_key: ContentSigningKey | None = None,
+    work: bool = True,
+) -> AsyncIterator[Services]:
+    """These services, or all that have a database in `urls`, each wired by its own app.py, over PostgreSQL and an emptied Valkey.
+
+    `stand_ins` answer in the place of others that they call; who is neither does not answer. All listeners have their ports before the
+    first service is wired, because services call each other in circles. `work`: run what services do beside, too.
+    """
+    async with AsyncExitStack() as closing:
+        async with Redis.from_url(engines.valkey_url) as client:
+            await client.flushall()
+        folder = Path(closing.enter_context(TemporaryDirectory()))
+        (folder / "vault.key").write_text(VAULT_KEY)
+        (folder / "platform.key").write_text((platform_key or ContentSigningKey.generate()).seed.hex())
+        given = {
+            "valkey_url": SecretStr(engines.valkey_url),
+            "vault_key": folder / "vault.key",
+            "platform_key": folder / "platform.key",
+            "code_channel": "simulated",
+            **{f"{name}_mesh": NOBODY for name in SERVICES},
+        }
+        made = Services(engines.valkey_url, mesh, clock, load(**given, **settings), closing, work=work)
+        try:
+            await made._open(urls, services or [name for name in SERVICES if name in urls], stand_ins)
+            yield made
+        finally:
+            await made._rest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
-
-from prometheus_client import REGISTRY
-from redis.asyncio import Redis
 
 from sealpush.envelope import envelope_digest, evidence_of
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId, uuid7
@@ -19,10 +15,7 @@ from sealpushd.fetch.rules import AcceptedKey, Ack, NewDelivery, NewMessage, Rep
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection
-from sealpushd.platform.server import ServiceApp
-from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
 from sealpushd.v1 import mailbox_pb2
-from tests.contract.harness import LIMIT_S
 
 IOS = int(common_pb2.PLATFORM_IOS)
 # What a dispatcher reports.
@@ -122,27 +115,3 @@ async def overdue(sql: Connection, of: NewMessage) -> None:
         "UPDATE open_deliveries SET expires_at = now() - interval '1 ms', closes_at = now() - interval '1 ms' WHERE message_id = $1",
         of.message_id,
     )
-
-
-async def listening(valkey_url: str, mailboxes: int) -> None:
-    """Wait until exactly so many mailboxes hear each other through Valkey."""
-    async with Redis.from_url(valkey_url) as client, asyncio.timeout(LIMIT_S):
-        while {count for _, count in await client.pubsub_numsub(CHANNEL_QUEUE, CHANNEL_STREAMS)} != {mailboxes}:
-            pass
-
-
-async def end(tasks: list[asyncio.Task[None]], *apps: ServiceApp) -> None:
-    """End what services do beside and what their calls still do, before what they use is closed."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for app in apps:
-        if app.drain is not None:
-            await app.drain()
-
-    def in_flight() -> float:
-        return sum(sample.value for metric in REGISTRY.collect() if metric.name == "sealpush_rpc_in_flight" for sample in metric.samples)
-
-    async with asyncio.timeout(LIMIT_S):
-        while in_flight():  # noqa: ASYNC110 - a metric has no event
-            await asyncio.sleep(0.01)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -15,14 +15,13 @@ import grpc
 import pytest
 import pytest_asyncio
 from grpc import StatusCode
-from pydantic import SecretStr
 
 from sealpush.envelope import Header
 from sealpush.ids import ContentId, RecipientRef, SenderId, uuid7
 from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
-from sealpushd.accounts.app import build
+from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Database, connect
@@ -32,9 +31,9 @@ from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
+from tests.contract.harness import FakeClock, Mesh, Migrated, Services, refusal, running_services
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 PASSWORD = "correct horse battery"
 
@@ -52,7 +51,7 @@ def png(width: int, height: int) -> bytes:
 class World:
     """A served accounts service and the operator's tools."""
 
-    served: Served
+    services: Services
     operator: MeshChannel
     clock: FakeClock
     urls: dict[str, str]
@@ -60,7 +59,7 @@ class World:
 
     @property
     def accounts(self) -> Any:
-        return accounts_pb2_grpc.AccountsStub(self.served.public)
+        return accounts_pb2_grpc.AccountsStub(self.services["accounts"].public)
 
     async def administer(self, method: str, request: Any, channel: MeshChannel | None = None) -> Any:
         channel = channel or self.operator
@@ -144,23 +143,22 @@ class World:
         return self.accounts.SignIn(accounts_pb2.SignInRequest(login=login, password=password, sender_name=sender_name))
 
 
-_urls: dict[str, str] = {}
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def urls(migrated: Migrated) -> dict[str, str]:
+    return await migrated("accounts")
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(migrated: Migrated, valkey_url: str, serve: Serve, mesh_channel: Connect, clock: FakeClock) -> World:
-    if not _urls:
-        _urls.update(await migrated("accounts"))
-    settings = load(postgres_url=SecretStr(_urls["accounts"]), valkey_url=SecretStr(valkey_url), postgres_connections=2)
-    served = await serve("accounts", build, settings, clock)
-    made = World(served, mesh_channel("accounts", served.mesh_address, "operator"), clock, _urls)
-    admin = await connect(_urls["admin"])
-    await admin.execute(
-        "TRUNCATE accounts.organisations, accounts.apps, accounts.platform_entries, accounts.revocations, accounts.journal CASCADE"
-    )
-    await admin.close()
-    await made.put_app("bank-app")
-    return made
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    async with running_services(engines, mesh, urls, clock) as services:
+        made = World(services, services.channel("accounts", "operator"), clock, urls)
+        admin = await connect(urls["admin"])
+        await admin.execute(
+            "TRUNCATE accounts.organisations, accounts.apps, accounts.platform_entries, accounts.revocations, accounts.journal CASCADE"
+        )
+        await admin.close()
+        await made.put_app("bank-app")
+        yield made
 
 
 async def test_sign_in_gives_a_token_that_speaks_for_the_default_sender(world: World, mesh: Mesh) -> None:
@@ -559,12 +557,12 @@ async def test_every_change_is_in_the_journal_without_its_secrets(world: World) 
     assert PASSWORD not in rows[1]["detail"]
 
 
-async def test_only_the_operator_administers(world: World, mesh_channel: Connect) -> None:
-    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+async def test_only_the_operator_administers(world: World) -> None:
+    publishing = world.services.channel("accounts", "publishing")
     request = administration_pb2.PutOrganisationRequest(login="bank", name="A bank", password=PASSWORD)
     with pytest.raises(Unavailable, match="PERMISSION_DENIED"):
         await world.administer("PutOrganisation", request, publishing)
-    stranger = administration_pb2_grpc.AdministrationStub(world.served.public)
+    stranger = administration_pb2_grpc.AdministrationStub(world.services["accounts"].public)
     with pytest.raises(grpc.aio.AioRpcError):
         await stranger.PutOrganisation(request)
 
@@ -583,8 +581,8 @@ async def certified(world: World, publishing: MeshChannel, sender_id: bytes, key
     return found
 
 
-async def test_the_entry_of_a_time_is_found_after_others_and_a_refused_one_is_not_kept(world: World, mesh_channel: Connect) -> None:
-    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+async def test_the_entry_of_a_time_is_found_after_others_and_a_refused_one_is_not_kept(world: World) -> None:
+    publishing = world.services.channel("accounts", "publishing")
     organisation_id, sender_id = await world.put_organisation("bank"), uuid7()
     key, next_key = ContentSigningKey.generate(), ContentSigningKey.generate()
     first, renewed = world.entry(sender_id, serial=1, keys=[key.public_key]), world.entry(sender_id, serial=2, keys=[key.public_key])
@@ -609,8 +607,8 @@ async def test_the_entry_of_a_time_is_found_after_others_and_a_refused_one_is_no
     assert [row["serial"] for row in kept] == [1, 2, 3]
 
 
-async def test_an_entry_that_was_put_after_the_content_serves_where_there_is_no_other(world: World, mesh_channel: Connect) -> None:
-    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+async def test_an_entry_that_was_put_after_the_content_serves_where_there_is_no_other(world: World) -> None:
+    publishing = world.services.channel("accounts", "publishing")
     organisation_id, sender_id, key = await world.put_organisation("bank"), uuid7(), ContentSigningKey.generate()
     entry = world.entry(sender_id, keys=[key.public_key])
     world.clock.advance(timedelta(seconds=1))
@@ -619,8 +617,8 @@ async def test_an_entry_that_was_put_after_the_content_serves_where_there_is_no_
     assert await certified(world, publishing, sender_id, key) == entry
 
 
-async def test_a_sender_that_was_put_by_another_organisation_leaves_no_entry(world: World, mesh_channel: Connect) -> None:
-    publishing = mesh_channel("accounts", world.served.mesh_address, "publishing")
+async def test_a_sender_that_was_put_by_another_organisation_leaves_no_entry(world: World) -> None:
+    publishing = world.services.channel("accounts", "publishing")
     bank, shop, sender_id = await world.put_organisation("bank"), await world.put_organisation("shop"), uuid7()
     key = ContentSigningKey.generate()
     await world.put_sender(bank, sender_id)

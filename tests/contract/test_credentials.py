@@ -27,6 +27,7 @@ from sealpushd.dispatch.lanes import LaneSet, LaneState
 from sealpushd.dispatch.providers.base import Accepted, Misconfigured, Outcome, Probed, PushTarget, TokenSuspect, WakeUp
 from sealpushd.dispatch.rules import STRANGERS_MAX
 from sealpushd.dispatch.session import Dispatcher
+from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.vault import VaultError
 from sealpushd.simulators.core import Answer, BlackHole, Delay, FaultScope
@@ -64,9 +65,9 @@ async def databases(migrated: Migrated) -> dict[str, str]:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def world(
-    databases: dict[str, str], valkey_url: str, mesh: Mesh, certificates: Certificates, clock: FakeClock, tmp_path: Path
+    databases: dict[str, str], engines: Engines, mesh: Mesh, certificates: Certificates, clock: FakeClock, tmp_path: Path
 ) -> AsyncIterator[Pushing]:
-    async with pushing(databases, valkey_url, mesh, certificates, clock, tmp_path) as world:
+    async with pushing(databases, engines, mesh, certificates, clock, tmp_path) as world:
         yield world
 
 

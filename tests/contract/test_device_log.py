@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
 from sealpush import fingerprint
 from sealpush.device import Device, Installation
@@ -36,47 +34,39 @@ from sealpush.keys import (
     generate_prekey,
     sign_sender_entry,
 )
-from sealpush.keystore import Keystore, MemoryKeystore, SqliteKeystore
+from sealpush.keystore import Keystore
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform
 from sealpush.proofs import sign_proof, vouch_proof
 from sealpush.publication import Accepted, IdentityChanged, Publication, PublishOutcome
 from sealpush.sender import Sender
-from sealpush.transport import Channels, Endpoints
+from sealpush.sqlite_keystore import SqliteKeystore
+from sealpush.transport import Channels
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc, common_pb2, keys_pb2
 from sealpush.v1.content_pb2 import Content
 from sealpush.wire import wire_prekey
-from sealpushd.fetch.app import build as build_fetch
-from sealpushd.keys.app import build as build_keys
+from sealpushd.engines import Engines
 from sealpushd.keys.store import KeyStore
-from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Connection, Database, connect
-from sealpushd.platform.settings import load
+from sealpushd.platform.db import Connection
+from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller
-from sealpushd.publishing.app import build as build_publishing
-from sealpushd.registration.app import build as build_registration
-from sealpushd.simulators.control import SmsControlService
 from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1 import (
     administration_pb2,
     administration_pb2_grpc,
-    directory_pb2,
-    directory_pb2_grpc,
     sealing_pb2,
     sealing_pb2_grpc,
 )
-from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, refusal
+from tests.contract.harness import FakeClock, Mesh, Migrated, refusal, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 APP = AppId("bank-app")
 ROOT = RootKey.from_seed(b"\x01" * 32)
 SIGNING_KEY = ContentSigningKey.from_seed(b"\x02" * 32)
-PLATFORM_SEED = b"\x03" * 32
-PLATFORM_KEY = ContentSigningKey.from_seed(PLATFORM_SEED)
-# One database and so one vault for all tests here; each makes its own people.
-VAULT_KEY = os.urandom(32).hex()
+PLATFORM_KEY = ContentSigningKey.from_seed(b"\x03" * 32)
+# One database for all tests here: each makes its own people.
 _numbers = itertools.count()
 
 
@@ -108,33 +98,22 @@ class Accounts(accounts_pb2_grpc.AccountsServicer, administration_pb2_grpc.Admin
         platform = SenderEntry(SenderId(bytes(16)), "Platform", SenderMode.SERVER, keys[1], begin, end, 1, EntryRole.PLATFORM)
         self.entry, self.platform_entry = sign_sender_entry(ROOT, bank), sign_sender_entry(ROOT, platform)
 
-    async def SignIn(self, request: Any, context: Any) -> accounts_pb2.SignInResponse:  # noqa: N802
+    async def SignIn(self, request: Any, context: Any) -> accounts_pb2.SignInResponse:
         caller = SenderCaller(self.sender_id, uuid7(), (APP,), frozenset({"publish", "keys"}), ())
         token, expires_at = self._mesh.keys["accounts"].sender_token(caller)
         response = accounts_pb2.SignInResponse(access_token=token, sender_id=self.sender_id)
         response.expires_at.seconds = expires_at
         return response
 
-    async def GetSenderProfile(self, request: Any, context: Any) -> accounts_pb2.GetSenderProfileResponse:  # noqa: N802
+    async def GetSenderProfile(self, request: Any, context: Any) -> accounts_pb2.GetSenderProfileResponse:
         return accounts_pb2.GetSenderProfileResponse(sender_entry=self.entry, platform_entry=self.platform_entry)
 
-    async def GetApps(self, request: Any, context: Any) -> administration_pb2.GetAppsResponse:  # noqa: N802
+    async def GetApps(self, request: Any, context: Any) -> administration_pb2.GetAppsResponse:
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=APP, name="Bank")])
 
-    async def GetSenders(self, request: Any, context: Any) -> administration_pb2.GetSendersResponse:  # noqa: N802
+    async def GetSenders(self, request: Any, context: Any) -> administration_pb2.GetSendersResponse:
         senders = [administration_pb2.Sender(sender_id=self.sender_id, sender_entry=self.entry, platform_entry=self.platform_entry)]
         return administration_pb2.GetSendersResponse(senders=senders)
-
-
-class Directory(directory_pb2_grpc.DirectoryServicer):
-    """Passes on to registration, which starts after keys because it needs keys itself."""
-
-    registration: MeshChannel
-
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
-        stub = directory_pb2_grpc.DirectoryStub(self.registration.channel)
-        answer: directory_pb2.ResolveResponse = await self.registration.call(stub.Resolve, request)
-        return answer
 
 
 @dataclass
@@ -259,88 +238,20 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str],
-    valkey_url: str,
-    serve: Serve,
-    mesh: Mesh,
-    mesh_channel: Connect,
-    clock: FakeClock,
-    closing: list[Callable[[], Awaitable[None]]],
-    tmp_path: Path,
-) -> World:
-    sms, directory = SmsSimulator(now=clock.now), Directory()  # type: ignore[abstract]  # keys asks for nothing else
-    accounts = Accounts(mesh, to_ms(clock.now()))  # type: ignore[abstract]  # nor do the others
-    peers = {
-        "directory": Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier),
-        "administration": Peer([(administration_pb2_grpc.add_AdministrationServicer_to_server, accounts)], mesh.verifier),
-        "accounts": Peer([(accounts_pb2_grpc.add_AccountsServicer_to_server, accounts)], mesh.verifier),
-        "sms": Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(sms))], None),
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    accounts = Accounts(mesh, to_ms(clock.now()))  # type: ignore[abstract]  # nobody asks for anything else
+    stand_ins: dict[str, list[AddServicer]] = {
+        "accounts": [
+            (administration_pb2_grpc.add_AdministrationServicer_to_server, accounts),
+            (accounts_pb2_grpc.add_AccountsServicer_to_server, accounts),
+        ]
     }
-    for peer in peers.values():
-        await peer.start()
-        closing.append(peer.stop)
-    (tmp_path / "vault").write_text(VAULT_KEY)
-    (tmp_path / "platform").write_text(PLATFORM_SEED.hex())
-    common: dict[str, Any] = {"vault_key": tmp_path / "vault", "valkey_url": SecretStr(valkey_url), "postgres_connections": 2}
-    fetch = await serve("fetch", build_fetch, load(postgres_url=SecretStr(urls["fetch"]), **common), clock)
-    keys = await serve(
-        "keys",
-        build_keys,
-        load(
-            postgres_url=SecretStr(urls["keys"]),
-            platform_key=tmp_path / "platform",
-            registration_mesh=peers["directory"].address,
-            **common,
-        ),
-        clock,
-    )
-    registration = await serve(
-        "registration",
-        build_registration,
-        load(
-            postgres_url=SecretStr(urls["registration"]),
-            accounts_mesh=peers["administration"].address,
-            keys_mesh=keys.mesh_address,
-            fetch_mesh=fetch.mesh_address,
-            code_channel="simulated",
-            code_channel_address=peers["sms"].address,
-            codes_per_address_hour=1000,
-            **common,
-        ),
-        clock,
-    )
-    directory.registration = mesh_channel("registration", registration.mesh_address, "keys")
-    publishing = await serve(
-        "publishing",
-        build_publishing,
-        load(
-            postgres_url=SecretStr(urls["publishing"]),
-            accounts_mesh=peers["administration"].address,
-            registration_mesh=registration.mesh_address,
-            keys_mesh=keys.mesh_address,
-            fetch_mesh=fetch.mesh_address,
-            **common,
-        ),
-        clock,
-    )
-    endpoints = Endpoints(
-        accounts=peers["accounts"].address,
-        registration=registration.public_address,
-        keys=keys.public_address,
-        publishing=publishing.public_address,
-        messages=fetch.public_address,
-        insecure=True,
-    )
-    channels = Channels(endpoints)
-    closing.append(channels.close)
-    sql = await connect(urls["admin"], search_path="keys")
-    closing.append(sql.close)
-    db = Database(urls["keys"], "keys", 1)
-    await db.open()
-    closing.append(db.aclose)
-    sealing = sealing_pb2_grpc.SealingStub(mesh_channel("keys", keys.mesh_address, "registration").channel)
-    return World(clock, channels, sms, accounts, sealing, mesh, sql, KeyStore(db, 10))
+    settings = {"codes_per_address_hour": 1000}
+    async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins, settings=settings, platform_key=PLATFORM_KEY) as services:
+        channels = await services.closing.enter_async_context(Channels(services.endpoints))
+        sealing = sealing_pb2_grpc.SealingStub(services.channel("keys", "registration").channel)
+        store = KeyStore(await services.database("keys"), 10)
+        yield World(clock, channels, services.sms, accounts, sealing, mesh, await services.sql("keys"), store)
 
 
 async def subscriber_of(device: Device) -> SubscriberId:

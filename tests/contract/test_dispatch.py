@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,15 +19,12 @@ from pydantic import SecretStr
 
 from sealpush.ids import uuid7
 from sealpush.v1 import common_pb2
-from sealpushd.dispatch import app as dispatch_app
 from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState
 from sealpushd.dispatch.providers.apns import ApnsProvider, ApnsSettings
 from sealpushd.dispatch.providers.http import HttpSettings
 from sealpushd.dispatch.session import Dispatcher
-from sealpushd.fetch import app as fetch_app
+from sealpushd.engines import Engines
 from sealpushd.platform.db import Connection
-from sealpushd.platform.db import connect as connect_db
-from sealpushd.platform.server import Runtime
 from sealpushd.platform.settings import Settings, SettingsError, load
 from sealpushd.platform.tls import LocalAuthority
 from sealpushd.simulators.core import Answer, BlackHole, Delay
@@ -42,7 +39,8 @@ from sealpushd.v1 import (
     providers_pb2,
     providers_pb2_grpc,
 )
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Peer, refusal
+from tests.contract.dispatching import Dispatch, start_dispatch
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Peer, Services, refusal, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -66,17 +64,17 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         target.registered_at.FromDatetime(at)
         self.targets[device_id] = target
 
-    async def Resolve(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def Resolve(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    async def GetPushTargets(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def GetPushTargets(self, request: Any, context: Any) -> Any:
         if self.refuse:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
         self.asked.append(len(request.device_ids))
         nobody = directory_pb2.PushTarget
         return directory_pb2.GetPushTargetsResponse(targets=[self.targets.get(one, nobody(device_id=one)) for one in request.device_ids])
 
-    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def ReportDeadTokens(self, request: Any, context: Any) -> Any:
         answers = []
         for dead in request.dead_tokens:
             self.dead.append(dead)
@@ -121,19 +119,21 @@ class World:
 
     apns: RunningSimulators
     keys: Keys
-    clock: FakeClock
-    mesh: Mesh
-    mailbox: Peer
+    services: Services
     directory: Directory
-    directory_peer: Peer
     rows: Connection
     publishing: Any
-    connect: Connect
-    urls: dict[str, str]
-    closing: list[Callable[[], Awaitable[None]]]
     running: dict[Dispatcher, asyncio.Task[None]] = field(default_factory=dict)
     sender_id: bytes = field(default_factory=uuid7)
     lanes: LaneSet | None = None
+
+    @property
+    def clock(self) -> FakeClock:
+        return self.services.clock
+
+    @property
+    def mailbox(self) -> Peer:
+        return self.services["fetch"].mesh
 
     def provider(self, *, total_timeout: timedelta = timedelta(seconds=10)) -> ApnsProvider:
         url = f"https://localhost:{self.apns.apns_port}"
@@ -147,7 +147,7 @@ class World:
             http=HttpSettings(private_ca_file=self.keys.ca, total_timeout=total_timeout),
         )
         provider = ApnsProvider(settings, self.clock)
-        self.closing.append(provider.aclose)
+        self.services.closing.push_async_callback(provider.aclose)
         return provider
 
     def lane(self, app_id: str = BANK, *, capacity: int = 256, total_timeout: timedelta = timedelta(seconds=10)) -> Lane:
@@ -160,13 +160,19 @@ class World:
 
     def dispatch(self, *lanes: Lane, drain_limit: timedelta = timedelta(seconds=5)) -> Dispatcher:
         """A running dispatcher without jitter: what is to be retried is retried at once."""
-        mailbox = self.connect("fetch", self.mailbox.address, "dispatch")
-        registration = self.connect("registration", self.directory_peer.address, "dispatch")
+        mailbox = self.services.channel("fetch", "dispatch")
+        registration = self.services.channel("registration", "dispatch")
         assert self.lanes is not None
         assert set(self.lanes) == set(lanes)
         dispatcher = Dispatcher(self.lanes, mailbox, registration, self.clock, lambda: 0.0, drain_limit=drain_limit)
         self.running[dispatcher] = asyncio.create_task(dispatcher.run())
         return dispatcher
+
+    async def process(self, settings: Settings, *, work: bool = True) -> Dispatch:
+        """The whole service; `work`: it takes wake-ups, too."""
+        started = await start_dispatch(settings, self.services.mesh, self.clock, work=work)
+        self.services.closing.push_async_callback(started.stop)
+        return started
 
     async def kill(self, dispatcher: Dispatcher) -> None:
         task = self.running.pop(dispatcher)
@@ -242,39 +248,25 @@ async def eventually(true: Callable[[], bool], seconds: float = LIMIT_S) -> None
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    database: dict[str, str],
-    valkey_url: str,
-    mesh: Mesh,
-    mesh_channel: Connect,
-    closing: list[Callable[[], Awaitable[None]]],
-    apns_keys: Keys,
-) -> AsyncIterator[World]:
-    clock = FakeClock()
+async def world(engines: Engines, mesh: Mesh, database: dict[str, str], clock: FakeClock, apns_keys: Keys) -> AsyncIterator[World]:
     public = apns_keys.provider.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     trusting = SimulatedApns(provider_keys=[ProviderKey(TEAM, KEY, public)])
     simulated = SimulatorSettings(apns_keys.certificate, apns_keys.private_key, apns=trusting)
-    async with simulators(simulated, now=clock.now) as apns:
-        settings = load(postgres_url=SecretStr(database["fetch"]), valkey_url=SecretStr(valkey_url))
-        app = await fetch_app.build(Runtime("fetch", settings, mesh.keys["fetch"], mesh.verifier, clock, closing))
-        directory = Directory()
-        mailbox = Peer(app.mesh, mesh.verifier)
-        peer = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
-        for each in (mailbox, peer):
-            await each.start()
-            closing.append(each.stop)
-        channel = mesh_channel("fetch", mailbox.address, "publishing")
+    directory = Directory()
+    stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
+    async with (
+        simulators(simulated, now=clock.now) as apns,
+        running_services(engines, mesh, database, clock, ["fetch"], stand_ins=stand_ins, work=False) as services,
+    ):
+        channel = services.channel("fetch", "publishing")
         store = mailbox_pb2_grpc.MailboxStub(channel.channel).Store
-        rows = await connect_db(database["admin"])
-        closing.append(rows.close)
+        rows = await services.sql()
         await rows.execute('TRUNCATE "fetch".open_deliveries, dispatch.lane_states, dispatch.providers')
 
         async def publish(request: mailbox_pb2.StoreRequest) -> Any:
             return await channel.call(store, request)
 
-        world = World(
-            apns, apns_keys, clock, mesh, mailbox, directory, peer, rows, publish, mesh_channel, database, closing
-        )  # fmt: skip
+        world = World(apns, apns_keys, services, directory, rows, publish)
         yield world
         for dispatcher in list(world.running):
             await world.kill(dispatcher)
@@ -546,10 +538,9 @@ def dispatch_settings(world: World, tmp_path: Path) -> Settings:
     vault_key.write_text("5e" * 32)
     url = f"https://localhost:{world.apns.apns_port}"
     return load(
-        postgres_url=SecretStr(world.urls["dispatch"]),
+        postgres_url=SecretStr(world.services.urls["dispatch"]),
         vault_key=vault_key,
-        fetch_mesh=world.mailbox.address,
-        registration_mesh=world.directory_peer.address,
+        **world.services.addresses,
         apns_production_url=url,
         apns_sandbox_url=url,
         push_ca=world.keys.ca,
@@ -563,31 +554,18 @@ def new_apns_credential(world: World, **changes: Any) -> providers_pb2.PutProvid
 
 
 async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resumed(world: World, dispatch_settings: Settings) -> None:
-    async def start() -> tuple[Any, Any, list[asyncio.Task[None]]]:
-        runtime = Runtime("dispatch", dispatch_settings, world.mesh.keys["dispatch"], world.mesh.verifier, world.clock, world.closing)
-        app = await dispatch_app.build(runtime)
-        peer = Peer(app.mesh, world.mesh.verifier)
-        await peer.start()
-        world.closing.append(peer.stop)
-        operator = world.connect("dispatch", peer.address, "operator")
-        return app, operator, [asyncio.ensure_future(task()) for task in app.tasks]
-
-    async def stop(app: Any, tasks: list[asyncio.Task[None]]) -> None:
-        await app.drain()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    app, operator, tasks = await start()
+    dispatch = await world.process(dispatch_settings)
+    operator = dispatch.operator
     lanes = lanes_pb2_grpc.LanesStub(operator.channel)
     await operator.call(providers_pb2_grpc.ProvidersStub(operator.channel).PutProvider, new_apns_credential(world))
     probes = world.apns.apns.counters.requests
     await world.pushed(await world.store(1))
     await operator.call(lanes.PauseLane, lanes_pb2.PauseLaneRequest(app_id=BANK, platform=IOS))
     pairs = await world.store(5)
-    await stop(app, tasks)
+    await dispatch.stop()
 
-    app, operator, tasks = await start()
+    dispatch = await world.process(dispatch_settings)
+    operator = dispatch.operator
     lanes = lanes_pb2_grpc.LanesStub(operator.channel)
     [lane] = (await operator.call(lanes.ListLanes, lanes_pb2.ListLanesRequest())).lanes
     assert lane.state == lanes_pb2.LANE_STATE_PAUSED
@@ -601,7 +579,7 @@ async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resume
     assert (lane.state, lane.accepted) == (lanes_pb2.LANE_STATE_OPEN, 5)
     missing = lanes.PauseLane(lanes_pb2.PauseLaneRequest(app_id="nobody", platform=IOS), metadata=operator.metadata())
     assert (await refusal(missing)).code is grpc.StatusCode.NOT_FOUND
-    await stop(app, tasks)
+    await dispatch.stop()
 
 
 @pytest.mark.parametrize(
@@ -615,17 +593,14 @@ async def test_paused_lane_sends_nothing_also_after_a_restart_until_it_is_resume
     ],
 )
 async def test_wrong_settings_say_what_to_do(world: World, dispatch_settings: Settings, change: dict[str, Any], said: str) -> None:
-    settings = dispatch_settings.model_copy(update=change)
-    runtime = Runtime("dispatch", settings, world.mesh.keys["dispatch"], world.mesh.verifier, world.clock, world.closing)
     with pytest.raises(SettingsError, match=said):
-        await dispatch_app.build(runtime)
+        await world.process(dispatch_settings.model_copy(update=change))
 
 
 async def test_without_a_credential_it_idles_and_drains(world: World, dispatch_settings: Settings) -> None:
-    runtime = Runtime("dispatch", dispatch_settings, world.mesh.keys["dispatch"], world.mesh.verifier, world.clock, world.closing)
-    app = await dispatch_app.build(runtime)
-    task = asyncio.ensure_future(app.tasks[0]())
+    dispatch = await world.process(dispatch_settings, work=False)
+    task = asyncio.ensure_future(dispatch.app.tasks[0]())
     await asyncio.sleep(0)
-    assert app.drain is not None
-    await app.drain()
+    assert dispatch.app.drain is not None
+    await dispatch.app.drain()
     await task

@@ -185,7 +185,9 @@ async def test_dry_run_checks_everything_and_delivers_nothing(running: RunningSi
     with pytest.raises(messaging.UnregisteredError):
         await google.send(messaging.Message(data={"id": "1"}, token=token), dry_run=True)
     assert running.fcm.counters.delivered == 0
-    assert running.fcm.device(token).waiting == []  # type: ignore[union-attr]
+    device = running.fcm.device(token)
+    assert device is not None
+    assert device.waiting == []
 
 
 @takes_tokens

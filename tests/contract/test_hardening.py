@@ -16,11 +16,10 @@ from sealpushd.platform import db
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Database
 from sealpushd.platform.errors import StoreUnavailable
-from sealpushd.platform.rpc import GuardedServer
 from sealpushd.platform.server import server_options
 from sealpushd.platform.tokens import LEEWAY_S
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import LIMIT_S, LOOPBACK, Mesh, Migrated
+from tests.contract.harness import LIMIT_S, LOOPBACK, Mesh, Migrated, Peer
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -122,7 +121,7 @@ class _Waiting(mailbox_pb2_grpc.MailboxServicer):
         self.began = asyncio.Event()
         self.ended = asyncio.Event()
 
-    async def WakeUpSession(self, request_iterator: Any, context: Any) -> AsyncIterator[mailbox_pb2.WakeUpSessionResponse]:  # noqa: N802 - gRPC's name
+    async def WakeUpSession(self, request_iterator: Any, context: Any) -> AsyncIterator[mailbox_pb2.WakeUpSessionResponse]:
         self.began.set()
         try:
             async for _ in request_iterator:
@@ -132,13 +131,11 @@ class _Waiting(mailbox_pb2_grpc.MailboxServicer):
 
 
 async def test_the_session_of_a_dispatcher_whose_network_is_gone_ends(mesh: Mesh) -> None:
-    servicer = _Waiting()  # type: ignore[abstract]
-    server = grpc.aio.server(options=server_options(receive_bytes_max=1024, keepalive_ms=1_000, streams_max=8))
-    mailbox_pb2_grpc.add_MailboxServicer_to_server(servicer, GuardedServer(server, mesh.verifier))  # type: ignore[arg-type]
-    port = server.add_insecure_port(f"{LOOPBACK}:0")
-    wire = Wire(lambda: asyncio.open_connection(LOOPBACK, port))
-    await server.start()
-    async with wire.open(), asyncio.timeout(2 * LIMIT_S):
+    servicer = _Waiting()  # type: ignore[abstract]  # nothing else is called
+    options = server_options(receive_bytes_max=1024, keepalive_ms=1_000, streams_max=8)
+    peer = Peer([(mailbox_pb2_grpc.add_MailboxServicer_to_server, servicer)], mesh.verifier, options=options).bind()
+    wire = Wire(lambda: asyncio.open_connection(LOOPBACK, peer.port))
+    async with peer, wire.open(), asyncio.timeout(2 * LIMIT_S):
         channel = MeshChannel("fetch", f"{LOOPBACK}:{wire.port}", mesh.keys["dispatch"])
         call = mailbox_pb2_grpc.MailboxStub(channel.channel).WakeUpSession(metadata=channel.metadata())
         await call.write(mailbox_pb2.WakeUpSessionRequest())
@@ -147,7 +144,6 @@ async def test_the_session_of_a_dispatcher_whose_network_is_gone_ends(mesh: Mesh
         await servicer.ended.wait()
         call.cancel()
         await channel.aclose()
-    await server.stop(None)
 
 
 class _Publishing(publish_pb2_grpc.PublishingServicer):
@@ -156,7 +152,7 @@ class _Publishing(publish_pb2_grpc.PublishingServicer):
     def __init__(self) -> None:
         self.let_go = asyncio.Event()
 
-    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:  # noqa: N802 - gRPC's name
+    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
         try:
             while True:
                 yield publish_pb2.WatchStatusResponse()
@@ -164,7 +160,7 @@ class _Publishing(publish_pb2_grpc.PublishingServicer):
         finally:
             self.let_go.set()
 
-    async def PublishStream(self, request_iterator: Any, context: Any) -> AsyncIterator[publish_pb2.PublishStreamResponse]:  # noqa: N802 - gRPC's name
+    async def PublishStream(self, request_iterator: Any, context: Any) -> AsyncIterator[publish_pb2.PublishStreamResponse]:
         try:
             async for frame in request_iterator:
                 yield publish_pb2.PublishStreamResponse(frame=frame.frame)
@@ -182,13 +178,13 @@ async def test_a_senders_stream_ends_with_its_token(mesh: Mesh, *, busy: bool) -
     claims = {"org": bytes(16).hex(), "apps": ["bank"], "scopes": ["publish", "status"], "networks": []}
     # One to two seconds are left of what clocks may differ by: a token's times are whole seconds.
     token, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), 2 - LEEWAY_S, claims)
-    servicer = _Publishing()  # type: ignore[abstract]
-    server = grpc.aio.server()
-    publish_pb2_grpc.add_PublishingServicer_to_server(servicer, GuardedServer(server, mesh.verifier))  # type: ignore[arg-type]
-    port = server.add_insecure_port(f"{LOOPBACK}:0")
-    await server.start()
+    servicer = _Publishing()  # type: ignore[abstract]  # nothing else is called
     metadata = (("authorization", f"Bearer {token}"),)
-    async with grpc.aio.insecure_channel(f"{LOOPBACK}:{port}") as channel, asyncio.timeout(LIMIT_S):
+    async with (
+        Peer([(publish_pb2_grpc.add_PublishingServicer_to_server, servicer)], mesh.verifier) as peer,
+        grpc.aio.insecure_channel(peer.address) as channel,
+        asyncio.timeout(LIMIT_S),
+    ):
         stub = publish_pb2_grpc.PublishingStub(channel)
         if busy:
             call: Any = stub.WatchStatus(publish_pb2.WatchStatusRequest(), metadata=metadata)
@@ -200,4 +196,3 @@ async def test_a_senders_stream_ends_with_its_token(mesh: Mesh, *, busy: bool) -
         assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert "expired" in (ended.value.details() or "")
         await servicer.let_go.wait()
-    await server.stop(None)

@@ -501,7 +501,7 @@ async def test_credential_that_is_revoked_in_the_middle_of_a_run_is_a_misconfigu
 async def test_credential_that_huawei_does_not_know_is_a_misconfiguration(
     settings: HmsSettings, target: PushTarget, clock: FakeClock, change: dict[str, str]
 ) -> None:
-    assert await send_with(replace(settings, **change), target, clock) == Misconfigured("oauth-1101")  # type: ignore[arg-type]
+    assert await send_with(replace(settings, **change), target, clock) == Misconfigured("oauth-1101")  # type: ignore[arg-type]  # these two are str
 
 
 @pytest.mark.parametrize("hours", [1, -1])

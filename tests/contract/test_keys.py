@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
 from sealpush.devicelog import DeviceLog, EntryKind, LogEntry
 from sealpush.envelope import CONTENT_BYTES_MAX, Header, Recipient, Stanza, assemble, open_envelope, recipient, seal
@@ -35,16 +33,15 @@ from sealpush.proofs import body_digest, change_proof, sign_proof
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, keys_pb2, keys_pb2_grpc
 from sealpush.wire import read_prekey, wire_prekey
+from sealpushd.engines import Engines
 from sealpushd.keys import rules
-from sealpushd.keys.app import build
 from sealpushd.keys.store import KeyStore
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Database, connect
+from sealpushd.platform.db import connect
 from sealpushd.platform.errors import Aborted
-from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller, ServiceKey
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, refusal
+from tests.contract.harness import FakeClock, Mesh, Migrated, refusal, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -58,7 +55,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
     def __init__(self) -> None:
         self.people: dict[tuple[str, str], tuple[SubscriberId, list[DeviceId]]] = {}
 
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:
         return directory_pb2.ResolveResponse(results=[self._resolve(query) for query in request.queries])
 
     def _resolve(self, query: directory_pb2.ResolveQuery) -> directory_pb2.ResolveResult:
@@ -70,10 +67,10 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         devices = [directory_pb2.ResolvedDevice(device_id=each) for each in device_ids]
         return directory_pb2.ResolveResult(resolved=directory_pb2.Resolved(subscriber_id=subscriber_id, devices=devices))
 
-    async def GetPushTargets(self, request: directory_pb2.GetPushTargetsRequest, context: Any) -> Any:  # noqa: N802
+    async def GetPushTargets(self, request: directory_pb2.GetPushTargetsRequest, context: Any) -> Any:
         raise NotImplementedError
 
-    async def ReportDeadTokens(self, request: directory_pb2.ReportDeadTokensRequest, context: Any) -> Any:  # noqa: N802
+    async def ReportDeadTokens(self, request: directory_pb2.ReportDeadTokensRequest, context: Any) -> Any:
         raise NotImplementedError
 
 
@@ -180,10 +177,13 @@ class Phone:
         self.signed_prekey = self.new_prekey(now_ms)
         return self.signed_prekey
 
-    def upload(self, *prekeys: SignedPrekey, min_suite: int = 0, counter: int | None = None) -> keys_pb2.UploadPrekeysRequest:
+    def upload(
+        self, *prekeys: SignedPrekey, min_suite: int = 0, forget_former: bool = False, counter: int | None = None
+    ) -> keys_pb2.UploadPrekeysRequest:
         if counter is None:
             counter = self.counter = self.counter + 1
-        change = keys_pb2.PrekeyUpload(prekeys=[wire_prekey(each) for each in prekeys], min_suite=min_suite).SerializeToString()
+        wire = [wire_prekey(each) for each in prekeys]
+        change = keys_pb2.PrekeyUpload(prekeys=wire, min_suite=min_suite, forget_former=forget_former).SerializeToString()
         signature = sign_proof(self.identity, change_proof(self.device_id, counter, UPLOAD_METHOD, body_digest(change)))
         return keys_pb2.UploadPrekeysRequest(change=change, proof=common_pb2.DeviceProof(counter=counter, signature=signature))
 
@@ -220,34 +220,13 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str],
-    mesh: Mesh,
-    serve: Serve,
-    mesh_channel: Connect,
-    clock: FakeClock,
-    closing: list[Callable[[], Awaitable[None]]],
-    tmp_path: Path,
-) -> World:
-    # The vault's key is that of the shared database; the platform's is new for each.
-    (tmp_path / "vault").write_text("11" * 32)
-    (tmp_path / "platform").write_text(os.urandom(32).hex())
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
     directory = Directory()
-    registration = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
-    await registration.start()
-    closing.append(registration.stop)
-    settings = load(
-        postgres_url=SecretStr(urls["keys"]),
-        vault_key=tmp_path / "vault",
-        platform_key=tmp_path / "platform",
-        registration_mesh=registration.address,
-    )
-    served = await serve("keys", build, settings, clock)
-    db = Database(urls["keys"], "keys", 1)
-    await db.open()
-    closing.append(db.aclose)
-    sealing = sealing_pb2_grpc.SealingStub(mesh_channel("keys", served.mesh_address, "publishing").channel)
-    return World(clock, keys_pb2_grpc.KeysStub(served.public), sealing, directory, KeyStore(db, 10), mesh.keys)
+    stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
+    async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins) as services:
+        store = KeyStore(await services.database("keys"), 10)
+        sealing = sealing_pb2_grpc.SealingStub(services.channel("keys", "publishing").channel)
+        yield World(clock, keys_pb2_grpc.KeysStub(services["keys"].public), sealing, directory, store, mesh.keys)
 
 
 @pytest.fixture
@@ -432,6 +411,7 @@ async def test_uploaded_prekeys_are_kept_and_counted(world: World, phone: Phone,
     world.clock.advance(timedelta(days=90))
     state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
     assert state.one_time_prekeys_left == 0
+    assert (state.highest_prekey_id, state.min_suite) == (one_time[-1].prekey_id, 1), "what has expired is known still"
 
 
 async def test_the_state_of_a_device_that_is_gone_is_empty(world: World, phone: Phone) -> None:
@@ -531,7 +511,7 @@ async def test_a_raised_lowest_suite_retires_the_prekeys_that_were_signed_for_a_
     assert device is not None
     # No call can raise it before a second suite is supported: ask the store.
     assert await world.store.upload(device, 2, 2, rules.Upload((), 2), world.clock.now()) == 0
-    assert await world.store.one_time_prekeys_left(phone.device_id, world.clock.now()) == 0
+    assert (await world.store.prekey_counts(phone.device_id, world.clock.now()))[0] == 0
     # What was checked against the device as it was before does not count any more.
     with pytest.raises(Aborted):
         await world.store.upload(device, 3, 1, rules.Upload((), 0), world.clock.now())
@@ -1006,6 +986,47 @@ async def test_a_raised_lowest_suite_takes_back_what_was_handed_out_below_it(wor
     assert await world.store.hand_out(bank, [wanted], world.clock.now()) == {}
 
 
+async def test_a_phone_that_lost_private_halves_has_its_former_prekeys_forgotten(
+    world: World, phone: Phone, number: str, subscriber: SubscriberId
+) -> None:
+    async def highest() -> int:
+        return (await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))).highest_prekey_id
+
+    bank, former = SenderId(uuid7()), [phone.signed_prekey]
+    assert await highest() == former[0].prekey_id
+    given, _ = former[1:] = await stock(world, phone, 2)
+    assert await key_of(world, bank, number, "a") == given.prekey_id
+    former.append(phone.new_prekey(world.now_ms))
+    await world.keys.UploadPrekeys(phone.upload(former[-1]), metadata=world.device(phone))
+    assert await highest() == former[-1].prekey_id
+    assert not any([await stale(world, bank, subscriber, phone, each) for each in (former[0], given, former[-1])])
+    one_time = [phone.new_prekey(world.now_ms, PrekeyKind.ONE_TIME) for _ in range(2)]
+    alone = phone.upload(*one_time, forget_former=True)
+    assert (await refused(world.keys.UploadPrekeys(alone, metadata=world.device(phone))))[1] == "change.prekeys"
+    signed = phone.new_prekey(world.now_ms)
+    for _ in range(2):  # the answer to the first was lost
+        upload = phone.upload(signed, *one_time, forget_former=True)
+        assert (await world.keys.UploadPrekeys(upload, metadata=world.device(phone))).one_time_prekeys_left == 2
+    assert all([await stale(world, bank, subscriber, phone, each) for each in former])
+    assert not await stale(world, bank, subscriber, phone, signed)
+    assert await key_of(world, bank, number, "a") == one_time[0].prekey_id
+    [result] = await world.seal(world.item(subscriber, phone))
+    assert phone.open(result.parts, await platform_key(world)) == b"hello"
+    assert await highest() == signed.prekey_id
+
+
+async def test_the_highest_id_is_known_wherever_the_prekey_is(world: World, phone: Phone, number: str) -> None:
+    for made in (1, 30):
+        given = (await stock(world, phone, made))[-1]
+        state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+        assert state.highest_prekey_id == given.prekey_id
+        bank = SenderId(uuid7())
+        while await key_of(world, bank, number, str(uuid7())) is not None:
+            bank = SenderId(uuid7())
+        state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+        assert (state.highest_prekey_id, state.one_time_prekeys_left) == (given.prekey_id, 0)
+
+
 async def test_devices_without_one_time_prekeys_are_not_locked(world: World, phone: Phone, number: str, urls: dict[str, str]) -> None:
     other = await connect(urls["keys"], search_path="keys")
     try:
@@ -1198,7 +1219,7 @@ async def test_registering_again_raises_the_lowest_suite_but_never_lowers_it(
     assert await world.put(second, second) == ["", ""]
     assert await world.put(second) == [""]
     assert await key_of(world, bank, number, "a") is None
-    assert await world.store.one_time_prekeys_left(phone.device_id, world.clock.now()) == 0
+    assert (await world.store.prekey_counts(phone.device_id, world.clock.now()))[0] == 0
     [result] = await world.seal(world.item(subscriber, phone))
     assert phone.open(result.parts, await platform_key(world)) == b"hello"
     [refusal] = await world.put(first)

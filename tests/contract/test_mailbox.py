@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,22 +15,20 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import SecretStr
 
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, SenderId, SubscriberId, WakeUpId, uuid7
 from sealpush.model import Reason, State, StopPoint
 from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2
+from sealpushd.engines import Engines
 from sealpushd.fetch import rules
-from sealpushd.fetch.app import build
 from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, Taken, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
-from sealpushd.platform.settings import load
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Migrated, Serve, Served, refusal, until_locked_out
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Served, refusal, running_services, until_locked_out
 from tests.contract.mailboxes import (
     IOS,
     PUSHED,
@@ -43,8 +41,6 @@ from tests.contract.mailboxes import (
     an_id,
     claim,
     delivery,
-    end,
-    listening,
     message,
     overdue,
     proto,
@@ -1366,18 +1362,9 @@ class World:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str], valkey_url: str, serve: Serve, mesh_channel: Connect, clock: FakeClock, closing: list[Callable[[], Any]]
-) -> World:
-    settings = load(postgres_url=SecretStr(urls["fetch"]), valkey_url=SecretStr(valkey_url))
-    served = await serve("fetch", build, settings, clock)
-    await listening(valkey_url, 0)
-    tasks = [asyncio.create_task(task()) for task in served.app.tasks]
-    await listening(valkey_url, 1)
-
-    closing.append(lambda: end(tasks, served.app))
-    channels = [mesh_channel("fetch", served.mesh_address, name) for name in ("publishing", "dispatch", "registration")]
-    return World(served, *channels)
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    async with running_services(engines, mesh, urls, clock) as services:
+        yield World(services["fetch"], *(services.channel("fetch", name) for name in ("publishing", "dispatch", "registration")))
 
 
 async def test_the_same_key_twice_in_a_batch_stores_one_message_and_answers_both(world: World) -> None:

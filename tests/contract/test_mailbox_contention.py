@@ -204,7 +204,7 @@ async def news_of_dead_tokens(store: MailboxStore, sql: Connection) -> None:
     sessions = [await a_session(store) for _ in range(2)]
     reports = {
         session: [
-            report(each, random.choice((TOKEN_GONE, RETRY, PUSHED)) if each.device_id in dead else PUSHED)  # noqa: S311
+            report(each, random.choice((TOKEN_GONE, RETRY, PUSHED)) if each.device_id in dead else PUSHED)  # noqa: S311 - any mixture
             for each in await claim(store, session, made[0], MESSAGES // 3)
         ]
         for session in sessions

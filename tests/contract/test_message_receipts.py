@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
 from sealpush.envelope import Envelope, evidence_of, seal
 from sealpush.errors import NotFound, PermissionDenied
@@ -38,30 +33,24 @@ from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof, sign_p
 from sealpush.publication import Accepted
 from sealpush.receipts import Claim, Finding, Receipt, ReceiptVerdict, verify_receipt
 from sealpush.sender import Sender
-from sealpush.transport import Channels, Endpoints
+from sealpush.transport import Channels
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
 from sealpush.v1.content_pb2 import Content
 from sealpush.wire import wire_prekey
-from sealpushd.accounts.app import build as build_accounts
-from sealpushd.fetch.app import build as build_fetch
-from sealpushd.keys.app import build as build_keys
+from sealpushd.engines import Engines
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Connection, connect
-from sealpushd.platform.server import ServiceApp
-from sealpushd.platform.settings import load
+from sealpushd.platform.db import Connection
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller
-from sealpushd.publishing.app import build as build_publishing
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc, directory_pb2, directory_pb2_grpc, sealing_pb2, sealing_pb2_grpc
-from tests.contract.harness import Connect, FakeClock, Mesh, Migrated, Peer, Serve, Served, refusal
-from tests.contract.mailboxes import end, listening
+from tests.contract.harness import NOBODY, FakeClock, Mesh, Migrated, Services, refusal, running_services
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 APP = "bank"
 PHONE = "+380501234567"
 LOGIN, PASSWORD = "bank", "correct horse battery"
-# For all tests of the module: they share a database, and so its wrapped keys.
-VAULT_KEY, PLATFORM_SEED = os.urandom(32).hex(), os.urandom(32)
+# For all tests of the module: they share a database, and so the platform's entry.
+PLATFORM_KEY = ContentSigningKey.generate()
 ROOT = RootKey.generate()
 
 
@@ -73,7 +62,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         self.device_ids: list[DeviceId] = []
         self.block_all = False
 
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:
         devices = [directory_pb2.ResolvedDevice(device_id=each, platform=common_pb2.PLATFORM_IOS) for each in self.device_ids]
         resolved = directory_pb2.Resolved(subscriber_id=self.subscriber_id, devices=devices, block_all=self.block_all)
         return directory_pb2.ResolveResponse(results=[directory_pb2.ResolveResult(resolved=resolved)] * len(request.queries))
@@ -132,25 +121,27 @@ class Phone:
 class World:
     """The services, an operator, and one bank."""
 
-    accounts: Served
-    keys: Served
-    fetch: Served
-    publishing: Served
+    services: Services
     directory: Directory
-    mesh: Mesh
-    clock: FakeClock
     sql: Connection
     operator: Any
     sealing: Any
-    channels: AsyncExitStack
     organisation_id: bytes = b""
     sender_id: SenderId = field(default_factory=lambda: SenderId(uuid7()))
     signing_key: ContentSigningKey = field(default_factory=ContentSigningKey.generate)
     serial: int = 0
 
     @property
+    def clock(self) -> FakeClock:
+        return self.services.clock
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.services.mesh
+
+    @property
     def messages(self) -> Any:
-        return messages_pb2_grpc.MessagesStub(self.fetch.public)
+        return messages_pb2_grpc.MessagesStub(self.services["fetch"].public)
 
     def _entry(self, role: EntryRole, sender_id: SenderId, modes: SenderMode, public_key: bytes) -> bytes:
         # Rises over all tests: they share the platform's.
@@ -192,7 +183,7 @@ class World:
         ).organisation_id
         await self.administer("PutApp", administration_pb2.PutAppRequest(app_id=APP, name="An app", root_public_key=ROOT.public_key))
         await self.put_sender(self.signing_key, name=f"sender-{self.sender_id.hex()}")
-        await self.put_platform(ContentSigningKey.from_seed(PLATFORM_SEED).public_key)
+        await self.put_platform(PLATFORM_KEY.public_key)
 
     async def phone(self) -> Phone:
         """A new device of the recipient."""
@@ -221,18 +212,7 @@ class World:
         self.directory.device_ids.remove(phone.device_id)
 
     async def sender(self, name: str = "") -> Sender:
-        channels = await self.channels.enter_async_context(
-            Channels(
-                Endpoints(
-                    accounts=self.accounts.public_address,
-                    registration=self.fetch.public_address,
-                    keys=self.keys.public_address,
-                    publishing=self.publishing.public_address,
-                    messages=self.fetch.public_address,
-                    insecure=True,
-                )
-            )
-        )
+        channels = await self.services.closing.enter_async_context(Channels(self.services.endpoints))
         return Sender(
             channels, LOGIN, PASSWORD, sender_name=name or f"sender-{self.sender_id.hex()}", signing_key=self.signing_key, timeout_s=5
         )
@@ -241,84 +221,20 @@ class World:
         return int(await self.sql.fetchval("SELECT count(*) FROM contents WHERE message_id = $1", message_id))
 
 
-class Start(Protocol):
-    async def __call__(self, **peers: str) -> World:
-        """The services; `peers` gives publishing other mesh addresses."""
-        ...
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def urls(migrated: Migrated) -> dict[str, str]:
     return await migrated("accounts", "keys", "fetch", "publishing")
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def start(
-    urls: dict[str, str],
-    valkey_url: str,
-    serve: Serve,
-    mesh: Mesh,
-    mesh_channel: Connect,
-    clock: FakeClock,
-    closing: list[Callable[[], Awaitable[None]]],
-    tmp_path: Path,
-) -> AsyncIterator[Start]:
-    """Starts all services over the same databases; again, it stands for a restart."""
-    (tmp_path / "vault.key").write_text(VAULT_KEY)
-    (tmp_path / "platform.key").write_text(PLATFORM_SEED.hex())
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
     directory = Directory()  # type: ignore[abstract]  # answers only what publishing and keys ask
-    registration = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
-    await registration.start()
-    closing.append(registration.stop)
-    sql = await connect(urls["admin"], search_path="fetch")
-    closing.append(sql.close)
-    tasks: list[asyncio.Task[None]] = []
-    apps: list[ServiceApp] = []
-
-    async def work(**others: str) -> World:
-        def settings(service: str, **more: Any) -> Any:
-            return load(
-                postgres_url=SecretStr(urls[service]),
-                valkey_url=SecretStr(valkey_url),
-                vault_key=tmp_path / "vault.key",
-                platform_key=tmp_path / "platform.key",
-                registration_mesh=registration.address,
-                postgres_connections=2,
-                **more,
-            )
-
-        accounts = await serve("accounts", build_accounts, settings("accounts"), clock)
-        keys = await serve("keys", build_keys, settings("keys"), clock)
-        fetch = await serve("fetch", build_fetch, settings("fetch"), clock)
-        peers = {"accounts_mesh": accounts.mesh_address, "keys_mesh": keys.mesh_address, "fetch_mesh": fetch.mesh_address}
-        publishing = await serve("publishing", build_publishing, settings("publishing", **peers | others), clock)
-        apps.extend((fetch.app, publishing.app))
-        tasks.extend(asyncio.create_task(task()) for app in (fetch.app, publishing.app) for task in app.tasks)
-        await listening(valkey_url, len(apps) // 2)
-        return World(
-            accounts,
-            keys,
-            fetch,
-            publishing,
-            directory,
-            mesh,
-            clock,
-            sql,
-            mesh_channel("accounts", accounts.mesh_address, "operator"),
-            mesh_channel("keys", keys.mesh_address, "registration"),
-            stack,
-        )
-
-    async with AsyncExitStack() as stack:
-        yield work
-    await end(tasks, *apps)
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def world(start: Start) -> World:
-    made = await start()
-    await made.set_up()
-    return made
+    stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
+    async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins, platform_key=PLATFORM_KEY) as services:
+        sql = await services.sql("fetch")
+        made = World(services, directory, sql, services.channel("accounts", "operator"), services.channel("keys", "registration"))
+        await made.set_up()
+        yield made
 
 
 def content() -> Content:
@@ -475,7 +391,7 @@ async def test_a_key_that_has_left_its_entry_since_is_still_proven(world: World,
         assert await sender.receipt(message_id) == before
         assert verified(before).sender_proven
     finally:
-        await world.put_platform(ContentSigningKey.from_seed(PLATFORM_SEED).public_key)
+        await world.put_platform(PLATFORM_KEY.public_key)
 
 
 async def test_a_device_that_was_removed_since_is_still_proven(world: World) -> None:
@@ -540,38 +456,38 @@ async def test_a_receipt_is_given_to_its_sender_only(world: World) -> None:
 
 
 @pytest.mark.parametrize("service", ["keys_mesh", "accounts_mesh"])
-async def test_without_a_service_that_knows_there_is_no_half_receipt(world: World, start: Start, service: str) -> None:
+async def test_without_a_service_that_knows_there_is_no_half_receipt(world: World, service: str) -> None:
     """A receipt without keys or entries would look like one that lost them."""
     phone, sender = await world.phone(), await world.sender()
     message_id = await publish(sender)
     await phone.take(message_id)
-    cut_off = await start(**{service: "127.0.0.1:9"})
+    cut_off = await world.services.serve("publishing", {service: NOBODY})
     caller = SenderCaller(world.sender_id, world.organisation_id, (APP,), frozenset({"status"}), ())
     bearer = (("authorization", f"Bearer {world.mesh.keys['accounts'].sender_token(caller)[0]}"),)
-    publishing: Any = publish_pb2_grpc.PublishingStub(cut_off.publishing.public)
+    publishing: Any = publish_pb2_grpc.PublishingStub(cut_off.public)
     found = await refusal(publishing.GetReceipt(publish_pb2.GetReceiptRequest(message_id=message_id), metadata=bearer))
     assert found.code is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_receipt_is_the_same_after_a_restart(world: World, start: Start) -> None:
+async def test_a_receipt_is_the_same_after_a_restart(world: World) -> None:
     phone, sender = await world.phone(), await world.sender()
     message_id = await publish(sender)
     await phone.take(message_id)
     before = await sender.receipt(message_id)
-    again = await start()
-    again.sender_id = world.sender_id
-    assert await (await again.sender()).receipt(message_id) == before
+    for service in ("accounts", "keys", "fetch", "publishing"):
+        await world.services.serve(service)
+    assert await (await world.sender()).receipt(message_id) == before
 
 
-async def test_malformed_questions_are_refused(world: World, mesh_channel: Connect) -> None:
-    accounts = mesh_channel("accounts", world.accounts.mesh_address, "publishing")
+async def test_malformed_questions_are_refused(world: World) -> None:
+    accounts = world.services.channel("accounts", "publishing")
     administration: Any = administration_pb2_grpc.AdministrationStub(accounts.channel)
     for headers in ([b""], [bytes(94)], [bytes(93)], [bytes(94)] * 17):
         found = await refusal(
             administration.FindEntries(administration_pb2.FindEntriesRequest(headers=headers), metadata=accounts.metadata())
         )
         assert found.field == "headers"
-    keys = mesh_channel("keys", world.keys.mesh_address, "publishing")
+    keys = world.services.channel("keys", "publishing")
     sealing: Any = sealing_pb2_grpc.SealingStub(keys.channel)
     found = await refusal(sealing.GetIdentities(sealing_pb2.GetIdentitiesRequest(device_ids=[b"short"]), metadata=keys.metadata()))
     assert found.field == "device_ids"

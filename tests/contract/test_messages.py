@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
 from sealpush.ids import DeviceId, SubscriberId, uuid7
 from sealpush.keys import IdentityKey
 from sealpush.proofs import NO_DIGEST, AckOutcome, acknowledgement_proof, read_proof, sign_proof
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc
-from sealpushd.fetch.app import build
+from sealpushd.engines import Engines
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.mailbox import Mailbox
 from sealpushd.fetch.queues import Queues
@@ -27,13 +26,12 @@ from sealpushd.fetch.service import MailboxServicer, MessagesServicer
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, StreamHub
 from sealpushd.platform.db import Connection, Database, connect
-from sealpushd.platform.server import Runtime, ServiceApp
-from sealpushd.platform.settings import load
+from sealpushd.platform.server import Build, Runtime, ServiceApp
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Serve, Served, refusal
-from tests.contract.mailboxes import an_id, delivery, digest, end, listening, message, proto
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Served, Services, refusal, running_services
+from tests.contract.mailboxes import an_id, delivery, digest, message, proto
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -168,7 +166,7 @@ async def sql(urls: dict[str, str]) -> AsyncIterator[Connection]:
     await connection.close()
 
 
-def without_valkey(address: Path, sweep_period_s: float) -> Callable[[Runtime], Awaitable[ServiceApp]]:
+def without_valkey(address: Path, sweep_period_s: float) -> Build:
     """The mailbox wired as in its app.py, with a Valkey that nobody answers for."""
 
     async def wire(runtime: Runtime) -> ServiceApp:
@@ -195,51 +193,31 @@ def without_valkey(address: Path, sweep_period_s: float) -> Callable[[Runtime], 
 class Start:
     """Starts mailboxes, as many as a test needs, over one database."""
 
-    def __init__(self, urls: dict[str, str], valkey_url: str, serve: Serve, connect: Connect, mesh: Mesh, clock: FakeClock) -> None:
-        self._settings = load(postgres_url=SecretStr(urls["fetch"]), valkey_url=SecretStr(valkey_url))
-        self._serve, self._connect, self._mesh, self._clock = serve, connect, mesh, clock
-        self._valkey_url = valkey_url
-        self._listening = 0
-        self.tasks: list[asyncio.Task[None]] = []
-        self.apps: list[ServiceApp] = []
+    def __init__(self, services: Services) -> None:
+        self._services = services
 
-    async def __call__(self, wire: Callable[[Runtime], Awaitable[ServiceApp]] = build) -> World:
-        served = await self._serve("fetch", wire, self._settings, self._clock)
-        self.apps.append(served.app)
-        await listening(self._valkey_url, self._listening)
-        self.tasks += [asyncio.create_task(task()) for task in served.app.tasks]
-        if wire is build:
-            self._listening += 1
-            await listening(self._valkey_url, self._listening)
-        channel = self._connect("fetch", served.mesh_address, "publishing")
+    async def __call__(self, wire: Build | None = None) -> World:
+        served = await self._services.serve("fetch", build=wire)
+        channel = self._services.channel("fetch", "publishing")
         stub: Any = mailbox_pb2_grpc.MailboxStub(channel.channel)
 
         async def store(request: mailbox_pb2.StoreRequest) -> None:
             await channel.call(stub.Store, request)
 
-        registration = self._connect("fetch", served.mesh_address, "registration")
+        registration = self._services.channel("fetch", "registration")
         registration_stub: Any = mailbox_pb2_grpc.MailboxStub(registration.channel)
 
         async def close_devices(*device_ids: bytes) -> None:
             devices = [mailbox_pb2.ClosedDevice(device_id=each, reason_code=common_pb2.REASON_CODE_UNREGISTERED) for each in device_ids]
             await registration.call(registration_stub.CloseDevices, mailbox_pb2.CloseDevicesRequest(devices=devices))
 
-        return World(served, store, self._mesh, close_devices)
+        return World(served, store, self._services.mesh, close_devices)
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def start(
-    urls: dict[str, str],
-    valkey_url: str,
-    serve: Serve,
-    mesh_channel: Connect,
-    mesh: Mesh,
-    clock: FakeClock,
-    closing: list[Callable[[], Awaitable[None]]],
-) -> AsyncIterator[Start]:
-    made = Start(urls, valkey_url, serve, mesh_channel, mesh, clock)
-    yield made
-    await end(made.tasks, *made.apps)
+async def start(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[Start]:
+    async with running_services(engines, mesh, urls, clock) as services:
+        yield Start(services)
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf.duration_pb2 import Duration
-from pydantic import SecretStr
 
 from sealpush.envelope import Envelope, Header, open_envelope, seal
 from sealpush.envelope import Recipient as EnvelopeRecipient
@@ -35,15 +33,14 @@ from sealpush.keys import (
 )
 from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2, publish_pb2_grpc
-from sealpushd.fetch.app import build as build_fetch
+from sealpushd.engines import Engines
 from sealpushd.fetch.rules import Ack, TakeQuery
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clock import to_ms
-from sealpushd.platform.db import Connection, Database, connect
-from sealpushd.platform.settings import load
+from sealpushd.platform.db import Connection
+from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.publishing import peers
-from sealpushd.publishing.app import build
 from sealpushd.v1 import (
     administration_pb2,
     administration_pb2_grpc,
@@ -52,8 +49,7 @@ from sealpushd.v1 import (
     sealing_pb2,
     sealing_pb2_grpc,
 )
-from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Peer, Serve, Served, refusal
-from tests.contract.mailboxes import end, listening
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Peer, Served, refusal, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -93,9 +89,7 @@ class Administration(administration_pb2_grpc.AdministrationServicer):
         key = EntryKey(ContentSigningKey.generate().public_key, 0, TIME_MS_MAX)
         self.platform = SenderEntry(SenderId(b"P" * 16), "Platform", SenderMode.SERVER, (key,), 0, TIME_MS_MAX, 1, EntryRole.PLATFORM)
 
-    async def GetSenders(  # noqa: N802 - gRPC's name
-        self, request: administration_pb2.GetSendersRequest, context: Any
-    ) -> administration_pb2.GetSendersResponse:
+    async def GetSenders(self, request: administration_pb2.GetSendersRequest, context: Any) -> administration_pb2.GetSendersResponse:
         known = [each for each in request.sender_ids if each in self.entries]
         return administration_pb2.GetSendersResponse(
             senders=[
@@ -116,7 +110,7 @@ class Directory(directory_pb2_grpc.DirectoryServicer):
         self.people: dict[str, Person] = {}
         self.asked = 0
 
-    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:  # noqa: N802
+    async def Resolve(self, request: directory_pb2.ResolveRequest, context: Any) -> directory_pb2.ResolveResponse:
         self.asked += len(request.queries)
         return directory_pb2.ResolveResponse(results=[self._resolve(query) for query in request.queries])
 
@@ -151,7 +145,7 @@ class Sealing(sealing_pb2_grpc.SealingServicer):
         self.sealed = 0
         self.head = b"head"
 
-    async def Seal(self, request: sealing_pb2.SealRequest, context: Any) -> sealing_pb2.SealResponse:  # noqa: N802
+    async def Seal(self, request: sealing_pb2.SealRequest, context: Any) -> sealing_pb2.SealResponse:
         self.sealed += len(request.items)
         results = []
         for item in request.items:
@@ -164,9 +158,7 @@ class Sealing(sealing_pb2_grpc.SealingServicer):
             results.append(sealing_pb2.SealResult(parts=parts))
         return sealing_pb2.SealResponse(results=results)
 
-    async def CheckStanzas(  # noqa: N802 - gRPC's name
-        self, request: sealing_pb2.CheckStanzasRequest, context: Any
-    ) -> sealing_pb2.CheckStanzasResponse:
+    async def CheckStanzas(self, request: sealing_pb2.CheckStanzasRequest, context: Any) -> sealing_pb2.CheckStanzasResponse:
         verdicts = []
         for check in request.checks:
             present = {each.device_id for each in check.stanzas}
@@ -276,46 +268,28 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str],
-    valkey_url: str,
-    serve: Serve,
-    mesh: Mesh,
-    clock: FakeClock,
-    closing: list[Callable[[], Awaitable[None]]],
-    tmp_path: Path,
-) -> AsyncIterator[World]:
-    store_db = Database(urls["fetch"], "fetch", 1)
-    await store_db.open()
-    closing.append(store_db.aclose)
-    sql = await connect(urls["admin"], search_path="fetch")
-    closing.append(sql.close)
-    mailbox = await serve("fetch", build_fetch, load(postgres_url=SecretStr(urls["fetch"]), valkey_url=SecretStr(valkey_url)), clock)
-    # They answer only what publishing asks.
-    administration, directory, sealing = Administration(), Directory(), Sealing()  # type: ignore[abstract]
-    stubs = {
-        "accounts": Peer([(administration_pb2_grpc.add_AdministrationServicer_to_server, administration)], mesh.verifier),
-        "registration": Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier),
-        "keys": Peer([(sealing_pb2_grpc.add_SealingServicer_to_server, sealing)], mesh.verifier),
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    administration, directory, sealing = Administration(), Directory(), Sealing()  # type: ignore[abstract]  # asked for nothing else
+    stand_ins: dict[str, list[AddServicer]] = {
+        "accounts": [(administration_pb2_grpc.add_AdministrationServicer_to_server, administration)],
+        "registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)],
+        "keys": [(sealing_pb2_grpc.add_SealingServicer_to_server, sealing)],
     }
-    for peer in stubs.values():
-        await peer.start()
-        closing.append(peer.stop)
-    (tmp_path / "vault.key").write_text(VAULT_KEY)
-    settings = load(
-        postgres_url=SecretStr(urls["publishing"]),
-        vault_key=tmp_path / "vault.key",
-        fetch_mesh=mailbox.mesh_address,
-        **{f"{name}_mesh": peer.address for name, peer in stubs.items()},
-    )
-    served = await serve("publishing", build, settings, clock)
-    await listening(valkey_url, 0)
-    tasks = [asyncio.create_task(task()) for task in (*mailbox.app.tasks, *served.app.tasks)]
-    await listening(valkey_url, 1)
-    made = World(served, mailbox, mesh, clock, MailboxStore(store_db), sql, administration, directory, sealing, stubs)
-    made.certify()
-    yield made
-    await end(tasks, served.app, mailbox.app)
+    async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins) as services:
+        made = World(
+            services["publishing"],
+            services["fetch"],
+            mesh,
+            clock,
+            MailboxStore(await services.database("fetch")),
+            await services.sql("fetch"),
+            administration,
+            directory,
+            sealing,
+            services.stand_ins,
+        )
+        made.certify()
+        yield made
 
 
 # Accepting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,14 +13,13 @@ import grpc
 import pytest
 import pytest_asyncio
 from prometheus_client import REGISTRY
-from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from sealpush.ids import AppId, DeviceId, MessageId, WakeUpId, uuid7
 from sealpush.model import Reason, State
 from sealpush.v1 import common_pb2
+from sealpushd.engines import Engines
 from sealpushd.fetch import rules
-from sealpushd.fetch.app import build
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.queues import Queues
 from sealpushd.fetch.rules import NewMessage, Queue, TakeQuery, Verdict, WakeUp
@@ -29,10 +28,9 @@ from sealpushd.fetch.wire import timestamp
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection, Database, connect
-from sealpushd.platform.settings import load
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Serve, refusal, until_locked_out
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, refusal, running_services, until_locked_out
 from tests.contract.mailboxes import (
     IOS,
     PUSHED,
@@ -45,8 +43,6 @@ from tests.contract.mailboxes import (
     an_id,
     claim,
     delivery,
-    end,
-    listening,
     message,
     overdue,
     proto,
@@ -495,21 +491,9 @@ class World:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str],
-    valkey_url: str,
-    serve: Serve,
-    mesh: Mesh,
-    mesh_channel: Connect,
-    clock: FakeClock,
-    closing: list[Callable[[], Any]],
-) -> World:
-    served = await serve("fetch", build, load(postgres_url=SecretStr(urls["fetch"]), valkey_url=SecretStr(valkey_url)), clock)
-    await listening(valkey_url, 0)
-    tasks = [asyncio.create_task(task()) for task in served.app.tasks]
-    await listening(valkey_url, 1)
-    closing.append(lambda: end(tasks, served.app))
-    return World({name: mesh_channel("fetch", served.mesh_address, name) for name in mesh.keys})
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    async with running_services(engines, mesh, urls, clock) as services:
+        yield World({name: services.channel("fetch", name) for name in mesh.keys})
 
 
 REQUESTS = [

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,7 +15,6 @@ import pytest_asyncio
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from prometheus_client import REGISTRY
-from pydantic import SecretStr
 
 from sealpush import Device, Endpoints, MemoryKeystore, Platform, RegistrationLocked
 from sealpush.errors import InvalidRequest, Overloaded
@@ -26,16 +24,15 @@ from sealpush.proofs import body_digest, challenge_proof, change_proof, registra
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
 from sealpush.wire import wire_prekey
+from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Database, connect
-from sealpushd.platform.settings import Settings, load
+from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.platform.vault import Vault
-from sealpushd.registration.app import build
 from sealpushd.registration.rules import Lock
 from sealpushd.registration.store import RegistrationStore
-from sealpushd.simulators.control import SmsControlService
 from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1 import (
     administration_pb2,
@@ -47,20 +44,19 @@ from sealpushd.v1 import (
     sealing_pb2,
     sealing_pb2_grpc,
 )
-from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
 from tests.contract.harness import (
     LIMIT_S,
-    LOOPBACK,
-    Connect,
+    NOBODY,
     FakeClock,
     Mesh,
     Migrated,
     Peer,
     Refusal,
-    Serve,
     Served,
+    Services,
     read_refusal,
     refusal,
+    running_services,
     until_locked_out,
 )
 
@@ -72,7 +68,7 @@ TOKEN = "ab" * 32
 
 
 class Accounts(administration_pb2_grpc.AdministrationServicer):
-    async def GetApps(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+    async def GetApps(self, request: Any, context: Any) -> Any:
         known = [app_id for app_id in request.app_ids if app_id in (APP, "other-app")]
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=one, name="Bank") for one in known])
 
@@ -88,7 +84,7 @@ class Keys(sealing_pb2_grpc.SealingServicer):
         # What happens once while registration waits for an answer.
         self.meanwhile: Callable[[], Awaitable[Any]] | None = None
 
-    async def PutDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def PutDevices(self, request: Any, context: Any) -> Any:
         if self.meanwhile is not None:
             call, self.meanwhile = self.meanwhile, None
             await call()
@@ -99,13 +95,13 @@ class Keys(sealing_pb2_grpc.SealingServicer):
         self.min_suites.update((one.device_id, one.min_suite) for one in request.devices)
         return sealing_pb2.PutDevicesResponse(refusals=[self.refuse for _ in request.devices])
 
-    async def RemoveDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def RemoveDevices(self, request: Any, context: Any) -> Any:
         self.removed.extend((one.subscriber_id, one.device_id) for one in request.devices)
         for one in request.devices:
             self.listed.pop(one.device_id, None)
         return sealing_pb2.RemoveDevicesResponse()
 
-    async def GetListedDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def GetListedDevices(self, request: Any, context: Any) -> Any:
         if self.meanwhile is not None:
             call, self.meanwhile = self.meanwhile, None
             await call()
@@ -124,12 +120,12 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
         self.blocked: list[tuple[bytes, bytes, bool]] = []
         self.called = asyncio.Event()
 
-    async def CloseDevices(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def CloseDevices(self, request: Any, context: Any) -> Any:
         self.closed.extend((one.device_id, one.reason_code) for one in request.devices)
         self.called.set()
         return mailbox_pb2.CloseDevicesResponse(closed=len(request.devices))
 
-    async def Block(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def Block(self, request: Any, context: Any) -> Any:
         self.blocked.append((request.subscriber_id, request.sender_id, request.advertising_only))
         stopped = common_pb2.StoppedDelivery(
             message_id=bytes(16), stop_point=common_pb2.STOP_POINT_BEFORE_PUSH, state=common_pb2.STATE_BLOCKED
@@ -139,6 +135,8 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
 
 @dataclass
 class World:
+    services: Services
+    # The process that is asked.
     served: Served
     directory_channel: MeshChannel
     clock: FakeClock
@@ -146,7 +144,6 @@ class World:
     keys: Keys
     mailbox: Mailbox
     mailbox_peer: Peer
-    settings: Settings
     urls: dict[str, str]
     mesh: Mesh
     numbers: int = 0
@@ -295,54 +292,35 @@ class Phone:
         return listed
 
 
-_urls: dict[str, str] = {}
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def urls(migrated: Migrated) -> dict[str, str]:
+    return await migrated("registration")
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    migrated: Migrated, valkey_url: str, serve: Serve, mesh: Mesh, mesh_channel: Connect, clock: FakeClock, tmp_path: Path, closing: Any
-) -> World:
-    if not _urls:
-        _urls.update(await migrated("registration"))
-    admin = await connect(_urls["admin"])
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    admin = await connect(urls["admin"])
     await admin.execute(
         "TRUNCATE registration.subscribers, registration.registrations, registration.pending_closures, registration.vault_keys CASCADE"
     )
     await admin.close()
-    # Peers answer only what registration asks of them.
-    sms, keys, mailbox = SmsSimulator(now=clock.now), Keys(), Mailbox()  # type: ignore[abstract]
-    accounts = Accounts()  # type: ignore[abstract]
-    peers = {
-        "accounts": Peer([(administration_pb2_grpc.add_AdministrationServicer_to_server, accounts)], mesh.verifier),
-        "keys": Peer([(sealing_pb2_grpc.add_SealingServicer_to_server, keys)], mesh.verifier),
-        "fetch": Peer([(mailbox_pb2_grpc.add_MailboxServicer_to_server, mailbox)], mesh.verifier),
-        "sms": Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(sms))], None),
+    accounts, keys, mailbox = Accounts(), Keys(), Mailbox()  # type: ignore[abstract]  # they answer only what registration asks
+    stand_ins: dict[str, list[AddServicer]] = {
+        "accounts": [(administration_pb2_grpc.add_AdministrationServicer_to_server, accounts)],
+        "keys": [(sealing_pb2_grpc.add_SealingServicer_to_server, keys)],
+        "fetch": [(mailbox_pb2_grpc.add_MailboxServicer_to_server, mailbox)],
     }
-    for peer in peers.values():
-        await peer.start()
-        closing.append(peer.stop)
-    vault_key = tmp_path / "vault.key"
-    vault_key.write_text("07" * 32)
-    settings = load(
-        postgres_url=SecretStr(_urls["registration"]),
-        valkey_url=SecretStr(valkey_url),
-        postgres_connections=2,
-        vault_key=vault_key,
-        accounts_mesh=peers["accounts"].address,
-        keys_mesh=peers["keys"].address,
-        fetch_mesh=peers["fetch"].address,
-        code_channel="simulated",
-        code_channel_address=peers["sms"].address,
-        codes_per_number_hour=5,
-        codes_per_address_hour=40,
-    )
-    served = await serve("registration", build, settings, clock)
-    channel = mesh_channel("registration", served.mesh_address, "publishing")
-    return World(served, channel, clock, sms, keys, mailbox, peers["fetch"], settings, _urls, mesh)
+    settings = {"codes_per_number_hour": 5, "codes_per_address_hour": 40}
+    # What registration does beside is started by the tests of it.
+    async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins, settings=settings, work=False) as services:
+        channel = services.channel("registration", "publishing")
+        yield World(
+            services, services["registration"], channel, clock, services.sms, keys, mailbox, services.stand_ins["fetch"], urls, mesh
+        )
 
 
-def dispatch(world: World, mesh_channel: Connect) -> MeshChannel:
-    return mesh_channel("registration", world.served.mesh_address, "dispatch")
+def dispatch(world: World) -> MeshChannel:
+    return world.services.channel("registration", "dispatch")
 
 
 # --- codes ---------------------------------------------------------------------------------------------------------------
@@ -402,7 +380,7 @@ async def test_parallel_guesses_are_all_counted(world: World) -> None:
 async def test_an_expired_code_is_refused(world: World) -> None:
     phone = Phone(world, world.number())
     started = await world.start(phone.number)
-    world.clock.advance(timedelta(seconds=world.settings.code_lifetime_seconds + 1))
+    world.clock.advance(timedelta(seconds=world.services.settings.code_lifetime_seconds + 1))
     refused = await refusal(phone.confirm(phone.confirmation(started.registration_id, world.code(phone.number))))
     assert refused.code is StatusCode.FAILED_PRECONDITION
 
@@ -427,10 +405,9 @@ async def test_codes_to_a_number_are_limited(world: World) -> None:
     await world.start(number)
 
 
-async def test_a_number_over_its_limit_does_not_use_up_the_codes_of_its_neighbours(world: World, serve: Serve) -> None:
+async def test_a_number_over_its_limit_does_not_use_up_the_codes_of_its_neighbours(world: World) -> None:
     world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
-    settings = world.settings.model_copy(update={"codes_per_number_hour": 1, "codes_per_prefix_hour": 2})
-    world.served = await serve("registration", build, settings, world.clock)
+    world.served = await world.services.serve("registration", {"codes_per_number_hour": 1, "codes_per_prefix_hour": 2})
     number = world.number()
     neighbour = f"{number[:-1]}{9 - int(number[-1])}"
     await world.start(number)
@@ -441,24 +418,23 @@ async def test_a_number_over_its_limit_does_not_use_up_the_codes_of_its_neighbou
 
 
 async def test_codes_to_an_address_are_limited(world: World) -> None:
-    for _ in range(world.settings.codes_per_address_hour):
+    for _ in range(world.services.settings.codes_per_address_hour):
         await world.start(world.number())
     limited = await refusal(world.start(world.number()))
     assert limited.code is StatusCode.RESOURCE_EXHAUSTED
     assert dict(limited.metadata) == {"limit": "codes_per_address"}
 
 
-async def test_without_a_code_channel_registration_says_what_to_set(world: World, serve: Serve) -> None:
-    world.served = await serve("registration", build, world.settings.model_copy(update={"code_channel": "none"}), world.clock)
+async def test_without_a_code_channel_registration_says_what_to_set(world: World) -> None:
+    world.served = await world.services.serve("registration", {"code_channel": "none"})
     refused = await refusal(world.start(world.number()))
     assert refused.code is StatusCode.FAILED_PRECONDITION
     assert "SEALPUSH_CODE_CHANNEL" in refused.message
 
 
-async def test_a_code_that_could_not_be_sent_can_be_asked_for_again_at_once(world: World, serve: Serve) -> None:
+async def test_a_code_that_could_not_be_sent_can_be_asked_for_again_at_once(world: World) -> None:
     working, number = world.served, world.number()
-    dead = world.settings.model_copy(update={"code_channel_address": f"{LOOPBACK}:1"})
-    world.served = await serve("registration", build, dead, world.clock)
+    world.served = await world.services.serve("registration", {"code_channel_address": NOBODY})
     assert (await refusal(world.start(number))).code is StatusCode.UNAVAILABLE
     world.served = working
     await world.start(number)
@@ -559,7 +535,7 @@ async def test_a_second_phone_joins_the_person_and_its_decisions(world: World) -
     assert resolved.mute
 
 
-async def test_a_recycled_number_clears_preferences_and_unbinds_the_old_devices(world: World, mesh_channel: Connect) -> None:
+async def test_a_recycled_number_clears_preferences_and_unbinds_the_old_devices(world: World) -> None:
     old, sender_id = await world.phone(), uuid7()
     await old.authenticate()
     await old.prefer(sender_id, block_all=True)
@@ -572,7 +548,7 @@ async def test_a_recycled_number_clears_preferences_and_unbinds_the_old_devices(
     assert world.mailbox.closed == [(old.device_id, common_pb2.REASON_CODE_NUMBER_REBOUND)]
     assert world.keys.removed == [(old.subscriber_id, old.device_id)]
     assert (await refusal(old.answer(await old.challenge()))).code is StatusCode.UNAUTHENTICATED
-    assert (await world.target(old.device_id, dispatch(world, mesh_channel))).push_token == ""
+    assert (await world.target(old.device_id, dispatch(world))).push_token == ""
 
 
 async def test_authentication_keeps_a_number_from_being_recycled(world: World) -> None:
@@ -631,7 +607,7 @@ async def work_off(world: World) -> None:
         await admin.close()
 
 
-async def test_what_must_be_told_survives_a_mailbox_that_is_down_and_a_restart(world: World, serve: Serve) -> None:
+async def test_what_must_be_told_survives_a_mailbox_that_is_down_and_a_restart(world: World) -> None:
     phone, sender_id = await world.phone(), uuid7()
     await phone.authenticate()
     await world.mailbox_peer.stop()
@@ -639,7 +615,7 @@ async def test_what_must_be_told_survives_a_mailbox_that_is_down_and_a_restart(w
     await phone.unregister()
     assert world.mailbox.closed == []
     assert world.keys.removed == [(phone.subscriber_id, phone.device_id)], "one peer's absence does not hold up another"
-    world.served = await serve("registration", build, world.settings, world.clock)
+    world.served = await world.services.serve("registration")
     await world.mailbox_peer.start()
     await work_off(world)
     assert set(world.mailbox.closed) == {(phone.device_id, common_pb2.REASON_CODE_UNREGISTERED)}
@@ -864,11 +840,11 @@ async def test_a_lock_is_not_changed_without_end(world: World) -> None:
     await owner.lock("")
 
 
-async def test_of_parallel_guesses_in_two_processes_five_are_looked_at(world: World, serve: Serve) -> None:
+async def test_of_parallel_guesses_in_two_processes_five_are_looked_at(world: World) -> None:
     owner = await locked_phone(world)
     guessers = [Phone(world, owner.number) for _ in range(2)]
     requests = [await guesser.ask("314159") for guesser in guessers]
-    second = await serve("registration", build, world.settings, world.clock)
+    second = await world.services.serve("registration")
     processes = [registration_pb2_grpc.RegistrationStub(one.public) for one in (world.served, second)]
     # Each with the code's own attempts returned at once: the same registration guesses on and on.
     answers = [
@@ -1095,7 +1071,7 @@ async def locks(world: World) -> int:
 async def test_an_answered_challenge_gives_a_device_token(world: World) -> None:
     phone = await world.phone()
     caller = world.mesh.verifier.verify(await phone.authenticate())
-    assert caller == DeviceCaller(phone.device_id, phone.subscriber_id, APP, phone.identity.public_key)  # type: ignore[arg-type]
+    assert caller == DeviceCaller(phone.device_id, SubscriberId(phone.subscriber_id), APP, phone.identity.public_key)
 
 
 async def test_every_bad_answer_is_refused_alike(world: World) -> None:
@@ -1116,6 +1092,20 @@ async def test_every_bad_answer_is_refused_alike(world: World) -> None:
     ]
     assert {answer.code for answer in answers} == {StatusCode.UNAUTHENTICATED}
     assert len(set(answers)) == 1
+
+
+async def test_a_clock_that_ran_ahead_and_came_back_locks_no_device_out(world: World) -> None:
+    phone = await world.phone()
+    ahead = timedelta(days=1)
+    world.clock.advance(ahead)
+    from_the_future = await phone.challenge()
+    await phone.answer(from_the_future)
+    world.clock.advance(-ahead)
+    answered = await phone.challenge()
+    await phone.answer(answered)
+    assert {(await refusal(phone.answer(each))).code for each in (from_the_future, answered)} == {StatusCode.UNAUTHENTICATED}
+    world.clock.advance(timedelta(seconds=1))
+    await phone.authenticate()
 
 
 async def test_of_many_parallel_answers_to_one_challenge_one_is_accepted(world: World) -> None:
@@ -1154,8 +1144,8 @@ async def test_a_change_signed_by_another_key_or_over_other_bytes_is_refused(wor
     assert (await refusal(phone.update(platform=77))).field == "platform"
 
 
-async def test_an_update_changes_what_it_names_and_nothing_else(world: World, mesh_channel: Connect) -> None:
-    phone, channel = await world.phone(push_topic="com.bank"), dispatch(world, mesh_channel)
+async def test_an_update_changes_what_it_names_and_nothing_else(world: World) -> None:
+    phone, channel = await world.phone(push_topic="com.bank"), dispatch(world)
     await phone.authenticate()
     await phone.update(push_token="cd" * 32, push_environment=common_pb2.PUSH_ENVIRONMENT_SANDBOX)
     target = await world.target(phone.device_id, channel)
@@ -1172,9 +1162,9 @@ async def test_an_update_changes_what_it_names_and_nothing_else(world: World, me
     assert (await world.resolve(phone.number)).resolved.devices[0].push_reason == common_pb2.REASON_CODE_NO_PUSH_TOKEN
 
 
-async def test_a_token_belongs_to_the_installation_that_named_it_last(world: World, mesh_channel: Connect) -> None:
+async def test_a_token_belongs_to_the_installation_that_named_it_last(world: World) -> None:
     before, after = await world.phone(push_token=TOKEN), await world.phone(push_token=TOKEN)
-    channel = dispatch(world, mesh_channel)
+    channel = dispatch(world)
     assert (await world.target(before.device_id, channel)).push_token == ""
     assert (await world.target(after.device_id, channel)).push_token == TOKEN
 
@@ -1202,7 +1192,7 @@ async def two_phones(world: World) -> tuple[Phone, Phone]:
     return first, second
 
 
-async def test_a_removed_device_ends_as_if_it_had_unregistered_and_removing_can_be_repeated(world: World, mesh_channel: Connect) -> None:
+async def test_a_removed_device_ends_as_if_it_had_unregistered_and_removing_can_be_repeated(world: World) -> None:
     first, second = await two_phones(world)
     await first.remove(second.device_id)
     assert world.mailbox.closed == [(second.device_id, common_pb2.REASON_CODE_UNREGISTERED)]
@@ -1210,7 +1200,7 @@ async def test_a_removed_device_ends_as_if_it_had_unregistered_and_removing_can_
     assert (await refusal(second.update(locale="uk"))).code is StatusCode.UNAUTHENTICATED
     assert (await refusal(second.answer(await second.challenge()))).code is StatusCode.UNAUTHENTICATED
     assert (await refusal(second.remove(first.device_id))).code is StatusCode.UNAUTHENTICATED
-    assert (await world.target(second.device_id, dispatch(world, mesh_channel))).push_token == ""
+    assert (await world.target(second.device_id, dispatch(world))).push_token == ""
     assert [one.device_id for one in (await world.resolve(first.number)).resolved.devices] == [first.device_id]
     # The answer was lost: the SDK says it again under another counter.
     await first.remove(second.device_id)
@@ -1422,8 +1412,8 @@ async def test_at_most_one_installation_of_a_person_is_primary(world: World) -> 
     assert len(await primary()) == 1
 
 
-async def test_a_dead_token_is_forgotten_only_while_it_is_the_same_and_older(world: World, mesh_channel: Connect) -> None:
-    phone, channel = await world.phone(push_token=TOKEN), dispatch(world, mesh_channel)
+async def test_a_dead_token_is_forgotten_only_while_it_is_the_same_and_older(world: World) -> None:
+    phone, channel = await world.phone(push_token=TOKEN), dispatch(world)
     await phone.authenticate()
 
     async def report(token: str, after: timedelta | None) -> list[bool]:
@@ -1450,10 +1440,8 @@ async def test_a_dead_token_is_forgotten_only_while_it_is_the_same_and_older(wor
     assert await report(TOKEN, 3 * second) == [False, False]
 
 
-async def test_a_device_whose_token_died_is_told_apart_from_one_without_a_token_until_its_app_speaks_of_it_again(
-    world: World, mesh_channel: Connect
-) -> None:
-    channel = dispatch(world, mesh_channel)
+async def test_a_device_whose_token_died_is_told_apart_from_one_without_a_token_until_its_app_speaks_of_it_again(world: World) -> None:
+    channel = dispatch(world)
     phone, tokenless = await world.phone(), await world.phone(push_token="")
     beside = await world.phone(phone.number)
     await phone.authenticate()
@@ -1502,18 +1490,18 @@ async def test_a_device_whose_token_died_is_told_apart_from_one_without_a_token_
     assert await told() == none
 
 
-async def test_a_token_that_another_installation_has_now_is_not_called_dead(world: World, mesh_channel: Connect) -> None:
+async def test_a_token_that_another_installation_has_now_is_not_called_dead(world: World) -> None:
     before, after = await world.phone(push_token=TOKEN), await world.phone(push_token=TOKEN)
     world.clock.advance(timedelta(seconds=1))
     dead = directory_pb2.DeadToken(device_id=before.device_id, push_token=TOKEN)
     request = directory_pb2.ReportDeadTokensRequest(dead_tokens=[dead])
-    assert list((await world.directory("ReportDeadTokens", request, dispatch(world, mesh_channel))).forgotten) == [False]
+    assert list((await world.directory("ReportDeadTokens", request, dispatch(world))).forgotten) == [False]
     assert (await world.resolve(before.number)).resolved.devices[0].push_reason == common_pb2.REASON_CODE_NO_PUSH_TOKEN
     assert (await world.resolve(after.number)).resolved.devices[0].push_reason == 0
 
 
-async def test_a_new_token_wins_every_race_against_the_death_of_the_old_one(world: World, mesh_channel: Connect) -> None:
-    phone, channel = await world.phone(push_token=TOKEN), dispatch(world, mesh_channel)
+async def test_a_new_token_wins_every_race_against_the_death_of_the_old_one(world: World) -> None:
+    phone, channel = await world.phone(push_token=TOKEN), dispatch(world)
     await phone.authenticate()
     world.clock.advance(timedelta(seconds=1))
     dead = directory_pb2.DeadToken(device_id=phone.device_id, push_token=TOKEN)

@@ -1,7 +1,7 @@
 """sealpush.Device against a small mailbox that speaks the real protocol over real gRPC and seals with sealpush.envelope."""
 
-# Methods of servicers are named by the protocol; what is waited for is in the service's dictionaries.
-# ruff: noqa: N802, ASYNC110
+# What is waited for is in the service's dictionaries.
+# ruff: noqa: ASYNC110
 
 from __future__ import annotations
 
@@ -51,16 +51,19 @@ from sealpush.keys import (
     ContentSigningKey,
     EntryKey,
     EntryRole,
+    IdentityKey,
     PrekeyKind,
     RootKey,
     SenderEntry,
     SenderMode,
     SignedPrekey,
+    generate_prekey,
     sign_sender_entry,
     verify_prekey,
 )
-from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, MemoryKeystore, PendingAcknowledgement, SqliteKeystore
-from sealpush.local import FUTURE_SKEW_MS, Store, Trouble
+from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement
+from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform, Reason
 from sealpush.proofs import (
     NO_DIGEST,
@@ -74,8 +77,10 @@ from sealpush.proofs import (
 )
 from sealpush.retry import Deadline, RetryPolicy, SystemClock
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import TIMEOUT_S, Calls, Channels, Endpoints
+from sealpush.upkeep import PREKEY_IDS_SKIPPED_MAX
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
 from sealpush.v1.content_pb2 import Content
@@ -83,7 +88,7 @@ from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
 from sealpush.v1.messages_pb2_grpc import MessagesServicer, add_MessagesServicer_to_server
 from sealpush.v1.registration_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
 from sealpush.wire import read_prekey
-from tests.contract.harness import LIMIT_S
+from tests.contract.harness import LIMIT_S, Peer
 
 APP = "example-bank"
 PHONE = "+380501234567"
@@ -198,6 +203,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.refuse_answers = 0
         self.confirmations: list[registration_pb2.ConfirmRegistrationRequest] = []
         self.log_after_own: list[bytes] = []
+        self.uploads: list[keys_pb2.PrekeyUpload] = []
+        # The highest id of a prekey that the service says it knows of a phone.
+        self.highest_prekey_id = 0
         self.stopping = False
 
     def phone(self) -> Phone:
@@ -342,6 +350,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         phone = await self.who(context)
         await self.check_change(phone, "/sealpush.v1.Keys/UploadPrekeys", request.change, request.proof, context)
         upload = keys_pb2.PrekeyUpload.FromString(request.change)
+        self.uploads.append(upload)
         min_suite = upload.min_suite or phone.min_suite
         if min_suite < phone.min_suite:
             await fail(context, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
@@ -365,7 +374,12 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
 
     async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> Any:
         phone = await self.who(context)
-        return keys_pb2.GetPrekeyStateResponse(signed_prekey_id=phone.signed_prekey.prekey_id, one_time_prekeys_left=len(phone.one_time))
+        return keys_pb2.GetPrekeyStateResponse(
+            signed_prekey_id=phone.signed_prekey.prekey_id,
+            one_time_prekeys_left=len(phone.one_time),
+            highest_prekey_id=self.highest_prekey_id,
+            min_suite=phone.min_suite,
+        )
 
     async def GetRecipientKeys(self, request: keys_pb2.GetRecipientKeysRequest, context: Context) -> Any:
         raise NotImplementedError
@@ -546,17 +560,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
 
 @asynccontextmanager
 async def serving(service: Service, credentials: grpc.ServerCredentials | None = None) -> AsyncIterator[str]:
-    server = grpc.aio.server(options=[("grpc.max_concurrent_streams", 10_000)])
-    add_RegistrationServicer_to_server(service, server)
-    add_KeysServicer_to_server(service, server)
-    add_AccountsServicer_to_server(service, server)
-    add_MessagesServicer_to_server(service, server)
-    port = server.add_secure_port("127.0.0.1:0", credentials) if credentials else server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(None)
+    add = add_RegistrationServicer_to_server, add_KeysServicer_to_server, add_AccountsServicer_to_server, add_MessagesServicer_to_server
+    async with Peer([(each, service) for each in add], credentials=credentials) as peer:
+        yield peer.address
 
 
 @pytest.fixture
@@ -1102,10 +1108,10 @@ async def test_without_the_accounts_service_messages_wait(service: Service, make
 # --- what the root took back ---
 
 
-def revoke(service: Service, *items: Revoked, serial: int = 1, root: RootKey = ROOT) -> None:
+def revoke(service: Service, *items: Revoked, serial: int = 1, root: RootKey = ROOT, issued_ms: int = 0) -> None:
     """Have the service give this list from now on."""
     in_order = tuple(sorted(items, key=lambda item: item.encode()))
-    service.revocations = sign_revocations(root, RevocationList(serial, 0, in_order))
+    service.revocations = sign_revocations(root, RevocationList(serial, issued_ms, in_order))
 
 
 async def test_a_key_revoked_after_its_entry_was_cached_is_refused_from_the_next_day_on(
@@ -1213,6 +1219,25 @@ async def test_two_processes_over_one_store_go_by_the_newer_list(service: Servic
     assert service.outcomes() == [AckOutcome.UNDELIVERED]
 
 
+@pytest.mark.parametrize("issued_in_ms", [0, 400 * DAY_MS])
+async def test_by_the_issue_of_a_list_an_entry_has_ended_and_one_from_the_future_ends_no_other(
+    service: Service, make: Make, keystore: Keystore, issued_in_ms: int
+) -> None:
+    now_ms = service.now().ToMilliseconds()
+    revoke(service, issued_ms=now_ms + issued_in_ms)
+    device = await register(make(keystore))
+    await device.maintain()
+    service.entry = make_entry(not_after_ms=now_ms - DAY_MS)
+    service.time_ahead_s = -3 * 86_400
+    service.send("signed by a key that has ended")
+    for _ in range(2):
+        assert await device.drain() == []
+        device = make(keystore)
+    assert service.acknowledged == []
+    service.entry = make_entry(serial=2, not_after_ms=now_ms + DAY_MS)
+    assert texts(await device.drain()) == ["signed by a key that has ended"], "certified anew"
+
+
 async def test_of_two_questions_at_once_the_newer_list_counts_whichever_is_stored_last(
     service: Service, channels: Channels, clock: FakeClock
 ) -> None:
@@ -1230,7 +1255,8 @@ async def test_of_two_questions_at_once_the_newer_list_counts_whichever_is_store
 
     second_is_done = asyncio.Event()
     calls = Calls(clock, lambda: 0.5, RetryPolicy())
-    revocations = Revocations(ROOT.public_key, calls, channels, LateStore(MemoryKeystore()), Trouble())
+    store = LateStore(MemoryKeystore())
+    revocations = Revocations(ROOT.public_key, calls, channels, store, ServerTime(clock, store), Trouble())
     deadline = Deadline.after(clock, 10)
     revoke(service, serial=1)
     first = asyncio.create_task(revocations.refresh(deadline))
@@ -1372,10 +1398,10 @@ async def test_a_wrong_clock_is_healed_by_asking_when_the_answer_tells_no_time(s
     device = await register(make())
     service.send("a", lifetime_ms=60_000)
     clock.wrong_by_ms = HOUR_MS
-    drain_time, service.time = service.time, lambda: None  # type: ignore[method-assign]
+    service.tells_time = False
     assert await device.drain() == []
     assert service.acknowledged == []
-    service.time = drain_time  # type: ignore[method-assign]
+    service.tells_time = True
     assert texts(await device.drain()) == ["a"]
 
 
@@ -1806,6 +1832,98 @@ async def test_a_rotation_whose_upload_failed_is_repeated_with_the_same_key(serv
     await make(keystore).maintain()
     assert made is not None
     assert service.phone().signed_prekey.public_key == made.public_key
+
+
+async def test_a_server_that_goes_back_keeps_no_old_prekey_in_use(service: Service, make: Make, clock: FakeClock) -> None:
+    keystore = MemoryKeystore()
+    device = await register(make(keystore))
+    for passed_s in (6.9 * 86_400, 7.1 * 86_400):  # the daily upkeep is due at the first of them only
+        clock.ahead_s = service.time_ahead_s = passed_s
+        service.send()
+        assert len(await device.drain()) == 1
+    first = service.phone().signed_prekey
+    service.time_ahead_s = 86_400
+    await device.drain()
+    second = keystore.newest_signed_prekey()
+    assert second is not None
+    assert second.created_at_ms - first.created_at_ms >= 7 * DAY_MS
+    # A server that believes its clock refuses a prekey from the future: it gets it when the clock is right.
+    assert service.phone().signed_prekey == first
+    service.time_ahead_s = clock.ahead_s
+    await device.maintain()
+    assert service.phone().signed_prekey.public_key == second.public_key
+
+
+async def test_lost_prekeys_are_replaced_once_whatever_becomes_of_the_upload(service: Service, make: Make, keystore: Keystore) -> None:
+    told: list[DeviceNotice] = []
+    options = {"one_time_prekeys": 20, "policy": RetryPolicy(attempts_max=1), "on_notice": told.append}
+    device = await register(make(keystore, **options))
+    await device.maintain()
+    service.highest_prekey_id = 500
+    for fault in (service.down, service.lose_answer):
+        fault["UploadPrekeys"] = 10
+        with pytest.raises(Unavailable):
+            await make(keystore, **options).maintain()
+        fault.clear()
+    await make(keystore, **options).maintain()
+    signed, *one_time = service.uploads[-1].prekeys
+    assert service.uploads[-1].forget_former
+    assert signed.prekey_id == 501, "made once, and kept"
+    assert len(one_time) == 20
+    assert min(each.prekey_id for each in one_time) > 501
+    assert [each.kind for each in told] == [NoticeKind.RESTORED]
+    uploads = len(service.uploads)
+    await make(keystore, **options).maintain()
+    assert len(service.uploads) == uploads
+    service.send("to a new one", one_time=True)
+    assert texts(await device.drain()) == ["to a new one"]
+
+
+async def test_a_bad_server_cannot_use_up_the_ids_of_prekeys(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    for _ in range(3):
+        service.highest_prekey_id = 0xFFFF_FFFF
+        await device.maintain()
+        assert keystore.highest_prekey_id() == 1
+        assert await device.notices() == []
+    service.down["UploadPrekeys"] = 1_000
+    for _ in range(3):
+        service.highest_prekey_id = keystore.highest_prekey_id() + PREKEY_IDS_SKIPPED_MAX
+        with pytest.raises(Unavailable):
+            await device.maintain()
+    assert keystore.highest_prekey_id() < 2 * PREKEY_IDS_SKIPPED_MAX
+
+
+def make_unknown_prekey(service: Service) -> SignedPrekey:
+    """One whose private half is not in the phone's store."""
+    now_ms = service.now().ToMilliseconds()
+    return generate_prekey(IdentityKey.generate(), service.phone().device_id, prekey_id=77, kind=PrekeyKind.ONE_TIME, now_ms=now_ms)[1]
+
+
+async def test_a_stream_looks_at_once_when_a_prekey_is_missing(service: Service, make: Make, keystore: Keystore) -> None:
+    await (await register(make(keystore))).maintain()
+    async with make(keystore).stream() as messages:
+        await messages.caught_up()
+        service.highest_prekey_id = 500
+        service.send(prekey=make_unknown_prekey(service))
+        await until(lambda: service.phone().signed_prekey.prekey_id == 501)
+        service.send("opens")
+        async with asyncio.timeout(LIMIT_S):
+            assert (await anext(messages)).content.body == "opens"
+
+
+async def test_who_names_prekeys_that_never_were_costs_a_look_an_hour(service: Service, make: Make, clock: FakeClock) -> None:
+    device = await register(make())
+    assert await device.drain() == []
+    looks = service.calls["GetRevocations"]
+    never = make_unknown_prekey(service)
+    for hours in range(3):
+        clock.ahead_s = service.time_ahead_s = hours * 3600
+        for _ in range(5):
+            service.send(prekey=never)
+            assert await device.drain() == []
+    assert service.outcomes() == [AckOutcome.UNDELIVERED] * 15
+    assert service.calls["GetRevocations"] == looks + 2, "not in the hour of the first look"
 
 
 # --- the hybrid suite ---

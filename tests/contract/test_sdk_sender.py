@@ -1,8 +1,5 @@
 """sealpush.Sender against a small publishing service over real gRPC that stores by request id and opens what was sealed."""
 
-# Methods of servicers are named by the protocol.
-# ruff: noqa: N802
-
 from __future__ import annotations
 
 import asyncio
@@ -46,6 +43,7 @@ from sealpush.v1.content_pb2 import Content
 from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
 from sealpush.v1.publish_pb2_grpc import PublishingServicer, add_PublishingServicer_to_server
 from sealpush.wire import wire_prekey
+from tests.contract.harness import Peer
 
 PHONE = "+380501234567"
 NOBODY = "+380500000000"
@@ -383,15 +381,9 @@ async def service() -> Service:
 
 @pytest.fixture
 async def channels(service: Service) -> AsyncIterator[Channels]:
-    server = grpc.aio.server()
-    add_AccountsServicer_to_server(service, server)
-    add_KeysServicer_to_server(service, server)
-    add_PublishingServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with Channels(Endpoints.single(f"127.0.0.1:{port}", insecure=True)) as made:
+    add = add_AccountsServicer_to_server, add_KeysServicer_to_server, add_PublishingServicer_to_server
+    async with Peer([(each, service) for each in add]) as peer, Channels(Endpoints.single(peer.address, insecure=True)) as made:
         yield made
-    await server.stop(None)
 
 
 @pytest.fixture

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
 from sealpush.device import Device
 from sealpush.envelope import FLAG_SERVER_SEALED, Header, seal
 from sealpush.ids import ContentId, SenderId, uuid7
 from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, EntryRole, SenderEntry, SenderMode, sign_sender_entry
-from sealpush.keystore import MemoryKeystore
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform, Reason
 from sealpush.proofs import AckOutcome
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
 from sealpush.transport import Channels, Endpoints
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc, common_pb2, content_pb2, publish_pb2, publish_pb2_grpc
-from sealpushd.accounts.app import build as build_accounts
-from sealpushd.fetch.app import build as build_fetch
+from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import connect
-from sealpushd.platform.settings import load
+from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import SenderCaller
-from sealpushd.publishing.app import build as build_publishing
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc, directory_pb2_grpc, sealing_pb2_grpc
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Mesh, Migrated, Peer, Refusal, Serve, Served, refusal
-from tests.contract.test_publishing import APP, REF, VAULT_KEY, Directory, Person, Sealing
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Refusal, Served, refusal, running_services
+from tests.contract.test_publishing import APP, REF, Directory, Person, Sealing
 from tests.contract.test_sdk_device import APP as PHONE_APP
 from tests.contract.test_sdk_device import PHONE, PLATFORM_KEY, ROOT, SENDER, SENDER_KEY, Service, register, serving, texts
 from tests.contract.test_sdk_device import FakeClock as PhoneClock
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
 BOTH = SenderMode.END_TO_END | SenderMode.SERVER
 PLATFORM_ID = SenderId(b"P" * 16)
@@ -243,56 +239,30 @@ class World:
         return Signed(profile.sender_entry, profile.platform_entry, answer.revocations)
 
 
-_urls: dict[str, str] = {}
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def urls(migrated: Migrated) -> dict[str, str]:
+    return await migrated("accounts", "fetch", "publishing")
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    migrated: Migrated,
-    valkey_url: str,
-    serve: Serve,
-    mesh: Mesh,
-    mesh_channel: Connect,
-    clock: FakeClock,
-    closing: list[Callable[[], Awaitable[None]]],
-    tmp_path: Path,
-) -> World:
-    if not _urls:
-        _urls.update(await migrated("accounts", "fetch", "publishing"))
-    admin = await connect(_urls["admin"])
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    admin = await connect(urls["admin"])
     await admin.execute(
         "TRUNCATE accounts.organisations, accounts.apps, accounts.platform_entries, accounts.revocations, accounts.journal CASCADE"
     )
     await admin.close()
-
-    def settings_of(service: str, **more: Any) -> Any:
-        return load(postgres_url=SecretStr(_urls[service]), valkey_url=SecretStr(valkey_url), **more)
-
-    accounts = await serve("accounts", build_accounts, settings_of("accounts"), clock)
-    mailbox = await serve("fetch", build_fetch, settings_of("fetch"), clock)
     directory, sealing = Directory(), Sealing()  # type: ignore[abstract]  # they answer only what publishing asks
     now_ms = to_ms(clock.now())
     header = Header(ContentId(uuid7()), SENDER, PLATFORM_KEY.key_id, REF, now_ms, now_ms + 3_600_000, FLAG_SERVER_SEALED)
     sealing.head = header.encode() + bytes(32)
     person = directory.people[PHONE] = Person()
-    registration = Peer([(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)], mesh.verifier)
-    keys = Peer([(sealing_pb2_grpc.add_SealingServicer_to_server, sealing)], mesh.verifier)
-    for peer in (registration, keys):
-        await peer.start()
-        closing.append(peer.stop)
-    (tmp_path / "vault.key").write_text(VAULT_KEY)
-    addresses = {
-        "accounts_mesh": accounts.mesh_address,
-        "fetch_mesh": mailbox.mesh_address,
-        "registration_mesh": registration.address,
-        "keys_mesh": keys.address,
+    stand_ins: dict[str, list[AddServicer]] = {
+        "registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)],
+        "keys": [(sealing_pb2_grpc.add_SealingServicer_to_server, sealing)],
     }
-    publishing = await serve(
-        "publishing", build_publishing, settings_of("publishing", vault_key=tmp_path / "vault.key", **addresses), clock
-    )
-    caller = SenderCaller(SENDER, uuid7(), (APP,), frozenset({"publish"}), ())
-    token = mesh.keys["accounts"].sender_token(caller)[0]
-    return World(clock, accounts, publishing, mesh_channel("accounts", accounts.mesh_address, "operator"), person, token)
+    token = mesh.keys["accounts"].sender_token(SenderCaller(SENDER, uuid7(), (APP,), frozenset({"publish"}), ()))[0]
+    async with running_services(engines, mesh, urls, clock, stand_ins=stand_ins) as services:
+        yield World(clock, services["accounts"], services["publishing"], services.channel("accounts", "operator"), person, token)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

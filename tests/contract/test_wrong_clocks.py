@@ -1,117 +1,27 @@
 """Phones whose own clock is wrong, or is set while they run, against all real services: nothing is lost, nothing refused.
 
-The services' clock is the fake one, which stands still; a phone's clock goes on from the true time by as much as it is wrong.
+And phones that a server tells a wrong time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import re
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
-from pydantic import SecretStr
 
-from sealpush import (
-    Accepted,
-    Content,
-    ContentClass,
-    Device,
-    Endpoints,
-    Keystore,
-    MemoryKeystore,
-    Message,
-    Platform,
-    Sender,
-    SqliteKeystore,
-    State,
-)
-from sealpush.ids import MessageId, SenderId, uuid7
-from sealpush.keys import ContentSigningKey, RootKey, SenderMode
-from sealpushd.accounts.app import build as build_accounts
-from sealpushd.certify import certify_platform, certify_sender
-from sealpushd.fetch.app import build as build_fetch
-from sealpushd.keys.app import build as build_keys
-from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.settings import load
-from sealpushd.publishing.app import build as build_publishing
-from sealpushd.registration.app import build as build_registration
-from sealpushd.simulators.control import SmsControlService
-from sealpushd.simulators.sms import SmsSimulator
-from sealpushd.v1 import administration_pb2, administration_pb2_grpc
-from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
-from tests.contract.harness import LIMIT_S, Connect, FakeClock, Migrated, Peer, Serve, Served
+from sealpush import MemoryKeystore, SqliteKeystore, State
+from sealpush.ids import MessageId
+from sealpushd.engines import Engines
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated
+from tests.contract.phones import DAY_MS, HOUR_MS, World, WrongClock, bodies, shows, whole_world
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
-APP = "bank-app"
-PASSWORD = "a long password of a test"
-ROOT, PLATFORM_KEY, CONTENT_KEY = RootKey.generate(), ContentSigningKey.generate(), ContentSigningKey.generate()
-HOUR_MS = 3_600_000
 WRONG_MS = [HOUR_MS, -HOUR_MS, 24 * HOUR_MS, -24 * HOUR_MS]
-# Much shorter than any clock here is wrong.
-LIFETIME = timedelta(minutes=10)
-NUMBERS = itertools.count(1)
-SENDER_ID = SenderId(uuid7())
-
-
-@dataclass
-class WrongClock:
-    """A phone's own clock."""
-
-    wrong_by_ms: int = 0
-
-    def now_ms(self) -> int:
-        return time.time_ns() // 1_000_000 + self.wrong_by_ms
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-
-@dataclass
-class World:
-    endpoints: Endpoints
-    sender: Sender
-    sms: SmsSimulator
-    closing: list[Callable[[], Awaitable[None]]]
-
-    def device(self, clock: WrongClock, keystore: Keystore) -> Device:
-        made = Device(
-            APP, self.endpoints, keystore, root_public_key=ROOT.public_key, platform=Platform.ANDROID, one_time_prekeys=20, clock=clock
-        )
-        self.closing.append(made.close)
-        return made
-
-    async def registered(self, clock: WrongClock, keystore: Keystore | None = None) -> tuple[Device, str]:
-        number = f"+38050200{next(NUMBERS):04d}"
-        device = self.device(clock, keystore or MemoryKeystore())
-        await device.start_registration(number)
-        found = re.search(r"\b(\d{6})\b", self.sms.inbox(number)[-1].text)
-        assert found is not None
-        await device.confirm(found[1])
-        return device, number
-
-    async def publish(self, number: str, *bodies: str, sealed: bool = False) -> list[MessageId]:
-        publish = self.sender.publish_sealed if sealed else self.sender.publish
-        ids = []
-        for body in bodies:
-            outcome = await publish(number, Content(body=body), content_class=ContentClass.INFORMATIONAL, lifetime=LIFETIME)
-            assert isinstance(outcome, Accepted), outcome
-            ids.append(outcome.message_id)
-        return ids
-
-    async def are_delivered(self, ids: list[MessageId]) -> bool:
-        return all([(await self.sender.status(each)).state is State.DELIVERED for each in ids])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -120,72 +30,9 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def world(
-    urls: dict[str, str], valkey_url: str, serve: Serve, mesh_channel: Connect, clock: FakeClock, tmp_path: Path, closing: Any
-) -> AsyncIterator[World]:
-    sms = SmsSimulator(now=clock.now)
-    inbox = Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(sms))], None)
-    await inbox.start()
-    closing.append(inbox.stop)
-    (tmp_path / "vault.key").write_text("07" * 32)
-    (tmp_path / "platform.key").write_text(PLATFORM_KEY.seed.hex())
-    settings = load(
-        valkey_url=SecretStr(valkey_url),
-        postgres_connections=2,
-        vault_key=tmp_path / "vault.key",
-        platform_key=tmp_path / "platform.key",
-        code_channel="simulated",
-        code_channel_address=inbox.address,
-    )
-    served: dict[str, Served] = {}
-    tasks: list[asyncio.Task[None]] = []
-    # Keys and registration call each other, so keys is served once more when registration has an address.
-    for name, build in (
-        ("accounts", build_accounts),
-        ("fetch", build_fetch),
-        ("keys", build_keys),
-        ("registration", build_registration),
-        ("keys", build_keys),
-        ("publishing", build_publishing),
-    ):
-        settings = settings.model_copy(update={"postgres_url": SecretStr(urls[name])})
-        served[name] = await serve(name, build, settings, clock)
-        settings = settings.model_copy(update={f"{name}_mesh": served[name].mesh_address})
-        tasks += [asyncio.create_task(task()) for task in served[name].app.tasks]
-    public = {name: one.public_address for name, one in served.items()}
-    endpoints = Endpoints(public["accounts"], public["registration"], public["keys"], public["publishing"], public["fetch"], insecure=True)
-    await set_up(mesh_channel("accounts", served["accounts"].mesh_address, "operator"))
-    async with Sender(endpoints, "bank", PASSWORD, signing_key=CONTENT_KEY) as sender:
-        yield World(endpoints, sender, sms, closing)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def set_up(accounts: MeshChannel) -> None:
-    """An app with its root, the platform's entry, and a bank that may seal by itself or have it done."""
-    stub, proto = administration_pb2_grpc.AdministrationStub(accounts.channel), administration_pb2
-    organisation = await accounts.call(stub.PutOrganisation, proto.PutOrganisationRequest(login="bank", password=PASSWORD, name="Bank"))
-    await accounts.call(stub.PutApp, proto.PutAppRequest(app_id=APP, name="Bank", root_public_key=ROOT.public_key))
-    platform = certify_platform(ROOT, PLATFORM_KEY.public_key, days=30)
-    await accounts.call(stub.PutPlatformEntry, proto.PutPlatformEntryRequest(platform_entry=platform, root_public_key=ROOT.public_key))
-    modes = SenderMode.SERVER | SenderMode.END_TO_END
-    entry = certify_sender(ROOT, SENDER_ID, "Bank", modes, [CONTENT_KEY.public_key], days=30)
-    await accounts.call(
-        stub.PutSender,
-        proto.PutSenderRequest(
-            organisation_id=organisation.organisation_id,
-            sender_id=SENDER_ID,
-            name="bank",
-            sender_entry=entry,
-            app_ids=[APP],
-            is_default=True,
-        ),
-    )
-
-
-def bodies(messages: list[Message]) -> list[str]:
-    return [each.content.body for each in messages]
+async def world(engines: Engines, mesh: Mesh, urls: dict[str, str], clock: FakeClock) -> AsyncIterator[World]:
+    async with whole_world(engines, mesh, urls, clock) as made:
+        yield made
 
 
 @pytest.mark.parametrize("wrong_by_ms", WRONG_MS)
@@ -238,3 +85,45 @@ async def test_a_clock_that_is_set_while_a_stream_runs_loses_nothing(world: Worl
             clock.wrong_by_ms += by_ms if turn < 2 else -by_ms
         for each in ids:
             assert (await world.sender.status(each, timedelta(seconds=8))).state is State.DELIVERED
+
+
+async def test_a_server_that_goes_back_by_days_brings_no_entry_back_that_has_ended(world: World, tmp_path: Path) -> None:
+    with world.at(timedelta(days=-5)):
+        ended = await world.another_sender(until=timedelta(days=-2))
+    keystore = SqliteKeystore(tmp_path / "phone.db")
+    device, number = await world.registered(WrongClock(), keystore)
+    await shows(world, device, number)
+    _, number_of_another = await world.registered(WrongClock(), nothing_heard := MemoryKeystore())
+    world.liar.lie = timedelta(days=-5)
+    with world.at(world.liar.lie):
+        waiting = await world.publish(number, "of the past", by=ended, lifetime=timedelta(days=20))
+        await world.publish(number_of_another, "of the past", by=ended, lifetime=timedelta(days=20))
+    # Each a new process, by whatever clock of its own.
+    for own_ms in (0, HOUR_MS, -5 * DAY_MS, -30 * DAY_MS):
+        device = world.device(WrongClock(own_ms), keystore)
+        assert await device.drain() == []
+        assert "outside its time" in (await device.diagnose()).last_error
+    assert not await world.are_delivered(waiting, by=ended)
+    # What remains: a phone that has heard nothing signed since the entry ended.
+    assert bodies(await world.device(WrongClock(), nothing_heard).drain()) == ["of the past"]
+    # The right time again: the bound is in nobody's way.
+    world.liar.lie = timedelta()
+    await shows(world, world.device(WrongClock(), keystore), number)
+    keystore.close()
+
+
+@pytest.mark.parametrize("own_ms", [0, HOUR_MS, -DAY_MS])
+async def test_a_server_that_ran_ahead_and_signed_its_times_ends_no_entry(world: World, tmp_path: Path, own_ms: int) -> None:
+    soon_over = await world.another_sender(until=timedelta(days=1))
+    keystore = SqliteKeystore(tmp_path / "phone.db")
+    own = WrongClock(own_ms)
+    _, number = await world.registered(own, keystore)
+    world.liar.lie = timedelta(days=20)
+    with world.at(world.liar.lie):
+        ids = await world.publish(number, "of the future")
+    assert bodies(await world.device(own, keystore).drain()) == ["of the future"]
+    assert await world.are_delivered(ids)
+    world.liar.lie = timedelta()
+    for _ in range(2):
+        await shows(world, world.device(own, keystore), number, by=soon_over)
+    keystore.close()

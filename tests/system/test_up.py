@@ -21,12 +21,13 @@ import pytest
 from bench.suite import free_base
 from sealpush.ids import SenderId, uuid7, uuid_text
 from sealpush.keys import ContentSigningKey, PrekeyKind, RootKey, SenderMode
-from sealpush.keystore import SqliteKeystore
-from sealpush.model import ContentClass, State
+from sealpush.model import State
 from sealpush.publication import Accepted
 from sealpush.sender import Sender
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels
+from sealpush.v1 import common_pb2
 from sealpush.v1.content_pb2 import Content
 from sealpushd import rootfile
 from sealpushd.certify import platform_entry, sender_entry
@@ -420,7 +421,7 @@ async def test_an_operator_sets_up_an_organisation_whose_sender_reaches_the_phon
     certify("The Post")
     assert json.loads(put(up, *whole, "--json")) == {"sender_id": uuid_text(sender_id)}
 
-    content = Content(body="put by an operator", content_class=ContentClass.INFORMATIONAL.value)  # type: ignore[arg-type]
+    content = Content(body="put by an operator", content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL)
     signing_key = ContentSigningKey.from_seed(bytes.fromhex(sender_key.read_text()))
     async with (
         asyncio.timeout(PATIENCE_S),
@@ -526,7 +527,7 @@ async def test_killed_while_publishing_every_accepted_message_arrives_once(up: U
     first_accepted = asyncio.Event()
 
     async def publish(sender: Sender, body: str) -> None:
-        content = Content(title="t", body=body, content_class=ContentClass.INFORMATIONAL.value)  # type: ignore[arg-type]
+        content = Content(title="t", body=body, content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL)
         request_id = body.replace(" ", "-")
         while True:
             outcome = await sender.publish(PHONE, content, request_id=request_id)

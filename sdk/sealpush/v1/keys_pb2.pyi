@@ -99,8 +99,13 @@ class PrekeyUpload(_message.Message):
 
     PREKEYS_FIELD_NUMBER: _builtins.int
     MIN_SUITE_FIELD_NUMBER: _builtins.int
+    FORGET_FORMER_FIELD_NUMBER: _builtins.int
     min_suite: _builtins.int
     """Lowest suite this device still accepts; 0: leave as it is. Never goes down."""
+    forget_former: _builtins.bool
+    """The device has lost private halves: forget its prekeys from before, those handed out and the former signed one included, and accept
+    nothing more that is sealed to them. A signed prekey must come along.
+    """
     @_builtins.property
     def prekeys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prekey]:
         """At most one signed prekey, and at most 100 one-time prekeys."""
@@ -110,10 +115,11 @@ class PrekeyUpload(_message.Message):
         *,
         prekeys: _abc.Iterable[Global___Prekey] | None = ...,
         min_suite: _builtins.int = ...,
+        forget_former: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_suite", b"min_suite", "prekeys", b"prekeys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forget_former", b"forget_former", "min_suite", b"min_suite", "prekeys", b"prekeys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,10 +193,18 @@ class GetPrekeyStateResponse(_message.Message):
     SIGNED_PREKEY_ID_FIELD_NUMBER: _builtins.int
     SIGNED_PREKEY_EXPIRES_AT_FIELD_NUMBER: _builtins.int
     ONE_TIME_PREKEYS_LEFT_FIELD_NUMBER: _builtins.int
+    HIGHEST_PREKEY_ID_FIELD_NUMBER: _builtins.int
+    MIN_SUITE_FIELD_NUMBER: _builtins.int
     signed_prekey_id: _builtins.int
     """The signed prekey that senders are given now; 0 beside an absent end: none."""
     one_time_prekeys_left: _builtins.int
     """Unused one-time prekeys, of all suites, that have not expired."""
+    highest_prekey_id: _builtins.int
+    """The highest id of all prekeys of this device that are known here, used ones included; 0: none. A device that never gave this id works
+    with a store out of a back-up.
+    """
+    min_suite: _builtins.int
+    """Lowest suite that this device has said it accepts; 0 where it is in no list."""
     @_builtins.property
     def signed_prekey_expires_at(self) -> _timestamp_pb2.Timestamp:
         """When senders stop using it; absent: there is no signed prekey."""
@@ -201,10 +215,12 @@ class GetPrekeyStateResponse(_message.Message):
         signed_prekey_id: _builtins.int = ...,
         signed_prekey_expires_at: _timestamp_pb2.Timestamp | None = ...,
         one_time_prekeys_left: _builtins.int = ...,
+        highest_prekey_id: _builtins.int = ...,
+        min_suite: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["signed_prekey_expires_at", b"signed_prekey_expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["one_time_prekeys_left", b"one_time_prekeys_left", "signed_prekey_expires_at", b"signed_prekey_expires_at", "signed_prekey_id", b"signed_prekey_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["highest_prekey_id", b"highest_prekey_id", "min_suite", b"min_suite", "one_time_prekeys_left", b"one_time_prekeys_left", "signed_prekey_expires_at", b"signed_prekey_expires_at", "signed_prekey_id", b"signed_prekey_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

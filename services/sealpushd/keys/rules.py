@@ -279,10 +279,11 @@ def refuse_prekey(prekey: SignedPrekey, device: Device, now_ms: int, min_suite: 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What a device uploads. `min_suite` 0 leaves it as it is."""
+    """What a device uploads. `min_suite` 0 leaves it as it is; with `forget_former` nothing counts that it uploaded before."""
 
     prekeys: tuple[SignedPrekey, ...]
     min_suite: int
+    forget_former: bool = False
 
     @property
     def signed(self) -> SignedPrekey | None:
@@ -302,6 +303,8 @@ def check_upload(upload: Upload, device: Device, now_ms: int) -> int:
         raise InvalidRequest(f"suites up to {max(SUITES)} are supported here", field="change.min_suite")
     if min_suite > device.min_suite and upload.signed is None:
         raise InvalidRequest("a device that raises min_suite sends a new signed prekey along", field="change.prekeys")
+    if upload.forget_former and upload.signed is None:
+        raise InvalidRequest("a device that has its former prekeys forgotten sends a signed prekey along", field="change.prekeys")
     if len(upload.prekeys) - len(upload.one_time) > 1 or len(upload.one_time) > ONE_TIME_PREKEYS_BATCH:
         raise InvalidRequest(
             f"an upload holds at most one signed prekey and {ONE_TIME_PREKEYS_BATCH} one-time prekeys", field="change.prekeys"
@@ -361,11 +364,20 @@ class OneTimePrekeys:
     blob: bytes = field(repr=False)
     more: bool = False
 
+    def _records(self, index: int) -> Iterator[SignedPrekey]:
+        """From this index on."""
+        size = record_bytes(self.suite)
+        for start in range((index - self.first_index) * size, len(self.blob), size):
+            yield from_record(self.suite, self.blob[start : start + size])
+
     def _unpassed(self) -> Iterator[SignedPrekey]:
         """From the next index on."""
-        size = record_bytes(self.suite)
-        for start in range((self.next_index - self.first_index) * size, len(self.blob), size):
-            yield from_record(self.suite, self.blob[start : start + size])
+        return self._records(self.next_index)
+
+    @property
+    def highest_id(self) -> int:
+        """Of all keys in the blob, handed out or not; 0 for an empty one."""
+        return max((each.prekey_id for each in self._records(self.first_index)), default=0)
 
     def left(self, now_ms: int) -> list[SignedPrekey]:
         """Those that were not handed out and have not expired, oldest first."""

@@ -87,7 +87,7 @@ def _to_upload(change: bytes) -> Upload:
             prekeys.append(_to_prekey(each))
         except ValueError as e:
             raise InvalidRequest("kind must be signed or one-time", field=f"change.prekeys[{n}].kind") from e
-    return Upload(tuple(prekeys), message.min_suite)
+    return Upload(tuple(prekeys), message.min_suite, message.forget_former)
 
 
 class KeysService(keys_pb2_grpc.KeysServicer):
@@ -152,8 +152,10 @@ class KeysService(keys_pb2_grpc.KeysServicer):
     async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> keys_pb2.GetPrekeyStateResponse:
         caller = rpc.require_device()
         keys = (await self._store.device_keys([caller.device_id])).get(caller.device_id)
-        left = await self._store.one_time_prekeys_left(caller.device_id, self._clock.now())
-        response = keys_pb2.GetPrekeyStateResponse(one_time_prekeys_left=left)
+        left, highest = await self._store.prekey_counts(caller.device_id, self._clock.now())
+        response = keys_pb2.GetPrekeyStateResponse(one_time_prekeys_left=left, highest_prekey_id=highest)
+        if keys is not None:
+            response.min_suite = keys.device.min_suite
         if keys is not None and keys.current is not None:
             response.signed_prekey_id = keys.current.prekey_id
             response.signed_prekey_expires_at.FromMilliseconds(keys.current.expires_at_ms)

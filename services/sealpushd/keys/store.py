@@ -168,21 +168,27 @@ class KeyStore:
             names = [(device.device_id, each.suite, each.prekey_id) for each in upload.one_time]
             rows = await connection.fetch(self._sql["handed_out"], *_columns(names, 3)) if names else []
             handed_out = {suite: {row["prekey_id"] for row in rows if row["suite"] == suite} for suite in {row["suite"] for row in rows}}
-            if min_suite > device.min_suite:
-                # The signature of each prekey covers the lowest suite: the old ones do not verify any more.
+            if upload.forget_former:
+                await connection.execute(self._sql["forget_former_prekeys"], device.device_id)
+            begins_anew = upload.forget_former or min_suite > device.min_suite
+            if begins_anew:
+                # With a higher suite: the signature of each prekey covers the lowest one, so that the old ones do not verify any more.
                 await connection.execute(self._sql["forget_handouts"], device.device_id)
                 stocks = {suite: OneTimePrekeys(suite, each.next_index, each.next_index, b"") for suite, each in stocks.items()}
             now_ms = to_ms(now)
-            for suite in {each.suite for each in upload.one_time} | (set(stocks) if min_suite > device.min_suite else set()):
+            for suite in {each.suite for each in upload.one_time} | (set(stocks) if begins_anew else set()):
                 added = [each for each in upload.one_time if each.suite == suite]
                 stock = stocks.get(suite, OneTimePrekeys(suite, 0, 0, b"")).refilled(added, now_ms, handed_out.get(suite, set()))
                 await connection.execute(self._sql["put_one_time_prekeys"], device.device_id, suite, stock.first_index, stock.blob)
                 stocks[suite] = stock
             return sum(len(each.left(now_ms)) for each in stocks.values())
 
-    async def one_time_prekeys_left(self, device_id: DeviceId, now: datetime) -> int:
-        rows = await self._db.fetch("one_time_prekeys", self._sql["one_time_prekeys"], device_id)
-        return sum(len(each.left(to_ms(now))) for each in _stocks(rows).values())
+    async def prekey_counts(self, device_id: DeviceId, now: datetime) -> tuple[int, int]:
+        """How many one-time prekeys of a device are left, and the highest id of all its prekeys that are known; 0: none."""
+        stocks = _stocks(await self._db.fetch("one_time_prekeys", self._sql["one_time_prekeys"], device_id)).values()
+        row = await self._db.fetch_one("highest_prekey_id", self._sql["highest_prekey_id"], device_id)
+        known = 0 if row is None else row["prekey_id"]
+        return sum(len(each.left(to_ms(now))) for each in stocks), max([known, *(each.highest_id for each in stocks)])
 
     async def hand_out(self, sender_id: SenderId, wanted: Sequence[Wanted], now: datetime) -> dict[HandoutName, SignedPrekey]:
         """The one-time prekeys that a sender gets: those it got before for the same request and device, and new ones.

@@ -470,6 +470,11 @@ def challenge_issued_us(challenge: bytes, device_id: DeviceId, mac: Callable[[by
     return issued_us if -CHALLENGE_SKEW <= age <= CHALLENGE_LIFETIME else None
 
 
+def latest_challenge_us(now: datetime) -> int:
+    """The latest issue time, in microseconds, that `challenge_issued_us` accepts now."""
+    return int((now + CHALLENGE_SKEW).timestamp() * 1_000_000)
+
+
 def code_secret(registration_id: RegistrationId, digits: str) -> bytes:
     """What is hashed, with the vault's key, instead of keeping a code."""
     return registration_id + hashlib.sha256(digits.encode()).digest()

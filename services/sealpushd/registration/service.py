@@ -279,7 +279,8 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         return await self._challenges.submit(Answered(device_id, issued_us))
 
     async def _take_challenges(self, answered: Sequence[Answered]) -> list[DeviceCaller | None]:
-        return await self._store.take_challenges(answered, self._clock.now())
+        now = self._clock.now()
+        return await self._store.take_challenges(answered, now, rules.latest_challenge_us(now))
 
     # --- changing ---
 

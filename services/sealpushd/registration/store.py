@@ -311,12 +311,15 @@ class RegistrationStore:
         found: dict[bytes, bytes] = {row[0]: row[1] for row in rows}
         return [found.get(device_id) for device_id in device_ids]
 
-    async def take_challenges(self, answered: Sequence[Answered], now: datetime) -> list[DeviceCaller | None]:
-        """Who each proved to be; None where a challenge as new was answered before. Of one device's in a batch the newest counts."""
+    async def take_challenges(self, answered: Sequence[Answered], now: datetime, latest_us: int) -> list[DeviceCaller | None]:
+        """Who each proved to be; None where a challenge as new was answered before. Of one device's in a batch the newest counts.
+
+        `latest_us`: no challenge can have been issued later than this, in microseconds; one answered that was does not count.
+        """
         newest: dict[DeviceId, int] = {}
         for device_id, issued_us in answered:
             newest[device_id] = max(issued_us, newest.get(device_id, 0))
-        rows = await self._db.fetch("take_challenges", TAKE_CHALLENGES, list(newest), list(newest.values()), now)
+        rows = await self._db.fetch("take_challenges", TAKE_CHALLENGES, list(newest), list(newest.values()), now, latest_us)
         accepted = {
             row["device_id"]: DeviceCaller(
                 DeviceId(row["device_id"]), SubscriberId(row["subscriber_id"]), row["app_id"], row["identity_public_key"]

@@ -24,8 +24,8 @@ import structlog
 from sealpush.device import Device, Installation, Message
 from sealpush.errors import KeystoreError, Overloaded, SealpushError, Unauthenticated
 from sealpush.ids import MessageId
-from sealpush.keystore import SqliteKeystore
 from sealpush.model import PushEnvironment
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels, cancellation_kept
 from sealpushd.up.demo import OFFLINE_PHONE

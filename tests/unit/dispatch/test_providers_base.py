@@ -26,7 +26,7 @@ SECRET = "3f" * 32
 
 def test_push_token_is_never_printed() -> None:
     target = PushTarget(PushToken(SECRET), PushEnvironment.PRODUCTION, "ua.bank.app", NOW)
-    for text in (repr(target), str(target), f"{target.token}", f"{target.token!r}", "%s" % target.token):  # noqa: UP031
+    for text in (repr(target), str(target), f"{target.token}", f"{target.token!r}", "%s" % target.token):  # noqa: UP031 - somebody may write it so
         assert SECRET not in text
         assert "PushToken(…)" in text
 

@@ -28,6 +28,10 @@ async def test_a_hash_is_salted_and_is_of_its_password_only() -> None:
     assert not is_password(hash_password(b""), b"271828")
 
 
+def test_a_guess_costs_64_mib_and_two_passes() -> None:
+    assert hash_password(b"271828").startswith(b"$argon2id$v=19$m=65536,t=2,p=1$")
+
+
 async def test_few_hash_at_once_and_who_comes_when_too_many_wait_is_sent_away() -> None:
     argon2, leave = Argon2(), asyncio.Event()
     tasks = [asyncio.create_task(enter(argon2, leave)) for _ in range(HASHES_AT_ONCE + HASHES_WAITING_MAX)]

@@ -60,7 +60,7 @@ class Publishing(publish_pb2_grpc.PublishingServicer):
         finally:
             self.cancelled.set()
 
-    async def Publish(self, request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:  # noqa: N802
+    async def Publish(self, request: publish_pb2.PublishRequest, context: Any) -> publish_pb2.PublishResponse:
         self.callers.append(rpc.require_sender())
         self.ids.append(request_ids.get())
         task = asyncio.current_task()
@@ -68,13 +68,11 @@ class Publishing(publish_pb2_grpc.PublishingServicer):
         await self.act()
         return publish_pb2.PublishResponse()
 
-    async def WatchStatus(  # noqa: N802
-        self, request: publish_pb2.WatchStatusRequest, context: Any
-    ) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
+    async def WatchStatus(self, request: publish_pb2.WatchStatusRequest, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
         yield publish_pb2.WatchStatusResponse()
         await self.act()
 
-    async def PublishStream(  # noqa: N802
+    async def PublishStream(
         self, request_iterator: AsyncIterator[publish_pb2.PublishStreamRequest], context: Any
     ) -> AsyncIterator[publish_pb2.PublishStreamResponse]:
         try:
@@ -90,9 +88,7 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
         self.ids: list[tuple[str, ...]] = []
         self.sizes: list[int] = []
 
-    async def LookupAccepted(  # noqa: N802
-        self, request: mailbox_pb2.LookupAcceptedRequest, context: Any
-    ) -> mailbox_pb2.LookupAcceptedResponse:
+    async def LookupAccepted(self, request: mailbox_pb2.LookupAcceptedRequest, context: Any) -> mailbox_pb2.LookupAcceptedResponse:
         self.ids.append(request_ids.get())
         self.sizes.append(len(request.keys))
         return mailbox_pb2.LookupAcceptedResponse(results=[mailbox_pb2.AcceptedResult() for _ in request.keys])
@@ -101,7 +97,7 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
 class World:
     def __init__(self) -> None:
         # They answer only what is asked here.
-        self.publishing, self.mailbox = Publishing(), Mailbox()  # type: ignore[abstract]
+        self.publishing, self.mailbox = Publishing(), Mailbox()  # type: ignore[abstract]  # nothing else is called
         self.server = grpc.aio.server()
         guarded: Any = GuardedServer(self.server, VERIFIER)
         publish_pb2_grpc.add_PublishingServicer_to_server(self.publishing, guarded)

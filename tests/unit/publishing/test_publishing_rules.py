@@ -430,7 +430,7 @@ def test_an_absent_interval_is_the_true_state_and_a_present_0_the_assumed_one() 
     assert wait(lambda duration: duration.FromSeconds(8)) == (Wait.UP_TO, timedelta(seconds=8))
     for wrong in (-1, 9, 2**60):
         with pytest.raises(InvalidRequest) as caught:
-            wait(lambda duration, wrong=wrong: setattr(duration, "seconds", wrong))  # type: ignore[misc]
+            wait(lambda duration, wrong=wrong: setattr(duration, "seconds", wrong))  # type: ignore[misc]  # a default argument
         assert caught.value.field == "wait"
 
 

@@ -453,7 +453,7 @@ def test_prekeys_of_wrong_shape_are_refused_when_sealing() -> None:
 )
 def test_headers_out_of_bounds_cannot_be_made(change: dict[str, int]) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the list covers many texts
-        dataclasses.replace(HEADER, **change)  # type: ignore[arg-type]
+        dataclasses.replace(HEADER, **change)  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_headers_survive_encoding_and_unknown_flags_or_suites_are_refused() -> None:

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from sealpush.floor import Floor, confirm, floor, raise_to
 from sealpush.keys import DAY_MS
-from sealpush.keystore import MemoryKeystore
 from sealpush.local import FUTURE_SKEW_MS
+from sealpush.memory_keystore import MemoryKeystore
 
 NOW_MS = 1_700_000_000_000
 

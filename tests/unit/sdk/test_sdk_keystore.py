@@ -1,4 +1,4 @@
-"""sealpush.keystore: one contract over both stores, then what only a file can go through."""
+"""The keystores: one contract over both, then what only a file can go through."""
 
 import dataclasses
 import json
@@ -22,18 +22,18 @@ from sealpush.keys import DAY_MS, PREKEY_RETENTION_MS, EntryRole, IdentityKey, P
 from sealpush.keystore import (
     DEDUP_MARGIN_MS,
     NOTICES_MAX,
-    SCHEMA_VERSION,
     CommitOutcome,
     DeviceRegistration,
     InboxMessage,
     KeptLog,
     Keystore,
-    MemoryKeystore,
     PendingAcknowledgement,
     Seen,
-    SqliteKeystore,
 )
+from sealpush.memory_keystore import MemoryKeystore
 from sealpush.proofs import NO_DIGEST, AckOutcome
+from sealpush.sqlite_file import SCHEMA_VERSION
+from sealpush.sqlite_keystore import SqliteKeystore
 
 NOW_MS = 1_700_000_000_000
 SENDER = SenderId(b"S" * 16)
@@ -137,6 +137,23 @@ def test_the_counter_rises_by_one_and_can_be_raised(store: Keystore) -> None:
     assert store.next_counter() == (1 << 63) + 6
 
 
+def test_prekey_ids_follow_each_other_and_can_be_raised(store: Keystore) -> None:
+    assert store.highest_prekey_id() == 0
+    assert store.reserve_prekey_ids(3) == 1
+    store.raise_prekey_id(2)
+    assert store.highest_prekey_id() == 3
+    store.raise_prekey_id(10)
+    assert store.highest_prekey_id() == 10
+    assert store.reserve_prekey_ids(1) == 11
+
+
+def test_the_proven_time_rises_and_never_falls(store: Keystore) -> None:
+    assert store.proven_time_ms() == 0
+    store.raise_proven_time(NOW_MS)
+    store.raise_proven_time(NOW_MS - 1)
+    assert store.proven_time_ms() == NOW_MS
+
+
 def test_the_clock_offset_may_be_negative(store: Keystore) -> None:
     store.set_clock_offset_ms(-90_000)
     assert store.clock_offset_ms() == -90_000
@@ -147,6 +164,7 @@ def test_another_root_is_refused_and_replacing_it_drops_what_the_old_one_signed(
     store.pin_root(b"r" * 32)
     store.put_sender_entry(SENDER, EntryRole.SENDER, 1, NOW_MS, b"blob")
     store.put_revocations(9, b"list")
+    store.raise_proven_time(NOW_MS)
     with pytest.raises(RootMismatch):
         store.pin_root(b"q" * 32)
     assert store.pinned_root() == b"r" * 32
@@ -155,6 +173,7 @@ def test_another_root_is_refused_and_replacing_it_drops_what_the_old_one_signed(
     assert store.pinned_root() == b"q" * 32
     assert store.sender_entry(SENDER, EntryRole.SENDER) is None
     assert store.revocations() is None
+    assert store.proven_time_ms() == 0
     assert store.put_revocations(1, b"the other root's first list")
     with pytest.raises(KeystoreError):
         store.pin_root(b"short")
@@ -659,7 +678,7 @@ def test_other_files_are_refused(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_store_held_by_another_is_busy_and_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sealpush.keystore.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("sealpush.sqlite_file.BUSY_TIMEOUT_S", 0.05)
     holder = sqlite3.connect(path, isolation_level=None)
     with SqliteKeystore(path) as store:
         holder.execute("BEGIN IMMEDIATE")
@@ -682,6 +701,7 @@ def test_a_number_too_large_for_the_file_changes_nothing(path: Path) -> None:
 _WORKER = """
 import json, sys
 from sealpush.keystore import *
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.keys import *
 from sealpush.proofs import AckOutcome
 store = SqliteKeystore(sys.argv[1])
@@ -730,6 +750,7 @@ def test_two_processes_on_one_file_agree(path: Path) -> None:
 _VICTIM = """
 import os, signal, sys
 from sealpush.keystore import *
+from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.keys import *
 from sealpush.proofs import AckOutcome
 store = SqliteKeystore(sys.argv[1])

@@ -101,7 +101,7 @@ def test_out_of_bounds_fields_are_refused() -> None:
         lambda: acknowledgement_proof(message, content, digest, device, AckOutcome.DELIVERED, 0, -1),
         lambda: acknowledgement_proof(MessageId(b""), content, digest, device, AckOutcome.DELIVERED, 0, 0),
         lambda: acknowledgement_proof(message, content, b"E" * 31, device, AckOutcome.DELIVERED, 0, 0),
-        lambda: acknowledgement_proof(message, content, digest, device, 5, 0, 0),  # type: ignore[arg-type]
+        lambda: acknowledgement_proof(message, content, digest, device, 5, 0, 0),  # type: ignore[arg-type]  # no outcome
         lambda: change_proof(device, 0, "/m", digest),
         lambda: change_proof(device, 1, "", digest),
         lambda: change_proof(device, 1, "/m m", digest),
