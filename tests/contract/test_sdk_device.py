@@ -1908,7 +1908,7 @@ async def test_a_stream_looks_at_once_when_a_prekey_is_missing(service: Service,
         service.send(prekey=make_unknown_prekey(service))
         await until(lambda: service.phone().signed_prekey.prekey_id == 501)
         service.send("opens")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LIMIT_S):
             assert (await anext(messages)).content.body == "opens"
 
 

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from sealpushd.engines import Engines
 from sealpushd.platform import valkey as valkeys
-from sealpushd.platform.valkey import CHANNEL_QUEUE, Valkey
+from sealpushd.platform.valkey import CHANNEL_QUEUE, TIMEOUT_S, Valkey
 from tests.contract.harness import LIMIT_S
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -38,10 +38,8 @@ async def valkey(valkey_url: str) -> AsyncIterator[Valkey]:
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 async def test_a_call_that_is_cancelled_ends_as_cancelled_and_the_next_gets_its_own_answer(
-    valkey: Valkey, call: Callable[[Valkey], Awaitable[object]], monkeypatch: pytest.MonkeyPatch
+    valkey: Valkey, call: Callable[[Valkey], Awaitable[object]]
 ) -> None:
-    monkeypatch.setattr(valkeys, "TIMEOUT_S", LIMIT_S)
-
     async def work() -> None:
         await call(valkey)
 
@@ -60,6 +58,7 @@ async def test_a_valkey_that_hangs_is_given_up_and_the_next_call_gets_its_own_an
     valkey: Valkey, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert await valkey.ping()
+    monkeypatch.setattr(valkeys, "TIMEOUT_S", TIMEOUT_S)
     server = engines.processes["valkey"]
     os.kill(server, signal.SIGSTOP)
     try:

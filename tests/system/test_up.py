@@ -43,7 +43,7 @@ PHONE = "+380501234567"
 SWITCHED_OFF_PHONE = "+380501234569"
 ENGINES = ("postgres", "valkey")
 # For a machine that does something else as well; what is waited for takes a fraction.
-PATIENCE_S = 40.0
+PATIENCE_S = 120.0
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -142,7 +142,7 @@ async def test_nothing_submitted_is_nothing_flushed() -> None:
     assert gate.batches == []
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=8),
     st.integers(1, 6),

@@ -122,7 +122,7 @@ def counted(start: int = 0) -> Callable[[int], bytes]:
     return random
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     content=st.one_of(st.binary(max_size=600), st.integers(0, CONTENT_BYTES_MAX).map(lambda size: b"x" * size)),
     phones=st.lists(st.sampled_from(PHONES + HYBRIDS), unique=True, max_size=10),

@@ -32,7 +32,7 @@ suites = pytest.mark.parametrize("suite", SUITES.values(), ids=[f"suite {each}" 
 
 
 @suites
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.binary(min_size=32, max_size=32), payload=st.binary(min_size=64, max_size=64))
 def test_what_is_wrapped_is_unwrapped_by_its_holder_alone(suite: Suite, seed: bytes, payload: bytes) -> None:
     private_key, public_key = suite.key_pair(lambda size: seed[:size])
