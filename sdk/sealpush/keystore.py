@@ -158,8 +158,8 @@ class Keystore(Protocol):
         """The kept difference, or None before the first one."""
         ...
 
-    def raise_proven_time(self, at_ms: int) -> None:
-        """Keep the latest time that is proven (sealpush/proven.py); an earlier one changes nothing."""
+    def raise_proven_time(self, at_ms: int) -> int:
+        """Keep the latest time that is proven (sealpush/proven.py), and give it; an earlier one changes nothing."""
         ...
 
     def proven_time_ms(self) -> int:

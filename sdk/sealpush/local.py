@@ -100,8 +100,7 @@ class ServerTime:
         """Learn from a time whose signature was verified up to the pinned root. Raises KeystoreError."""
         proven_ms = proven(self.proven_ms, signed_ms, self.local_ms())
         if proven_ms - self.proven_ms >= PROVEN_STEP_MS:
-            keystore.raise_proven_time(proven_ms)
-            self.proven_ms = proven_ms
+            self.proven_ms = keystore.raise_proven_time(proven_ms)  # another process of this device may have heard of a later one
 
     async def learn(self, server_time: Timestamp, sent_at: float | None = None) -> None:
         """Learn from a server's time that arrived just now; an unset one teaches nothing.

@@ -144,9 +144,10 @@ class MemoryKeystore:
         with self._open():
             return self._clock_offset_ms
 
-    def raise_proven_time(self, at_ms: int) -> None:
+    def raise_proven_time(self, at_ms: int) -> int:
         with self._open():
             self._proven_ms = max(self._proven_ms, at_ms)
+            return self._proven_ms
 
     def proven_time_ms(self) -> int:
         with self._open():

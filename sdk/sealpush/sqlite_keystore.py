@@ -151,9 +151,11 @@ class SqliteKeystore:
         with self._reading() as connection:
             return _number(connection, "clock_offset_ms")
 
-    def raise_proven_time(self, at_ms: int) -> None:
+    def raise_proven_time(self, at_ms: int) -> int:
         with self._writing() as connection:
-            _set_number(connection, "proven_time_ms", max(_number(connection, "proven_time_ms") or 0, at_ms))
+            proven_ms = max(_number(connection, "proven_time_ms") or 0, at_ms)
+            _set_number(connection, "proven_time_ms", proven_ms)
+            return proven_ms
 
     def proven_time_ms(self) -> int:
         with self._reading() as connection:

@@ -254,6 +254,8 @@ def cancellation_kept() -> Iterator[None]:
         if task is not None and task.cancelling() > cancellations:
             raise asyncio.CancelledError from None
         raise
+    if task is not None and task.cancelling() > cancellations:
+        raise asyncio.CancelledError
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from sealpush.keys import (
     SignedPrekey,
     generate_prekey,
     prekey_proof,
+    verify_ed25519,
 )
 from sealpush.keystore import Keystore
 from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble, Who
@@ -33,7 +34,7 @@ from sealpush.retry import Deadline
 from sealpush.session import Session
 from sealpush.suites import SUITE_X25519, SUITES
 from sealpush.v1 import keys_pb2
-from sealpush.wire import wire_prekey
+from sealpush.wire import read_prekey, wire_prekey
 
 log = logging.getLogger("sealpush")
 
@@ -43,8 +44,6 @@ MAINTENANCE_PERIOD_MS: Final = DAY_MS
 # can leave 10 a day here: enough for four that do nothing else, in 1 MB; in suite 2, whose public halves are kept too, in 7 MB.
 ONE_TIME_PRIVATE_MAX: Final = 5000
 
-# A bad server must not use up the 32 bits of ids: years of a phone's at once, and once only until it has taken new prekeys.
-PREKEY_IDS_SKIPPED_MAX: Final = 100_000
 HASTENED_PAUSE_S: Final = 3600.0  # a sender that names prekeys that never were costs a call an hour
 
 _UPLOADED_PREKEY: Final = "prekey.uploaded"  # a fact in the store: the id of the signed prekey that the service has
@@ -91,14 +90,18 @@ class Upkeep:
 
     async def do(self, deadline: Deadline) -> None:
         """Learn what was revoked, rotate, top up, forget what has run out. Repeating it is harmless. Raises CallFailed, KeystoreError."""
-        self._hastened, self._began_at = False, self._time.steady_s()
+        self._began_at = self._time.steady_s()
         # Before what may fail: who keeps a revocation from a phone must not be anybody who can make the phone's uploads fail.
         await self._revocations.refresh(Deadline.after(deadline.clock, deadline.remaining_s() / 2))
         await self._session.know_time(deadline)
         state = await self._session.call(self._session.channels.keys.GetPrekeyState, keys_pb2.GetPrekeyStateRequest(), deadline)
         lost = await self._lost_prekeys(state)
-        signed, rotated, rising = await self._signed_prekey(lost)
-        left = 0 if rising or lost else state.one_time_prekeys_left
+        self._hastened = False  # only now: what failed before is tried again
+        signed, is_noted, rising = await self._signed_prekey(lost)
+        # A service whose database came out of a back-up has another one than it once said it took, and perhaps a lower suite.
+        rotated = not is_noted or state.signed_prekey_id != signed.prekey_id
+        begins_anew = rising or (lost and rotated) or 0 < state.min_suite < signed.suite
+        left = 0 if begins_anew else state.one_time_prekeys_left
         upload = keys_pb2.PrekeyUpload(prekeys=map(wire_prekey, await self._one_time(signed.suite, left)))
         if rotated:
             upload.prekeys.insert(0, wire_prekey(signed))
@@ -152,25 +155,40 @@ class Upkeep:
 
     async def _lost_prekeys(self, state: keys_pb2.GetPrekeyStateResponse) -> int:
         """Up to which id the prekeys are those of a store that is gone, by what the service knows; 0: none are."""
-        known_there = state.highest_prekey_id
+        known = self._own(state)
         noted, given = await self._store(lambda keystore: (keystore.fact(_LOST_PREKEYS), keystore.highest_prekey_id()))
         if noted is not None:
-            return int.from_bytes(noted, "big")
-        if not given < known_there <= given + PREKEY_IDS_SKIPPED_MAX:
+            lost = int.from_bytes(noted, "big")
+        elif known is not None and known.prekey_id > given:
+            lost = known.prekey_id
+            log.warning("the service knows prekeys of this device that are not here: its store came out of a back-up; making new ones")
+            await self._devices.tell_restored()  # first: once the ids have leaped, nothing shows any more
+        else:
             return 0
-        log.warning("the service knows prekeys of this device that are not here: its store came out of a back-up; making new ones")
-        await self._devices.tell_restored()  # first: once the ids have leaped, nothing shows any more
 
         def leap(keystore: Keystore) -> None:
-            keystore.set_fact(_LOST_PREKEYS, known_there.to_bytes(4, "big"))
-            keystore.raise_prekey_id(known_there)
-            raise_to(keystore, min(state.min_suite, max(SUITES)))  # it may be a copy from before a rise
+            # Each again and again until the service has forgotten the lost ones: whoever was interrupted here goes on.
+            keystore.set_fact(_LOST_PREKEYS, lost.to_bytes(4, "big"))
+            keystore.raise_prekey_id(lost)
+            if known is not None:
+                raise_to(keystore, min(state.min_suite, max(SUITES)))  # it may be a copy from before a rise
 
         await self._store(leap)
-        return known_there
+        return lost
+
+    def _own(self, state: keys_pb2.GetPrekeyStateResponse) -> SignedPrekey | None:
+        """The prekey with the highest id that the service knows, if this device signed it, and with it the lowest suite. No server can make
+        one, and so none can use up the ids, or raise the suite."""
+        identity, registration = self._who.registered()
+        try:
+            known = read_prekey(state.highest_prekey, PrekeyKind(state.highest_prekey.kind))
+            proof = prekey_proof(known, registration.device_id, state.min_suite)
+        except ValueError:
+            return None
+        return known if verify_ed25519(identity.public_key, proof, known.signature) else None
 
     async def _signed_prekey(self, lost: int) -> tuple[SignedPrekey, bool, bool]:
-        """The signed prekey to use from now on, whether the service has yet to hear of it, and whether its suite is new to the service.
+        """The signed prekey to use from now on, whether it is noted that the service has it, and whether its suite is new to the service.
 
         None of those with an id up to `lost`.
         """
@@ -188,7 +206,7 @@ class Upkeep:
 
         prekey, uploaded, rising = await self._store(current)
         signed = _sign_prekey(identity, registration.device_id, prekey)
-        return signed, _prekey_id_bytes(signed) != uploaded, rising
+        return signed, _prekey_id_bytes(signed) == uploaded, rising
 
     async def _one_time(self, suite: int, left: int) -> list[SignedPrekey]:
         """New one-time prekeys, if the service has few left."""

@@ -28,6 +28,7 @@ from sealpush.keys import (
     content_key_id,
     generate_prekey,
     prekey_proof,
+    verify_ed25519,
 )
 from sealpush.proofs import body_digest, change_proof, sign_proof
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
@@ -411,7 +412,7 @@ async def test_uploaded_prekeys_are_kept_and_counted(world: World, phone: Phone,
     world.clock.advance(timedelta(days=90))
     state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
     assert state.one_time_prekeys_left == 0
-    assert (state.highest_prekey_id, state.min_suite) == (one_time[-1].prekey_id, 1), "what has expired is known still"
+    assert (state.highest_prekey.prekey_id, state.min_suite) == (one_time[-1].prekey_id, 1), "what has expired is known still"
 
 
 async def test_the_state_of_a_device_that_is_gone_is_empty(world: World, phone: Phone) -> None:
@@ -511,7 +512,7 @@ async def test_a_raised_lowest_suite_retires_the_prekeys_that_were_signed_for_a_
     assert device is not None
     # No call can raise it before a second suite is supported: ask the store.
     assert await world.store.upload(device, 2, 2, rules.Upload((), 2), world.clock.now()) == 0
-    assert (await world.store.prekey_counts(phone.device_id, world.clock.now()))[0] == 0
+    assert (await world.store.one_time_prekeys(phone.device_id, world.clock.now()))[0] == 0
     # What was checked against the device as it was before does not count any more.
     with pytest.raises(Aborted):
         await world.store.upload(device, 3, 1, rules.Upload((), 0), world.clock.now())
@@ -990,7 +991,12 @@ async def test_a_phone_that_lost_private_halves_has_its_former_prekeys_forgotten
     world: World, phone: Phone, number: str, subscriber: SubscriberId
 ) -> None:
     async def highest() -> int:
-        return (await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))).highest_prekey_id
+        state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
+        known = read_prekey(state.highest_prekey, PrekeyKind(state.highest_prekey.kind))
+        assert verify_ed25519(phone.identity.public_key, prekey_proof(known, phone.device_id, state.min_suite), known.signature), (
+            "the phone believes nothing else"
+        )
+        return known.prekey_id
 
     bank, former = SenderId(uuid7()), [phone.signed_prekey]
     assert await highest() == former[0].prekey_id
@@ -1010,6 +1016,11 @@ async def test_a_phone_that_lost_private_halves_has_its_former_prekeys_forgotten
     assert all([await stale(world, bank, subscriber, phone, each) for each in former])
     assert not await stale(world, bank, subscriber, phone, signed)
     assert await key_of(world, bank, number, "a") == one_time[0].prekey_id
+    for _ in range(2):  # and so was its repeat's: nothing is forgotten, or given twice, of what was handed out meanwhile
+        upload = phone.upload(signed, *one_time, forget_former=True)
+        assert (await world.keys.UploadPrekeys(upload, metadata=world.device(phone))).one_time_prekeys_left == 1
+        assert not await stale(world, bank, subscriber, phone, one_time[0])
+    assert await key_of(world, SenderId(uuid7()), number, "b") == one_time[1].prekey_id
     [result] = await world.seal(world.item(subscriber, phone))
     assert phone.open(result.parts, await platform_key(world)) == b"hello"
     assert await highest() == signed.prekey_id
@@ -1019,12 +1030,12 @@ async def test_the_highest_id_is_known_wherever_the_prekey_is(world: World, phon
     for made in (1, 30):
         given = (await stock(world, phone, made))[-1]
         state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
-        assert state.highest_prekey_id == given.prekey_id
+        assert state.highest_prekey.prekey_id == given.prekey_id
         bank = SenderId(uuid7())
         while await key_of(world, bank, number, str(uuid7())) is not None:
             bank = SenderId(uuid7())
         state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
-        assert (state.highest_prekey_id, state.one_time_prekeys_left) == (given.prekey_id, 0)
+        assert (state.highest_prekey.prekey_id, state.one_time_prekeys_left) == (given.prekey_id, 0)
 
 
 async def test_devices_without_one_time_prekeys_are_not_locked(world: World, phone: Phone, number: str, urls: dict[str, str]) -> None:
@@ -1219,7 +1230,7 @@ async def test_registering_again_raises_the_lowest_suite_but_never_lowers_it(
     assert await world.put(second, second) == ["", ""]
     assert await world.put(second) == [""]
     assert await key_of(world, bank, number, "a") is None
-    assert (await world.store.prekey_counts(phone.device_id, world.clock.now()))[0] == 0
+    assert (await world.store.one_time_prekeys(phone.device_id, world.clock.now()))[0] == 0
     [result] = await world.seal(world.item(subscriber, phone))
     assert phone.open(result.parts, await platform_key(world)) == b"hello"
     [refusal] = await world.put(first)

@@ -80,14 +80,13 @@ from sealpush.revocations import RevocationList, Revoked, RevokedEntries, Revoke
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import TIMEOUT_S, Calls, Channels, Endpoints
-from sealpush.upkeep import PREKEY_IDS_SKIPPED_MAX
 from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.accounts_pb2_grpc import AccountsServicer, add_AccountsServicer_to_server
 from sealpush.v1.content_pb2 import Content
 from sealpush.v1.keys_pb2_grpc import KeysServicer, add_KeysServicer_to_server
 from sealpush.v1.messages_pb2_grpc import MessagesServicer, add_MessagesServicer_to_server
 from sealpush.v1.registration_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
-from sealpush.wire import read_prekey
+from sealpush.wire import read_prekey, wire_prekey
 from tests.contract.harness import LIMIT_S, Peer
 
 APP = "example-bank"
@@ -204,8 +203,8 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.confirmations: list[registration_pb2.ConfirmRegistrationRequest] = []
         self.log_after_own: list[bytes] = []
         self.uploads: list[keys_pb2.PrekeyUpload] = []
-        # The highest id of a prekey that the service says it knows of a phone.
-        self.highest_prekey_id = 0
+        # The prekey with the highest id that the service says it knows of a phone.
+        self.highest_prekey: SignedPrekey | None = None
         self.stopping = False
 
     def phone(self) -> Phone:
@@ -373,11 +372,12 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         return keys_pb2.UploadPrekeysResponse(one_time_prekeys_left=len(phone.one_time))
 
     async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> Any:
+        await self.before("GetPrekeyState", context)
         phone = await self.who(context)
         return keys_pb2.GetPrekeyStateResponse(
             signed_prekey_id=phone.signed_prekey.prekey_id,
             one_time_prekeys_left=len(phone.one_time),
-            highest_prekey_id=self.highest_prekey_id,
+            highest_prekey=None if self.highest_prekey is None else wire_prekey(self.highest_prekey),
             min_suite=phone.min_suite,
         )
 
@@ -1859,7 +1859,7 @@ async def test_lost_prekeys_are_replaced_once_whatever_becomes_of_the_upload(ser
     options = {"one_time_prekeys": 20, "policy": RetryPolicy(attempts_max=1), "on_notice": told.append}
     device = await register(make(keystore, **options))
     await device.maintain()
-    service.highest_prekey_id = 500
+    service.highest_prekey = made_before(service, keystore, 500)
     for fault in (service.down, service.lose_answer):
         fault["UploadPrekeys"] = 10
         with pytest.raises(Unavailable):
@@ -1879,19 +1879,89 @@ async def test_lost_prekeys_are_replaced_once_whatever_becomes_of_the_upload(ser
     assert texts(await device.drain()) == ["to a new one"]
 
 
-async def test_a_bad_server_cannot_use_up_the_ids_of_prekeys(service: Service, make: Make, keystore: Keystore) -> None:
-    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
-    for _ in range(3):
-        service.highest_prekey_id = 0xFFFF_FFFF
+def made_before(service: Service, keystore: Keystore, prekey_id: int, min_suite: int = SUITE_X25519) -> SignedPrekey:
+    """One that this phone made and signed, and that its store, out of a back-up, knows nothing of."""
+    identity, phone, now_ms = keystore.identity(), service.phone(), service.now().ToMilliseconds()
+    assert identity is not None
+    _, public = generate_prekey(
+        identity,
+        phone.device_id,
+        prekey_id=prekey_id,
+        kind=PrekeyKind.ONE_TIME,
+        now_ms=now_ms,
+        suite=min_suite,
+        min_suite=min_suite,
+    )
+    return public
+
+
+async def test_a_server_cannot_make_a_phone_leap_or_rise_by_a_prekey_that_it_did_not_sign(
+    service: Service, make: Make, keystore: Keystore
+) -> None:
+    device = await register(make(keystore))
+    await device.maintain()
+    given = keystore.highest_prekey_id()
+    own = made_before(service, keystore, 500)
+    for forged in (
+        replace(own, prekey_id=0xFFFF_FFFF),
+        replace(own, kind=PrekeyKind.SIGNED),
+        replace(own, public_key=b""),
+        replace(make_unknown_prekey(service), prekey_id=0xFFFF_FFFF),
+    ):
+        service.highest_prekey = forged
         await device.maintain()
-        assert keystore.highest_prekey_id() == 1
-        assert await device.notices() == []
-    service.down["UploadPrekeys"] = 1_000
-    for _ in range(3):
-        service.highest_prekey_id = keystore.highest_prekey_id() + PREKEY_IDS_SKIPPED_MAX
-        with pytest.raises(Unavailable):
-            await device.maintain()
-    assert keystore.highest_prekey_id() < 2 * PREKEY_IDS_SKIPPED_MAX
+    service.highest_prekey = own
+    service.phone().min_suite = SUITE_HYBRID  # not the one that it was signed with
+    await device.maintain()
+    assert keystore.highest_prekey_id() == given
+    assert await device.notices() == []
+    assert floor(keystore).suite == SUITE_X25519
+
+
+class FullDisk:
+    """A store that fails from some write of certain facts on."""
+
+    def __init__(self, keystore: Keystore, writes: int) -> None:
+        self._keystore = keystore
+        self._left = writes
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"set_fact", "raise_prekey_id"}:
+            self._left -= 1
+            if self._left < 0:
+                raise KeystoreError("the disk is full")
+        return getattr(self._keystore, name)
+
+
+@pytest.mark.parametrize("writes", range(3))
+async def test_a_leap_that_is_cut_short_goes_on(service: Service, make: Make, keystore: Keystore, writes: int) -> None:
+    """The store fails, or the phone goes off, between two of its writes."""
+    await (await register(make(keystore))).maintain()
+    service.highest_prekey = made_before(service, keystore, 500, SUITE_HYBRID)
+    service.phone().min_suite = SUITE_HYBRID
+    with pytest.raises(KeystoreError):
+        await make(cast("Keystore", FullDisk(keystore, writes))).maintain()
+    device = make(keystore)
+    await device.maintain()
+    assert service.uploads[-1].forget_former
+    assert service.phone().signed_prekey.prekey_id == 501
+    assert floor(keystore).suite == SUITE_HYBRID
+    assert [each.kind for each in await device.notices()] == [NoticeKind.RESTORED]
+
+
+async def test_a_look_that_was_hastened_and_failed_is_made_again(
+    service: Service, make: Make, keystore: Keystore, clock: FakeClock
+) -> None:
+    await (await register(make(keystore))).maintain()
+    device = make(keystore, policy=RetryPolicy(attempts_max=1))
+    service.highest_prekey = made_before(service, keystore, 500)
+    service.send(prekey=make_unknown_prekey(service))
+    service.down["GetPrekeyState"] = 1
+    await device.drain()
+    assert not service.down["GetPrekeyState"]
+    clock.ahead_s = service.time_ahead_s = 2 * 3600
+    await device.drain()
+    assert service.phone().signed_prekey.prekey_id == 501
 
 
 def make_unknown_prekey(service: Service) -> SignedPrekey:
@@ -1904,7 +1974,7 @@ async def test_a_stream_looks_at_once_when_a_prekey_is_missing(service: Service,
     await (await register(make(keystore))).maintain()
     async with make(keystore).stream() as messages:
         await messages.caught_up()
-        service.highest_prekey_id = 500
+        service.highest_prekey = made_before(service, keystore, 500)
         service.send(prekey=make_unknown_prekey(service))
         await until(lambda: service.phone().signed_prekey.prekey_id == 501)
         service.send("opens")

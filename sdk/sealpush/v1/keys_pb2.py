@@ -26,15 +26,15 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sealpush.v1 import common_pb2 as sealpush_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sealpush/v1/keys.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\"\xa6\x01\n\x06Prekey\x12\r\n\x05suite\x18\x01 \x01(\r\x12\x11\n\tprekey_id\x18\x02 \x01(\r\x12%\n\x04kind\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.PrekeyKind\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x15\n\rcreated_at_ms\x18\x05 \x01(\x04\x12\x15\n\rexpires_at_ms\x18\x06 \x01(\x04\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"^\n\x0cPrekeyUpload\x12$\n\x07prekeys\x18\x01 \x03(\x0b\x32\x13.sealpush.v1.Prekey\x12\x11\n\tmin_suite\x18\x02 \x01(\r\x12\x15\n\rforget_former\x18\x03 \x01(\x08\"O\n\x14UploadPrekeysRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"6\n\x15UploadPrekeysResponse\x12\x1d\n\x15one_time_prekeys_left\x18\x01 \x01(\r\"\x17\n\x15GetPrekeyStateRequest\"\xbd\x01\n\x16GetPrekeyStateResponse\x12\x18\n\x10signed_prekey_id\x18\x01 \x01(\r\x12<\n\x18signed_prekey_expires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15one_time_prekeys_left\x18\x03 \x01(\r\x12\x19\n\x11highest_prekey_id\x18\x04 \x01(\r\x12\x11\n\tmin_suite\x18\x05 \x01(\r\"K\n\x17GetRecipientKeysRequest\x12\x30\n\x07queries\x18\x01 \x03(\x0b\x32\x1f.sealpush.v1.RecipientKeysQuery\"y\n\x12RecipientKeysQuery\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\trecipient\x18\x02 \x01(\x0b\x32\x16.sealpush.v1.Recipient\x12\x0e\n\x06\x61pp_id\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x65vices_only\x18\x04 \x01(\x08\"M\n\x18GetRecipientKeysResponse\x12\x31\n\x07results\x18\x01 \x03(\x0b\x32 .sealpush.v1.RecipientKeysResult\"\xa7\x01\n\x13RecipientKeysResult\x12*\n\x04keys\x18\x01 \x01(\x0b\x32\x1a.sealpush.v1.RecipientKeysH\x00\x12\x31\n\x0enot_registered\x18\x02 \x01(\x0e\x32\x17.sealpush.v1.ReasonCodeH\x00\x12\x11\n\x07refused\x18\x03 \x01(\tH\x00\x12\x13\n\task_again\x18\x04 \x01(\x08H\x00\x42\t\n\x07outcome\"\xa6\x01\n\rRecipientKeys\x12\x15\n\rrecipient_ref\x18\x01 \x01(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x02 \x01(\x0c\x12(\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x17.sealpush.v1.DeviceKeys\x12\x37\n\x13identity_changed_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe8\x01\n\nDeviceKeys\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x02 \x01(\x0c\x12*\n\rsigned_prekey\x18\x03 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12,\n\x0fone_time_prekey\x18\x04 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12\x11\n\tmin_suite\x18\x05 \x01(\r\x12,\n\x08\x61\x64\x64\x65\x64_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07vouched\x18\x07 \x01(\x08\"R\n\x13GetDeviceLogRequest\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tafter_seq\x18\x02 \x01(\x04\x12\x11\n\tpage_size\x18\x03 \x01(\r\"B\n\x14GetDeviceLogResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\x0c\":\n\x12VouchDeviceRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x15\n\x13VouchDeviceResponse*[\n\nPrekeyKind\x12\x1b\n\x17PREKEY_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12PREKEY_KIND_SIGNED\x10\x01\x12\x18\n\x14PREKEY_KIND_ONE_TIME\x10\x02\x32\xc1\x03\n\x04Keys\x12V\n\rUploadPrekeys\x12!.sealpush.v1.UploadPrekeysRequest\x1a\".sealpush.v1.UploadPrekeysResponse\x12Y\n\x0eGetPrekeyState\x12\".sealpush.v1.GetPrekeyStateRequest\x1a#.sealpush.v1.GetPrekeyStateResponse\x12_\n\x10GetRecipientKeys\x12$.sealpush.v1.GetRecipientKeysRequest\x1a%.sealpush.v1.GetRecipientKeysResponse\x12S\n\x0cGetDeviceLog\x12 .sealpush.v1.GetDeviceLogRequest\x1a!.sealpush.v1.GetDeviceLogResponse\x12P\n\x0bVouchDevice\x12\x1f.sealpush.v1.VouchDeviceRequest\x1a .sealpush.v1.VouchDeviceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sealpush/v1/keys.proto\x12\x0bsealpush.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18sealpush/v1/common.proto\"\xa6\x01\n\x06Prekey\x12\r\n\x05suite\x18\x01 \x01(\r\x12\x11\n\tprekey_id\x18\x02 \x01(\r\x12%\n\x04kind\x18\x03 \x01(\x0e\x32\x17.sealpush.v1.PrekeyKind\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x15\n\rcreated_at_ms\x18\x05 \x01(\x04\x12\x15\n\rexpires_at_ms\x18\x06 \x01(\x04\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"^\n\x0cPrekeyUpload\x12$\n\x07prekeys\x18\x01 \x03(\x0b\x32\x13.sealpush.v1.Prekey\x12\x11\n\tmin_suite\x18\x02 \x01(\r\x12\x15\n\rforget_former\x18\x03 \x01(\x08\"O\n\x14UploadPrekeysRequest\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x0c\x12\'\n\x05proof\x18\x02 \x01(\x0b\x32\x18.sealpush.v1.DeviceProof\"6\n\x15UploadPrekeysResponse\x12\x1d\n\x15one_time_prekeys_left\x18\x01 \x01(\r\"\x17\n\x15GetPrekeyStateRequest\"\xcf\x01\n\x16GetPrekeyStateResponse\x12\x18\n\x10signed_prekey_id\x18\x01 \x01(\r\x12<\n\x18signed_prekey_expires_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15one_time_prekeys_left\x18\x03 \x01(\r\x12+\n\x0ehighest_prekey\x18\x04 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12\x11\n\tmin_suite\x18\x05 \x01(\r\"K\n\x17GetRecipientKeysRequest\x12\x30\n\x07queries\x18\x01 \x03(\x0b\x32\x1f.sealpush.v1.RecipientKeysQuery\"y\n\x12RecipientKeysQuery\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\trecipient\x18\x02 \x01(\x0b\x32\x16.sealpush.v1.Recipient\x12\x0e\n\x06\x61pp_id\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x65vices_only\x18\x04 \x01(\x08\"M\n\x18GetRecipientKeysResponse\x12\x31\n\x07results\x18\x01 \x03(\x0b\x32 .sealpush.v1.RecipientKeysResult\"\xa7\x01\n\x13RecipientKeysResult\x12*\n\x04keys\x18\x01 \x01(\x0b\x32\x1a.sealpush.v1.RecipientKeysH\x00\x12\x31\n\x0enot_registered\x18\x02 \x01(\x0e\x32\x17.sealpush.v1.ReasonCodeH\x00\x12\x11\n\x07refused\x18\x03 \x01(\tH\x00\x12\x13\n\task_again\x18\x04 \x01(\x08H\x00\x42\t\n\x07outcome\"\xa6\x01\n\rRecipientKeys\x12\x15\n\rrecipient_ref\x18\x01 \x01(\x0c\x12\x1b\n\x13\x64\x65vice_list_version\x18\x02 \x01(\x0c\x12(\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x17.sealpush.v1.DeviceKeys\x12\x37\n\x13identity_changed_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe8\x01\n\nDeviceKeys\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x1b\n\x13identity_public_key\x18\x02 \x01(\x0c\x12*\n\rsigned_prekey\x18\x03 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12,\n\x0fone_time_prekey\x18\x04 \x01(\x0b\x32\x13.sealpush.v1.Prekey\x12\x11\n\tmin_suite\x18\x05 \x01(\r\x12,\n\x08\x61\x64\x64\x65\x64_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07vouched\x18\x07 \x01(\x08\"R\n\x13GetDeviceLogRequest\x12\x15\n\rsubscriber_id\x18\x01 \x01(\x0c\x12\x11\n\tafter_seq\x18\x02 \x01(\x04\x12\x11\n\tpage_size\x18\x03 \x01(\r\"B\n\x14GetDeviceLogResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12\x0b\n\x03seq\x18\x02 \x01(\x04\x12\x0c\n\x04head\x18\x03 \x01(\x0c\":\n\x12VouchDeviceRequest\x12\x11\n\tdevice_id\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x15\n\x13VouchDeviceResponse*[\n\nPrekeyKind\x12\x1b\n\x17PREKEY_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12PREKEY_KIND_SIGNED\x10\x01\x12\x18\n\x14PREKEY_KIND_ONE_TIME\x10\x02\x32\xc1\x03\n\x04Keys\x12V\n\rUploadPrekeys\x12!.sealpush.v1.UploadPrekeysRequest\x1a\".sealpush.v1.UploadPrekeysResponse\x12Y\n\x0eGetPrekeyState\x12\".sealpush.v1.GetPrekeyStateRequest\x1a#.sealpush.v1.GetPrekeyStateResponse\x12_\n\x10GetRecipientKeys\x12$.sealpush.v1.GetRecipientKeysRequest\x1a%.sealpush.v1.GetRecipientKeysResponse\x12S\n\x0cGetDeviceLog\x12 .sealpush.v1.GetDeviceLogRequest\x1a!.sealpush.v1.GetDeviceLogResponse\x12P\n\x0bVouchDevice\x12\x1f.sealpush.v1.VouchDeviceRequest\x1a .sealpush.v1.VouchDeviceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sealpush.v1.keys_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PREKEYKIND']._serialized_start=1805
-  _globals['_PREKEYKIND']._serialized_end=1896
+  _globals['_PREKEYKIND']._serialized_start=1823
+  _globals['_PREKEYKIND']._serialized_end=1914
   _globals['_PREKEY']._serialized_start=99
   _globals['_PREKEY']._serialized_end=265
   _globals['_PREKEYUPLOAD']._serialized_start=267
@@ -46,27 +46,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPREKEYSTATEREQUEST']._serialized_start=500
   _globals['_GETPREKEYSTATEREQUEST']._serialized_end=523
   _globals['_GETPREKEYSTATERESPONSE']._serialized_start=526
-  _globals['_GETPREKEYSTATERESPONSE']._serialized_end=715
-  _globals['_GETRECIPIENTKEYSREQUEST']._serialized_start=717
-  _globals['_GETRECIPIENTKEYSREQUEST']._serialized_end=792
-  _globals['_RECIPIENTKEYSQUERY']._serialized_start=794
-  _globals['_RECIPIENTKEYSQUERY']._serialized_end=915
-  _globals['_GETRECIPIENTKEYSRESPONSE']._serialized_start=917
-  _globals['_GETRECIPIENTKEYSRESPONSE']._serialized_end=994
-  _globals['_RECIPIENTKEYSRESULT']._serialized_start=997
-  _globals['_RECIPIENTKEYSRESULT']._serialized_end=1164
-  _globals['_RECIPIENTKEYS']._serialized_start=1167
-  _globals['_RECIPIENTKEYS']._serialized_end=1333
-  _globals['_DEVICEKEYS']._serialized_start=1336
-  _globals['_DEVICEKEYS']._serialized_end=1568
-  _globals['_GETDEVICELOGREQUEST']._serialized_start=1570
-  _globals['_GETDEVICELOGREQUEST']._serialized_end=1652
-  _globals['_GETDEVICELOGRESPONSE']._serialized_start=1654
-  _globals['_GETDEVICELOGRESPONSE']._serialized_end=1720
-  _globals['_VOUCHDEVICEREQUEST']._serialized_start=1722
-  _globals['_VOUCHDEVICEREQUEST']._serialized_end=1780
-  _globals['_VOUCHDEVICERESPONSE']._serialized_start=1782
-  _globals['_VOUCHDEVICERESPONSE']._serialized_end=1803
-  _globals['_KEYS']._serialized_start=1899
-  _globals['_KEYS']._serialized_end=2348
+  _globals['_GETPREKEYSTATERESPONSE']._serialized_end=733
+  _globals['_GETRECIPIENTKEYSREQUEST']._serialized_start=735
+  _globals['_GETRECIPIENTKEYSREQUEST']._serialized_end=810
+  _globals['_RECIPIENTKEYSQUERY']._serialized_start=812
+  _globals['_RECIPIENTKEYSQUERY']._serialized_end=933
+  _globals['_GETRECIPIENTKEYSRESPONSE']._serialized_start=935
+  _globals['_GETRECIPIENTKEYSRESPONSE']._serialized_end=1012
+  _globals['_RECIPIENTKEYSRESULT']._serialized_start=1015
+  _globals['_RECIPIENTKEYSRESULT']._serialized_end=1182
+  _globals['_RECIPIENTKEYS']._serialized_start=1185
+  _globals['_RECIPIENTKEYS']._serialized_end=1351
+  _globals['_DEVICEKEYS']._serialized_start=1354
+  _globals['_DEVICEKEYS']._serialized_end=1586
+  _globals['_GETDEVICELOGREQUEST']._serialized_start=1588
+  _globals['_GETDEVICELOGREQUEST']._serialized_end=1670
+  _globals['_GETDEVICELOGRESPONSE']._serialized_start=1672
+  _globals['_GETDEVICELOGRESPONSE']._serialized_end=1738
+  _globals['_VOUCHDEVICEREQUEST']._serialized_start=1740
+  _globals['_VOUCHDEVICEREQUEST']._serialized_end=1798
+  _globals['_VOUCHDEVICERESPONSE']._serialized_start=1800
+  _globals['_VOUCHDEVICERESPONSE']._serialized_end=1821
+  _globals['_KEYS']._serialized_start=1917
+  _globals['_KEYS']._serialized_end=2366
 # @@protoc_insertion_point(module_scope)

@@ -104,7 +104,7 @@ class PrekeyUpload(_message.Message):
     """Lowest suite this device still accepts; 0: leave as it is. Never goes down."""
     forget_former: _builtins.bool
     """The device has lost private halves: forget its prekeys from before, those handed out and the former signed one included, and accept
-    nothing more that is sealed to them. A signed prekey must come along.
+    nothing more that is sealed to them. A signed prekey must come along; where that is known already, this is a repeat and forgets nothing.
     """
     @_builtins.property
     def prekeys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prekey]:
@@ -193,21 +193,23 @@ class GetPrekeyStateResponse(_message.Message):
     SIGNED_PREKEY_ID_FIELD_NUMBER: _builtins.int
     SIGNED_PREKEY_EXPIRES_AT_FIELD_NUMBER: _builtins.int
     ONE_TIME_PREKEYS_LEFT_FIELD_NUMBER: _builtins.int
-    HIGHEST_PREKEY_ID_FIELD_NUMBER: _builtins.int
+    HIGHEST_PREKEY_FIELD_NUMBER: _builtins.int
     MIN_SUITE_FIELD_NUMBER: _builtins.int
     signed_prekey_id: _builtins.int
     """The signed prekey that senders are given now; 0 beside an absent end: none."""
     one_time_prekeys_left: _builtins.int
     """Unused one-time prekeys, of all suites, that have not expired."""
-    highest_prekey_id: _builtins.int
-    """The highest id of all prekeys of this device that are known here, used ones included; 0: none. A device that never gave this id works
-    with a store out of a back-up.
-    """
     min_suite: _builtins.int
-    """Lowest suite that this device has said it accepts; 0 where it is in no list."""
+    """Lowest suite that this device has said it accepts, as the signature of `highest_prekey` covers it; 0 where it is in no list."""
     @_builtins.property
     def signed_prekey_expires_at(self) -> _timestamp_pb2.Timestamp:
         """When senders stop using it; absent: there is no signed prekey."""
+
+    @_builtins.property
+    def highest_prekey(self) -> Global___Prekey:
+        """Of all prekeys of this device that are known here, used ones included, the one with the highest id; absent: none. A device that signed it
+        and never gave this id works with a store out of a back-up.
+        """
 
     def __init__(
         self,
@@ -215,12 +217,12 @@ class GetPrekeyStateResponse(_message.Message):
         signed_prekey_id: _builtins.int = ...,
         signed_prekey_expires_at: _timestamp_pb2.Timestamp | None = ...,
         one_time_prekeys_left: _builtins.int = ...,
-        highest_prekey_id: _builtins.int = ...,
+        highest_prekey: Global___Prekey | None = ...,
         min_suite: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["signed_prekey_expires_at", b"signed_prekey_expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["highest_prekey", b"highest_prekey", "signed_prekey_expires_at", b"signed_prekey_expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["highest_prekey_id", b"highest_prekey_id", "min_suite", b"min_suite", "one_time_prekeys_left", b"one_time_prekeys_left", "signed_prekey_expires_at", b"signed_prekey_expires_at", "signed_prekey_id", b"signed_prekey_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["highest_prekey", b"highest_prekey", "min_suite", b"min_suite", "one_time_prekeys_left", b"one_time_prekeys_left", "signed_prekey_expires_at", b"signed_prekey_expires_at", "signed_prekey_id", b"signed_prekey_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,8 +113,8 @@ def restored(url: str | None, url_file: Path | None) -> None:
     """
     from sealpushd.up.maintenance import forget_one_time_prekeys
 
-    devices = asyncio.run(forget_one_time_prekeys(_chosen(url, url_file)))
-    click.echo(f"forgot the one-time prekeys of {devices} devices; they send new ones within a day")
+    asyncio.run(forget_one_time_prekeys(_chosen(url, url_file)))
+    click.echo("forgot all one-time prekeys; phones send new ones within a day")
 
 
 @db.command()

@@ -375,9 +375,9 @@ class OneTimePrekeys:
         return self._records(self.next_index)
 
     @property
-    def highest_id(self) -> int:
-        """Of all keys in the blob, handed out or not; 0 for an empty one."""
-        return max((each.prekey_id for each in self._records(self.first_index)), default=0)
+    def all(self) -> list[SignedPrekey]:
+        """Of all keys in the blob, also those that were handed out or have expired."""
+        return list(self._records(self.first_index))
 
     def left(self, now_ms: int) -> list[SignedPrekey]:
         """Those that were not handed out and have not expired, oldest first."""

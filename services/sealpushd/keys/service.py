@@ -152,10 +152,13 @@ class KeysService(keys_pb2_grpc.KeysServicer):
     async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> keys_pb2.GetPrekeyStateResponse:
         caller = rpc.require_device()
         keys = (await self._store.device_keys([caller.device_id])).get(caller.device_id)
-        left, highest = await self._store.prekey_counts(caller.device_id, self._clock.now())
-        response = keys_pb2.GetPrekeyStateResponse(one_time_prekeys_left=left, highest_prekey_id=highest)
+        left, known = await self._store.one_time_prekeys(caller.device_id, self._clock.now())
+        response = keys_pb2.GetPrekeyStateResponse(one_time_prekeys_left=left)
         if keys is not None:
             response.min_suite = keys.device.min_suite
+            known += [each.prekey for each in keys.prekeys]
+            if known:
+                response.highest_prekey.CopyFrom(wire_prekey(max(known, key=lambda each: each.prekey_id)))
         if keys is not None and keys.current is not None:
             response.signed_prekey_id = keys.current.prekey_id
             response.signed_prekey_expires_at.FromMilliseconds(keys.current.expires_at_ms)

@@ -159,18 +159,22 @@ class KeyStore:
             taken = await connection.fetch(self._sql["take_counter"], device.device_id, counter, device.min_suite, min_suite)
             if not taken:
                 raise Aborted(f"the counter {counter} was used, or the device has changed meanwhile; read its state and try again")
+            is_new = False
             if upload.signed is not None:
                 keys = _device_keys(await connection.fetch(self._sql["signed_prekeys"], [device.device_id])).get(device.device_id)
                 held = [each.prekey for each in keys.prekeys] if keys is not None else []
-                if rules.replaces(upload.signed, held):
+                is_new = rules.replaces(upload.signed, held)
+                if is_new:
                     await self._put_signed(connection, [(device.device_id, upload.signed)], now)
             stocks = _stocks(await connection.fetch(self._sql["one_time_prekeys"], device.device_id))
             names = [(device.device_id, each.suite, each.prekey_id) for each in upload.one_time]
             rows = await connection.fetch(self._sql["handed_out"], *_columns(names, 3)) if names else []
             handed_out = {suite: {row["prekey_id"] for row in rows if row["suite"] == suite} for suite in {row["suite"] for row in rows}}
-            if upload.forget_former:
+            # Once: a repeat, after a lost answer, would forget what has been handed out of the new ones.
+            forgets = upload.forget_former and is_new
+            if forgets:
                 await connection.execute(self._sql["forget_former_prekeys"], device.device_id)
-            begins_anew = upload.forget_former or min_suite > device.min_suite
+            begins_anew = forgets or min_suite > device.min_suite
             if begins_anew:
                 # With a higher suite: the signature of each prekey covers the lowest one, so that the old ones do not verify any more.
                 await connection.execute(self._sql["forget_handouts"], device.device_id)
@@ -183,12 +187,14 @@ class KeyStore:
                 stocks[suite] = stock
             return sum(len(each.left(now_ms)) for each in stocks.values())
 
-    async def prekey_counts(self, device_id: DeviceId, now: datetime) -> tuple[int, int]:
-        """How many one-time prekeys of a device are left, and the highest id of all its prekeys that are known; 0: none."""
+    async def one_time_prekeys(self, device_id: DeviceId, now: datetime) -> tuple[int, list[SignedPrekey]]:
+        """How many one-time prekeys of a device are left; and those known here, the one with the highest id among them."""
         stocks = _stocks(await self._db.fetch("one_time_prekeys", self._sql["one_time_prekeys"], device_id)).values()
-        row = await self._db.fetch_one("highest_prekey_id", self._sql["highest_prekey_id"], device_id)
-        known = 0 if row is None else row["prekey_id"]
-        return sum(len(each.left(to_ms(now))) for each in stocks), max([known, *(each.highest_id for each in stocks)])
+        row = await self._db.fetch_one("highest_handout", self._sql["highest_handout"], device_id)
+        known = [prekey for each in stocks for prekey in each.all]
+        if row is not None:
+            known.append(rules.from_record(row["suite"], row["prekey"]))
+        return sum(len(each.left(to_ms(now))) for each in stocks), known
 
     async def hand_out(self, sender_id: SenderId, wanted: Sequence[Wanted], now: datetime) -> dict[HandoutName, SignedPrekey]:
         """The one-time prekeys that a sender gets: those it got before for the same request and device, and new ones.

@@ -38,8 +38,8 @@ async def maintain(url: str) -> tuple[int, int]:
     return made, dropped
 
 
-async def forget_one_time_prekeys(url: str) -> int:
-    """After a restore: no prekey is handed out again whose private half its phone has destroyed since; of how many devices.
+async def forget_one_time_prekeys(url: str) -> None:
+    """After a restore: no prekey is handed out again whose private half its phone has destroyed since.
 
     `url` is of the role that migrates. Raises StoreUnavailable, also while a service holds the tables, and SchemaError.
     """
@@ -47,10 +47,7 @@ async def forget_one_time_prekeys(url: str) -> int:
     try:
         await connection.execute("SET lock_timeout = '2s'")
         await connection.execute("SET ROLE keys_owner")
-        async with connection.transaction():
-            await connection.execute("LOCK keys.one_time_prekeys, keys.handouts")
-            devices: int = await connection.fetchval("SELECT count(DISTINCT device_id) FROM keys.one_time_prekeys")
-            await connection.execute("TRUNCATE keys.one_time_prekeys, keys.handouts")
+        await connection.execute("TRUNCATE keys.one_time_prekeys, keys.handouts")
     except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError, asyncpg.UndefinedObjectError) as e:
         raise SchemaError("the database has no Sealpush schemas yet: run `sealpush db migrate` first") from e
     except asyncpg.InsufficientPrivilegeError as e:
@@ -61,4 +58,3 @@ async def forget_one_time_prekeys(url: str) -> int:
         raise StoreUnavailable(f"PostgreSQL refused for now: {e}") from e
     finally:
         await connection.close()
-    return devices

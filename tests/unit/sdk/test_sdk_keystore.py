@@ -149,8 +149,8 @@ def test_prekey_ids_follow_each_other_and_can_be_raised(store: Keystore) -> None
 
 def test_the_proven_time_rises_and_never_falls(store: Keystore) -> None:
     assert store.proven_time_ms() == 0
-    store.raise_proven_time(NOW_MS)
-    store.raise_proven_time(NOW_MS - 1)
+    assert store.raise_proven_time(NOW_MS) == NOW_MS
+    assert store.raise_proven_time(NOW_MS - 1) == NOW_MS, "what another process of the device has kept"
     assert store.proven_time_ms() == NOW_MS
 
 
