@@ -23,7 +23,6 @@ from sealpushd.up.sdk import public_endpoints
 
 START_TIMEOUT_S: Final = 60.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
-_claims: Final[list[socket.socket]] = []
 
 
 @dataclass(slots=True)
@@ -113,7 +112,8 @@ def free_base() -> int:
         except (OSError, UpError):
             claim.close()
             continue
-        _claims.append(claim)
+        # Without the object that would warn that nobody closed it: it stays until the process ends.
+        claim.detach()
         return base
     raise RuntimeError("no free range of ports")
 
