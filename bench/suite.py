@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +24,8 @@ from sealpushd.up.sdk import public_endpoints
 
 START_TIMEOUT_S: Final = 60.0
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_claims: Final = ExitStack()
+atexit.register(_claims.close)
 
 
 @dataclass(slots=True)
@@ -112,8 +115,7 @@ def free_base() -> int:
         except (OSError, UpError):
             claim.close()
             continue
-        # Without the object that would warn that nobody closed it: it stays until the process ends.
-        claim.detach()
+        _claims.enter_context(claim)
         return base
     raise RuntimeError("no free range of ports")
 

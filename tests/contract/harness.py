@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ LOOPBACK = "127.0.0.1"
 LIMIT_S = 30
 # Of no service: who calls there is refused at once.
 NOBODY = f"{LOOPBACK}:9"
-# The same everywhere, because a database, and so the data keys that this one wraps, outlives an installation.
+# The same everywhere, because a database, and so the data keys that this one wraps, outlives the services of a test.
 VAULT_KEY = "07" * 32
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 BUILDS: Mapping[str, Build] = {
@@ -171,8 +172,20 @@ class Served:
 class Services:
     """Services in this process that call each other over real gRPC. `running_services` makes them; `services["keys"]` was served last."""
 
-    def __init__(self, valkey_url: str, mesh: Mesh, clock: FakeClock, settings: Settings, closing: AsyncExitStack, *, work: bool) -> None:
+    def __init__(
+        self,
+        valkey_url: str,
+        mesh: Mesh,
+        urls: Mapping[str, str],
+        clock: FakeClock,
+        settings: Settings,
+        closing: AsyncExitStack,
+        *,
+        work: bool,
+    ) -> None:
         self.mesh = mesh
+        # Of their databases, and the superuser's as "admin".
+        self.urls = urls
         self.clock = clock
         # What every service is told; each gets the URL of its own database besides.
         self.settings = settings
@@ -181,7 +194,6 @@ class Services:
         # What codes are sent to, where registration is served.
         self.sms = SmsSimulator(now=clock.now)
         self.stand_ins: dict[str, Peer] = {}
-        self.urls: dict[str, str] = {}
         self._valkey_url = valkey_url
         self._work = work
         self._served: dict[str, Served] = {}
@@ -258,10 +270,10 @@ class Services:
             self._tasks += [asyncio.create_task(task()) for task in app.tasks]
             if service == "fetch" and build is None:
                 self._mailboxes += 1
-                await self.heard(self._mailboxes)
+                await self._heard(self._mailboxes)
         return served
 
-    async def heard(self, mailboxes: int) -> None:
+    async def _heard(self, mailboxes: int) -> None:
         """Wait until exactly so many mailboxes hear each other through Valkey."""
         async with Redis.from_url(self._valkey_url) as client, asyncio.timeout(LIMIT_S):
             while {count for _, count in await client.pubsub_numsub(CHANNEL_QUEUE, CHANNEL_STREAMS)} != {mailboxes}:
@@ -273,8 +285,7 @@ class Services:
         self._peers += public, inside
         self.settings = self.settings.model_copy(update={f"{service}_mesh": inside.address})
 
-    async def _open(self, urls: Mapping[str, str], services: Sequence[str], stand_ins: Mapping[str, Sequence[AddServicer]]) -> None:
-        self.urls |= urls
+    async def _open(self, services: Sequence[str], stand_ins: Mapping[str, Sequence[AddServicer]]) -> None:
         for name, servicers in stand_ins.items():
             peer = self.stand_ins[name] = await self.closing.enter_async_context(Peer(servicers, self.mesh.verifier))
             self.settings = self.settings.model_copy(update={f"{name}_mesh": peer.address})
@@ -282,7 +293,7 @@ class Services:
             inbox = Peer([(add_SimulatedSmsServicer_to_server, SmsControlService(self.sms))])
             await self.closing.enter_async_context(inbox)
             self.settings = self.settings.model_copy(update={"code_channel_address": inbox.address})
-        await self.heard(0)
+        await self._heard(0)
         for service in services:
             self._listen(service)
         for service in services:
@@ -296,9 +307,10 @@ class Services:
         for drain in self._drains:
             await drain()
         await asyncio.gather(*(peer.stop(LIMIT_S) for peer in self._peers))
-        async with asyncio.timeout(LIMIT_S):
-            while in_flight():  # noqa: ASYNC110 - a metric has no event
-                await asyncio.sleep(0.01)
+        deadline = time.monotonic() + LIMIT_S
+        while running := in_flight():
+            assert time.monotonic() < deadline, f"calls that do not end: {running}"
+            await asyncio.sleep(0.01)
 
 
 def in_flight() -> dict[str, float]:
@@ -338,9 +350,9 @@ async def running_services(
             "code_channel": "simulated",
             **{f"{name}_mesh": NOBODY for name in SERVICES},
         }
-        made = Services(engines.valkey_url, mesh, clock, load(**given, **settings), closing, work=work)
+        made = Services(engines.valkey_url, mesh, urls, clock, load(**given, **settings), closing, work=work)
         try:
-            await made._open(urls, services or [name for name in SERVICES if name in urls], stand_ins)
+            await made._open(services or [name for name in SERVICES if name in urls], stand_ins)
             yield made
         finally:
             await made._rest()

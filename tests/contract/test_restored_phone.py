@@ -1,4 +1,7 @@
-"""Phones whose store comes out of a back-up, against all real services: what was sealed meanwhile may be lost, nothing later."""
+"""Phones whose store comes out of a back-up, against all real services: what was sealed meanwhile may be lost, nothing later.
+
+And services whose database does.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from sealpush import SUITE_HYBRID, Installation, NoticeKind, SqliteKeystore, State
+from sealpush import SUITE_HYBRID, Installation, MemoryKeystore, NoticeKind, SqliteKeystore, State
 from sealpushd.engines import Engines
+from sealpushd.platform.errors import StoreUnavailable
+from sealpushd.platform.migrate import SchemaError
+from sealpushd.up.maintenance import forget_one_time_prekeys
 from tests.contract.harness import FakeClock, Mesh, Migrated
 from tests.contract.phones import World, WrongClock, bodies, shows, whole_world
 
@@ -117,3 +123,38 @@ async def test_a_phone_that_was_not_restored_gives_its_ids_in_order(world: World
             device = world.device(own, keystore)
         assert await device.notices() == []
         assert keystore.highest_prekey_id() < 100
+
+
+async def test_prekeys_that_a_restored_database_brings_back_are_not_handed_out_again(world: World, urls: dict[str, str]) -> None:
+    keystore = MemoryKeystore()
+    device, number = await world.registered(WrongClock(), keystore)
+    await device.maintain()
+    sql = await world.services.sql("keys")
+    backup = await sql.fetch("SELECT * FROM one_time_prekeys")
+    for _ in range(3):
+        await shows(world, device, number, sealed=True)
+    await sql.execute("TRUNCATE one_time_prekeys, handouts")
+    await sql.copy_records_to_table("one_time_prekeys", records=[tuple(each) for each in backup], schema_name="keys")
+
+    assert await forget_one_time_prekeys(urls["admin"]) == len({each["device_id"] for each in backup})
+    await shows(world, device, number, sealed=True)
+    assert await sql.fetchval("SELECT count(*) FROM handouts") == 0, "to the signed prekey"
+    device = world.device(world.later(timedelta(days=2)), keystore)
+    await shows(world, device, number, sealed=True)
+    await shows(world, device, number, sealed=True)
+    assert await sql.fetchval("SELECT count(*) FROM handouts") > 0, "the phone has sent new ones"
+    assert await forget_one_time_prekeys(urls["admin"]) > 0
+    assert await forget_one_time_prekeys(urls["admin"]) == 0
+
+
+async def test_prekeys_are_forgotten_while_nobody_works_with_them_only(world: World, urls: dict[str, str], migrated: Migrated) -> None:
+    sql = await world.services.sql("keys")
+    async with sql.transaction():
+        await sql.execute("SELECT count(*) FROM one_time_prekeys")
+        with pytest.raises(StoreUnavailable, match="stop the service keys"):
+            await forget_one_time_prekeys(urls["admin"])
+    with pytest.raises(SchemaError, match="use the one that `sealpush db migrate` is run as"):
+        await forget_one_time_prekeys(urls["fetch"])
+    nothing = await migrated()
+    with pytest.raises(SchemaError, match="run `sealpush db migrate` first"):
+        await forget_one_time_prekeys(nothing["admin"])

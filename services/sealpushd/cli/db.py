@@ -1,4 +1,4 @@
-"""Commands about PostgreSQL: migrate, maintain, status."""
+"""Commands about PostgreSQL: migrate, maintain, restored, status."""
 
 from __future__ import annotations
 
@@ -100,6 +100,21 @@ async def _maintain(url: str, every: timedelta | None) -> None:
                 await stop.wait()
         except TimeoutError:
             continue
+
+
+@db.command(short_help="Once after a restore from a back-up, before services start.")
+@_url
+@_url_file
+def restored(url: str | None, url_file: Path | None) -> None:
+    """Run once when PostgreSQL came out of a back-up, after `migrate` and before services start.
+
+    Forgets the one-time prekeys in it: phones have destroyed the private halves of some since, and messages sealed to those would be lost.
+    Phones send new ones within a day; until then senders use the signed prekeys. Safe to repeat.
+    """
+    from sealpushd.up.maintenance import forget_one_time_prekeys
+
+    devices = asyncio.run(forget_one_time_prekeys(_chosen(url, url_file)))
+    click.echo(f"forgot the one-time prekeys of {devices} devices; they send new ones within a day")
 
 
 @db.command()

@@ -1,5 +1,5 @@
 """Keeping the mailbox's partitions: those of the coming weeks made, those past their retention dropped. And forgetting what is over
-elsewhere."""
+elsewhere, or what a back-up brought back."""
 
 from __future__ import annotations
 
@@ -36,3 +36,29 @@ async def maintain(url: str) -> tuple[int, int]:
     finally:
         await connection.close()
     return made, dropped
+
+
+async def forget_one_time_prekeys(url: str) -> int:
+    """After a restore: no prekey is handed out again whose private half its phone has destroyed since; of how many devices.
+
+    `url` is of the role that migrates. Raises StoreUnavailable, also while a service holds the tables, and SchemaError.
+    """
+    connection = await connect(url)
+    try:
+        await connection.execute("SET lock_timeout = '2s'")
+        await connection.execute("SET ROLE keys_owner")
+        async with connection.transaction():
+            await connection.execute("LOCK keys.one_time_prekeys, keys.handouts")
+            devices: int = await connection.fetchval("SELECT count(DISTINCT device_id) FROM keys.one_time_prekeys")
+            await connection.execute("TRUNCATE keys.one_time_prekeys, keys.handouts")
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError, asyncpg.UndefinedObjectError) as e:
+        raise SchemaError("the database has no Sealpush schemas yet: run `sealpush db migrate` first") from e
+    except asyncpg.InsufficientPrivilegeError as e:
+        raise SchemaError(f"this role may not do that ({e}): use the one that `sealpush db migrate` is run as") from e
+    except asyncpg.LockNotAvailableError as e:
+        raise StoreUnavailable("somebody works with these tables: stop the service keys, then try again") from e
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as e:
+        raise StoreUnavailable(f"PostgreSQL refused for now: {e}") from e
+    finally:
+        await connection.close()
+    return devices
