@@ -184,8 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if options.drop_root and os.geteuid() == 0:
         _drop_root(options.own, options.own_top, command[0])
     _die_with_parent(signal.Signals[options.death_signal], options.parent_pid)
-    # An ignored signal stays ignored across exec. Python ignores the first two, and a shell SIGINT of what it starts in the background.
-    for number in {signal.SIGPIPE, signal.SIGXFSZ, signal.Signals[options.death_signal]} - {signal.SIGKILL}:
+    # An ignored signal stays ignored across exec. Python ignores the first two; a shell SIGINT and SIGQUIT of what it starts in the
+    # background, and those are how servers are ended.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     os.umask(0o077)
     try:
