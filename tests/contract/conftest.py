@@ -16,8 +16,10 @@ import pytest_asyncio
 from nacl.pwhash import argon2id
 from redis.asyncio import Redis
 
+from sealpush import transport
 from sealpushd.engines import Engines
 from sealpushd.engines import postgres as postgres_engine
+from sealpushd.platform import clients
 from sealpushd.platform import valkey as valkeys
 from sealpushd.platform.db import connect
 from sealpushd.platform.migrate import migrate
@@ -32,6 +34,17 @@ def _patient_with_valkey(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call to Valkey is given up after a quarter of a second, and what was counted there is counted anew elsewhere: on a busy machine,
     limits and presence would sometimes not be what a test made them."""
     monkeypatch.setattr(valkeys, "TIMEOUT_S", LIMIT_S)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _channels_of_their_own() -> Iterator[None]:
+    """gRPC shares connections between the channels of a process, and with them that nobody listens: to a new channel, a server that has
+    got the port of one that was stopped a moment ago would seem away as well."""
+    own = ("grpc.use_local_subchannel_pool", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "_OPTIONS", [*transport._OPTIONS, own])
+        patch.setattr(clients, "CHANNEL_OPTIONS", [*clients.CHANNEL_OPTIONS, own])
+        yield
 
 
 @pytest.fixture

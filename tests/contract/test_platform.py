@@ -255,6 +255,26 @@ async def test_more_callers_than_connections_take_turns(db: Database) -> None:
     assert len({row[0]["pid"] for row in rows}) <= 2
 
 
+async def test_who_comes_while_a_database_closes_or_later_is_refused_and_who_waits_already_is_served(urls: dict[str, str]) -> None:
+    """What a call tidies up may come after the end: without an answer it would wait for ever, and the call with it."""
+    one = Database(urls["fetch"], "fetch", 1)
+    await one.open()
+    async with asyncio.timeout(LIMIT_S):
+        async with one.connection():
+            before = asyncio.create_task(one.fetch("t", "SELECT 1"))
+            await asyncio.sleep(0)
+            closing = asyncio.create_task(one.aclose())
+            await asyncio.sleep(0)
+            meanwhile = asyncio.create_task(one.fetch("t", "SELECT 1"))
+            await asyncio.sleep(0)
+        await closing
+        assert len(await before) == 1
+        for late in (meanwhile, one.fetch("t", "SELECT 1"), one.fetch("t", "SELECT 1")):
+            with pytest.raises(StoreUnavailable, match="going away"):
+                await late
+        await one.aclose()
+
+
 async def test_a_postgres_that_is_away_is_unavailable_and_names_no_password(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable) as caught:
         await connect(f"postgresql://fetch_app:{SECRET}@/sealpush?host={tmp_path}")

@@ -302,8 +302,8 @@ async def test_connections_are_few_and_end_by_themselves(
     with monkeypatch.context() as brief:
         brief.setattr(listener, "CONNECTION_S", 0.2)
         reader, writer = await slow()
-    async with asyncio.timeout(LIMIT_S):
-        with contextlib.suppress(ConnectionError):
-            assert await reader.read() == b""
-        writer.close()
+        async with asyncio.timeout(LIMIT_S):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
     assert await receiver.post(receiver.header()) == (200, "0")

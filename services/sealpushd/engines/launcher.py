@@ -184,9 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if options.drop_root and os.geteuid() == 0:
         _drop_root(options.own, options.own_top, command[0])
     _die_with_parent(signal.Signals[options.death_signal], options.parent_pid)
-    # Python ignores these, and an ignored signal stays ignored across exec.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    # An ignored signal stays ignored across exec. Python ignores the first two; a shell SIGINT and SIGQUIT of what it starts in the
+    # background, and those are how servers are ended.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     os.umask(0o077)
     try:
         os.execv(command[0], command)  # noqa: S606 # the whole purpose; the caller chose the binary

@@ -102,6 +102,10 @@ def _as_is(value: bytes) -> bytes:
     return value
 
 
+class _Closed:
+    """Is handed out instead of connections once they are closed."""
+
+
 class Database:
     """A fixed set of connections, each used by one statement or transaction at a time."""
 
@@ -110,7 +114,7 @@ class Database:
         self._search_path = search_path
         self._size = connections
         # Last in, first out: under little load one warm connection does everything.
-        self._idle: asyncio.LifoQueue[Connection | None] = asyncio.LifoQueue()
+        self._idle: asyncio.LifoQueue[Connection | _Closed | None] = asyncio.LifoQueue()
         self._timers: dict[str, Histogram] = {}
 
     async def open(self) -> None:
@@ -120,19 +124,27 @@ class Database:
         self._idle.put_nowait(await connect(self._url, search_path=self._search_path))
 
     async def aclose(self) -> None:
-        """Close every connection, after the statement it is working on."""
+        """Close every connection, after the statement it is working on. Who waits for one already is served; who comes later gets
+        StoreUnavailable. Idempotent."""
         for _ in range(self._size):
             connection = await self._idle.get()
+            if isinstance(connection, _Closed):
+                break
             if connection is not None and not connection.is_closed():
                 try:
                     await connection.close(timeout=2)
                 except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
                     connection.terminate()
+        self._idle.put_nowait(_Closed())
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection for more than one statement; asyncpg's errors come out as ServiceErrors."""
         connection = await self._idle.get()
+        if isinstance(connection, _Closed):
+            # For the next one, too: what a call tidies up in the end must not wait for a connection that never comes.
+            self._idle.put_nowait(connection)
+            raise StoreUnavailable("this server is going away; try again with the same request id")
         try:
             if connection is None or connection.is_closed():
                 if connection is not None:

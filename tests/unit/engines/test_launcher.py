@@ -23,8 +23,8 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def has_ended(pid: int) -> bool:
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # before the file was opened, or before it was read
     return status.rpartition(")")[2].split()[0] == "Z"  # dead, and nobody has collected it yet
 
 
@@ -68,12 +68,15 @@ def test_what_an_ordinary_account_owned_is_given_back_without_following_links(tm
     }
 
 
+@pytest.mark.parametrize("before", ["SIG_DFL", "SIG_IGN"])
 @pytest.mark.parametrize("options", [(), pytest.param(("--drop-root",), marks=needs_root)])
-def test_the_server_gets_the_death_signal_when_its_parent_is_killed(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_server_gets_the_death_signal_when_its_parent_is_killed(options: tuple[str, ...], before: str, tmp_path: Path) -> None:
+    """Also where the parent ignores it, as what a shell starts in the background ignores SIGINT."""
     seen = tmp_path / "seen"
     server = f"trap 'echo INT > {seen}; exit' INT; echo $$; while :; do sleep 0.05; done"
     parent = (
-        "import os, subprocess, sys, time\n"
+        "import os, signal, subprocess, sys, time\n"
+        f"signal.signal(signal.SIGINT, signal.{before})\n"
         "subprocess.Popen([*sys.argv[1:-3], '--parent-pid', str(os.getpid()), '--', *sys.argv[-3:]])\n"
         "time.sleep(60)"
     )
