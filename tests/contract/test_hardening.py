@@ -196,3 +196,32 @@ async def test_a_senders_stream_ends_with_its_token(mesh: Mesh, *, busy: bool) -
         assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert "expired" in (ended.value.details() or "")
         await servicer.let_go.wait()
+
+
+class _Flood(publish_pb2_grpc.PublishingServicer):
+    """Answers that are too large to go out before the client reads."""
+
+    async def WatchStatus(self, request: Any, context: Any) -> AsyncIterator[publish_pb2.WatchStatusResponse]:
+        status = publish_pb2.MessageStatus(message_id=bytes(1_000_000))
+        while True:
+            yield publish_pb2.WatchStatusResponse(statuses=[status])
+
+
+async def test_a_stream_whose_token_ends_while_the_client_does_not_read_is_told_so(mesh: Mesh) -> None:
+    """The service is in the middle of writing then: ended there, the call would have no status, and its client would wait for ever."""
+    claims = {"org": bytes(16).hex(), "apps": ["bank"], "scopes": ["publish", "status"], "networks": []}
+    token, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), 2 - LEEWAY_S, claims)
+    servicer = _Flood()  # type: ignore[abstract]  # nothing else is called
+    async with (
+        Peer([(publish_pb2_grpc.add_PublishingServicer_to_server, servicer)], mesh.verifier) as peer,
+        grpc.aio.insecure_channel(peer.address) as channel,
+        asyncio.timeout(LIMIT_S),
+    ):
+        stub = publish_pb2_grpc.PublishingStub(channel)
+        call: Any = stub.WatchStatus(publish_pb2.WatchStatusRequest(), metadata=(("authorization", f"Bearer {token}"),))
+        answers = aiter(call)
+        await anext(answers)
+        await asyncio.sleep(2.5)  # until its token has ended
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await _read_all(answers)
+    assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED

@@ -32,6 +32,7 @@ log = structlog.get_logger()
 # No call is worth more of a server's time than this, whatever deadline its caller names.
 DEADLINE_S_MAX: Final = 10.0
 REQUEST_ID_KEY: Final = "x-request-id"
+_STREAM_OVER: Final = "the access token of this stream has expired; sign in again and go on in a new stream"
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._,:+-]{1,600}")
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -178,17 +179,26 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             # outlive theirs of 15 minutes, because signing in so often would cost more than the stream saves; what they get is sealed to
             # the device and ends with its registration. Services' tokens are about the moment of the call.
             _, lifetime_s = enter(context)
-            async with asyncio.timeout(lifetime_s) as life:
-                # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
-                async with contextlib.aclosing(call()) as responses:
-                    async for response in responses:
-                        yield response
+            ends_at = None if lifetime_s is None else asyncio.get_running_loop().time() + lifetime_s
+            # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
+            async with contextlib.aclosing(call()) as responses:
+                while True:
+                    # Not around the yield: a time-out that meets gRPC's writing would end the call there without a status, and its
+                    # client would wait for ever.
+                    async with asyncio.timeout_at(ends_at) as life:
+                        response = await anext(responses, None)
+                    if response is None:
+                        break
+                    if ends_at is not None and asyncio.get_running_loop().time() >= ends_at:
+                        # A handler that never waits leaves a time-out no moment to act.
+                        raise Unauthenticated(_STREAM_OVER)
+                    yield response
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
             raise
         except Exception as e:
             if isinstance(e, TimeoutError) and life is not None and life.expired():
-                e = Unauthenticated("the access token of this stream has expired; sign in again and go on in a new stream")
+                e = Unauthenticated(_STREAM_OVER)
             code, message, trailing = answer(e)
             await context.abort(code, message, trailing)
         finally:
