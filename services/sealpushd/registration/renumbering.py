@@ -35,7 +35,10 @@ _ARGENTINA: Final = (
     "Argentina: calls from abroad to a mobile phone have a 9 after the country code, and many write it without. Area code and number "
     "are one person's either way"
 )
-_BRAZIL: Final = "Brazil, until November 2016: mobile numbers got a 9 after the area code; landlines begin with 2 to 5"
+_BRAZIL: Final = (
+    "Brazil, until November 2016: mobile numbers got a 9 after the area code. Landlines begin with 2 to 5, and with 7 there are mobile "
+    "numbers of 8 digits still"
+)
 
 # Country code → its rules. The patterns of one country exclude each other.
 RULES: Final[dict[str, tuple[Rule, ...]]] = {
@@ -50,7 +53,7 @@ RULES: Final[dict[str, tuple[Rule, ...]]] = {
     ),
     "52": (_rule(r"1(\d{10})", r"\1", _MEXICO),),
     "54": (_rule(r"(?:11|[23]\d)\d{8}", r"9\g<0>", _ARGENTINA),),
-    "55": (_rule(r"([1-9]{2})([6-9]\d{7})", r"\g<1>9\2", _BRAZIL),),
+    "55": (_rule(r"([1-9]{2})([689]\d{7})", r"\g<1>9\2", _BRAZIL),),
 }
 
 
