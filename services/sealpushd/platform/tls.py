@@ -6,12 +6,13 @@ import ipaddress
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 import grpc
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -43,6 +44,9 @@ def write_secret(path: Path, content: bytes) -> None:
     os.replace(scratch, path)
 
 
+_AUTHORITY_NAME: Final = "Sealpush local authority"
+
+
 def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
@@ -65,7 +69,7 @@ class LocalAuthority:
             return
         self._key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.now(UTC)
-        name = _name("Sealpush local authority")
+        name = _name(_AUTHORITY_NAME)
         self._certificate = (
             x509.CertificateBuilder()
             .subject_name(name)
@@ -104,14 +108,21 @@ class LocalAuthority:
         return True
 
     def issue(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key files for a server on this machine's loopback, made anew when they end within 30 days."""
+        """Certificate and key files for a server on this machine's loopback, made where they are not there.
+
+        A certificate of this authority is made anew when it ends within 30 days, for the same key. One that somebody else issued stays,
+        whatever it says. Raises ValueError for a certificate without its key, and for a key that no certificate can have.
+        """
         certificate_path, key_path = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         now = datetime.now(UTC)
-        if certificate_path.exists() and key_path.exists():
+        if certificate_path.exists():
+            if not key_path.exists():
+                raise ValueError(f"{certificate_path} has no {key_path.name} beside it")
             present = x509.load_pem_x509_certificate(certificate_path.read_bytes())
-            if self._issued(present) and present.not_valid_after_utc - now > RENEW_BEFORE:
+            is_ours = present.issuer == _name(_AUTHORITY_NAME)
+            if not is_ours or (self._issued(present) and present.not_valid_after_utc - now > RENEW_BEFORE):
                 return certificate_path, key_path
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = self._key_of(key_path)
         names = [
             x509.DNSName("localhost"),
             x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
@@ -131,6 +142,17 @@ class LocalAuthority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        write_secret(key_path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         write_secret(certificate_path, certificate.public_bytes(Encoding.PEM))
         return certificate_path, key_path
+
+    @staticmethod
+    def _key_of(path: Path) -> ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey:
+        """The private key in a file, made when there is none. Raises ValueError when it is no key for a certificate."""
+        if not path.exists():
+            key = ec.generate_private_key(ec.SECP256R1())
+            write_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+            return key
+        loaded = load_pem_private_key(path.read_bytes(), None)
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+            raise ValueError(f"{path} holds a key of a kind that TLS clients do not take")
+        return loaded

@@ -13,7 +13,8 @@ One machine holds them all here, because one machine is one trust domain. In a m
 `sealpush prepare` makes them as files to hand out. The platform's root key, which the demo keeps beside them, belongs offline.
 
 What is missing before `complete` was written is made; what is missing afterwards was lost, and is never made anew: a new vault
-key would turn every stored secret into noise.
+key would turn every stored secret into noise. What is there is never replaced, except a certificate of this machine's own authority that
+ends soon: a second key in trust.json, or a certificate from elsewhere, is somebody's work.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from sealpush.keys import RootKey
 from sealpushd.platform.access import OPERATOR
 from sealpushd.platform.migrate import MAINTENANCE_ROLE, SERVICES
 from sealpushd.platform.tls import LocalAuthority, write_secret
-from sealpushd.platform.tokens import ServiceKey
+from sealpushd.platform.tokens import ServiceKey, TokenVerifier
 from sealpushd.up.errors import UpError
 
 _KEY_BYTES: Final = 32
@@ -56,7 +57,7 @@ class Secrets:
 
 
 def prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
-    """Make what is missing and renew what ends soon. Only one process at a time may prepare a folder.
+    """Make what is missing and renew certificates of this machine that end soon. Only one process at a time may prepare a folder.
 
     Killed half-way it leaves whole files, and the next run makes the rest. Raises UpError when something is damaged or was lost.
     """
@@ -72,16 +73,15 @@ def _prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
     complete = folder / "complete"
     once = _Once(made_before=complete.exists())
 
-    trusted = {}
+    own = {}
     for name in (*SERVICES, OPERATOR):
         path = folder / "keys" / f"{name}.key"
         once.make(path, _random_key, _check_key)
-        trusted[name] = [_load_service_key(name, path).public_key.hex()]
+        own[name] = _load_service_key(name, path).public_key.hex()
     once.make(folder / "vault.key", _random_key, _check_key)
     once.make(folder / "platform.key", _random_key, _check_key)
     once.make(folder / "role-passwords.json", _random_passwords, _check_passwords)
-    # This follows from the above: it is written anew each time.
-    write_secret(folder / "trust.json", json.dumps(trusted, indent=1).encode())
+    _trust(folder / "trust.json", own)
     try:
         authority = LocalAuthority(folder / "tls")
         for name in certificates:
@@ -100,6 +100,22 @@ def _prepare(folder: Path, certificates: Sequence[str]) -> Secrets:
         ca=authority.certificate_path,
         role_passwords=json.loads((folder / "role-passwords.json").read_text()),
     )
+
+
+def _trust(path: Path, own: dict[str, str]) -> None:
+    """See that the file trusts these keys. Others in it stay: while a key is rotated there are two."""
+    trusted: dict[str, list[str]] = {}
+    if path.exists():
+        try:
+            TokenVerifier.load(path)
+        except ValueError as e:
+            raise UpError(f"{e}. Restore it from a back-up, or remove it: it is made anew from keys/.") from e
+        trusted = json.loads(path.read_text())
+    missing = {name: key for name, key in own.items() if key not in trusted.get(name, ())}
+    if missing:
+        for name, key in missing.items():
+            trusted[name] = [*trusted.get(name, ()), key]
+        write_secret(path, json.dumps(trusted, indent=1).encode())
 
 
 class _Once:

@@ -6,10 +6,18 @@ import os
 import socket
 import stat
 import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
+from sealpushd.cli.prepare import prepare
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.settings import Settings
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
@@ -41,6 +49,65 @@ def test_the_services_trust_each_other_and_nobody_else(tmp_path: Path) -> None:
     for name in (*SERVICES, "operator"):
         verifier.verify(ServiceKey.load(name, made.service_key(name)).mesh_token())
     assert set(json.loads(made.trust.read_text())) == {*SERVICES, "operator"}
+
+
+def test_a_second_key_in_the_trust_file_stays_and_a_missing_one_is_added(tmp_path: Path) -> None:
+    made = secrets.prepare(tmp_path, CERTIFICATES)
+    trusted = json.loads(made.trust.read_text())
+    trusted["fetch"].append("ab" * 32)
+    trusted["partner"] = ["cd" * 32]
+    own = trusted.pop("keys")
+    made.trust.write_text(json.dumps(trusted))
+    secrets.prepare(tmp_path, CERTIFICATES)
+    assert json.loads(made.trust.read_text()) == trusted | {"keys": own}
+
+    made.trust.write_text("[]")
+    with pytest.raises(UpError, match=r"trust\.json is no trust file .*remove it"):
+        secrets.prepare(tmp_path, CERTIFICATES)
+
+
+def test_a_certificate_from_elsewhere_stays_to_the_byte(tmp_path: Path) -> None:
+    made = secrets.prepare(tmp_path / "ours", CERTIFICATES)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "push.example")])
+    soon = datetime.now(UTC) + timedelta(days=1)
+    elsewhere = x509.CertificateBuilder(name, name, key.public_key(), 1, soon - timedelta(days=90), soon).sign(key, hashes.SHA256())
+    certificate, private_key = made.certificate("services")
+    certificate.write_bytes(elsewhere.public_bytes(Encoding.PEM))
+    private_key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    before = secret_files(made.folder)
+    secrets.prepare(made.folder, CERTIFICATES)
+    assert secret_files(made.folder) == before
+
+    private_key.unlink()
+    with pytest.raises(UpError, match=r"services\.pem has no services\.key beside it"):
+        secrets.prepare(made.folder, CERTIFICATES)
+
+
+def test_preparing_again_changes_no_byte_and_says_what_it_made(tmp_path: Path) -> None:
+    first = CliRunner().invoke(prepare, [str(tmp_path)])
+    assert first.exit_code == 0
+    assert "made: accounts.toml, admin-url, " in first.output
+    files = secret_files(tmp_path)
+
+    second = CliRunner().invoke(prepare, [str(tmp_path)])
+    assert "made: nothing, all is there" in second.output
+    assert secret_files(tmp_path) == files
+
+    (tmp_path / "valkey.conf").write_text("maxmemory 4gb\n")
+    (tmp_path / "admin-url").write_text("postgresql://admin@elsewhere/sealpush\n")
+    (tmp_path / "accounts.toml").unlink()
+    files |= {"valkey.conf": b"maxmemory 4gb\n", "admin-url": b"postgresql://admin@elsewhere/sealpush\n"}
+    third = CliRunner().invoke(prepare, [str(tmp_path)])
+    assert "made: accounts.toml\n" in third.output
+    assert f"{tmp_path / 'valkey.conf'} stays as it is" in third.output
+    assert f"{tmp_path / 'admin-url'} stays as it is" in third.output
+    assert secret_files(tmp_path) == files
+
+    moved = CliRunner().invoke(prepare, [str(tmp_path), "--postgres", "db.example:5432"])
+    assert f"{tmp_path / 'fetch.toml'} stays as it is" in moved.output
+    assert secret_files(tmp_path) == files
+    assert all(secret not in moved.output for secret in json.loads(files["role-passwords.json"]).values())
 
 
 @pytest.mark.parametrize("name", ["keys/fetch.key", "vault.key", "platform.key", "role-passwords.json"])
