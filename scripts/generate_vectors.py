@@ -1261,6 +1261,11 @@ def entry_vectors() -> Json:
         "right-to-left override": "Ba\u202enk".encode(),
         "not NFC": "Ban\u0303k".encode(),
         "a private character": "Ba\ue000nk".encode(),
+        "a Hangul filler": "Ba\u3164nk".encode(),
+        "a Braille blank": "Ba\u2800nk".encode(),
+        "a grapheme joiner": "Ba\u034fnk".encode(),
+        "a variation selector": "Bank\ufe0f".encode(),
+        "a variation selector beyond the first plane": "Bank\U000e0100".encode(),
         "129 bytes": b"B" * 129,
     }
     return {

@@ -13,6 +13,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from sealpush.content import made_safe
 from sealpush.entries import SenderEntries
 from sealpush.envelope import FLAG_SERVER_SEALED
 from sealpush.errors import EnvelopeRefused
@@ -132,11 +133,11 @@ class Inbox:
 
 
 def parse_content(plaintext: bytes) -> Content:
-    """The content in a plaintext. Of a higher version only class, title and body are kept. Raises EnvelopeRefused."""
+    """The content in a plaintext, made safe to show. Of a higher version only class, title and body are kept. Raises EnvelopeRefused."""
     try:
         content = Content.FromString(plaintext)
     except DecodeError:
         raise EnvelopeRefused from None
     if content.version > 1:
-        return Content(version=content.version, content_class=content.content_class, title=content.title, body=content.body)
-    return content
+        content = Content(version=content.version, content_class=content.content_class, title=content.title, body=content.body)
+    return made_safe(content)

@@ -22,7 +22,6 @@ big-endian, `not_after` is exclusive, and an entry has exactly one encoding: tra
 import enum
 import hashlib
 import struct
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -34,6 +33,7 @@ from nacl.exceptions import CryptoError
 from sealpush.errors import EntryRefused, KeyRefused, SuiteUnsupported
 from sealpush.ids import DeviceId, SenderId, SenderKeyId, check_id
 from sealpush.suites import PREKEY_PUBLIC_BYTES_MAX, SUITE_X25519, SUITES
+from sealpush.text import shows_as_written
 
 DAY_MS: Final = 24 * 60 * 60 * 1000
 # Times are Unix milliseconds in 64 bits on the wire, but nothing later than what a UUIDv7 can name (year 10889).
@@ -456,8 +456,8 @@ def _check_window(not_before_ms: int, not_after_ms: int) -> None:
 
 def _check_name(name: str) -> None:
     """Only what shows as written: a name with invisible or direction-changing characters could pose as another."""
-    if not name.isprintable() or name != name.strip() or not unicodedata.is_normalized("NFC", name):
-        raise ValueError("display_name must be printable NFC text without spaces around it")
+    if not shows_as_written(name):
+        raise ValueError("display_name must be NFC text without spaces around it and without characters that show nothing (sealpush.text)")
     if not 1 <= len(name.encode()) <= ENTRY_NAME_BYTES_MAX:
         raise ValueError(f"display_name must be 1 to {ENTRY_NAME_BYTES_MAX} bytes of UTF-8")
 

@@ -8,6 +8,7 @@ from typing import Final, Self, TypedDict, Unpack
 import grpc
 
 from sealpush import errors
+from sealpush.content import check_content
 from sealpush.devicelog import KnownDevice
 from sealpush.errors import CallFailed
 from sealpush.ids import (
@@ -164,6 +165,8 @@ class PublishOptions(TypedDict, total=False):
 class Publication:
     """One message to publish. The request id is made here where none is given; keep it to ask again.
 
+    Raises ValueError (ContentRefused is one) for what the service would refuse, whoever seals it.
+
     `content_class` must be set, here or in the content. `lifetime` None: 14 days. `replace_key` defaults to the content's own.
     `identity_unchanged_for`: IdentityChanged, and nothing stored, when a device that it would go to was added more recently.
     `approved_devices`: seal to no others than these, by `RecipientDevices.approved`; for content that is sealed here.
@@ -191,8 +194,9 @@ class Publication:
     approved_devices: Mapping[DeviceId, bytes] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.request_id) <= 64 or not all(" " <= char <= "~" for char in self.request_id):
-            raise ValueError("request_id must be 1 to 64 printable ASCII characters")
+        if not 1 <= len(self.request_id) <= 64 or not all("!" <= char <= "~" for char in self.request_id):
+            raise ValueError("request_id must be 1 to 64 visible ASCII characters")
+        check_content(self.content)
         if not (self.content_class or self.content.content_class):
             raise ValueError("content_class must say whether this is informational or advertising")
         if self.lifetime is not None and not timedelta(seconds=1) <= self.lifetime <= LIFETIME_MAX:

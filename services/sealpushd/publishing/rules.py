@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final, Literal
 
+from sealpush.content import ContentRefused, check_content
 from sealpush.envelope import CONTENT_BYTES_MAX, CREATED_SKEW_MS, HEADER_BYTES, Envelope, Header, content_public_key, verify_signature
 from sealpush.errors import EnvelopeRefused
 from sealpush.ids import ID_BYTES, SenderId
@@ -38,7 +39,6 @@ RECIPIENT_BYTES_MAX: Final = 1024
 # A content of 64 KiB and a stanza of 1.2 kB for each of the 64 installations that a recipient can have; keeps a message far below the
 # bound on a batch.
 SEALED_BYTES_MAX: Final = 160 * 1024
-CUSTOM_PAYLOAD_BYTES_MAX: Final = 16 * 1024
 # The waiting interval of a status; below the 10 s that any call may take.
 WAIT_MAX: Final = timedelta(seconds=8)
 
@@ -52,21 +52,6 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {common_pb2.PLATFORM_UNSPECIFIED}
 
-# Longest texts inside a content, in characters; the proto says them too.
-_CONTENT_LIMITS: Final = {
-    "title": 256,
-    "image_url": 2048,
-    "deep_link": 2048,
-    "replace_key": 64,
-    "action_type": 64,
-    "resource_id": 128,
-    "locale": 35,
-    "short_text": 512,
-    "template_type": 64,
-    "content_url": 2048,
-}
-_ACTION_LIMITS: Final = {"title": 64, "action": 64, "options": 2048}
-_ACTIONS_MAX: Final = 3
 _REQUEST_LIMITS: Final = {"app_id": 64, "replace_key": 64, "tag": 50, "originator": 32}
 
 
@@ -102,7 +87,7 @@ def check_request_id(request_id: str) -> None:
     """Raises InvalidRequest unless it can be an idempotency key."""
     if not _REQUEST_ID.fullmatch(request_id):
         raise InvalidRequest(
-            f"request_id must be 1 to {REQUEST_ID_MAX} printable ASCII characters; use a UUID of your own", field="request_id"
+            f"request_id must be 1 to {REQUEST_ID_MAX} visible ASCII characters; use a UUID of your own", field="request_id"
         )
 
 
@@ -201,31 +186,13 @@ def _duration(
     return duration
 
 
-def check_content(content: content_pb2.Content) -> None:
-    """Raises InvalidRequest for a text over its limit, a link that is no HTTPS address, or a content with nothing to show."""
-    if not (content.title or content.body or content.short_text or content.content_url):
-        raise InvalidRequest("the content is empty: give a title or a body", field="plain.body")
-    for field, most in _CONTENT_LIMITS.items():
-        if len(getattr(content, field)) > most:
-            raise InvalidRequest(f"{field} is longer than {most} characters", field=f"plain.{field}")
-    if len(content.custom_payload.encode()) > CUSTOM_PAYLOAD_BYTES_MAX:
-        raise InvalidRequest(f"custom_payload is longer than {CUSTOM_PAYLOAD_BYTES_MAX} bytes", field="plain.custom_payload")
-    for field in ("image_url", "content_url"):
-        value = getattr(content, field)
-        if value and not value.startswith("https://"):
-            raise InvalidRequest(f"{field} must be an https:// address", field=f"plain.{field}")
-    if len(content.actions) > _ACTIONS_MAX:
-        raise InvalidRequest(f"at most {_ACTIONS_MAX} actions", field="plain.actions")
-    for action in content.actions:
-        for field, most in _ACTION_LIMITS.items():
-            if len(getattr(action, field)) > most:
-                raise InvalidRequest(f"an action's {field} is longer than {most} characters", field="plain.actions")
-
-
 def _plain(request: publish_pb2.PublishRequest) -> bytes:
     content = content_pb2.Content()
     content.CopyFrom(request.plain)
-    check_content(content)
+    try:
+        check_content(content)
+    except ContentRefused as e:
+        raise InvalidRequest(str(e), field=f"plain.{e.field}") from e
     if content.version > 1:
         raise InvalidRequest("this server knows version 1 of a content", field="plain.version")
     if content.content_class not in (common_pb2.CONTENT_CLASS_UNSPECIFIED, request.content_class):

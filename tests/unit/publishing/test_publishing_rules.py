@@ -235,8 +235,9 @@ def test_an_address_is_https_and_bounded(field: str) -> None:
 
 
 def test_a_custom_payload_is_bounded_in_bytes() -> None:
-    parse(with_content(custom_payload="я" * 8_192))
-    refused(with_content(custom_payload="я" * 8_193), "plain.custom_payload")
+    parse(with_content(custom_payload='{"":"' + "я" * 8_188 + '"}'))
+    refused(with_content(custom_payload='{"":"' + "я" * 8_189 + '"}'), "plain.custom_payload")
+    refused(with_content(custom_payload="я"), "plain.custom_payload")
 
 
 def test_actions_are_bounded() -> None:

@@ -57,7 +57,8 @@ function readName(bytes) {
   demand(bytes.length >= 1 && bytes.length <= NAME_BYTES_MAX, 'a name of 1 to 128 bytes');
   // Without ignoreBOM the decoder would silently drop a byte order mark.
   const name = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
-  demand(!/[\p{C}\p{Z}]/u.test(name.replaceAll(' ', '')), 'a name with characters that do not show');
+  // U+2800 is a symbol without a mark on it; the others that fonts draw as nothing have the property.
+  demand(!/[\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800]/u.test(name.replaceAll(' ', '')), 'a name with characters that do not show');
   demand(!name.startsWith(' ') && !name.endsWith(' '), 'a name with spaces around it');
   demand(name === name.normalize('NFC'), 'a name that is not in normal form C');
   return name;
