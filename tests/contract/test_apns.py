@@ -751,6 +751,35 @@ async def test_provider_tokens_may_change_every_20_minutes_only(raw: RawClient, 
     assert await raw.post(authorization=second) == (403, "ExpiredProviderToken")
 
 
+async def test_a_connection_is_one_keys(running: RunningSimulators, raw: RawClient, keys: Keys, clock: FakeClock) -> None:
+    running.apns.register_provider_key(TEAM, "OTHER", keys.provider_public_pem)
+    other = f"bearer {make_bearer(keys, clock, kid='OTHER')}"
+    assert await raw.post() == (200, "")
+    assert await raw.post(authorization=other) == (403, "UnrelatedKeyIdInToken")
+    assert await raw.post() == (200, "")
+    async with ClientBuilder().http2_prior_knowledge().no_proxy().add_root_certificate_pem(keys.ca.read_bytes()).build() as client:
+        assert await replace(raw, client=client).post(authorization=other) == (200, "")
+
+
+async def test_calls_over_ip_may_be_longer(raw: RawClient) -> None:
+    payload = {"aps": {}, "call": "x" * 5_000}
+    assert await raw.post(payload, apns_push_type="voip") == (200, "")
+    assert await raw.post(payload) == (413, "PayloadTooLarge")
+    assert await raw.post({"aps": {}, "call": "x" * 5_120}, apns_push_type="voip") == (413, "PayloadTooLarge")
+
+
+async def test_the_first_settings_allow_one_stream(running: RunningSimulators, keys: Keys) -> None:
+    reader, writer = await asyncio.open_connection("localhost", running.apns_port, ssl=_alpn_context(keys))
+    length, kind = int.from_bytes(await reader.readexactly(3)), (await reader.readexactly(1))[0]
+    await reader.readexactly(5)
+    frame = await reader.readexactly(length)
+    settings = {int.from_bytes(frame[at : at + 2]): int.from_bytes(frame[at + 2 : at + 6]) for at in range(0, length, 6)}
+    assert kind == 4
+    assert settings[3] == 1
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_streams_before_the_first_valid_token_are_refused(running: RunningSimulators, keys: Keys, raw: RawClient) -> None:
     """A client that opens five streams before it has seen our SETTINGS gets four of them refused."""
     from h2.connection import H2Connection

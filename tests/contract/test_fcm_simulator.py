@@ -274,6 +274,11 @@ async def test_access_token_is_handed_out_with_the_simulators_time(raw: Raw, clo
     assert parsedate_to_datetime(sent.headers["date"]) == clock.now().replace(microsecond=0)
 
 
+async def test_system_parameters_of_google_apis_are_taken(raw: Raw) -> None:
+    assert (await raw.post(path=SEND + "?prettyPrint=false&alt=json")).status_code == 200
+    assert (await raw.client.post("/token?prettyPrint=false", data={"grant_type": "x"})).json()["error"] == "unsupported_grant_type"
+
+
 async def test_both_kinds_of_http_are_chosen_by_the_client(raw: Raw, request: pytest.FixtureRequest) -> None:
     answer = await raw.post()
     assert answer.http_version == ("HTTP/2" if "http2" in request.node.name else "HTTP/1.1")

@@ -160,6 +160,13 @@ async def test_requests_for_a_token_that_are_no_form_are_refused(raw: Raw, runni
     assert running.hms.counters.access_tokens == 1
 
 
+async def test_the_token_endpoint_of_version_2_answers_the_same(raw: Raw) -> None:
+    form = {"grant_type": "client_credentials", "client_id": APP, "client_secret": SECRET}
+    answer = await raw.client.post("/oauth2/v2/token", data=form)
+    assert answer.status_code == 200
+    assert answer.json().keys() == (await raw.ask_token()).json().keys()
+
+
 async def test_answers_have_the_simulators_time(raw: Raw, clock: FakeClock) -> None:
     for answer in (await raw.ask_token(), await raw.post()):
         assert parsedate_to_datetime(answer.headers["date"]) == clock.now().replace(microsecond=0)

@@ -24,6 +24,7 @@ from sealpushd.simulators.core import CLOCK_SKEW_MAX, Answer, Device, Notificati
 from sealpushd.simulators.exchange import Connection, Exchange, HttpRequest
 
 PAYLOAD_BYTES_MAX = 4096
+VOIP_PAYLOAD_BYTES_MAX = 5120
 COLLAPSE_ID_BYTES_MAX = 64
 STREAMS_MAX = 1000
 PROVIDER_TOKEN_AGE_MAX = timedelta(minutes=60)
@@ -63,6 +64,7 @@ class _ProviderKey:
 @dataclass(frozen=True, slots=True)
 class _ProviderToken:
     team_id: str
+    key_id: str
     issued_at: datetime
     topics: frozenset[str]
 
@@ -73,6 +75,8 @@ class _ConnectionState:
 
     authorization: str | None = None
     since: datetime | None = None
+    # Of the first push: a connection is one key's.
+    key_id: str | None = None
 
 
 class ApnsSimulator(PushSimulator):
@@ -84,7 +88,7 @@ class ApnsSimulator(PushSimulator):
     # Until the first valid provider token.
     streams_max = 1
     # Twice what a payload may have, to show what came.
-    body_bytes_max = 2 * PAYLOAD_BYTES_MAX
+    body_bytes_max = 2 * VOIP_PAYLOAD_BYTES_MAX
     speaks_http1 = False
 
     def __init__(self, *, now: Callable[[], datetime], limit_token_updates: bool = False) -> None:
@@ -144,17 +148,21 @@ class ApnsSimulator(PushSimulator):
         if now - provider.issued_at > PROVIDER_TOKEN_AGE_MAX:
             raise _refused(403, "ExpiredProviderToken")
         state = self._connections[exchange.connection]
+        if state.key_id not in (None, provider.key_id):
+            raise _refused(403, "UnrelatedKeyIdInToken")
         if state.authorization != token:
             is_early = state.since is not None and now - state.since < PROVIDER_TOKEN_RENEWAL_MIN
             if self._limit_token_updates and state.authorization is not None and is_early:
                 raise _refused(429, "TooManyProviderTokenUpdates")
             state.authorization, state.since = token, now
+        state.key_id = provider.key_id
         return provider
 
     def _verify(self, token: str) -> _ProviderToken:
         """Check the signature of a token not seen before; the age is checked at each use."""
         try:
-            provider_key = self._keys[jwt.get_unverified_header(token)["kid"]]
+            key_id = jwt.get_unverified_header(token)["kid"]
+            provider_key = self._keys[key_id]
             # The clock is ours, so PyJWT must not compare with the machine's.
             options: jwt.types.Options = {"verify_iat": False, "verify_exp": False, "require": ["iss", "iat"]}
             claims = jwt.decode(token, provider_key.public_key, algorithms=["ES256"], options=options)
@@ -166,7 +174,7 @@ class ApnsSimulator(PushSimulator):
         if len(self._verified) >= VERIFIED_TOKENS_MAX:
             self._verified.clear()
         self.counters.provider_tokens += 1
-        self._verified[token] = _ProviderToken(provider_key.team_id, issued_at, provider_key.topics)
+        self._verified[token] = _ProviderToken(provider_key.team_id, key_id, issued_at, provider_key.topics)
         return self._verified[token]
 
     def _check(self, request: HttpRequest, provider: _ProviderToken) -> Verdict:
@@ -266,7 +274,7 @@ def _check_payload(request: HttpRequest) -> None:
     """Check size and form of the payload, and that it fits the push type."""
     if request.body_bytes == 0:
         raise _refused(400, "PayloadEmpty")
-    if request.body_bytes > PAYLOAD_BYTES_MAX:
+    if request.body_bytes > (VOIP_PAYLOAD_BYTES_MAX if request.header("apns-push-type") == "voip" else PAYLOAD_BYTES_MAX):
         raise _refused(413, "PayloadTooLarge")
     try:
         payload = parse_json(request.body)

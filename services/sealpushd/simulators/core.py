@@ -253,8 +253,8 @@ class PushSimulator(ABC):
     streams_max: int
     body_bytes_max: int
     speaks_http1: bool
-    # Where access tokens are asked for; None: the vendor has none.
-    token_path: str | None = None
+    # Where access tokens are asked for; empty: the vendor has none.
+    token_paths: Sequence[str] = ()
 
     def __init__(self, *, now: Callable[[], datetime]) -> None:
         self.now = now
@@ -315,7 +315,7 @@ class PushSimulator(ABC):
         if (requests is not None and requests < 1) or (duration is not None and duration <= timedelta(0)):
             raise ValueError("a fault lasts for at least one request or for some time")
         if scope is FaultScope.TOKENS:
-            if self.token_path is None:
+            if not self.token_paths:
                 raise ValueError("this service has no token endpoint")
             if device_token is not None or isinstance(fault, DeadToken | ExpiredProviderToken):
                 raise ValueError("the token endpoint knows no devices and no access tokens")
@@ -386,7 +386,7 @@ class PushSimulator(ABC):
         """Check who sends; gives the check of what is sent. Both raise Refused. A fault may come in between."""
 
     def _grant(self, request: HttpRequest) -> Verdict:
-        """Check a request for an access token; raises Refused. Asked only of a vendor that has a `token_path`."""
+        """Check a request for an access token; raises Refused. Asked only of a vendor that has `token_paths`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -429,7 +429,7 @@ class PushSimulator(ABC):
                 self._handed_over(notification)
 
     def _asks_token(self, request: HttpRequest) -> bool:
-        return self.token_path is not None and request.path == self.token_path
+        return request.path_only in self.token_paths
 
     def _due_fault(self, scope: FaultScope, request: HttpRequest) -> _ScriptedFault | None:
         if not self._faults:

@@ -28,6 +28,11 @@ class HttpRequest:
     body: bytes
     body_bytes: int
 
+    @property
+    def path_only(self) -> str:
+        """The path without its query, such as the system parameters that every Google API takes (`?prettyPrint=false`)."""
+        return self.path.partition("?")[0]
+
     def header(self, name: str) -> str | None:
         """The first value of this header; None: absent."""
         return next((value for known, value in self.headers if known == name), None)

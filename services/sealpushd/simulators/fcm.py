@@ -181,7 +181,7 @@ class FcmSimulator(PushSimulator):
     # 4096 bytes of data may be six times as long in JSON; the rest of a message is small.
     body_bytes_max = 64 * 1024
     speaks_http1 = True
-    token_path = "/token"  # noqa: S105 - a path
+    token_paths = ("/token",)
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ class FcmSimulator(PushSimulator):
         if self._token_audience is not None:
             return audience == self._token_audience
         url = urlsplit(audience)
-        return url.scheme == "https" and url.path == self.token_path
+        return url.scheme == "https" and url.path in self.token_paths
 
     def _without_secrets(self, request: HttpRequest) -> bytes:
         return without_secrets(request)
@@ -308,7 +308,7 @@ class FcmSimulator(PushSimulator):
 
     def _admit(self, exchange: Exchange) -> Callable[[], Verdict]:
         request = exchange.request
-        path = _PATH.fullmatch(request.path)
+        path = _PATH.fullmatch(request.path_only)
         if path is None or request.method != "POST":
             raise _refused(404, "NOT_FOUND", "Requested entity was not found.")
         account = self._authenticate(request)
@@ -386,7 +386,7 @@ class FcmSimulator(PushSimulator):
     def _render(self, exchange: Exchange, answer: Answer) -> Reply:
         if answer.reason is None:
             return Reply(answer.status, to_json({}), accepted=answer.status == 200)
-        if exchange.request.path == self.token_path:
+        if self._asks_token(exchange.request):
             return _token_error(answer.status, answer.reason, "scripted")
         status = ERROR_CODES.get(answer.reason)
         if status is None and answer.reason in _STATUSES.values():

@@ -131,7 +131,8 @@ class HmsSimulator(PushSimulator):
     # 1,000 tokens and a message that JSON may have made six times as long.
     body_bytes_max = 256 * 1024
     speaks_http1 = True
-    token_path = "/oauth2/v3/token"  # noqa: S105 - a path
+    # Version 2 still answers, in the same way.
+    token_paths = ("/oauth2/v3/token", "/oauth2/v2/token")
 
     def __init__(self, *, now: Callable[[], datetime], receipts: Receipts | None = None) -> None:
         super().__init__(now=now)
@@ -243,7 +244,7 @@ class HmsSimulator(PushSimulator):
         if answer.reason is None:
             # Flow control and gateway errors have no code of Push Kit.
             return Reply(answer.status, accepted=answer.status == 200)
-        if exchange.request.path == self.token_path:
+        if self._asks_token(exchange.request):
             return Reply(answer.status, to_json({"error": _number(answer.reason), "error_description": "scripted"}), reason=answer.reason)
         return _coded(answer.status, answer.reason)
 

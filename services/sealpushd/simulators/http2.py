@@ -21,7 +21,7 @@ from h2.events import (
     WindowUpdated,
 )
 from h2.exceptions import H2Error
-from h2.settings import SettingCodes
+from h2.settings import SettingCodes, Settings
 
 from sealpushd.simulators.exchange import Exchange, Incoming, Peer
 
@@ -30,6 +30,19 @@ from sealpushd.simulators.exchange import Exchange, Incoming, Peer
 class _Outgoing:
     body: memoryview
     truncated: bool
+
+
+class _AnnouncedOnly(Settings):
+    """Settings whose bound on streams is told and not kept: h2 would end the whole connection over one stream too many, and a push service
+    refuses that stream alone."""
+
+    @property
+    def max_concurrent_streams(self) -> int:
+        return 2**31 - 1
+
+    @max_concurrent_streams.setter
+    def max_concurrent_streams(self, value: int) -> None:
+        self[SettingCodes.MAX_CONCURRENT_STREAMS] = value
 
 
 class Http2Connection(asyncio.Protocol):
@@ -51,8 +64,9 @@ class Http2Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # create_server gives stream transports; uvloop's share no base class with asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        # In the first SETTINGS: a client that believed h2's own 100 for a moment would open that many.
+        self._h2.local_settings = _AnnouncedOnly(client=False, initial_values={SettingCodes.MAX_CONCURRENT_STREAMS: self._streams_max})
         self._h2.initiate_connection()
-        self._h2.update_settings({SettingCodes.MAX_CONCURRENT_STREAMS: self._streams_max})
         self._flush()
         self._peer.connection_opened(self)
 

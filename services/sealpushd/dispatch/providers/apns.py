@@ -133,6 +133,11 @@ ADVICE: Mapping[str, str] = MappingProxyType(
             "`sealpush providers rotate`. Or this machine's clock is ahead: set it by NTP"
         ),
         "MissingProviderToken": "the request reached Apple without its token: does a proxy take headers away?",
+        "BadEnvironmentKeyIdInToken": "the key is limited to the other environment: make one in Apple's portal that serves both",
+        "UnrelatedKeyIdInToken": (
+            "another key was used on this connection before: each credential has connections of its own, so something between here and "
+            "Apple joins them. Does a proxy do that?"
+        ),
         "BadCertificateEnvironment": "the key is limited to the other environment: make one in Apple's portal that serves both",
         "BadEnvironmentKeyInToken": "the key is limited to the other environment: make one in Apple's portal that serves both",
         "Forbidden": "Apple forbids this: is the developer account in good standing, and are its agreements accepted?",
