@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -83,6 +84,55 @@ async def test_a_service_refuses_a_database_that_lacks_its_migration(urls: dict[
     await check_schema(urls["fetch"], "fetch")
     with pytest.raises(SchemaError, match="lacks migration 0001_first"):
         await check_schema(urls["fetch"], "accounts")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        ('ALTER TABLE "fetch".messages OWNER TO postgres', "messages belongs to postgres"),
+        ('ALTER SCHEMA "fetch" OWNER TO postgres', "the schema belongs to postgres"),
+        ('ALTER FUNCTION "fetch".ensure_partitions OWNER TO postgres', r"ensure_partitions\(\) belongs to postgres"),
+        ('REVOKE ALL ON "fetch".deliveries FROM fetch_app', "fetch_app may not select deliveries"),
+        ('REVOKE INSERT ON "fetch".messages FROM fetch_app', "fetch_app may not insert messages"),
+        ('REVOKE USAGE ON SEQUENCE "fetch".status_events_seq FROM fetch_app', "fetch_app may not use status_events_seq"),
+        ('REVOKE USAGE ON SCHEMA "fetch" FROM fetch_app', "fetch_app may not use the schema"),
+        ('GRANT EXECUTE ON FUNCTION "fetch".drop_partitions TO PUBLIC', r"everybody may call drop_partitions\(\)"),
+        (
+            'REVOKE EXECUTE ON FUNCTION "fetch".drop_partitions FROM sealpush_maintenance',
+            r"sealpush_maintenance may not call drop_partitions\(\)",
+        ),
+    ],
+)
+async def test_a_service_refuses_a_schema_that_is_not_its_roles_own_and_migrate_puts_it_right(
+    postgres: str, damage: str, fault: str
+) -> None:
+    url = await new_database(postgres, f"platform_{uuid.uuid4().hex}")
+    await migrate(url, {}, ["fetch"])
+    await check_schema(url, "fetch")
+    connection = await connect(url)
+    try:
+        await connection.execute(damage)
+        with pytest.raises(SchemaError, match=f"{fault}.*sealpush db migrate"):
+            await check_schema(url, "fetch")
+    finally:
+        await connection.close()
+    assert await migrate(url, {}, ["fetch"]) == []
+    await check_schema(url, "fetch")
+
+
+async def test_a_service_refuses_a_schema_that_lost_something(postgres: str) -> None:
+    url = await new_database(postgres, "platform_lost")
+    await migrate(url, {}, ["fetch"])
+    connection = await connect(url)
+    try:
+        await connection.execute('DROP FUNCTION "fetch".drop_partitions; DROP INDEX "fetch".open_deliveries_claim')
+    finally:
+        await connection.close()
+    for _ in range(2):
+        with pytest.raises(SchemaError, match=r"has lost the function drop_partitions; the index open_deliveries_claim; restore"):
+            await check_schema(url, "fetch")
+        # What is gone does not become right by migrating.
+        assert await migrate(url, {}, ["fetch"]) == []
 
 
 async def test_a_newer_and_a_changed_database_are_refused_and_stay_untouched(postgres: str) -> None:

@@ -25,9 +25,57 @@ log = structlog.get_logger()
 
 SERVICES: Final = ("accounts", "registration", "keys", "publishing", "dispatch", "fetch")
 MAINTENANCE_ROLE: Final = "sealpush_maintenance"
+# More faults than these are no news: one restore makes them all.
+_FAULTS_TOLD_MAX: Final = 3
 # Any number, the same for ever: it names the lock that keeps two migrations apart.
 _LOCK: Final = 0x5EA1_9054
 _FILE = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
+
+
+# In: $1 the service. Its tables (not their partitions, which come and go), sequences, indexes and functions.
+_OBJECTS: Final = """
+SELECT CASE c.relkind WHEN 'S' THEN 'sequence' WHEN 'i' THEN 'index' WHEN 'I' THEN 'index' ELSE 'table' END AS kind, c.relname::text AS name
+FROM pg_class c
+WHERE c.relnamespace = to_regnamespace($1) AND c.relkind IN ('r', 'p', 'S', 'v', 'i', 'I') AND NOT c.relispartition
+UNION
+SELECT 'function', p.proname::text FROM pg_proc p WHERE p.pronamespace = to_regnamespace($1)
+"""
+
+# In: $1 the service, $2 the maintenance role. A row for whatever the service's roles do not own or may not use, in words.
+_FAULTS: Final = """
+WITH roles AS (
+    SELECT to_regrole($1 || '_owner') AS owner, to_regrole($1 || '_app') AS app, to_regrole($2) AS maintenance
+), relations AS (
+    SELECT c.oid, c.relname, c.relkind, c.relowner FROM pg_class c
+    WHERE c.relnamespace = to_regnamespace($1) AND c.relkind IN ('r', 'p', 'S', 'v')
+), functions AS (
+    SELECT p.oid, p.proname, p.proowner FROM pg_proc p WHERE p.pronamespace = to_regnamespace($1)
+)
+SELECT 'the role ' || name || ' is missing' FROM roles, LATERAL (
+    VALUES ($1 || '_owner', owner), ($1 || '_app', app), ($2, maintenance)) AS needed (name, role) WHERE role IS NULL
+UNION ALL
+SELECT 'the schema belongs to ' || n.nspowner::regrole FROM pg_namespace n, roles
+WHERE n.nspname = $1 AND n.nspowner IS DISTINCT FROM roles.owner
+UNION ALL
+SELECT r.relname || ' belongs to ' || r.relowner::regrole FROM relations r, roles WHERE r.relowner IS DISTINCT FROM roles.owner
+UNION ALL
+SELECT f.proname || '() belongs to ' || f.proowner::regrole FROM functions f, roles WHERE f.proowner IS DISTINCT FROM roles.owner
+UNION ALL
+SELECT $1 || '_app may not use the schema' FROM roles
+WHERE app IS NOT NULL AND to_regnamespace($1) IS NOT NULL AND NOT has_schema_privilege(app, to_regnamespace($1), 'USAGE')
+UNION ALL
+SELECT $1 || '_app may not ' || lower(privilege) || ' ' || r.relname
+FROM roles, relations r, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
+WHERE app IS NOT NULL AND r.relkind IN ('r', 'p') AND NOT has_table_privilege(app, r.oid, privilege)
+UNION ALL
+SELECT $1 || '_app may not use ' || r.relname FROM roles, relations r
+WHERE app IS NOT NULL AND r.relkind = 'S' AND NOT has_sequence_privilege(app, r.oid, 'USAGE')
+UNION ALL
+SELECT $2 || ' may not call ' || f.proname || '()' FROM roles, functions f
+WHERE maintenance IS NOT NULL AND NOT has_function_privilege(maintenance, f.oid, 'EXECUTE')
+UNION ALL
+SELECT 'everybody may call ' || f.proname || '()' FROM functions f WHERE has_function_privilege('public', f.oid, 'EXECUTE')
+"""
 
 
 class SchemaError(Exception):
@@ -62,8 +110,9 @@ def migrations_of(service: str) -> list[Migration]:
 async def migrate(admin_url: str, passwords: dict[str, str], services: Sequence[str] = SERVICES) -> list[str]:
     """Bring the schemas of these services to the present version; returns the names of the migrations that were applied.
 
-    `passwords` gives the password of each login role by its name; a role without one keeps what it has. Safe to repeat and to
-    run twice at once. Raises SchemaError when the database is newer or an applied migration differs, StoreUnavailable.
+    Roles, owners and grants are put right as well: a restored dump may lack them. `passwords` gives the password of each login role by its
+    name; a role without one keeps what it has. Safe to repeat and to run twice at once. Raises SchemaError when the database is newer or an
+    applied migration differs, StoreUnavailable.
     """
     connection = await connect(admin_url)
     applied: list[str] = []
@@ -74,6 +123,9 @@ async def migrate(admin_url: str, passwords: dict[str, str], services: Sequence[
         await connection.execute(
             "CREATE TABLE IF NOT EXISTS sealpush_meta.migrations (service text, version int, name text NOT NULL,"
             " checksum text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now(), PRIMARY KEY (service, version))"
+        )
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS sealpush_meta.objects (service text, kind text, name text, PRIMARY KEY (service, kind, name))"
         )
         await _login_role(connection, MAINTENANCE_ROLE, passwords.get(MAINTENANCE_ROLE))
         for service in services:
@@ -93,8 +145,9 @@ async def migrate(admin_url: str, passwords: dict[str, str], services: Sequence[
                     )
                 applied.append(f"{service}/{migration.name}")
             await _grants(connection, service)
+            await _note_objects(connection, service, after_a_migration=any(each.startswith(f"{service}/") for each in applied))
         await connection.execute("GRANT USAGE ON SCHEMA sealpush_meta TO PUBLIC")
-        await connection.execute("GRANT SELECT ON sealpush_meta.migrations TO PUBLIC")
+        await connection.execute("GRANT SELECT ON sealpush_meta.migrations, sealpush_meta.objects TO PUBLIC")
     except (asyncpg.InsufficientPrivilegeError, asyncpg.DuplicateObjectError) as e:
         raise SchemaError(f"cannot set up roles and schemas: {e}; migrate with a role that may create roles") from e
     finally:
@@ -120,6 +173,27 @@ async def _roles_and_schema(connection: Connection, service: str, password: str 
     await connection.execute(f'GRANT "{owner}" TO CURRENT_USER')
     await _login_role(connection, f"{service}_app", password)
     await connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{service}" AUTHORIZATION "{owner}"')
+    await _own(connection, service, owner)
+
+
+async def _own(connection: Connection, service: str, owner: str) -> None:
+    """Give the schema and what is in it back to its owner, where a restore made it somebody else's."""
+    statements = await connection.fetch(
+        """
+        SELECT format('ALTER SCHEMA %I OWNER TO %I', $1::text, $2::text) AS statement
+        FROM pg_namespace WHERE nspname = $1 AND nspowner <> $2::regrole
+        UNION ALL
+        SELECT format('ALTER %s %I.%I OWNER TO %I', CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, $1::text, relname, $2::text)
+        FROM pg_class WHERE relnamespace = to_regnamespace($1) AND relkind IN ('r', 'p', 'S', 'v') AND relowner <> $2::regrole
+        UNION ALL
+        SELECT format('ALTER FUNCTION %s OWNER TO %I', oid::regprocedure, $2::text)
+        FROM pg_proc WHERE pronamespace = to_regnamespace($1) AND proowner <> $2::regrole
+        """,
+        service,
+        owner,
+    )
+    for row in statements:
+        await connection.execute(row["statement"])
 
 
 async def _grants(connection: Connection, service: str) -> None:
@@ -129,6 +203,18 @@ async def _grants(connection: Connection, service: str) -> None:
     await connection.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{service}" TO "{app}"')
     await connection.execute(f'GRANT USAGE ON ALL SEQUENCES IN SCHEMA "{service}" TO "{app}"')
     await connection.execute(f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA "{service}" TO "{MAINTENANCE_ROLE}"')
+
+
+async def _note_objects(connection: Connection, service: str, *, after_a_migration: bool) -> None:
+    """Keep which objects the migrations made, so that a service sees when one is missing. Only what a migration made is believed: a schema
+    that lost something since must not become the right one."""
+    if after_a_migration or not await connection.fetchval("SELECT true FROM sealpush_meta.objects WHERE service = $1 LIMIT 1", service):
+        async with connection.transaction():
+            await connection.execute("DELETE FROM sealpush_meta.objects WHERE service = $1", service)
+            await connection.executemany(
+                "INSERT INTO sealpush_meta.objects (service, kind, name) VALUES ($1, $2, $3)",
+                [(service, row["kind"], row["name"]) for row in await connection.fetch(_OBJECTS, service)],
+            )
 
 
 async def _pending(connection: Connection, service: str) -> list[Migration]:
@@ -152,10 +238,15 @@ def _compare(service: str, applied: dict[int, tuple[str, str]]) -> list[Migratio
 
 
 async def check_schema(url: str, service: str) -> None:
-    """Raises SchemaError unless the service's schema is exactly the one this program knows, StoreUnavailable without an answer."""
+    """Raises SchemaError unless the service's schema is the one this program knows, all there, and its roles' own; StoreUnavailable
+    without an answer."""
     connection = await connect(url)
     try:
         rows = await connection.fetch("SELECT version, name, checksum FROM sealpush_meta.migrations WHERE service = $1", service)
+        faults = [row[0] for row in await connection.fetch(_FAULTS, service, MAINTENANCE_ROLE)]
+        present = {(row["kind"], row["name"]) for row in await connection.fetch(_OBJECTS, service)}
+        noted = await connection.fetch("SELECT kind, name FROM sealpush_meta.objects WHERE service = $1 ORDER BY kind, name", service)
+        missing = [f"the {row['kind']} {row['name']}" for row in noted if (row["kind"], row["name"]) not in present]
     except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError, asyncpg.InsufficientPrivilegeError) as e:
         raise SchemaError("the database has no Sealpush schemas yet: run `sealpush db migrate` first") from e
     except asyncpg.PostgresError as e:
@@ -165,3 +256,12 @@ async def check_schema(url: str, service: str) -> None:
     pending = _compare(service, {row["version"]: (row["name"], row["checksum"]) for row in rows})
     if pending:
         raise SchemaError(f"the schema {service} lacks migration {pending[0].name}: run `sealpush db migrate` first")
+    if missing:
+        raise SchemaError(f"the schema {service} has lost {_told(missing)}; restore the whole database from a back-up")
+    if faults:
+        raise SchemaError(f"the schema {service} is not its roles' own: {_told(faults)}. Run `sealpush db migrate`, which puts that right")
+
+
+def _told(things: Sequence[str]) -> str:
+    more = len(things) - _FAULTS_TOLD_MAX
+    return "; ".join(things[:_FAULTS_TOLD_MAX]) + (f"; and {more} more" if more > 0 else "")
