@@ -17,6 +17,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
 	$(BIN)/python scripts/generate_protos.py --check
 
 bench: $(VENV)/.dev
