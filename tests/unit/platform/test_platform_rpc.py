@@ -317,7 +317,7 @@ def test_the_callers_address_is_taken_out_of_grpcs_peer(peer: str, address: str)
 
 
 class _Gone:
-    """The context of a call whose caller went in the moment in which it failed. With gRPC's own that happens once in a thousand deadlines."""
+    """The context of a call whose caller went in the moment in which it failed. gRPC shows that once in a thousand deadlines."""
 
     def invocation_metadata(self) -> Any:
         return ()
