@@ -27,7 +27,7 @@ _log = structlog.get_logger()
 
 # A server that lived this long had recovered: what happens next is another accident, and again restarted at once.
 _STABLE_S = 60.0
-# In a row, over 20 s and more. What cannot even start by then needs somebody to look.
+# In a row, over 10 s and more. What cannot even start by then needs somebody to look.
 FAILED_STARTS_MAX = 10
 
 # Name, why ("killed", "hung" …), its log.

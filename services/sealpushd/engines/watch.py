@@ -23,8 +23,9 @@ PROBE_PATIENCE_S = 5.0
 PROBES_UNANSWERED_MAX = 3
 
 # The first restart is at once, because what died by accident comes back; then doubling, so that what cannot live does not eat the machine.
+# No longer than what a start takes: what waits for a database that comes back is not to be away for much longer than that is.
 _BACKOFF_FIRST_S = 0.1
-_BACKOFF_MAX_S = 5.0
+_BACKOFF_MAX_S = 2.0
 # A log that grows by megabytes within this is a storm in itself.
 _LOG_CHECK_S = 30.0
 

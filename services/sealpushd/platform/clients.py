@@ -34,6 +34,10 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 
+# Half of what a call from outside may take: what gathers behind a batch that a silent peer holds has its own turn within the time of its
+# callers. An answer takes milliseconds.
+BATCH_DEADLINE_S: Final = DEADLINE_S_MAX / 2
+
 # What gRPC says in the place of a peer that does not.
 _SILENCE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
@@ -98,7 +102,7 @@ class BatchedCall(Generic[Item, Result]):
             batch_items.observe(len(items))
             distinct = dict.fromkeys(one for _, ids in items for one in ids)
             request_ids.set(tuple(distinct)[:REQUEST_IDS_MAX])
-            return results(await channel.call(method, build([item for item, _ in items])))
+            return results(await channel.call(method, build([item for item, _ in items]), BATCH_DEADLINE_S))
 
         name = getattr(method, "_method", b"")
         batch_items = MESH_BATCH_ITEMS.labels(name.decode() if isinstance(name, bytes) else str(name))

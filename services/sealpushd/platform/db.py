@@ -266,6 +266,8 @@ class Database:
             raise ValueError(f"a value given to a statement does not fit ({type(e).__name__})") from None
         except _LOST as e:
             connection.terminate()
+            if isinstance(e, TimeoutError):
+                self._suspect_idle()
             raise StoreUnavailable("PostgreSQL went away in the middle; try again with the same request id") from e
         except _BUSY as e:
             raise StoreUnavailable(f"PostgreSQL refused for now ({type(e).__name__}); try again with the same request id") from e
@@ -337,6 +339,8 @@ class Database:
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as e:
             log.debug("a connection was given up, because it could not be cleaned", error=in_words(e))
             connection.terminate()
+            if isinstance(e, TimeoutError):
+                self._suspect_idle()
         except BaseException:
             connection.terminate()
             raise
@@ -344,6 +348,11 @@ class Database:
             if not connection.is_closed() and not connection.is_clean:
                 connection.terminate()
             self._give_back(connection)
+
+    def _suspect_idle(self) -> None:
+        """A server fell silent on one connection: the idle ones go, too. Else each would be found out in turn, by a caller each."""
+        for connection in self._idle:
+            connection.terminate()
 
     def _give(self, connection: _Pinned) -> None:
         """To who has waited longest, if anybody waits."""

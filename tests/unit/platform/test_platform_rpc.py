@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sealpush.ids import DeviceId, SenderId, SubscriberId
 from sealpush.v1 import messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
-from sealpushd.platform import rpc
+from sealpushd.platform import clients, rpc
 from sealpushd.platform.clients import BatchedCall, MeshChannel
-from sealpushd.platform.errors import DETAILS_KEY, Aborted, NotFound, Unavailable
+from sealpushd.platform.errors import DETAILS_KEY, Aborted, NotFound, ServiceError, Unavailable
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.rpc import DEADLINE_S_MAX, REQUEST_ID_KEY, GuardedServer, address_of
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceKey, TokenVerifier
@@ -88,10 +88,15 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
     def __init__(self) -> None:
         self.ids: list[tuple[str, ...]] = []
         self.sizes: list[int] = []
+        # How many calls are not answered at all.
+        self.silent = 0
 
     async def LookupAccepted(self, request: mailbox_pb2.LookupAcceptedRequest, context: Any) -> mailbox_pb2.LookupAcceptedResponse:
         self.ids.append(request_ids.get())
         self.sizes.append(len(request.keys))
+        if self.silent:
+            self.silent -= 1
+            await asyncio.Event().wait()
         return mailbox_pb2.LookupAcceptedResponse(results=[mailbox_pb2.AcceptedResult() for _ in request.keys])
 
 
@@ -219,6 +224,31 @@ async def test_no_call_gets_more_time_than_the_cap(world: World, monkeypatch: py
     error = await world.refused(timeout=LIMIT_S)
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "same request id" in str(error.details())
+
+
+async def test_what_gathers_behind_a_batch_that_a_silent_peer_holds_has_its_turn_in_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert clients.BATCH_DEADLINE_S <= DEADLINE_S_MAX / 2
+    monkeypatch.setattr(clients, "BATCH_DEADLINE_S", 0.2)
+    channel = MeshChannel("fetch", world.address, PUBLISHING)
+    batched = BatchedCall[mailbox_pb2.AcceptedKey, mailbox_pb2.AcceptedResult](
+        channel,
+        mailbox_pb2_grpc.MailboxStub(channel.channel).LookupAccepted,
+        lambda items: mailbox_pb2.LookupAcceptedRequest(keys=items),
+        lambda answer: answer.results,
+    )
+    world.mailbox.silent = 1
+    async with asyncio.timeout(LIMIT_S):
+        held = asyncio.ensure_future(batched.submit(mailbox_pb2.AcceptedKey()))
+        while not world.mailbox.sizes:  # noqa: ASYNC110 - the peer is in this very process
+            await asyncio.sleep(0)
+        behind = asyncio.ensure_future(batched.submit(mailbox_pb2.AcceptedKey()))
+        with pytest.raises(ServiceError):
+            await held
+        assert isinstance(await behind, mailbox_pb2.AcceptedResult)
+    await batched.aclose()
+    await channel.aclose()
 
 
 async def test_a_caller_that_goes_away_stops_its_handler(world: World) -> None:
