@@ -19,6 +19,7 @@ from sealpushd.platform import rpc
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import InvalidRequest, NotFound, StoreUnavailable
+from sealpushd.platform.outage import Outage
 from sealpushd.v1 import lanes_pb2, lanes_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc, providers_pb2, providers_pb2_grpc
 
 log = structlog.get_logger()
@@ -73,6 +74,9 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
         self._mailbox = mailbox
         self._mailbox_stub = mailbox_pb2_grpc.MailboxStub(mailbox.channel)
         self._clock = clock
+        self._outage = Outage(
+            "lanes", gone="lanes and credentials could not be read; they stay as they are", back="lanes and credentials are read again"
+        )
 
     async def ListLanes(self, request: lanes_pb2.ListLanesRequest, context: Any) -> lanes_pb2.ListLanesResponse:
         now = self._clock.now()
@@ -115,8 +119,9 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
             await asyncio.sleep(FOLLOW_PERIOD_S)
             try:
                 await self.refresh()
+                self._outage.worked()
             except StoreUnavailable as e:
-                log.warning("lanes and credentials could not be read; they stay as they are", error=e.message)
+                self._outage.failed(e)
 
     def _need(self, app_id: str, platform: int) -> Lane:
         lane = self._lanes.get(app_id, platform)

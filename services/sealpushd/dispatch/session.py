@@ -36,6 +36,7 @@ from sealpushd.dispatch.rules import (
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import ServiceError
+from sealpushd.platform.outage import Outage
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc
 
 log = structlog.get_logger()
@@ -170,6 +171,18 @@ class Dispatcher:
         self._clock = clock
         self._random = random
         self._drain_limit = drain_limit
+        self._holding = Outage(
+            "session",
+            gone="the session with the mailbox ended and begins anew",
+            back="the session with the mailbox holds again",
+            steady_s=SESSION_STABLE_S,
+        )
+        self._resolving = Outage(
+            "directory", gone="registration does not answer: wake-ups go back to the queue", back="registration tells push tokens again"
+        )
+        self._reporting = Outage(
+            "dead tokens", gone="a dead token could not be reported; the next try will", back="dead tokens are reported again"
+        )
         directory = directory_pb2_grpc.DirectoryStub(registration.channel)
         self._targets: BatchedCall[bytes, directory_pb2.PushTarget] = BatchedCall(
             registration,
@@ -211,8 +224,7 @@ class Dispatcher:
                 try:
                     await self._hold(session)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as e:
-                    code = e.code().name if isinstance(e, grpc.aio.AioRpcError) else "ended"
-                    log.warning("the session with the mailbox ended and begins anew", code=code, held=session.held)
+                    self._holding.failed(e, held=session.held)
                 if session.brought_something or asyncio.get_running_loop().time() - started_at > SESSION_STABLE_S:
                     failures = 0
                 pause = max(self._random() * min(RECONNECT_BASE_S * 2 ** min(failures, 10), RECONNECT_MAX_S), RECONNECT_MIN_S)
@@ -244,6 +256,8 @@ class Dispatcher:
     async def _hold(self, session: _Session) -> None:
         """One session until it ends; raises what ended it."""
         self._lanes.session_began()
+        # It is back when it has held for as long as a session does that is stable.
+        self._holding.worked()
         call = self._stub.WakeUpSession(metadata=self._mailbox.metadata())
         _RECONNECTS.inc()
         self._session = session
@@ -336,11 +350,12 @@ class Dispatcher:
         try:
             device_ids = list(dict.fromkeys(held.wake_up.device_id for held in frame))
             targets = dict(zip(device_ids, await self._targets.submit_many(device_ids), strict=True))
+            self._resolving.worked()
             for held in frame:
                 self._push_one(held, targets[held.wake_up.device_id])
                 handed_on += 1
         except ServiceError as e:
-            log.warning("registration does not answer: wake-ups go back to the queue", count=len(frame), error=e.message)
+            self._resolving.failed(e, count=len(frame))
             retry_at = self._clock.now() + DIRECTORY_PAUSE * (1 + self._random())
             for held in frame:
                 held.release(Release(retry_at, "directory-unavailable"))
@@ -423,6 +438,7 @@ class Dispatcher:
             token.dead_at.CopyFrom(_timestamp(dead.gone_at))
         try:
             gone = await self._dead_tokens.submit(token)
+            self._reporting.worked()
             if not gone:
                 present = await self._targets.submit(held.wake_up.device_id)
                 if not present.push_token:
@@ -435,7 +451,7 @@ class Dispatcher:
                     return
                 # The same token, still there: the device's word is newer than the push service's.
         except ServiceError as e:
-            log.warning("a dead token could not be reported; the next try will", error=e.message)
+            self._reporting.failed(e)
             gone = False
         if gone:
             held.report(Outcome.WAKE_UP_OUTCOME_TOKEN_GONE, reason=common_pb2.REASON_CODE_TOKEN_GONE, detail=dead.reason)

@@ -16,6 +16,7 @@ from sealpushd.fetch.store import REQUEUE_ROWS_MAX, MailboxStore
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import StoreUnavailable
 from sealpushd.platform.metrics import platform_label
+from sealpushd.platform.outage import Outage
 
 log = structlog.get_logger()
 
@@ -52,6 +53,9 @@ class Queues:
         self._refresh_period_s = refresh_period_s
         self._call_max = call_max
         self._batch_max = batch_max
+        self._outage = Outage(
+            "queues", gone="the queues could not be counted; their metrics stay as they are", back="the queues are counted again"
+        )
         # Lanes that the gauges tell of.
         self._told: set[tuple[str, str]] = set()
 
@@ -97,8 +101,9 @@ class Queues:
         while True:
             try:
                 await self.refresh()
+                self._outage.worked()
             except StoreUnavailable as e:
-                log.warning("the queues could not be counted; their metrics stay as they are", error=e.message)
+                self._outage.failed(e)
             await asyncio.sleep(self._refresh_period_s)
 
 

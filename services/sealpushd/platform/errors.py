@@ -159,6 +159,14 @@ _BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {
 }
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says, for logs and texts; its kind where it says nothing, as time-outs and broken connections do."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details() or 'no details'}"
+    said = error.message if isinstance(error, ServiceError) else str(error)
+    return said.strip() or type(error).__name__
+
+
 def from_mesh(error: grpc.aio.AioRpcError, peer: str) -> ServiceError:
     """The error to give on when a call to another service failed.
 

@@ -101,6 +101,17 @@ class GuardedServer:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
 
 
+async def _abort(context: Context, code: grpc.StatusCode, message: str, trailing: tuple[tuple[str, bytes], ...]) -> None:
+    """End the call with an error. Always raises."""
+    try:
+        await context.abort(code, message, trailing)
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError as e:
+        # Its caller has gone in this moment, and there is nobody to tell. gRPC would print a stack; a cancelled call it lets be.
+        raise asyncio.CancelledError from e
+
+
 def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier) -> grpc.RpcMethodHandler[Any, Any]:
     in_flight = RPC_IN_FLIGHT.labels(method)
     # Label look-ups cost more than the counting: remember the children, which are made when first needed.
@@ -163,7 +174,7 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             raise
         except Exception as e:
             code, message, trailing = answer(e)
-            await context.abort(code, message, trailing)
+            await _abort(context, code, message, trailing)
             raise
         finally:
             in_flight.dec()
@@ -200,7 +211,7 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             if isinstance(e, TimeoutError) and life is not None and life.expired():
                 e = Unauthenticated(_STREAM_OVER)
             code, message, trailing = answer(e)
-            await context.abort(code, message, trailing)
+            await _abort(context, code, message, trailing)
         finally:
             in_flight.dec()
             count(code, start)

@@ -18,8 +18,10 @@ from sealpushd.platform import logging, telemetry, tls
 from sealpushd.platform.clients import MESSAGE_BYTES_MAX, MeshChannel
 from sealpushd.platform.clock import Clock, SystemClock
 from sealpushd.platform.db import Database
+from sealpushd.platform.errors import ServiceError, in_words
 from sealpushd.platform.metrics import serve_metrics
 from sealpushd.platform.migrate import check_schema
+from sealpushd.platform.outage import Outage
 from sealpushd.platform.rpc import GuardedServer
 from sealpushd.platform.settings import Settings, SettingsError
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
@@ -41,6 +43,8 @@ MESH_KEEPALIVE_MS: Final = 10_000
 # A phone that left its network holds a live stream until this finds out. Seldom, because each ping wakes its radio.
 PUBLIC_KEEPALIVE_MS: Final = 300_000
 TASK_RESTART_PAUSE_S: Final = 1.0
+# A background task that has run for so long has recovered. Longer than one of its statements takes to be given up.
+TASK_STEADY_S: Final = 20.0
 
 
 def server_options(*, receive_bytes_max: int, keepalive_ms: int, streams_max: int) -> list[tuple[str, int]]:
@@ -161,7 +165,7 @@ async def run_service(service: str, settings: Settings, build: Build, ready: Cal
                 async with asyncio.timeout(5):
                     await close()
             except Exception as e:
-                log.warning("a part did not close cleanly", error=repr(e))
+                log.warning("a part did not close cleanly", error=in_words(e))
 
 
 async def _serve(
@@ -232,6 +236,14 @@ def _server(
 
 
 async def _keep_running(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    name = getattr(task, "__qualname__", "task")
+    outage = Outage(
+        f"task {name}",
+        gone="a background task failed and starts again",
+        back="a background task goes on as it should",
+        steady_s=TASK_STEADY_S,
+        task=name,
+    )
     while True:
         try:
             await task()
@@ -239,5 +251,7 @@ async def _keep_running(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
         except asyncio.CancelledError:
             raise
         except Exception as e:
-            log.error("a background task failed and starts again", task=getattr(task, "__qualname__", "task"), exc_info=e)
+            # What a service cannot help has said enough with its text; a bug needs its stack, once.
+            outage.failed(e, stack=not isinstance(e, ServiceError))
             await asyncio.sleep(TASK_RESTART_PAUSE_S)
+            outage.worked()

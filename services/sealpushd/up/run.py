@@ -18,11 +18,11 @@ import structlog
 
 from sealpushd.engines import Engines
 from sealpushd.engines.datadir import DataDir
+from sealpushd.engines.process import bound_log
 from sealpushd.platform import logging
 from sealpushd.platform.errors import ServiceError
 from sealpushd.platform.migrate import migrate
 from sealpushd.up import demo, secrets, vendors
-from sealpushd.up.children import bound_log
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.maintenance import maintain
 from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
@@ -88,7 +88,7 @@ async def _run(options: Options, started_at: float, say: Callable[..., None]) ->
         say(f"{name} was restarted ({why}); log: {log_path}")
 
     say(f"Sealpush starts in {options.data_dir}" + (" (the first time: this takes a few seconds more)" if first_time else ""))
-    async with Engines.open(options.data_dir) as engines:
+    async with Engines.open(options.data_dir, restarted=restarted) as engines:
         passwords = made.role_passwords
         applied = await migrate(engines.postgres_dsn, passwords)
         if applied:

@@ -13,9 +13,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import grpc
 
+from sealpushd.engines import Restarted
+from sealpushd.engines.watch import Liveness
 from sealpushd.platform.migrate import MAINTENANCE_ROLE
 from sealpushd.up import health
-from sealpushd.up.children import Child, Liveness, Restarted, stop_in_order
+from sealpushd.up.children import Child, stop_in_order
 from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
 from sealpushd.up.secrets import Secrets
 from sealpushd.up.vendors import APNS_KEY_ID, APNS_TEAM_ID, FCM, HMS, Accounts

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sealpushd.engines import process
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.settings import Settings
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
-from sealpushd.up import children, ports, secrets, stack, vendors
+from sealpushd.up import ports, secrets, stack, vendors
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
 from sealpushd.up.ports import Ports
@@ -167,12 +168,12 @@ def test_each_service_gets_settings_that_exist_and_only_its_own_secrets(
 
 
 def test_a_log_is_bounded_while_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "LOG_BYTES_MAX", 10)
+    monkeypatch.setattr(process, "LOG_BYTES_MAX", 10)
     path = tmp_path / "x.log"
-    children.bound_log(path)
+    process.bound_log(path)
     with path.open("ab", buffering=0) as stream:
         stream.write(b"01234567890")
-        children.bound_log(path)
+        process.bound_log(path)
         stream.write(b"new")
     assert path.read_bytes() == b"new"
     assert (tmp_path / "x.log.1").read_bytes() == b"01234567890"

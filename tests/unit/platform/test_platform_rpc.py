@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from sealpush.ids import DeviceId, SenderId, SubscriberId
 from sealpush.v1 import messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
-from sealpushd.platform import rpc
+from sealpushd.platform import clients, rpc
 from sealpushd.platform.clients import BatchedCall, MeshChannel
-from sealpushd.platform.errors import DETAILS_KEY, Aborted, NotFound, Unavailable
+from sealpushd.platform.errors import DETAILS_KEY, Aborted, NotFound, ServiceError, Unavailable
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.rpc import DEADLINE_S_MAX, REQUEST_ID_KEY, GuardedServer, address_of
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceKey, TokenVerifier
@@ -87,10 +88,15 @@ class Mailbox(mailbox_pb2_grpc.MailboxServicer):
     def __init__(self) -> None:
         self.ids: list[tuple[str, ...]] = []
         self.sizes: list[int] = []
+        # How many calls are not answered at all.
+        self.silent = 0
 
     async def LookupAccepted(self, request: mailbox_pb2.LookupAcceptedRequest, context: Any) -> mailbox_pb2.LookupAcceptedResponse:
         self.ids.append(request_ids.get())
         self.sizes.append(len(request.keys))
+        if self.silent:
+            self.silent -= 1
+            await asyncio.Event().wait()
         return mailbox_pb2.LookupAcceptedResponse(results=[mailbox_pb2.AcceptedResult() for _ in request.keys])
 
 
@@ -220,6 +226,31 @@ async def test_no_call_gets_more_time_than_the_cap(world: World, monkeypatch: py
     assert "same request id" in str(error.details())
 
 
+async def test_what_gathers_behind_a_batch_that_a_silent_peer_holds_has_its_turn_in_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert clients.BATCH_DEADLINE_S <= DEADLINE_S_MAX / 2
+    monkeypatch.setattr(clients, "BATCH_DEADLINE_S", 0.2)
+    channel = MeshChannel("fetch", world.address, PUBLISHING)
+    batched = BatchedCall[mailbox_pb2.AcceptedKey, mailbox_pb2.AcceptedResult](
+        channel,
+        mailbox_pb2_grpc.MailboxStub(channel.channel).LookupAccepted,
+        lambda items: mailbox_pb2.LookupAcceptedRequest(keys=items),
+        lambda answer: answer.results,
+    )
+    world.mailbox.silent = 1
+    async with asyncio.timeout(LIMIT_S):
+        held = asyncio.ensure_future(batched.submit(mailbox_pb2.AcceptedKey()))
+        while not world.mailbox.sizes:  # noqa: ASYNC110 - the peer is in this very process
+            await asyncio.sleep(0)
+        behind = asyncio.ensure_future(batched.submit(mailbox_pb2.AcceptedKey()))
+        with pytest.raises(ServiceError):
+            await held
+        assert isinstance(await behind, mailbox_pb2.AcceptedResult)
+    await batched.aclose()
+    await channel.aclose()
+
+
 async def test_a_caller_that_goes_away_stops_its_handler(world: World) -> None:
     world.publishing.act = world.publishing.hang
     call = world.stub.Publish(publish_pb2.PublishRequest(), metadata=AS_SENDER, timeout=LIMIT_S)
@@ -313,3 +344,37 @@ async def test_a_peer_that_is_down_is_unavailable_at_once() -> None:
 )
 def test_the_callers_address_is_taken_out_of_grpcs_peer(peer: str, address: str) -> None:
     assert address_of(peer) == address
+
+
+class _Gone:
+    """The context of a call whose caller went in the moment in which it failed. gRPC shows that once in a thousand deadlines."""
+
+    def invocation_metadata(self) -> Any:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def time_remaining(self) -> None:
+        return None
+
+    async def abort(self, code: grpc.StatusCode, *_: Any) -> None:
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+@pytest.mark.parametrize("method", ["Publish", "WatchStatus"])
+async def test_an_error_for_a_caller_that_has_gone_is_a_cancelled_call_and_no_traceback(method: str) -> None:
+    """gRPC prints a stack for whatever else comes out of a handler."""
+    handlers: list[Any] = []
+
+    class Server:
+        def add_generic_rpc_handlers(self, given: Any) -> None:
+            handlers.extend(given)
+
+    publishing: Any = Publishing()  # type: ignore[abstract]  # nothing else is called
+    guarded: Any = GuardedServer(Server(), VERIFIER)  # type: ignore[arg-type]
+    publish_pb2_grpc.add_PublishingServicer_to_server(publishing, guarded)
+    handler = handlers[0].service(SimpleNamespace(method=f"/sealpush.v1.Publishing/{method}", invocation_metadata=()))
+    answer = handler.unary_unary(b"", _Gone()) if method == "Publish" else anext(handler.unary_stream(b"", _Gone()))
+    with pytest.raises(asyncio.CancelledError):
+        await answer
