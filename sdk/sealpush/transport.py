@@ -50,6 +50,8 @@ _OPTIONS: Final = [
     ("grpc.keepalive_timeout_ms", 10_000),
     # Without this, gRPC waits a minute for the answer to its ping (seen with 1.8x).
     ("grpc.http2.ping_timeout_ms", 10_000),
+    # The services end a connection without a call after a minute. Whoever goes first has no call that meets the end.
+    ("grpc.client_idle_timeout_ms", 45_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 10_000),

@@ -27,12 +27,13 @@ from sealpushd.dispatch.app import build as build_dispatch
 from sealpushd.engines import Engines
 from sealpushd.fetch.app import build as build_fetch
 from sealpushd.keys.app import build as build_keys
+from sealpushd.platform.arrivals import Arrivals
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DETAILS_KEY
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.rpc import GuardedServer
-from sealpushd.platform.server import AddServicer, Build, Runtime, ServiceApp
+from sealpushd.platform.server import MESH_OPTIONS, PUBLIC_REQUEST_BYTES_MAX, AddServicer, Build, Runtime, ServiceApp, public_options
 from sealpushd.platform.settings import Settings, load
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
 from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
@@ -102,8 +103,10 @@ class Peer:
         *,
         credentials: grpc.ServerCredentials | None = None,
         options: Sequence[tuple[str, int]] = (),
+        arrivals: Arrivals | None = None,
     ) -> None:
         self.servicers = servicers
+        self._arrivals = arrivals
         self._verifier = verifier
         self._credentials = credentials
         self._options = [("grpc.so_reuseport", 0), *options]
@@ -127,7 +130,7 @@ class Peer:
         if self._server is None:
             self.bind()
         assert self._server is not None
-        registrar: Any = self._server if self._verifier is None else GuardedServer(self._server, self._verifier)
+        registrar: Any = self._server if self._verifier is None else GuardedServer(self._server, self._verifier, self._arrivals)
         for add, servicer in self.servicers:
             add(servicer, registrar)
         await self._server.start()
@@ -154,6 +157,11 @@ class Served:
     public: grpc.aio.Channel
     public_address: str
     mesh: Peer
+
+
+def listeners(service: str) -> tuple[Sequence[tuple[str, int]], Sequence[tuple[str, int]]]:
+    """The options of a service's public and mesh listener, as `run_service` has them; dispatch has no public one."""
+    return public_options(service, connections_max=1000) if service in PUBLIC_REQUEST_BYTES_MAX else (), MESH_OPTIONS
 
 
 class Services:
@@ -267,7 +275,7 @@ class Services:
                 pass
 
     def _listen(self, service: str) -> None:
-        public, inside = (Peer((), self.mesh.verifier).bind() for _ in range(2))
+        public, inside = (Peer((), self.mesh.verifier, options=options).bind() for options in listeners(service))
         self._listeners[service] = public, inside
         self._peers += public, inside
         self.settings = self.settings.model_copy(update={f"{service}_mesh": inside.address})

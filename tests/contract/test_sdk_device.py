@@ -186,8 +186,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.platform_entry = PLATFORM_ENTRY
         self.brand: dict[str, Any] = {}
         self.revocations = b""
-        # Faults: names of methods that answer UNAVAILABLE before, or after, doing their work; so many times.
+        # Faults: names of methods that answer UNAVAILABLE, or as `down_as` says, before, or after, doing their work; so many times.
         self.down: Counter[str] = Counter()
+        self.down_as = grpc.StatusCode.UNAVAILABLE
         self.lose_answer: Counter[str] = Counter()
         self.tells_time = True
         self.time_ahead_s = 0.0
@@ -225,7 +226,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
             await asyncio.sleep(60)
         if self.down[name]:
             self.down[name] -= 1
-            await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+            await fail(context, self.down_as, self.down_as.name)
 
     async def after(self, name: str, context: Context) -> None:
         if self.lose_answer[name]:
@@ -1633,6 +1634,20 @@ async def test_a_broken_stream_connects_again_and_shows_nothing_twice(service: S
     assert shown == ["0", "1", "2", "3", "4"]
     assert service.outcomes() == [AckOutcome.DELIVERED] * 5
     assert all(0 < each < 30 for each in clock.pauses)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
+async def test_a_stream_that_a_busy_service_does_not_let_in_comes_back_by_itself(
+    service: Service, make: Make, clock: FakeClock, code: grpc.StatusCode
+) -> None:
+    """CANCELLED is what gRPC makes of calls that a server has not looked at in time."""
+    device = await register(make())
+    service.down_as = code
+    service.down["Stream"] = 3
+    service.send("hello")
+    async with device.stream() as messages:
+        assert (await anext(messages)).content.body == "hello"
+    assert len(clock.pauses) == 3
 
 
 async def test_a_stream_takes_what_it_held_once_it_can(service: Service, make: Make, clock: FakeClock) -> None:

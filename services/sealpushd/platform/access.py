@@ -117,6 +117,11 @@ ACCESS: Final[dict[str, Rule]] = {
     "/sealpushd.v1.Providers/ListProviders": _services(OPERATOR),
     "/sealpushd.v1.Providers/RemoveProvider": _services(OPERATOR),
 }
+# Methods of others' protos.
+OTHERS: Final[dict[str, Rule]] = {
+    # For load balancers and supervisors.
+    "/grpc.health.v1.Health/Check": Anyone(),
+}
 
 
 @lru_cache(maxsize=4096)

@@ -22,6 +22,7 @@ from prometheus_client import Counter
 
 from sealpush.ids import uuid7
 from sealpushd.platform import access, telemetry
+from sealpushd.platform.arrivals import Arrivals
 from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, Unauthenticated, render
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.metrics import RPC_ANSWERS, RPC_IN_FLIGHT, RPC_SECONDS
@@ -82,9 +83,10 @@ def address_of(peer: str) -> str:
 class GuardedServer:
     """Stands between generated registration code and a gRPC server, and guards every method on the way."""
 
-    def __init__(self, server: grpc.aio.Server, verifier: TokenVerifier) -> None:
+    def __init__(self, server: grpc.aio.Server, verifier: TokenVerifier, arrivals: Arrivals | None = None) -> None:
         self._server = server
         self._verifier = verifier
+        self._arrivals = arrivals or Arrivals()
         self.services: list[str] = []
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
@@ -95,9 +97,10 @@ class GuardedServer:
         guarded: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, handler in handlers.items():
             method = f"/{service}/{name}"
-            if method not in access.ACCESS:
+            rule = access.ACCESS.get(method) or access.OTHERS.get(method)
+            if rule is None:
                 raise RuntimeError(f"{method} has no rule in the access table")
-            guarded[name] = _guard(handler, method, access.ACCESS[method], self._verifier)
+            guarded[name] = _guard(handler, method, rule, self._verifier, self._arrivals)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
 
 
@@ -112,7 +115,7 @@ async def _abort(context: Context, code: grpc.StatusCode, message: str, trailing
         raise asyncio.CancelledError from e
 
 
-def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier) -> grpc.RpcMethodHandler[Any, Any]:
+def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier, arrivals: Arrivals) -> grpc.RpcMethodHandler[Any, Any]:
     in_flight = RPC_IN_FLIGHT.labels(method)
     # Label look-ups cost more than the counting: remember the children, which are made when first needed.
     seconds = RPC_SECONDS.labels(method)
@@ -155,13 +158,17 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             error = ServiceError("internal error; the log has it under this request id")
         return render(error)
 
-    async def unary(raw: bytes, context: Context) -> Any:
+    async def received(context: Context) -> Any:
+        """The request of a call that `enter` has let in."""
+        return parse(await arrivals.receive(context.read, _address.get()))
+
+    async def unary(_: object, context: Context) -> Any:
         start = time.perf_counter()
         code = grpc.StatusCode.OK
         in_flight.inc()
         try:
             metadata, _ = enter(context)
-            request = parse(raw)
+            request = await received(context)
             remaining = context.time_remaining()
             limit = DEADLINE_S_MAX if remaining is None else min(remaining, DEADLINE_S_MAX)
             async with asyncio.timeout(limit):
@@ -217,8 +224,14 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             count(code, start)
 
     # gRPC looks at the function itself: only an asynchronous generator runs in the event loop.
-    async def unary_stream(raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
-        async with contextlib.aclosing(streaming(lambda: handler.unary_stream(parse(raw), context), context)) as responses:
+    async def unary_stream(_: object, context: Context) -> AsyncGenerator[Message, None]:
+        async def call() -> AsyncGenerator[Message, None]:
+            request = await received(context)
+            async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        async with contextlib.aclosing(streaming(call, context)) as responses:
             async for response in responses:
                 yield response
 
@@ -227,12 +240,14 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             async for response in responses:
                 yield response
 
-    # Requests stay bytes until the caller is known: a stranger's are never parsed, and what cannot be parsed gets a proper answer.
+    # To gRPC every method streams its requests, which look the same on the wire: it calls a method that streams them before the first has
+    # come, and one that does not when that is whole. So a stranger is refused by the metadata, whatever it sends behind them, and nothing
+    # of it is kept. Requests stay bytes until then: a stranger's are never parsed, and what cannot be parsed gets a proper answer.
     serializers = {"request_deserializer": None, "response_serializer": handler.response_serializer}
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(stream_stream, **serializers)
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(unary_stream, **serializers)
+        return grpc.stream_stream_rpc_method_handler(unary_stream, **serializers)
     if handler.request_streaming:
         raise RuntimeError(f"{method}: client streaming is not used in this suite")
-    return grpc.unary_unary_rpc_method_handler(unary, **serializers)
+    return grpc.stream_unary_rpc_method_handler(unary, **serializers)

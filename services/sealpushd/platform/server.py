@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from sealpushd.platform import logging, telemetry, tls
@@ -20,7 +20,7 @@ from sealpushd.platform.clients import MESSAGE_BYTES_MAX, MeshChannel
 from sealpushd.platform.clock import Clock, SystemClock
 from sealpushd.platform.clockwatch import ClockWatch
 from sealpushd.platform.db import Database
-from sealpushd.platform.errors import ServiceError, in_words
+from sealpushd.platform.errors import NotFound, ServiceError, in_words
 from sealpushd.platform.metrics import serve_metrics
 from sealpushd.platform.migrate import check_schema
 from sealpushd.platform.outage import Outage
@@ -36,9 +36,25 @@ log = structlog.get_logger()
 # takes no answers has each of them held in memory.
 MESH_STREAMS_MAX: Final = 10_000
 PUBLIC_STREAMS_MAX: Final = 512
-# A request from outside: a batch of 2 MiB and room for what surrounds it. A stranger's is gathered in memory before anybody looks at its
-# token, so the bound is no larger than the largest that is answered.
-PUBLIC_REQUEST_BYTES_MAX: Final = 3 * 1024 * 1024
+# A request from outside, by service: about twice the largest that is answered. gRPC has no limit by method, and a longer one is refused by
+# the length that it says, so whoever needs no token (accounts, registration) cannot have more than this gathered for a call.
+PUBLIC_REQUEST_BYTES_MAX: Final[Mapping[str, int]] = {
+    "accounts": 16 * 1024,  # a login and a password
+    "registration": 64 * 1024,  # a push token of 4,096 characters and 64 subscriptions
+    "keys": 512 * 1024,  # 256 KiB of prekeys
+    "publishing": 3 * 1024 * 1024,  # a batch of 2 MiB, and room for what surrounds it
+    "fetch": 128 * 1024,  # 256 acknowledgements
+}
+# A connection without a call for this long is ended; whoever calls again connects again. What it holds, some 40 kB, is for others then.
+PUBLIC_IDLE_MS: Final = 60_000
+# From the first packet to HTTP/2's settings, by way of TLS: two round trips, on a slow network.
+HANDSHAKE_TIMEOUT_MS: Final = 10_000
+# Calls that nobody has looked at yet: gRPC gives a turn of the loop one. More end at once, as CANCELLED, and whoever has a device's stream
+# comes back after a while. With gRPC's own numbers (1,000, and from there on some at random) the phones of a fetch that has just restarted
+# did not all get in: they come at once. Each holds 20 kB, and up to 64 KiB of its request.
+PENDING_MAX: Final = 4_000
+# Files of a process besides its public connections: the database, Valkey, the mesh, push services, and what is for a moment.
+OTHER_FILES_MAX: Final = 512
 KEEPALIVE_TIMEOUT_MS: Final = 5_000
 # A dispatcher whose machine or network is gone sends no goodbye: its leases are held until this finds out.
 MESH_KEEPALIVE_MS: Final = 10_000
@@ -55,6 +71,8 @@ def server_options(*, receive_bytes_max: int, keepalive_ms: int, streams_max: in
         ("grpc.max_receive_message_length", receive_bytes_max),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_concurrent_streams", streams_max),
+        ("grpc.server.max_pending_requests", PENDING_MAX),
+        ("grpc.server.max_pending_requests_hard_limit", PENDING_MAX),
         # Two servers on one port would share its connections at random: refuse instead.
         ("grpc.so_reuseport", 0),
         # Phones ping through networks that drop idle connections after a minute.
@@ -68,9 +86,27 @@ def server_options(*, receive_bytes_max: int, keepalive_ms: int, streams_max: in
 
 
 MESH_OPTIONS: Final = server_options(receive_bytes_max=MESSAGE_BYTES_MAX, keepalive_ms=MESH_KEEPALIVE_MS, streams_max=MESH_STREAMS_MAX)
-PUBLIC_OPTIONS: Final = server_options(
-    receive_bytes_max=PUBLIC_REQUEST_BYTES_MAX, keepalive_ms=PUBLIC_KEEPALIVE_MS, streams_max=PUBLIC_STREAMS_MAX
-)
+
+
+def public_options(
+    service: str, *, connections_max: int, idle_ms: int = PUBLIC_IDLE_MS, handshake_timeout_ms: int = HANDSHAKE_TIMEOUT_MS
+) -> list[tuple[str, int]]:
+    """What a service's public listener has, and the mesh has not: bounds on what strangers may hold.
+
+    None in the mesh: its peers are few and known, and their sessions last.
+    """
+    return [
+        *server_options(
+            receive_bytes_max=PUBLIC_REQUEST_BYTES_MAX[service], keepalive_ms=PUBLIC_KEEPALIVE_MS, streams_max=PUBLIC_STREAMS_MAX
+        ),
+        ("grpc.max_allowed_incoming_connections", connections_max),
+        ("grpc.max_connection_idle_ms", idle_ms),
+        ("grpc.server_handshake_timeout_ms", handshake_timeout_ms),
+        # What a call may send before anybody has looked at it stays 64 KiB: by the speed of the connection gRPC would make it some MiB.
+        # A request that is waited for opens the window as far as it is long.
+        ("grpc.http2.bdp_probe", 0),
+    ]
+
 
 AddServicer = tuple[Callable[[Any, Any], None], Any]
 
@@ -192,7 +228,7 @@ async def _serve(
     stopping: asyncio.Event,
     ready: Callable[[dict[str, int]], None] | None,
 ) -> None:
-    health = health_aio.HealthServicer()
+    health = Health()
     servers: list[grpc.aio.Server] = []
     ports: dict[str, int] = {}
     if app.public:
@@ -202,7 +238,8 @@ async def _serve(
             credentials = tls.server_credentials(settings.tls_certificate, settings.tls_private_key)
         except ValueError as e:
             raise SettingsError(str(e)) from e
-        public, services = _server(app.public, verifier, health, PUBLIC_OPTIONS)
+        connections_max = connections_possible(settings.public_connections)
+        public, services = _server(app.public, verifier, health, public_options(service, connections_max=connections_max))
         if settings.reflection:
             reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], public)
         ports["public"] = _listen(public, f"{settings.host}:{settings.port(service, 'public')}", credentials, "SEALPUSH_PUBLIC_PORT")
@@ -219,14 +256,13 @@ async def _serve(
     for server in servers:
         await server.start()
     tasks = [asyncio.create_task(_keep_running(task), name=getattr(task, "__qualname__", "task")) for task in (*app.tasks, clock_watch.run)]
-    await health.set("", health_pb2.HealthCheckResponse.SERVING)
     log.info("serving", **ports)
     if ready is not None:
         ready(ports)
     await stopping.wait()
 
     log.info("draining", seconds=settings.drain_seconds)
-    await health.enter_graceful_shutdown()
+    health.serving = False
     if app.drain is not None:
         await app.drain()
     await asyncio.gather(*(server.stop(settings.drain_seconds) for server in servers))
@@ -239,16 +275,51 @@ async def _serve(
 
 
 def _server(
-    servicers: Sequence[AddServicer], verifier: TokenVerifier, health: health_aio.HealthServicer, options: Sequence[tuple[str, int]]
+    servicers: Sequence[AddServicer], verifier: TokenVerifier, health: Health, options: Sequence[tuple[str, int]]
 ) -> tuple[grpc.aio.Server, list[str]]:
     """A server with its servicers guarded, and the names of their gRPC services."""
     server = grpc.aio.server(options=options)
     guarded = GuardedServer(server, verifier)
     for add, servicer in servicers:
         add(servicer, guarded)
-    # Health is for load balancers and supervisors: no token.
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    health.add_to(guarded)
     return server, guarded.services
+
+
+class Health:
+    """Whether this process serves, for load balancers and supervisors."""
+
+    def __init__(self) -> None:
+        self.serving = True
+
+    async def _check(self, request: health_pb2.HealthCheckRequest, _: object) -> health_pb2.HealthCheckResponse:
+        if request.service:
+            raise NotFound("the health of single gRPC services is not kept; ask for the empty name", field="service")
+        answer = health_pb2.HealthCheckResponse
+        return answer(status=answer.SERVING if self.serving else answer.NOT_SERVING)
+
+    def add_to(self, server: GuardedServer) -> None:
+        """Offer Check, and no Watch: that would be a stream for every stranger, for as long as it likes."""
+        check = grpc.unary_unary_rpc_method_handler(
+            self._check, health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+        )
+        server.add_registered_method_handlers("grpc.health.v1.Health", {"Check": check})
+
+
+def connections_possible(wanted: int) -> int:
+    """How many public connections this process can have, with as many files open as the system lets it.
+
+    Without files a process can neither accept nor reach its database again: strangers must not use up the last of them.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = wanted + OTHER_FILES_MAX
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        soft = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    possible = wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - OTHER_FILES_MAX))
+    if possible < wanted:
+        log.warning("the limit of open files allows fewer public connections; raise it (ulimit -n)", connections=possible, wanted=wanted)
+    return possible
 
 
 async def _keep_running(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
