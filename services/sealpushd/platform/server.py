@@ -15,6 +15,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from sealpushd.platform import logging, telemetry, tls
+from sealpushd.platform.admission import Door
 from sealpushd.platform.clients import MESSAGE_BYTES_MAX, MeshChannel
 from sealpushd.platform.clock import Clock, SystemClock
 from sealpushd.platform.db import Database
@@ -174,6 +175,8 @@ async def _serve(
 ) -> None:
     health = health_aio.HealthServicer()
     servers: list[grpc.aio.Server] = []
+    # One for both listeners: they share the event loop, and what the mesh asks must find room beside those outside.
+    door = Door()
     ports: dict[str, int] = {}
     if app.public:
         settings.need("tls_certificate", "tls_private_key")
@@ -182,12 +185,12 @@ async def _serve(
             credentials = tls.server_credentials(settings.tls_certificate, settings.tls_private_key)
         except ValueError as e:
             raise SettingsError(str(e)) from e
-        public, services = _server(app.public, verifier, health, PUBLIC_OPTIONS)
+        public, services = _server(app.public, verifier, door, health, PUBLIC_OPTIONS)
         if settings.reflection:
             reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], public)
         ports["public"] = _listen(public, f"{settings.host}:{settings.port(service, 'public')}", credentials, "SEALPUSH_PUBLIC_PORT")
         servers.append(public)
-    mesh, _ = _server(app.mesh, verifier, health, MESH_OPTIONS)
+    mesh, _ = _server(app.mesh, verifier, door, health, MESH_OPTIONS)
     ports["mesh"] = _listen(mesh, f"{settings.host}:{settings.port(service, 'mesh')}", None, "SEALPUSH_MESH_PORT")
     servers.append(mesh)
     try:
@@ -219,11 +222,15 @@ async def _serve(
 
 
 def _server(
-    servicers: Sequence[AddServicer], verifier: TokenVerifier, health: health_aio.HealthServicer, options: Sequence[tuple[str, int]]
+    servicers: Sequence[AddServicer],
+    verifier: TokenVerifier,
+    door: Door,
+    health: health_aio.HealthServicer,
+    options: Sequence[tuple[str, int]],
 ) -> tuple[grpc.aio.Server, list[str]]:
     """A server with its servicers guarded, and the names of their gRPC services."""
     server = grpc.aio.server(options=options)
-    guarded = GuardedServer(server, verifier)
+    guarded = GuardedServer(server, verifier, door)
     for add, servicer in servicers:
         add(servicer, guarded)
     # Health is for load balancers and supervisors: no token.
