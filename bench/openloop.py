@@ -15,7 +15,9 @@ import ssl
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import uvloop
@@ -85,6 +87,10 @@ def frame(kind: int, flags: int, stream_id: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream_id.to_bytes(4, "big") + payload
 
 
+def _nothing() -> None:
+    pass
+
+
 class Connection(asyncio.Protocol):
     """One connection to the server, with as many streams as that allows; what is too much waits here, as in any client of gRPC."""
 
@@ -117,7 +123,7 @@ class Connection(asyncio.Protocol):
         self._transport: Any = None
         self.open: dict[int, float] = {}
         self.waiting: deque[float] = deque()
-        self.on_end = lambda: None
+        self.on_end: Callable[[], None] = _nothing
         self.ready = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -234,7 +240,7 @@ async def run(order: Order) -> Outcome:
     connections = []
     for number in range(order.connections):
         _, connection = await loop.create_connection(
-            lambda number=number: Connection(order, ledger, number), order.host, order.port, ssl=context, server_hostname="localhost"
+            partial(Connection, order, ledger, number), order.host, order.port, ssl=context, server_hostname="localhost"
         )
         await connection.ready.wait()
         connections.append(connection)

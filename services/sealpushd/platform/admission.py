@@ -171,6 +171,13 @@ class Pace:
     def took(self, seconds: float) -> None:
         self.usual_s += (seconds - self.usual_s) / 16
 
+    def allows(self, remaining_s: float) -> bool:
+        """Whether there is hope to be done in so many seconds. Each refusal makes it greater: what is always refused is never measured."""
+        is_hopeful = remaining_s >= self.usual_s / 2
+        if not is_hopeful:
+            self.usual_s *= 1 - 1 / 64
+        return is_hopeful
+
 
 class Place:
     """A caller's place among the work in flight, from being let in until the last work for it has ended."""
@@ -264,8 +271,7 @@ class Door:
         if remaining_s is not None:
             if remaining_s <= 0:
                 raise DeadlineExceeded("the deadline ended before the work began; try again with the same request id")
-            # Only under load: a caller in a hurry is welcome to a service that has time.
-            if pace is not None and remaining_s < pace.usual_s / 2 and self.in_flight >= self.limit.units / 2:
+            if pace is not None and not pace.allows(remaining_s):
                 raise self._refused(_DEADLINE, party.kind)
         self.check(party)
         return self._take(party, 1, pace)
