@@ -32,15 +32,16 @@ from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, Servic
 # with its own door, is still in time; and far more than a call takes on a machine that has nothing else to do.
 IN_TIME_S: Final = 0.75
 # A large request may take longer, as many small ones would, up to this.
-IN_TIME_UNIT_S: Final = 0.01
+IN_TIME_UNIT_S: Final = 0.04
 IN_TIME_S_MAX: Final = 2.0
-# Requests are weighed in units of so many bytes, one at the least: a batch of 256 messages is about 60.
-UNIT_BYTES: Final = 1024
+# Requests are weighed in units of so many bytes, one at the least: a batch of 256 messages is about 15, and takes about as long as 60
+# messages one by one.
+UNIT_BYTES: Final = 4_096
 # Where the limit begins: above what any machine needs that was measured, because one that is too high is corrected within a second.
 LIMIT_START: Final = 2_048
 # Enough for natural batches to form, and for a few callers to have a place beside one that takes all it can.
 LIMIT_MIN: Final = 32
-# 8 MiB of requests, as units are weighed: a bound on memory.
+# 32 MiB of requests, as units are weighed: a bound on memory.
 LIMIT_MAX: Final = 8_192
 # How often the limit moves, and by how much at once: a stall of a second halves it a few times, and it is back within five.
 WINDOW_S: Final = 0.25

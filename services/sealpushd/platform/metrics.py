@@ -23,7 +23,7 @@ ADMISSION_REFUSED = Counter(
     "Calls refused at the door as OVERLOADED: full (more than is finished in time), share (the caller's), deadline (too short for now).",
     ["reason", "caller"],
 )
-ADMISSION_LIMIT = Gauge("sealpush_admission_limit", "Units of work that may be in flight at present; one for a call of up to 1 KiB.")
+ADMISSION_LIMIT = Gauge("sealpush_admission_limit", "Units of work that may be in flight at present; one for each 4 KiB of a request.")
 ADMISSION_IN_FLIGHT = Gauge("sealpush_admission_in_flight", "Units of work in flight.")
 MESH_BATCH_ITEMS = Histogram(
     "sealpush_mesh_batch_items",
