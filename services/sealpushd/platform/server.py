@@ -36,6 +36,9 @@ PUBLIC_STREAMS_MAX: Final = 512
 # A request from outside: a batch of 2 MiB and room for what surrounds it. A stranger's is gathered in memory before anybody looks at its
 # token, so the bound is no larger than the largest that is answered.
 PUBLIC_REQUEST_BYTES_MAX: Final = 3 * 1024 * 1024
+# Calls that gRPC has read and this program has not: a queue in front of the door, whose waiting no deadline of ours sees. What is beyond
+# it gRPC ends by itself, with CANCELLED, in part up to twice as many. One client never gets there: its streams are fewer.
+PUBLIC_PENDING_MAX: Final = PUBLIC_STREAMS_MAX
 KEEPALIVE_TIMEOUT_MS: Final = 5_000
 # A dispatcher whose machine or network is gone sends no goodbye: its leases are held until this finds out.
 MESH_KEEPALIVE_MS: Final = 10_000
@@ -63,9 +66,11 @@ def server_options(*, receive_bytes_max: int, keepalive_ms: int, streams_max: in
 
 
 MESH_OPTIONS: Final = server_options(receive_bytes_max=MESSAGE_BYTES_MAX, keepalive_ms=MESH_KEEPALIVE_MS, streams_max=MESH_STREAMS_MAX)
-PUBLIC_OPTIONS: Final = server_options(
-    receive_bytes_max=PUBLIC_REQUEST_BYTES_MAX, keepalive_ms=PUBLIC_KEEPALIVE_MS, streams_max=PUBLIC_STREAMS_MAX
-)
+PUBLIC_OPTIONS: Final = [
+    *server_options(receive_bytes_max=PUBLIC_REQUEST_BYTES_MAX, keepalive_ms=PUBLIC_KEEPALIVE_MS, streams_max=PUBLIC_STREAMS_MAX),
+    ("grpc.server.max_pending_requests", PUBLIC_PENDING_MAX),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * PUBLIC_PENDING_MAX),
+]
 
 AddServicer = tuple[Callable[[Any, Any], None], Any]
 
