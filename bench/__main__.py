@@ -25,6 +25,7 @@ from bench.batch import measure as batch
 from bench.isolation import measure as isolation
 from bench.lanes import measure as lanes
 from bench.latency import measure as latency
+from bench.overload import measure as overload
 from bench.path import measure as path
 from bench.publish import measure as publish
 from bench.sealing import measure as sealing
@@ -35,6 +36,7 @@ from bench.suite import Suite
 FIGURES: dict[str, Callable[[Suite, bool], Awaitable[list[dict[str, Any]]]]] = {
     "publish": publish,
     "batch": batch,
+    "overload": overload,
     "latency": latency,
     "path": path,
     "sealing": sealing,

@@ -130,7 +130,7 @@ class Peer:
         if self._server is None:
             self.bind()
         assert self._server is not None
-        registrar: Any = self._server if self._verifier is None else GuardedServer(self._server, self._verifier, self._arrivals)
+        registrar: Any = self._server if self._verifier is None else GuardedServer(self._server, self._verifier, arrivals=self._arrivals)
         for add, servicer in self.servicers:
             add(servicer, registrar)
         await self._server.start()

@@ -14,6 +14,7 @@ def test_every_benchmark_gives_its_figure_and_floor() -> None:
     assert [figure["figure"] for figure in figures] == [
         "unary publish",
         "batched publish",
+        "unary publish at 1 times the peak",
         "publish to opened, live stream",
         "publish to opened, push",
         "whole path, push",

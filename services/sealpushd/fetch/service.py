@@ -36,7 +36,7 @@ from sealpushd.fetch.wire import (
     to_stopped,
     to_wake_up,
 )
-from sealpushd.platform import rpc
+from sealpushd.platform import admission, rpc
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
@@ -121,7 +121,9 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         """Acknowledgements come up while deliveries go down. An error ends the stream, and so does the device."""
         try:
             async for request in requests:
-                stream.answered(await self._acknowledge(request.acknowledgements))
+                async with admission.turn(request.ByteSize()):
+                    answers = await self._acknowledge(request.acknowledgements)
+                stream.answered(answers)
         except Exception as e:
             # Also a bug ends the stream: the device connects again, where a stream without a reader would hang.
             stream.end(e)
@@ -138,7 +140,8 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
             if not stream.room:
                 continue
             most = min(PAGE_DEFAULT, stream.room)
-            taken = await self._mailbox.take(TakeQuery(stream.device_id, after_id=after, most=most))
+            async with admission.turn():
+                taken = await self._mailbox.take(TakeQuery(stream.device_id, after_id=after, most=most))
             stream.sent(each.message_id for each in taken)
             for frame in _frames(taken):
                 yield _delivery_frame(frame)

@@ -8,7 +8,7 @@ from typing import Any, Final, Generic, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from sealpushd.platform import telemetry
+from sealpushd.platform import admission, telemetry
 from sealpushd.platform.batching import NaturalBatcher
 from sealpushd.platform.errors import DETAILS_KEY, from_mesh
 from sealpushd.platform.logging import REQUEST_IDS_MAX, request_ids
@@ -65,7 +65,11 @@ class MeshChannel:
         return tuple(entries)
 
     async def call(self, method: Any, request: Message, timeout_s: float = DEADLINE_S_MAX) -> Any:
-        """The answer of a unary call; raises the ServiceError that the peer's answer stands for."""
+        """The answer of a unary call; raises the ServiceError that the peer's answer stands for.
+
+        Whoever this work is for waits no longer than its own deadline, and so does the peer.
+        """
+        timeout_s = admission.remaining_s(timeout_s)
         try:
             answer = await method(request, timeout=timeout_s, metadata=self.metadata())
         except grpc.aio.AioRpcError as e:

@@ -90,14 +90,14 @@ class LimitExceeded(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """A bounded queue is full: refused before any work was done."""
+    """More work than is finished in time: refused before any was done."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
     retryable = True
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retry_after=timedelta(seconds=1))
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after=timedelta(seconds=retry_after_s))
 
 
 class Unavailable(ServiceError):
@@ -128,7 +128,11 @@ def _pack(
     return packed
 
 
-def render(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+# Code, message and trailing metadata.
+Rendered = tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]
+
+
+def render(error: ServiceError) -> Rendered:
     """Code, message and trailing metadata for an error, as `google.rpc.Status` with one ErrorInfo."""
     details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))]
     if error.field is not None:

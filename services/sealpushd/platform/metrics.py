@@ -17,6 +17,14 @@ RPC_SECONDS = Histogram(
 )
 RPC_ANSWERS = Counter("sealpush_rpc_answers", "Calls answered, by method and gRPC code.", ["method", "code"])
 RPC_IN_FLIGHT = Gauge("sealpush_rpc_in_flight", "Calls being served.", ["method"])
+ADMISSION_ADMITTED = Counter("sealpush_admission_admitted", "Calls, and pieces of streams, that were let in.")
+ADMISSION_REFUSED = Counter(
+    "sealpush_admission_refused",
+    "Calls refused at the door as OVERLOADED: full (more than is finished in time), share (the caller's), deadline (too short for now).",
+    ["reason", "caller"],
+)
+ADMISSION_LIMIT = Gauge("sealpush_admission_limit", "Units of work that may be in flight at present; one for each 4 KiB of a request.")
+ADMISSION_IN_FLIGHT = Gauge("sealpush_admission_in_flight", "Units of work in flight.")
 MESH_BATCH_ITEMS = Histogram(
     "sealpush_mesh_batch_items",
     "Items that one call to another service carried.",

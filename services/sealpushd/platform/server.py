@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from sealpushd.platform import logging, telemetry, tls
+from sealpushd.platform.admission import Door
 from sealpushd.platform.clients import MESSAGE_BYTES_MAX, MeshChannel
 from sealpushd.platform.clock import Clock, SystemClock
 from sealpushd.platform.clockwatch import ClockWatch
@@ -230,6 +231,8 @@ async def _serve(
 ) -> None:
     health = Health()
     servers: list[grpc.aio.Server] = []
+    # One for both listeners: they share the event loop, and what the mesh asks must find room beside those outside.
+    door = Door()
     ports: dict[str, int] = {}
     if app.public:
         settings.need("tls_certificate", "tls_private_key")
@@ -239,12 +242,12 @@ async def _serve(
         except ValueError as e:
             raise SettingsError(str(e)) from e
         connections_max = connections_possible(settings.public_connections)
-        public, services = _server(app.public, verifier, health, public_options(service, connections_max=connections_max))
+        public, services = _server(app.public, verifier, door, health, public_options(service, connections_max=connections_max))
         if settings.reflection:
             reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], public)
         ports["public"] = _listen(public, f"{settings.host}:{settings.port(service, 'public')}", credentials, "SEALPUSH_PUBLIC_PORT")
         servers.append(public)
-    mesh, _ = _server(app.mesh, verifier, health, MESH_OPTIONS)
+    mesh, _ = _server(app.mesh, verifier, door, health, MESH_OPTIONS)
     ports["mesh"] = _listen(mesh, f"{settings.host}:{settings.port(service, 'mesh')}", None, "SEALPUSH_MESH_PORT")
     servers.append(mesh)
     try:
@@ -275,11 +278,15 @@ async def _serve(
 
 
 def _server(
-    servicers: Sequence[AddServicer], verifier: TokenVerifier, health: Health, options: Sequence[tuple[str, int]]
+    servicers: Sequence[AddServicer],
+    verifier: TokenVerifier,
+    door: Door,
+    health: Health,
+    options: Sequence[tuple[str, int]],
 ) -> tuple[grpc.aio.Server, list[str]]:
     """A server with its servicers guarded, and the names of their gRPC services."""
     server = grpc.aio.server(options=options)
-    guarded = GuardedServer(server, verifier)
+    guarded = GuardedServer(server, verifier, door)
     for add, servicer in servicers:
         add(servicer, guarded)
     health.add_to(guarded)
