@@ -15,6 +15,8 @@ from sealpush.ids import AppId, SenderId, uuid7
 from sealpush.keys import EntryRole, SenderEntry
 from sealpush.revocations import RevocationList, RevokedKey
 from sealpushd.accounts.rules import (
+    ADDRESS_KNOWN_FOR,
+    ADDRESSES_MAX,
     Account,
     AccountSender,
     App,
@@ -37,6 +39,8 @@ def _sql(name: str) -> str:
 
 
 ACCOUNT: Final = _sql("account")
+SIGN_IN_ADDRESS: Final = _sql("sign_in_address")
+PUT_SIGN_IN_ADDRESS: Final = _sql("put_sign_in_address")
 PROFILE: Final = _sql("profile")
 SENDERS: Final = _sql("senders")
 APPS: Final = _sql("apps")
@@ -127,6 +131,15 @@ class AccountStore:
                 if row["sender_id"] is not None
             ),
         )
+
+    async def signed_in_at(self, organisation_id: bytes, address_hmac: bytes) -> datetime | None:
+        """When the organisation last signed in from an address, as far as is remembered."""
+        row = await self._db.fetch_one("sign_in_address", SIGN_IN_ADDRESS, organisation_id, address_hmac)
+        return None if row is None else row["signed_in_at"]
+
+    async def put_sign_in_address(self, organisation_id: bytes, address_hmac: bytes, now: datetime) -> None:
+        ended = now - ADDRESS_KNOWN_FOR
+        await self._db.execute("put_sign_in_address", PUT_SIGN_IN_ADDRESS, organisation_id, address_hmac, now, ended, ADDRESSES_MAX)
 
     async def profiles(self, sender_ids: Sequence[SenderId]) -> list[Profile | None]:
         """A result each, in their order."""

@@ -106,17 +106,21 @@ class Valkey:
         except _FAILURES:
             VALKEY_ERRORS.labels("presence").inc()
 
-    async def count(self, key: str, ttl_s: int, add: int = 1) -> int | None:
-        """The sum of what was added to this key so far, this call included; 0 reads it. None when Valkey is away."""
+    async def count(self, keys: Sequence[tuple[str, int]], add: int = 1) -> list[int] | None:
+        """Add to each key, which lives for so many seconds; what was added to each so far, in order, this call included. 0 reads.
+
+        None when Valkey is away.
+        """
         try:
             async with asyncio.timeout(TIMEOUT_S), self._client.pipeline(transaction=True) as pipe:
-                pipe.incrby(key, add)
-                pipe.expire(key, ttl_s, nx=True)
-                counted, _ = await pipe.execute()
+                for key, ttl_s in keys:
+                    pipe.incrby(key, add)
+                    pipe.expire(key, ttl_s, nx=True)
+                answers = await pipe.execute()
         except _FAILURES:
             VALKEY_ERRORS.labels("limit").inc()
             return None
-        return int(counted)
+        return [int(counted) for counted in answers[::2]]
 
     async def listen(self, *channels: str) -> AsyncIterator[tuple[str, bytes]]:
         """Messages of channels, for ever; connects again when the connection is lost. What came meanwhile is lost."""

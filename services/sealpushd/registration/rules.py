@@ -73,7 +73,8 @@ REPEAT_AFTER: Final = timedelta(seconds=15)
 
 CHALLENGE_LIFETIME: Final = timedelta(seconds=60)
 # Two processes of this service may differ by this much.
-CHALLENGE_SKEW: Final = timedelta(seconds=5)
+CLOCK_SKEW: Final = timedelta(seconds=5)
+CHALLENGE_SKEW: Final = CLOCK_SKEW
 CHALLENGE_RANDOM_BYTES: Final = 16
 _CHALLENGE_VERSION: Final = b"\x01"
 _CHALLENGE_BYTES: Final = 1 + 8 + 16 + CHALLENGE_RANDOM_BYTES + 32
@@ -265,6 +266,11 @@ class Closure:
     reason: Reason = Reason.UNSPECIFIED
     advertising_only: bool = False
     closure_id: int = 0
+
+
+def resend_in(newest: datetime | None, *, now: datetime) -> timedelta:
+    """How long until another code may be made, after one that was made then; None: it is gone by now."""
+    return max(timedelta(seconds=1), (newest or now - RESEND_AFTER) + RESEND_AFTER - now)
 
 
 def check_identity(own: OwnInstallation | None, identity_public_key: bytes, app_id: AppId) -> None:

@@ -182,34 +182,36 @@ class RegistrationStore:
 
     async def start(self, new: StartedRegistration) -> timedelta | None:
         """None: stored. Else how long until another code for the number may be made."""
-        row = await self._db.fetch_one(
-            "start_registration",
-            START_REGISTRATION,
-            new.registration_id,
-            new.app_id,
-            self.phone_lookup(new.phone),
-            self._vault.encrypt(new.phone.e164.encode(), "phone"),
-            new.code_hash,
-            rules.CODE_ATTEMPTS,
-            new.new_subscriber_id,
-            new.created_at,
-            new.expires_at,
-            new.created_at - rules.RESEND_AFTER,
-        )
-        if row is not None:
-            return None
-        newest = await self._db.fetch_one("newest_code", NEWEST_CODE, new.app_id, self.phone_lookup(new.phone))
-        if newest is None or newest["created_at"] is None:
-            return rules.RESEND_AFTER
-        wait: timedelta = newest["created_at"] + rules.RESEND_AFTER - new.created_at
-        return max(wait, timedelta(seconds=1))
+        lookup = self.phone_lookup(new.phone)
+        async with self._db.transaction() as c:
+            # Of two that ask at once, the second sees the first one's code.
+            await c.execute(LOCK, _lock_number(lookup))
+            row = await c.fetchrow(
+                START_REGISTRATION,
+                new.registration_id,
+                new.app_id,
+                lookup,
+                self._vault.encrypt(new.phone.e164.encode(), "phone"),
+                new.code_hash,
+                rules.CODE_ATTEMPTS,
+                new.new_subscriber_id,
+                new.created_at,
+                new.expires_at,
+                new.created_at - rules.RESEND_AFTER,
+                new.created_at + rules.CLOCK_SKEW,
+            )
+            if row is not None:
+                return None
+            newest = await c.fetchval(NEWEST_CODE, new.app_id, lookup)
+        # It may have gone meanwhile, because it was not sent.
+        return rules.resend_in(newest, now=new.created_at)
 
     async def drop_registration(self, registration_id: RegistrationId) -> None:
         await self._db.execute("drop_registration", DROP_REGISTRATION, registration_id)
 
-    async def take_attempt(self, registration_id: RegistrationId, now: datetime) -> PendingRegistration | None:
-        """The registration, with one attempt less; None: unknown, expired or used up."""
-        row = await self._db.fetch_one("take_attempt", TAKE_ATTEMPT, registration_id, now)
+    async def take_attempt(self, registration_id: RegistrationId, now: datetime, expires_max: datetime) -> PendingRegistration | None:
+        """The registration, with one attempt less; None: unknown, expired or used up. No code is good after `expires_max`."""
+        row = await self._db.fetch_one("take_attempt", TAKE_ATTEMPT, registration_id, now, expires_max)
         if row is None:
             return None
         return PendingRegistration(
