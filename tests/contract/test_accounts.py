@@ -205,6 +205,14 @@ async def test_an_only_sender_is_the_default_and_two_are_not(world: World) -> No
     assert (await refusal(world.sign_in("bank", sender_name="nobody"))).field == "sender_name"
 
 
+async def test_a_token_that_has_ended_does_not_keep_a_sender_from_signing_in_again(world: World, mesh: Mesh) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    ended, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), -3600, {"org": "", "apps": [], "scopes": [], "networks": []})
+    for token in (ended, "nonsense"):
+        request = accounts_pb2.SignInRequest(login="bank", password=PASSWORD)
+        await world.accounts.SignIn(request, metadata=(("authorization", f"Bearer {token}"),))
+
+
 async def test_wrong_password_and_unknown_login_are_refused_alike(world: World) -> None:
     await world.put_organisation("bank")
     wrong = await refusal(world.sign_in("bank", "not the password"))

@@ -38,6 +38,8 @@ from sealpushd.registration.rules import (
 
 _FOLDER: Final = Path(__file__).parent
 
+_ENDED: Final = "this installation has ended; register again"
+
 # The attempt right after the commit has this long before the background task tries as well.
 CLOSURE_LEASE: Final = timedelta(seconds=5)
 CLOSURE_BACKOFF_S_MAX: Final = 60.0
@@ -436,7 +438,11 @@ class RegistrationStore:
                 await c.execute(PUT_REGISTRATION_LOCK, subscriber_id, pin_hash, now)
 
     async def has_lock(self, device_id: DeviceId) -> bool:
-        return await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id) is not None
+        """Raises Unauthenticated when the installation has ended."""
+        row = await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id)
+        if row is None:
+            raise Unauthenticated(_ENDED)
+        return bool(row["has_lock"])
 
     async def take_pin_attempt(self, lock: Lock, now: datetime) -> Lock | None:
         """The lock after the attempt that was noted; None: it is another one by now. Raises LimitExceeded when none is left."""
@@ -542,7 +548,7 @@ async def _take_counter(c: Connection, device_id: DeviceId, counter: int, now: d
 async def _refuse_change(c: Connection, device_id: DeviceId) -> NoReturn:
     stored = await c.fetchrow(COUNTER, device_id)
     if stored is None or stored["state"] != InstallState.ACTIVE:
-        raise Unauthenticated("this installation has ended; register again")
+        raise Unauthenticated(_ENDED)
     raise Aborted("the counter was used: a replay, or another process of the device was faster; take the next counter")
 
 
