@@ -650,7 +650,7 @@ async def test_a_removed_phone_is_told_by_every_call_that_it_has_ended_or_gets_n
         codes[method] = await code_of(getattr(stub, name)(request(**fields), metadata=metadata))
     assert codes == {method: MAILBOX.get(method, grpc.StatusCode.UNAUTHENTICATED) for method in DEVICE_CALLS}
     async with contextlib.AsyncExitStack() as ended:
-        stream = world.channels.messages.Stream(metadata=metadata)
+        stream: Any = world.channels.messages.Stream(metadata=metadata)
         ended.callback(stream.cancel)
         assert (await stream.read()).backlog_done, "there is no backlog"
     tried = {*DEVICE_CALLS, "/sealpush.v1.Messages/Stream"}
