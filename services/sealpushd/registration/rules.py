@@ -51,7 +51,15 @@ from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
-from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded, NotFound, PermissionDenied
+from sealpushd.platform.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PermissionDenied,
+    in_words,
+)
 
 RECYCLED_AFTER: Final = timedelta(days=90)
 LOCK_LAPSES_AFTER: Final = timedelta(days=30)
@@ -430,9 +438,10 @@ def take_pin_attempt(lock: Lock, *, now: datetime) -> Lock:
     """
     left = pin_attempts_left(lock, now=now)
     if left <= 0:
+        wait = _attempts_return_in(lock, now)
         raise LimitExceeded(
-            "too many wrong PINs; wait before the next, or change the PIN on a phone that is registered",
-            retry_after=_attempts_return_in(lock, now),
+            f"too many wrong PINs; try again in {in_words(wait)}, or change the PIN on a phone that is registered",
+            retry_after=wait,
             metadata={"limit": "registration_lock"},
         )
     return replace(lock, wrong_pins=PIN_ATTEMPTS - left + 1, last_wrong_at=now)
