@@ -12,7 +12,7 @@ from sealpush.keys import EntryRole, is_usable_ed25519
 from sealpush.model import moment
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
-from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrganisation, NewSender
+from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrganisation, NewSender, SignInAddress
 from sealpushd.platform import rpc
 from sealpushd.platform.access import address_allowed
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
@@ -62,6 +62,9 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         self._passwords = passwords
         self._key = key
         self._clock = clock
+        # Batched, so that callers who leave take no statement with them: an interrupted one costs its connection.
+        self._accounts: NaturalBatcher[str, rules.Account | None] = NaturalBatcher(store.accounts)
+        self._signed_in_at: NaturalBatcher[SignInAddress, datetime | None] = NaturalBatcher(store.signed_in_at)
         self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, datetime]] = {}
         self._profile_batcher = NaturalBatcher(store.profiles)
         # Root → its list's serial and bytes, 0 and nothing without one, and until when that is believed.
@@ -79,12 +82,12 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
     async def _authenticated(self, login: str, password: str, address: str) -> rules.Account:
         """The organisation that login, password and address prove together."""
         possible = rules.is_login(login) and len(password.encode()) <= rules.PASSWORD_BYTES_MAX
-        account = await self._store.account(login) if possible else None
+        account = await self._accounts.submit(login) if possible else None
         origin = address_subject(address)
         # Looked for without an account as well: the time says nothing.
-        organisation_id = NOBODY if account is None else account.organisation_id
         address_hmac = self._key.keyed_hash(rules.address_bytes(account, origin), ADDRESS_CONTEXT)
-        signed_in_at = await self._store.signed_in_at(organisation_id, address_hmac)
+        from_there = SignInAddress(NOBODY if account is None else account.organisation_id, address_hmac)
+        signed_in_at = await self._signed_in_at.submit(from_there)
         now = self._clock.now()
         standing = rules.standing(account, address, signed_in_at, now=now)
         failures = rules.failures_counted(login, origin, standing)
@@ -99,7 +102,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         if not address_allowed(address, account.networks):
             raise PermissionDenied(f"the address {address} is not one of the organisation's networks")
         if rules.is_worth_noting(signed_in_at, now=now):
-            await self._store.put_sign_in_address(account.organisation_id, address_hmac, now)
+            await self._store.put_sign_in_address(from_there, now)
         return account
 
     async def GetSenderProfile(
