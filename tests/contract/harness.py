@@ -308,6 +308,40 @@ class Services:
             await asyncio.sleep(0.01)
 
 
+@asynccontextmanager
+async def calling_from(address: str, served: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a listener whose calls come from another address of this machine, such as 127.0.0.2."""
+    pumps: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = served.rpartition(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port), local_addr=(address, 0))
+        for ends in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(pump(*ends))
+            pumps.add(task)
+            task.add_done_callback(pumps.discard)
+
+    relay = await asyncio.start_server(connected, LOOPBACK, 0)
+    try:
+        async with grpc.aio.insecure_channel(f"{LOOPBACK}:{relay.sockets[0].getsockname()[1]}") as channel:
+            yield channel
+    finally:
+        relay.close()
+        for each in list(pumps):
+            each.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
 def in_flight() -> dict[str, float]:
     """How many calls of which methods services of this process are answering."""
     samples = [each for metric in REGISTRY.collect() if metric.name == "sealpush_rpc_in_flight" for each in metric.samples]

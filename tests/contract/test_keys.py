@@ -317,7 +317,7 @@ async def test_a_removed_device_is_never_sealed_for_and_may_come_back(world: Wor
     await world.remove((subscriber, phone.device_id), (subscriber, phone.device_id), (subscriber, DeviceId(uuid7())))
     await world.remove((subscriber, phone.device_id))
     assert not await world.sealed_for(phone, subscriber)
-    await refused(world.keys.UploadPrekeys(phone.upload(), metadata=world.device(phone)), grpc.StatusCode.PERMISSION_DENIED)
+    await refused(world.keys.UploadPrekeys(phone.upload(), metadata=world.device(phone)), grpc.StatusCode.UNAUTHENTICATED)
     assert await world.put(phone.new_device(subscriber)) == [""]
     assert await world.sealed_for(phone, subscriber)
     kinds = [each.kind for each in await world.log(subscriber)]
@@ -415,9 +415,10 @@ async def test_uploaded_prekeys_are_kept_and_counted(world: World, phone: Phone,
     assert (state.highest_prekey.prekey_id, state.min_suite) == (one_time[-1].prekey_id, 1), "what has expired is known still"
 
 
-async def test_the_state_of_a_device_that_is_gone_is_empty(world: World, phone: Phone) -> None:
-    state = await world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone))
-    assert state == keys_pb2.GetPrekeyStateResponse()
+async def test_a_device_that_is_gone_is_told_so_and_has_no_state(world: World, phone: Phone) -> None:
+    await refused(
+        world.keys.GetPrekeyState(keys_pb2.GetPrekeyStateRequest(), metadata=world.device(phone)), grpc.StatusCode.UNAUTHENTICATED
+    )
 
 
 async def test_a_counter_works_once(world: World, phone: Phone, subscriber: SubscriberId) -> None:

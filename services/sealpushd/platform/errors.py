@@ -6,6 +6,7 @@ message and `google.rpc.Status` details that clients branch on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import ClassVar
@@ -118,6 +119,15 @@ class DeadlineExceeded(ServiceError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE_EXCEEDED"
     retryable = True
+
+
+def wait_in_words(wait: timedelta) -> str:
+    """How long to wait, for people: never shorter than it is."""
+    seconds = max(1, math.ceil(wait.total_seconds()))
+    for unit, size, least in (("hour", 3600, 2 * 3600), ("minute", 60, 2 * 60)):
+        if seconds >= least:
+            return f"{-(-seconds // size)} {unit}s"
+    return f"{seconds} second{'' if seconds == 1 else 's'}"
 
 
 def _pack(

@@ -45,6 +45,7 @@ VALKEY_ERRORS = Counter("sealpush_valkey_errors", "Calls to Valkey that failed a
 # From the beginning, so that an alert on it does not miss the first.
 for _use in ("publish", "presence", "limit", "listen"):
     VALKEY_ERRORS.labels(_use)
+LIMITS_EXCEEDED = Counter("sealpush_limits_exceeded", "Calls refused because a rate limit was used up, by limit.", ["limit"])
 STREAMS_OPEN = Gauge("sealpush_streams_open", "Device streams that are open.")
 
 

@@ -158,9 +158,7 @@ def _guard(
         request_ids.set(tuple(given.split(",")) if _REQUEST_ID.fullmatch(given) else (uuid7().hex(),))
         address = address_of(context.peer())
         _address.set(address)
-        authorization = metadata.get("authorization", "")
-        caller, ends_at = verifier.verify_until(authorization[7:]) if authorization[:7].lower() == "bearer " else (None, None)
-        access.check(rule, caller, address)
+        caller, ends_at = access.admit(rule, metadata.get("authorization", ""), address, verifier)
         _caller.set(caller)
         party = admission.party_of(caller, address)
         if door is not None:

@@ -46,7 +46,7 @@ TIMERS: Final = (
     Timer("failures of a token endpoint", Measure.STEADY, "nothing: 2 seconds to a minute, and not after `lanes resume`"),
     Timer("proved connections", Measure.STEADY, "nothing"),
     Timer("refused credential files", Measure.STEADY, "nothing: asked again after a minute"),
-    Timer("told refusals of receipts", Measure.STEADY, "nothing"),
+    Timer("lines left out of the log", Measure.STEADY, "nothing"),
     Timer(
         "provider token of APNs",
         Measure.MOMENT,
@@ -153,7 +153,7 @@ TIMERS: Final = (
     Timer(
         "codes",
         Measure.MOMENT,
-        "another code is given at once; a code that expires more than a day ahead goes within an hour",
+        "another code is given after the usual 30 seconds; a code that expires more than a day ahead goes within an hour",
         (
             "registration/service.py RegistrationService._new_registration",
             "registration/service.py RegistrationService.ConfirmRegistration",

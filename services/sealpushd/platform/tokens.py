@@ -7,6 +7,7 @@ A token is a JWT signed with Ed25519 (RFC 8037) by the service that vouches for 
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import math
 from collections import OrderedDict
@@ -74,6 +75,7 @@ class ServiceKey:
         self.name = name
         self._private_key = private_key
         self._clock = clock or SystemClock()
+        self._hash_key: bytes | None = None
         self._mesh_token = ""
         self._mesh_token_made: Reading | None = None
 
@@ -91,6 +93,12 @@ class ServiceKey:
     @property
     def public_key(self) -> bytes:
         return self._private_key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+    def keyed_hash(self, value: bytes, context: str) -> bytes:
+        """32 bytes that only processes with this key can make of the value: whoever has the database alone has nothing to guess by."""
+        if self._hash_key is None:
+            self._hash_key = hmac.digest(self._private_key.private_bytes_raw(), b"sealpush keyed hash", "sha256")
+        return hmac.digest(self._hash_key, len(context).to_bytes(1, "big") + context.encode() + value, "sha256")
 
     def sign(self, audience: str, subject: str, lifetime_s: int, claims: dict[str, Any]) -> tuple[str, int]:
         """A token and the epoch second it ends at."""

@@ -127,15 +127,19 @@ class Valkey:
 
         await self._go_on_without("presence", delete, None)
 
-    async def count(self, key: str, ttl_s: int, add: int = 1) -> int | None:
-        """The sum of what was added to this key so far, this call included; 0 reads it. None when Valkey is away."""
+    async def count(self, keys: Sequence[tuple[str, int]], add: int = 1) -> list[int] | None:
+        """Add to each key, which lives for so many seconds; what was added to each so far, in order, this call included. 0 reads.
 
-        async def count() -> int | None:
+        None when Valkey is away.
+        """
+
+        async def count() -> list[int] | None:
             async with self._client.pipeline(transaction=True) as pipe:
-                pipe.incrby(key, add)
-                pipe.expire(key, ttl_s, nx=True)
-                counted, _ = await pipe.execute()
-            return int(counted)
+                for key, ttl_s in keys:
+                    pipe.incrby(key, add)
+                    pipe.expire(key, ttl_s, nx=True)
+                answers = await pipe.execute()
+            return [int(counted) for counted in answers[::2]]
 
         return await self._go_on_without("limit", count, None)
 

@@ -39,6 +39,8 @@ from sealpushd.registration.rules import (
 
 _FOLDER: Final = Path(__file__).parent
 
+_ENDED: Final = "this installation has ended; register again"
+
 # The attempt right after the commit has this long before the background task tries as well.
 CLOSURE_LEASE: Final = timedelta(seconds=5)
 CLOSURE_BACKOFF_S_MAX: Final = 60.0
@@ -184,34 +186,36 @@ class RegistrationStore:
 
     async def start(self, new: StartedRegistration) -> timedelta | None:
         """None: stored. Else how long until another code for the number may be made."""
-        row = await self._db.fetch_one(
-            "start_registration",
-            START_REGISTRATION,
-            new.registration_id,
-            new.app_id,
-            self.phone_lookup(new.phone),
-            self._vault.encrypt(new.phone.e164.encode(), "phone"),
-            new.code_hash,
-            rules.CODE_ATTEMPTS,
-            new.new_subscriber_id,
-            new.created_at,
-            new.expires_at,
-            new.created_at - rules.RESEND_AFTER,
-        )
-        if row is not None:
-            return None
-        newest = await self._db.fetch_one("newest_code", NEWEST_CODE, new.app_id, self.phone_lookup(new.phone))
-        if newest is None or newest["created_at"] is None:
-            return rules.RESEND_AFTER
-        wait: timedelta = newest["created_at"] + rules.RESEND_AFTER - new.created_at
-        return max(wait, timedelta(seconds=1))
+        lookup = self.phone_lookup(new.phone)
+        async with self._db.transaction() as c:
+            # Of two that ask at once, the second sees the first one's code.
+            await c.execute(LOCK, _lock_number(lookup))
+            row = await c.fetchrow(
+                START_REGISTRATION,
+                new.registration_id,
+                new.app_id,
+                lookup,
+                self._vault.encrypt(new.phone.e164.encode(), "phone"),
+                new.code_hash,
+                rules.CODE_ATTEMPTS,
+                new.new_subscriber_id,
+                new.created_at,
+                new.expires_at,
+                new.created_at - rules.RESEND_AFTER,
+                new.created_at + rules.CLOCK_SKEW,
+            )
+            if row is not None:
+                return None
+            newest = await c.fetchval(NEWEST_CODE, new.app_id, lookup)
+        # It may have gone meanwhile, because it was not sent.
+        return rules.resend_in(newest, now=new.created_at)
 
     async def drop_registration(self, registration_id: RegistrationId) -> None:
         await self._db.execute("drop_registration", DROP_REGISTRATION, registration_id)
 
-    async def take_attempt(self, registration_id: RegistrationId, now: datetime) -> PendingRegistration | None:
-        """The registration, with one attempt less; None: unknown, expired or used up."""
-        row = await self._db.fetch_one("take_attempt", TAKE_ATTEMPT, registration_id, now)
+    async def take_attempt(self, registration_id: RegistrationId, now: datetime, expires_max: datetime) -> PendingRegistration | None:
+        """The registration, with one attempt less; None: unknown, expired or used up. No code is good after `expires_max`."""
+        row = await self._db.fetch_one("take_attempt", TAKE_ATTEMPT, registration_id, now, expires_max)
         if row is None:
             return None
         return PendingRegistration(
@@ -443,7 +447,11 @@ class RegistrationStore:
                 await c.execute(PUT_REGISTRATION_LOCK, subscriber_id, pin_hash, now)
 
     async def has_lock(self, device_id: DeviceId) -> bool:
-        return await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id) is not None
+        """Raises Unauthenticated when the installation has ended."""
+        row = await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id)
+        if row is None:
+            raise Unauthenticated(_ENDED)
+        return bool(row["has_lock"])
 
     async def take_pin_attempt(self, lock: Lock, now: datetime) -> Lock | None:
         """The lock after the attempt that was noted; None: it is another one by now. Raises LimitExceeded when none is left."""
@@ -551,7 +559,7 @@ async def _take_counter(c: Connection, device_id: DeviceId, counter: int, now: d
 async def _refuse_change(c: Connection, device_id: DeviceId) -> NoReturn:
     stored = await c.fetchrow(COUNTER, device_id)
     if stored is None or stored["state"] != InstallState.ACTIVE:
-        raise Unauthenticated("this installation has ended; register again")
+        raise Unauthenticated(_ENDED)
     raise Aborted("the counter was used: a replay, or another process of the device was faster; take the next counter")
 
 
