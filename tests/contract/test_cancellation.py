@@ -287,6 +287,29 @@ async def test_a_time_out_inside_a_block_leaves_its_connection_to_nobody_half_wa
     assert await names(sql) == ["whole"]
 
 
+async def test_a_block_that_goes_on_after_a_time_out_and_is_cancelled_leaves_nothing(one: Database, sql: Connection) -> None:
+    """Two statements are then under way: one that nobody waits for, and one behind it."""
+    waits = asyncio.Event()
+
+    async def work() -> None:
+        async with one.transaction() as connection:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await connection.execute("INSERT INTO vault_keys SELECT 'first', '' FROM pg_sleep(60)")
+            waits.set()
+            await connection.execute(INSERT, "second")
+
+    task = asyncio.create_task(work())
+    async with asyncio.timeout(LIMIT_S):
+        await waits.wait()
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait((task,))
+        await one.execute("t", INSERT, "next")
+    assert await names(sql) == ["next"]
+    assert await backends(sql, "idle in transaction%") == set()
+
+
 async def test_all_who_wait_for_a_database_that_hangs_are_told_together(
     urls: dict[str, str], engines: Engines, monkeypatch: pytest.MonkeyPatch, connects: list[None]
 ) -> None:

@@ -203,7 +203,12 @@ class _Pinned(Connection):
     async def _after(earlier: asyncio.Task[Any] | None, work: Coroutine[Any, Any, _Answer]) -> _Answer:
         if earlier is not None:
             # Of a time-out inside a block, which goes on with another statement.
-            await asyncio.wait((earlier,))
+            try:
+                await asyncio.wait((earlier,))
+            except asyncio.CancelledError:
+                work.close()
+                earlier.cancel()
+                raise
         return await work
 
 
