@@ -33,7 +33,7 @@ from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DETAILS_KEY
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.rpc import GuardedServer
-from sealpushd.platform.server import MESH_OPTIONS, PUBLIC_REQUEST_BYTES_MAX, AddServicer, Build, Runtime, ServiceApp, public_options
+from sealpushd.platform.server import PUBLIC_REQUEST_BYTES_MAX, AddServicer, Build, Runtime, ServiceApp, public_options
 from sealpushd.platform.settings import Settings, load
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
 from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
@@ -159,11 +159,6 @@ class Served:
     mesh: Peer
 
 
-def listeners(service: str) -> tuple[Sequence[tuple[str, int]], Sequence[tuple[str, int]]]:
-    """The options of a service's public and mesh listener, as `run_service` has them; dispatch has no public one."""
-    return public_options(service, connections_max=1000) if service in PUBLIC_REQUEST_BYTES_MAX else (), MESH_OPTIONS
-
-
 class Services:
     """Services in this process that call each other over real gRPC. `running_services` makes them; `services["keys"]` was served last."""
 
@@ -275,7 +270,9 @@ class Services:
                 pass
 
     def _listen(self, service: str) -> None:
-        public, inside = (Peer((), self.mesh.verifier, options=options).bind() for options in listeners(service))
+        # As strangers meet it; dispatch has none.
+        bounds = public_options(service, connections_max=1000) if service in PUBLIC_REQUEST_BYTES_MAX else ()
+        public, inside = (Peer((), self.mesh.verifier, options=options).bind() for options in (bounds, ()))
         self._listeners[service] = public, inside
         self._peers += public, inside
         self.settings = self.settings.model_copy(update={f"{service}_mesh": inside.address})
