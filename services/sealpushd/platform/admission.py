@@ -55,7 +55,7 @@ OUTSIDE_PART: Final = 0.75
 # A caller holds at most so many times what is free. Alone it gets eight ninths, with another as greedy one eight seventeenths each.
 SHARE: Final = 8
 # A phone has a handful of calls on the way; an address may be a mobile gateway with thousands of them.
-DEVICE_IN_FLIGHT_MAX: Final = 16
+DEVICE_IN_FLIGHT_MAX: Final = 32
 ADDRESS_IN_FLIGHT_MAX: Final = 128
 # A call that was reset keeps its place for as long as it might have taken: resetting gives nobody more than waiting for the answer would.
 RESET_HOLD_S: Final = 1.0
