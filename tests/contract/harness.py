@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType, TracebackType
@@ -42,6 +41,7 @@ from sealpushd.registration.app import build as build_registration
 from sealpushd.simulators.control import SmsControlService
 from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
+from tests.clocks import FakeClock as FakeClock
 
 LOOPBACK = "127.0.0.1"
 # Bounds a hang, where nothing is claimed about time: a machine may be many times slower than the one on which a test was written.
@@ -59,19 +59,6 @@ BUILDS: Mapping[str, Build] = {
     "dispatch": build_dispatch,
     "fetch": build_fetch,
 }
-
-
-class FakeClock:
-    """Time that only moves when told to; starts at the real present, because tokens live in real time."""
-
-    def __init__(self) -> None:
-        self._now = datetime.now(UTC)
-
-    def now(self) -> datetime:
-        return self._now
-
-    def advance(self, by: timedelta) -> None:
-        self._now += by
 
 
 async def until_locked_out(sql: Connection, count: int = 1) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -59,10 +59,11 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         self._key = key
         self._clock = clock
         self._passwords = PasswordChecker()
-        self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, datetime]] = {}
+        # Until when, by the steady clock.
+        self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, float]] = {}
         self._profile_batcher = NaturalBatcher(store.profiles)
-        # Root → its list's serial and bytes, 0 and nothing without one, and until when that is believed.
-        self._lists: dict[bytes, tuple[int, bytes, datetime]] = {}
+        # Root → its list's serial and bytes, 0 and nothing without one, and until when, by the steady clock, that is believed.
+        self._lists: dict[bytes, tuple[int, bytes, float]] = {}
         self._list_batcher = NaturalBatcher(store.signed_revocations)
 
     async def SignIn(self, request: accounts_pb2.SignInRequest, context: rpc.Context) -> accounts_pb2.SignInResponse:
@@ -96,7 +97,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         self, request: accounts_pb2.GetSenderProfileRequest, context: rpc.Context
     ) -> accounts_pb2.GetSenderProfileResponse:
         sender_id = _sender_id(request.sender_id)
-        now = self._clock.now()
+        now = self._clock.monotonic()
         cached = self._profiles.get(sender_id)
         if cached is not None and now < cached[1]:
             return cached[0]
@@ -114,19 +115,19 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         )
         if len(self._profiles) >= PROFILES_CACHED_MAX:
             del self._profiles[next(iter(self._profiles))]
-        self._profiles[sender_id] = response, now + PROFILE_CACHED
+        self._profiles[sender_id] = response, now + PROFILE_CACHED.total_seconds()
         return response
 
     async def GetRevocations(
         self, request: accounts_pb2.GetRevocationsRequest, context: rpc.Context
     ) -> accounts_pb2.GetRevocationsResponse:
         root_public_key = _root_public_key(request.root_public_key)
-        now = self._clock.now()
+        now = self._clock.monotonic()
         cached = self._lists.pop(root_public_key, None)
         if cached is None or cached[2] <= now:
             signed = await self._list_batcher.submit(root_public_key)
             serial = rules.stored_revocations(root_public_key, signed).serial if signed is not None else 0
-            cached = serial, signed or b"", now + LISTS_CACHED
+            cached = serial, signed or b"", now + LISTS_CACHED.total_seconds()
         if len(self._lists) >= LISTS_CACHED_MAX:
             del self._lists[next(iter(self._lists))]
         self._lists[root_public_key] = cached

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Final, cast
 
@@ -20,7 +20,7 @@ from prometheus_client import Counter
 from sealpushd.dispatch.credentials import Credentials
 from sealpushd.dispatch.lanes import LaneSet
 from sealpushd.dispatch.receipts import BODY_BYTES_MAX, BadSignature, MalformedReceipts, ReceiptKey, Signatures, parse_receipts
-from sealpushd.platform.clock import Clock
+from sealpushd.platform.clock import Clock, Reading
 from sealpushd.platform.metrics import platform_label
 from sealpushd.platform.settings import Settings, SettingsError
 
@@ -86,7 +86,8 @@ class ReceiptsListener:
         self._credentials = credentials
         self._clock = clock
         self._signatures = Signatures()
-        self._told_at: dict[str, datetime] = {}
+        # Of the steady clock.
+        self._told_at: dict[str, float] = {}
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
         self._open: set[_Brief] = set()
@@ -153,14 +154,14 @@ class ReceiptsListener:
         again as it was.
         """
         signature = request.headers.get("X-HUAWEI-CALLBACK-ID")
-        Signatures().verify(signature, [key], self._clock.now())
+        Signatures().verify(signature, [key], Reading.of(self._clock))
         body = await request.read()
-        self._signatures.verify(signature, [key], self._clock.now())
+        self._signatures.verify(signature, [key], Reading.of(self._clock))
         return body
 
     def _tell(self, app_id: str, problem: str) -> None:
-        now = self._clock.now()
-        if now - self._told_at.get(app_id, now - TOLD_EVERY) >= TOLD_EVERY:
+        now = self._clock.monotonic()
+        if now - self._told_at.get(app_id, float("-inf")) >= TOLD_EVERY.total_seconds():
             self._told_at[app_id] = now
             log.warning("a receipt was refused; others like it are only counted for a minute", app=app_id, problem=problem)
 

@@ -17,7 +17,7 @@ from sealpushd.dispatch.providers.base import Probed, Provider, accepts
 from sealpushd.dispatch.store import LaneStore
 from sealpushd.platform import rpc
 from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.clock import Clock
+from sealpushd.platform.clock import Clock, Reading
 from sealpushd.platform.errors import InvalidRequest, NotFound, StoreUnavailable
 from sealpushd.v1 import lanes_pb2, lanes_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc, providers_pb2, providers_pb2_grpc
 
@@ -37,8 +37,8 @@ def _timestamp(moment: datetime) -> Timestamp:
     return stamp
 
 
-def to_lane(lane: Lane, now: datetime) -> lanes_pb2.Lane:
-    next_try_at = _timestamp(lane.closed_until) if lane.closed_until is not None else None
+def to_lane(lane: Lane, now: Reading) -> lanes_pb2.Lane:
+    closed_for = lane.closed_for
     return lanes_pb2.Lane(
         app_id=lane.app_id,
         platform=common_pb2.Platform.ValueType(lane.platform),
@@ -49,9 +49,9 @@ def to_lane(lane: Lane, now: datetime) -> lanes_pb2.Lane:
         retried=lane.counts.retried,
         dead_tokens=lane.counts.dead_tokens,
         quarantined=lane.counts.quarantined,
-        next_try_at=next_try_at,
+        next_try_at=_timestamp(now.wall + closed_for) if closed_for is not None else None,
         push_service=lane.provider.name if lane.provider is not None else "",
-        rate_per_second=lane.counts.rate.per_second(now),
+        rate_per_second=lane.counts.rate.per_second(now.steady),
         errors=[
             lanes_pb2.LaneError(reason=reason, count=seen.count, advice=lane.advise(reason), last_at=_timestamp(seen.last_at))
             for reason, seen in lane.counts.by_frequency()
@@ -75,7 +75,7 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
         self._clock = clock
 
     async def ListLanes(self, request: lanes_pb2.ListLanesRequest, context: Any) -> lanes_pb2.ListLanesResponse:
-        now = self._clock.now()
+        now = Reading.of(self._clock)
         return lanes_pb2.ListLanesResponse(lanes=[to_lane(lane, now) for lane in self._lanes])
 
     async def PauseLane(self, request: lanes_pb2.PauseLaneRequest, context: Any) -> lanes_pb2.PauseLaneResponse:

@@ -41,6 +41,8 @@ LIVE_STREAM_HEAD_START: Final = timedelta(seconds=2)
 DEAD_TOKEN_GRACE: Final = timedelta(seconds=60)
 # What a dispatcher reports of a dead token, as in `WakeUpOutcome`.
 OUTCOME_TOKEN_GONE: Final = 3
+# A push service may ask for 15 minutes, and dispatch adds 11 to the last try; a later one is of a clock that is wrong.
+RETRY_IN_MAX: Final = timedelta(minutes=30)
 # What one question may take at the most, less than a gRPC message with room for one more envelope and the rest.
 TAKE_BYTES_MAX: Final = 2 * 1024 * 1024
 # Sorts before every id.
@@ -246,11 +248,16 @@ class WakeUp:
     muted: bool
     expires_at: datetime
     attempts: int
+    # When it was handed out, by the database's clock.
+    expires_in: timedelta
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a dispatcher says of a wake-up; outcomes as in `WakeUpOutcome`."""
+    """What a dispatcher says of a wake-up; outcomes as in `WakeUpOutcome`.
+
+    `retry_at` is of a dispatcher's clock, and counts only without `retry_in`: dispatchers of the release before know nothing else.
+    """
 
     message_id: MessageId
     device_id: DeviceId
@@ -259,6 +266,7 @@ class Report:
     retry_at: datetime | None
     reason: int
     detail: str
+    retry_in: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)

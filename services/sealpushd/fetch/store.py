@@ -477,10 +477,10 @@ class MailboxStore:
             # First: what fails in between is reported again, and goes on.
             await self._give_grace(session_id, dead)
         columns = _columns(
-            ((r.message_id, r.device_id, r.fence, r.outcome, r.retry_at, r.reason, r.detail[:100]) for r in distinct.values()),
-            7,
+            ((r.message_id, r.device_id, r.fence, r.outcome, r.retry_at, r.reason, r.detail[:100], r.retry_in) for r in distinct.values()),
+            8,
         )
-        await self._locked(distinct, "report", session_id, *columns)
+        await self._locked(distinct, "report", session_id, *columns, rules.RETRY_IN_MAX)
 
     async def _give_grace(self, session_id: bytes, dead: Sequence[Report]) -> None:
         """Let what is open and unfetched of these reports' devices end after a grace, in turns in the order of the keys."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush import proofs
@@ -250,6 +251,10 @@ def parse_report(proto: mailbox_pb2.WakeUpReport) -> Report:
         retry_at = proto.retry_at.ToDatetime(UTC) if proto.HasField("retry_at") else None
     except (ValueError, OverflowError) as e:
         raise InvalidRequest("retry_at is no valid time", field="retry_at") from e
+    try:
+        retry_in = proto.retry_in.ToTimedelta() if proto.HasField("retry_in") else None
+    except (ValueError, OverflowError) as e:
+        raise InvalidRequest("retry_in is no valid duration", field="retry_in") from e
     return Report(
         MessageId(need_id(proto.message_id, "message_id")),
         DeviceId(need_id(proto.device_id, "device_id")),
@@ -259,10 +264,12 @@ def parse_report(proto: mailbox_pb2.WakeUpReport) -> Report:
         proto.reason_code,
         # The provider's own words: PostgreSQL holds every character but this one.
         proto.detail.replace("\0", ""),
+        None if retry_in is None else min(max(retry_in, timedelta(0)), rules.RETRY_IN_MAX),
     )
 
 
 def to_wake_up(each: WakeUp) -> mailbox_pb2.WakeUp:
+    left = each.expires_in
     return mailbox_pb2.WakeUp(
         message_id=each.message_id,
         device_id=each.device_id,
@@ -274,6 +281,7 @@ def to_wake_up(each: WakeUp) -> mailbox_pb2.WakeUp:
         muted=each.muted,
         expires_at=timestamp(each.expires_at),
         attempts=each.attempts,
+        expires_in=Duration(seconds=left.days * 86_400 + left.seconds, nanos=left.microseconds * 1000),
     )
 
 

@@ -1,20 +1,65 @@
-"""Time as a collaborator, so that tests move it."""
+"""Time as a collaborator, so that tests move it.
+
+Two clocks, and one rule. The wall clock says what time it is; whoever sets it moves it, also backwards. The steady clock only counts
+seconds. How long something lasts is measured by the steady clock. What is stored or sent is a moment of the wall clock, and whoever
+reads it bounds how far ahead it can honestly be. Every use of the wall clock stands in `platform/timers.py`, and a test looks for others.
+"""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from typing import Protocol
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final, Protocol, Self
+
+# A wall clock that differs from the steady one by more was set. NTP turns a clock by half a second in 17 minutes at the most, and tokens
+# allow for as much between two machines.
+CLOCK_MOVED: Final = timedelta(seconds=30)
+# A stored moment that one machine wrote and another reads lies further ahead than this only because a clock was wrong.
+MOMENT_AHEAD_MAX: Final = timedelta(minutes=5)
 
 
 class Clock(Protocol):
     def now(self) -> datetime:
-        """The present moment, aware, in UTC."""
+        """The present moment, aware, in UTC. Whoever sets the clock moves it."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds since some moment, which no setting of the clock changes: the only measure of how long something lasts."""
         ...
 
 
 class SystemClock:
     def now(self) -> datetime:
         return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What both clocks said at one moment."""
+
+    wall: datetime
+    steady: float
+
+    @classmethod
+    def of(cls, clock: Clock) -> Self:
+        return cls(clock.now(), clock.monotonic())
+
+    def moved(self, clock: Clock) -> timedelta:
+        """By how much the wall clock was set since; negative: back."""
+        return clock.now() - self.wall - timedelta(seconds=clock.monotonic() - self.steady)
+
+    def was_set(self, clock: Clock) -> bool:
+        """Whether the wall clock was set since: what was reckoned from it does not hold any more."""
+        return abs(self.moved(clock)) > CLOCK_MOVED
+
+
+def not_ahead(moment: datetime, now: datetime, ahead_max: timedelta = MOMENT_AHEAD_MAX) -> datetime:
+    """A stored moment as it counts: `now` where it lies further ahead than it honestly can."""
+    return moment if moment <= now + ahead_max else now
 
 
 def to_ms(moment: datetime) -> int:

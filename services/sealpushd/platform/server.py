@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
 import grpc
@@ -17,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from sealpushd.platform import logging, telemetry, tls
 from sealpushd.platform.clients import MESSAGE_BYTES_MAX, MeshChannel
 from sealpushd.platform.clock import Clock, SystemClock
+from sealpushd.platform.clockwatch import ClockWatch
 from sealpushd.platform.db import Database
 from sealpushd.platform.metrics import serve_metrics
 from sealpushd.platform.migrate import check_schema
@@ -92,6 +94,11 @@ class Runtime:
     verifier: TokenVerifier
     clock: Clock = field(default_factory=SystemClock)
     closes: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    # Whom it concerns that the clock was set says so here.
+    clock_watch: ClockWatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clock_watch = ClockWatch(self.clock)
 
     async def database(self) -> Database:
         """Connections as the service's role, its schema checked. Raises SchemaError, StoreUnavailable, SettingsError."""
@@ -102,6 +109,14 @@ class Runtime:
         db = Database(url, self.service, self.settings.postgres_connections)
         await db.open()
         self.closes.append(db.aclose)
+
+        async def clock_of_database() -> datetime:
+            row = await db.fetch_one("clock", "SELECT clock_timestamp() AS now")
+            assert row is not None  # noqa: S101 - a statement without a table has one row
+            moment: datetime = row["now"]
+            return moment
+
+        self.clock_watch.ask_database = clock_of_database
         return db
 
     async def vault(self, db: Database) -> Vault:
@@ -154,7 +169,7 @@ async def run_service(service: str, settings: Settings, build: Build, ready: Cal
 
     try:
         app = await build(runtime)
-        await _serve(service, settings, app, verifier, stopping, ready)
+        await _serve(service, settings, app, runtime.clock_watch, verifier, stopping, ready)
     finally:
         for close in reversed(runtime.closes):
             try:
@@ -168,6 +183,7 @@ async def _serve(
     service: str,
     settings: Settings,
     app: ServiceApp,
+    clock_watch: ClockWatch,
     verifier: TokenVerifier,
     stopping: asyncio.Event,
     ready: Callable[[dict[str, int]], None] | None,
@@ -198,7 +214,7 @@ async def _serve(
 
     for server in servers:
         await server.start()
-    tasks = [asyncio.create_task(_keep_running(task), name=getattr(task, "__qualname__", "task")) for task in app.tasks]
+    tasks = [asyncio.create_task(_keep_running(task), name=getattr(task, "__qualname__", "task")) for task in (*app.tasks, clock_watch.run)]
     await health.set("", health_pb2.HealthCheckResponse.SERVING)
     log.info("serving", **ports)
     if ready is not None:

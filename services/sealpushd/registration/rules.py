@@ -403,6 +403,14 @@ def check_new_pin(pin: Pin) -> Pin:
     return pin
 
 
+def lies_ahead(facts: Facts, latest: datetime) -> bool:
+    """Whether any moment in it is later than can be: a clock that was ahead wrote it, and what is reckoned from it would not end."""
+    moments = [device.last_seen_at for device in facts.owner_devices]
+    if facts.lock is not None and facts.lock.last_wrong_at is not None:
+        moments.append(facts.lock.last_wrong_at)
+    return any(moment > latest for moment in moments)
+
+
 def locked_until(facts: Facts, *, now: datetime) -> datetime | None:
     """Until when the lock keeps this device out without the PIN, should nobody use the number's devices; None: it does not."""
     if facts.lock is None or facts.is_own:

@@ -193,7 +193,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         """The subscriber the device belongs to from now on: in its device log, then here, then told to whom it concerns."""
         opened: Lock | None = None
         for _ in range(BIND_ATTEMPTS):
-            facts = await self._store.facts(pending.phone_lookup, device.device_id)
+            facts = await self._store.facts(pending.phone_lookup, device.device_id, now)
             rules.check_identity(facts.own, device.identity_public_key, pending.app_id)
             repeated = rules.bound_before(facts.own, registration_id)
             if repeated is not None:
@@ -208,7 +208,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             binding = rules.decide_binding(facts, device.device_id, pending.new_subscriber_id, now=now)
             # The log keeps what is entered even if the caller leaves before it is bound: else one code would fill it with devices.
             if not await self._store.claim_registration(registration_id, device.device_id):
-                facts = await self._store.facts(pending.phone_lookup, device.device_id)
+                facts = await self._store.facts(pending.phone_lookup, device.device_id, now)
                 repeated = rules.bound_before(facts.own, registration_id)
                 if repeated is not None:
                     return repeated

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
+from sealpushd.platform.clock import MOMENT_AHEAD_MAX
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted, Unauthenticated
 from sealpushd.platform.tokens import DeviceCaller
@@ -52,6 +53,7 @@ def _sql(name: str) -> str:
 RESOLVE: Final = _sql("resolve")
 PUSH_TARGETS: Final = _sql("push_targets")
 FORGET_TOKENS: Final = _sql("forget_tokens")
+PULL_BACK_MOMENTS: Final = _sql("pull_back_moments")
 IDENTITIES: Final = _sql("identities")
 TAKE_CHALLENGES: Final = _sql("take_challenges")
 START_REGISTRATION: Final = _sql("start_registration")
@@ -229,13 +231,20 @@ class RegistrationStore:
         """Keep the registration for this device. False: it is another one's, or was used. Safe to repeat."""
         return await self._db.fetch_one("claim_registration", CLAIM_REGISTRATION, registration_id, device_id) is not None
 
-    async def purge_registrations(self, expired_before: datetime) -> None:
-        await self._db.execute("purge_registrations", PURGE_REGISTRATIONS, expired_before)
+    async def purge_registrations(self, expired_before: datetime, expiring_after: datetime) -> None:
+        """Those that expired long ago, and those that expire later than any can: a clock that was ahead made them."""
+        await self._db.execute("purge_registrations", PURGE_REGISTRATIONS, expired_before, expiring_after)
 
     # --- binding ---
 
-    async def facts(self, phone_lookup: bytes, device_id: DeviceId) -> Facts:
+    async def facts(self, phone_lookup: bytes, device_id: DeviceId, now: datetime) -> Facts:
+        """What is known of a number and a device. Moments of a clock that was ahead are set to `now` first, and age from there."""
+        latest = now + MOMENT_AHEAD_MAX
         async with self._db.connection() as c:
+            facts = await _facts(c, phone_lookup, device_id)
+            if not rules.lies_ahead(facts, latest):
+                return facts
+            await c.execute(PULL_BACK_MOMENTS, facts.owner, now, latest)
             return await _facts(c, phone_lookup, device_id)
 
     async def bind(
@@ -483,7 +492,9 @@ class RegistrationStore:
         """Whether each token was forgotten, in order, from one statement. A report that stands twice is true twice."""
         device_ids = [one.device_id for one in dead]
         lookups = [self._vault.lookup(one.push_token.value.encode(), "push token") for one in dead]
-        rows = await self._db.fetch("forget_tokens", FORGET_TOKENS, device_ids, lookups, [one.dead_at for one in dead], now)
+        rows = await self._db.fetch(
+            "forget_tokens", FORGET_TOKENS, device_ids, lookups, [one.dead_at for one in dead], now, now + MOMENT_AHEAD_MAX
+        )
         forgotten = {(row[0], row[1]) for row in rows}
         return [pair in forgotten for pair in zip(device_ids, lookups, strict=True)]
 

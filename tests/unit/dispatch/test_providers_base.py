@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sealpushd.dispatch.providers.base import (
     RETRY_AFTER_MAX,
     Bug,
+    HttpAnswer,
     PushEnvironment,
     PushTarget,
     PushToken,
@@ -87,4 +88,5 @@ def test_naive_times_and_short_ids_are_refused() -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date_and_bounded(value: str | None, delay: timedelta | None) -> None:
-    assert parse_retry_after(value, NOW) == delay
+    headers = {} if value is None else {"retry-after": value}
+    assert parse_retry_after(HttpAnswer(503, headers), NOW) == delay
