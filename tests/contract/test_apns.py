@@ -121,7 +121,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    # Whole seconds: certificates are checked against the machine's clock, tokens against this one.
+    return FakeClock(datetime.now(UTC).replace(microsecond=0))
 
 
 @pytest.fixture

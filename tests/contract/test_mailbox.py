@@ -659,13 +659,38 @@ async def test_what_is_to_be_tried_again_waits_for_its_time(store: MailboxStore,
     await put(store, made)
     session = await a_session(store)
     (wake_up,) = await claim(store, session, made)
-    at = datetime.now(UTC) + timedelta(hours=1)
-    await store.report(session, [report(wake_up, outcome, retry_at=at, reason=28)])
+    await store.report(session, [report(wake_up, outcome, retry_in=timedelta(minutes=20), reason=28)])
     assert await claim(store, session, made) == []
-    assert await sql.fetchval("SELECT next_attempt_at FROM open_deliveries WHERE message_id = $1", made.message_id) == at
+    waits = "SELECT next_attempt_at - now() FROM open_deliveries WHERE message_id = $1"
+    assert timedelta(minutes=19) < await sql.fetchval(waits, made.message_id) <= timedelta(minutes=20)
     await sql.execute("UPDATE open_deliveries SET next_attempt_at = now() WHERE message_id = $1", made.message_id)
     (again,) = await claim(store, session, made)
     assert (again.fence, again.attempts) == (2, 1 if outcome == RETRY else 0)
+
+
+async def test_a_time_to_try_of_a_dispatcher_that_knows_moments_only_holds_within_what_is_possible(
+    store: MailboxStore, sql: Connection
+) -> None:
+    """The release before sends its own clock's moment: a clock that is ahead must not put the next try off by as much."""
+    made = message()
+    await put(store, made)
+    session = await a_session(store)
+    (wake_up,) = await claim(store, session, made)
+    at = datetime.now(UTC) + timedelta(minutes=20)
+    await store.report(session, [report(wake_up, RETRY, retry_at=at)])
+    assert await sql.fetchval("SELECT next_attempt_at FROM open_deliveries WHERE message_id = $1", made.message_id) == at
+    await sql.execute("UPDATE open_deliveries SET next_attempt_at = now() WHERE message_id = $1", made.message_id)
+    (wake_up,) = await claim(store, session, made)
+    await store.report(session, [report(wake_up, RETRY, retry_at=datetime.now(UTC) + timedelta(minutes=40))])
+    assert len(await claim(store, session, made)) == 1
+
+
+async def test_a_wake_up_says_what_is_left_of_its_lifetime_by_the_databases_clock(store: MailboxStore) -> None:
+    made = message()
+    await put(store, made)
+    (wake_up,) = await claim(store, await a_session(store), made)
+    left = wake_up.expires_at - datetime.now(UTC)
+    assert abs(wake_up.expires_in - left) < timedelta(seconds=LIMIT_S)
 
 
 async def test_a_quarantined_wake_up_is_not_pushed_again_and_stays_fetchable(store: MailboxStore) -> None:
