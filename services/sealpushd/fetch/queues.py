@@ -79,7 +79,8 @@ class Queues:
         return requeued, more
 
     async def refresh(self) -> None:
-        """Let the gauges tell what waits now. Raises StoreUnavailable."""
+        """Let the gauges tell what waits now, and nothing wait for a clock that was ahead. Raises StoreUnavailable."""
+        await self._store.pull_back()
         queues = await self._store.queues()
         now = self._clock.now()
         told: set[tuple[str, str]] = set()
@@ -93,7 +94,7 @@ class Queues:
         self._told |= told
 
     async def watch(self) -> None:
-        """Refresh the gauges, for ever."""
+        """Refresh, for ever."""
         while True:
             try:
                 await self.refresh()

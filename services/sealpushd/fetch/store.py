@@ -502,6 +502,10 @@ class MailboxStore:
                 return
             last = locked[-1]["device_id"], locked[-1]["message_id"]
 
+    async def pull_back(self) -> None:
+        """Let what waits for its push longer than it can be due now: the database's clock was ahead when it was put off."""
+        await self._retrying(lambda: self._fetch("pull_back", rules.RETRY_IN_MAX))
+
     async def queues(self) -> list[Queue]:
         """What waits to be pushed, by lane; lanes without anything are left out."""
         return [

@@ -15,6 +15,8 @@ from typing import Final, Protocol, Self
 # A wall clock that differs from the steady one by more was set. NTP turns a clock by half a second in 17 minutes at the most, and tokens
 # allow for as much between two machines.
 CLOCK_MOVED: Final = timedelta(seconds=30)
+# Two machines' clocks that differ by more are to be set, before it hurts: tokens allow for 30 s.
+CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 # A stored moment that one machine wrote and another reads lies further ahead than this only because a clock was wrong.
 MOMENT_AHEAD_MAX: Final = timedelta(minutes=5)
 
@@ -55,11 +57,6 @@ class Reading:
     def was_set(self, clock: Clock) -> bool:
         """Whether the wall clock was set since: what was reckoned from it does not hold any more."""
         return abs(self.moved(clock)) > CLOCK_MOVED
-
-
-def not_ahead(moment: datetime, now: datetime, ahead_max: timedelta = MOMENT_AHEAD_MAX) -> datetime:
-    """A stored moment as it counts: `now` where it lies further ahead than it honestly can."""
-    return moment if moment <= now + ahead_max else now
 
 
 def to_ms(moment: datetime) -> int:

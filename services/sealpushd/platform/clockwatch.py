@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 from prometheus_client import Counter, Gauge
 
-from sealpushd.platform.clock import Clock, Reading
+from sealpushd.platform.clock import CLOCK_SKEW_MAX, Clock, Reading
 from sealpushd.platform.errors import ServiceError
 
 log = structlog.get_logger()
@@ -19,8 +19,6 @@ log = structlog.get_logger()
 LOOK_PERIOD_S: Final = 5.0
 # PostgreSQL is asked every so many looks: once a minute costs it nothing.
 LOOKS_A_QUESTION: Final = 12
-# Tokens allow for 30 s between two machines: what differs by more than a third of that is to be set before it hurts.
-CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 
 CLOCK = Gauge("sealpush_clock_seconds", "This process's wall clock, epoch seconds: compare it over processes.")
 MOVES = Counter("sealpush_clock_moves", "How often this process saw that its wall clock was set, by more than 30 s.")

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 from sealpushd.platform.tls import write_secret
 from sealpushd.up.errors import UpError
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _FILE: Final = Path("run") / "endpoints.json"
 
 
@@ -28,6 +28,7 @@ class Endpoints:
     ca: str
     public: Mapping[str, str]
     mesh: Mapping[str, str]
+    metrics: Mapping[str, str]
     simulators: str
     push_services: Mapping[str, str]
     """The simulated ones, by name."""

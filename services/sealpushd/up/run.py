@@ -145,6 +145,7 @@ def _endpoints(data_dir: Path, ports: Ports, made: secrets.Secrets, engines: Eng
         ca=str(made.ca),
         public={service: f"localhost:{ports.of(service, 'public')}" for service in PUBLIC},
         mesh={service: f"{HOST}:{ports.of(service, 'mesh')}" for service in SERVICES},
+        metrics={service: f"{HOST}:{ports.of(service, 'metrics')}" for service in SERVICES},
         simulators=f"{HOST}:{ports.control}",
         push_services={"APNs": f"{HOST}:{ports.apns}", "FCM": f"{HOST}:{ports.fcm}", "HMS": f"{HOST}:{ports.hms}"},
         postgres_url=engines.postgres_dsn,

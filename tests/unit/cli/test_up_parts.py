@@ -100,6 +100,7 @@ def endpoints() -> Endpoints:
         ca="/ca.pem",
         public={"accounts": "localhost:1"},
         mesh={"accounts": "127.0.0.1:2"},
+        metrics={"accounts": "127.0.0.1:5"},
         simulators="127.0.0.1:3",
         push_services={"APNs": "127.0.0.1:4"},
         postgres_url="postgresql://hidden",
@@ -135,7 +136,7 @@ def test_endpoints_of_a_killed_run_say_so(tmp_path: Path) -> None:
         Endpoints.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 2}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 3}'])
 def test_damaged_endpoints_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "endpoints.json").write_text(content)
