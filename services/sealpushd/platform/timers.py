@@ -198,7 +198,7 @@ TIMERS: Final = (
     Timer(
         "rate limits",
         Measure.MOMENT,
-        "another window begins, and the one before goes on with what was counted in it; never longer than a window",
+        "a window that a clock ahead used up is used up when the present comes to it; never longer than a window",
         ("platform/limits.py Limiter._count", "platform/limits.py Limiter._exceeded", "platform/limits.py PostgresCounter.count"),
     ),
     # accounts
@@ -219,7 +219,7 @@ TIMERS: Final = (
     Timer(
         "one-time prekeys handed out",
         Measure.MOMENT,
-        "one handed out by a clock ahead does not count against its sender",
+        "one handed out by a clock ahead counts against its sender for a day, once the present has come so far; the signed prekey serves",
         ("keys/service.py KeysService.GetRecipientKeys", "keys/sql/0002_handouts.sql"),
     ),
     Timer(
@@ -310,7 +310,7 @@ TIMERS: Final = (
     Timer(
         "certificates of `sealpush up`",
         Measure.MOMENT,
-        "made anew with the next start",
+        "made anew with the next start where they are not in force",
         ("platform/tls.py LocalAuthority.__init__", "platform/tls.py LocalAuthority.issue"),
     ),
     Timer(
