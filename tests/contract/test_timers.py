@@ -57,7 +57,7 @@ from sealpushd.platform.clock import MOMENT_AHEAD_MAX, Reading, to_ms
 from sealpushd.platform.clockwatch import ClockWatch
 from sealpushd.platform.db import Connection as Sql
 from sealpushd.platform.db import Database, connect, load_sql
-from sealpushd.platform.errors import LimitExceeded, Unauthenticated
+from sealpushd.platform.errors import LimitExceeded, StoreUnavailable, Unauthenticated
 from sealpushd.platform.limits import CODES_PER_NUMBER, ONE_TIME_PREKEYS_PER_SENDER, Limit, Limiter
 from sealpushd.platform.settings import load
 from sealpushd.platform.timers import TIMERS, Measure
@@ -70,6 +70,7 @@ from sealpushd.registration.outbox import PURGE_EVERY, Outbox
 from sealpushd.registration.peers import KNOWN_FOR, Apps
 from sealpushd.registration.phones import parse_phone
 from sealpushd.registration.store import DeadToken, RegistrationStore, StartedRegistration
+from sealpushd.up.maintenance import CLOCKS_DIFFER_MAX, maintain
 from sealpushd.v1 import administration_pb2, mailbox_pb2
 from tests.clock_uses import ROOT, python_uses
 from tests.clocks import FakeClock
@@ -96,6 +97,7 @@ class World:
     registration: RegistrationStore
     # The databases of fetch, registration and keys as their superuser.
     sql: Sql
+    admin_url: str
     patch: pytest.MonkeyPatch
     folder: Path
 
@@ -121,8 +123,8 @@ def walks(name: str) -> Callable[[Walk], Walk]:
     return put_in
 
 
-# PostgreSQL is the one clock that no test can set; that it is the judge is what stands in the registry of these.
-JUDGED_BY_POSTGRESQL = {"ends of deliveries", "partitions and retention"}
+# PostgreSQL's is the one clock that no test can set; that it is the judge is what stands in the registry of these.
+JUDGED_BY_POSTGRESQL = {"ends of deliveries"}
 WALKED = [
     timer.name for timer in TIMERS if timer.measure not in (Measure.SHOWN, Measure.ELSEWHERE) and timer.name not in JUDGED_BY_POSTGRESQL
 ]
@@ -145,7 +147,7 @@ async def world(
     for each in (mailbox, registration):
         await each.open()
     vault = await Vault.open(registration, "registration", FileKeyWrapper(tmp_path / "vault.key"))
-    yield World(clock, jump, MailboxStore(mailbox), RegistrationStore(registration, vault), sql, monkeypatch, tmp_path)
+    yield World(clock, jump, MailboxStore(mailbox), RegistrationStore(registration, vault), sql, urls["admin"], monkeypatch, tmp_path)
     for each in (mailbox, registration):
         await each.aclose()
     await sql.close()
@@ -764,6 +766,22 @@ async def _(world: World) -> None:
     assert session in await world.mailbox.lost_sessions()
     await world.mailbox.keep_sessions([session])
     assert session not in await world.mailbox.lost_sessions()
+
+
+@walks("partitions and retention")
+async def _(world: World) -> None:
+    # A partition that only a clock that is wrong calls old; which of the two clocks it is does not matter.
+    part = (datetime.now(UTC) - timedelta(weeks=2)).strftime("messages_%Gw%V")
+    await world.sql.execute(
+        f'CREATE TABLE IF NOT EXISTS "fetch".{part} PARTITION OF "fetch".messages'
+        " FOR VALUES FROM ('00000000-0000-7000-8000-000000000000') TO ('00000000-0000-7000-8000-000000000001')"
+    )
+    with world.away():
+        if abs(world.jump) > CLOCKS_DIFFER_MAX:
+            with pytest.raises(StoreUnavailable, match="clock differs"):
+                await maintain(world.admin_url, world.clock)
+    await maintain(world.admin_url, world.clock)
+    assert await world.sql.fetchval("SELECT to_regclass($1) IS NOT NULL", f"fetch.{part}")
 
 
 # The machine

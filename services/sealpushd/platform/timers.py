@@ -283,8 +283,8 @@ TIMERS: Final = (
     Timer(
         "partitions and retention",
         Measure.DATABASE,
-        "PostgreSQL's clock is the judge: what it dropped while it was ahead is gone",
-        ("fetch/sql/0001_first.sql",),
+        "nothing is dropped while PostgreSQL's clock and that of `db maintain` differ by more than an hour",
+        ("fetch/sql/0001_first.sql", "up/maintenance.py maintain"),
     ),
     Timer(
         "times towards phones, and the age of a queue",

@@ -3,25 +3,38 @@ elsewhere, or what a back-up brought back."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Final
 
 import asyncpg
 
+from sealpushd.platform.clock import Clock, SystemClock
 from sealpushd.platform.db import connect
 from sealpushd.platform.errors import StoreUnavailable
 from sealpushd.platform.migrate import SchemaError
 
+# Retention is counted in weeks; and a clock that is wrong is wrong by more, or harms nothing here.
+CLOCKS_DIFFER_MAX: Final = timedelta(hours=1)
 # One statement's worth: a fraction of a second, and few rows locked meanwhile.
 SWEEP_ROWS_MAX: Final = 10_000
 
 
-async def maintain(url: str) -> tuple[int, int]:
-    """One round as sealpush_maintenance; how many partitions were made and dropped. Raises StoreUnavailable, SchemaError."""
+async def maintain(url: str, clock: Clock | None = None) -> tuple[int, int]:
+    """One round as sealpush_maintenance; how many partitions were made and dropped. Raises StoreUnavailable, SchemaError.
+
+    StoreUnavailable also where PostgreSQL's clock and ours differ: what is dropped because one of them is wrong is gone.
+    """
+    clock = clock or SystemClock()
     connection = await connect(url)
     try:
         await connection.execute("SET statement_timeout = 0")
         # Whatever waits for this lock holds up all traffic behind it: rather try again in the next round.
         await connection.execute("SET lock_timeout = '2s'")
+        ahead = await connection.fetchval("SELECT clock_timestamp()") - clock.now()
+        if abs(ahead) > CLOCKS_DIFFER_MAX:
+            raise StoreUnavailable(
+                f"PostgreSQL's clock differs from this machine's by {abs(ahead)}: set both by NTP. Nothing was made and nothing dropped"
+            )
         # Quoted: FETCH is a word of SQL.
         made = await connection.fetchval('SELECT "fetch".ensure_partitions()')
         dropped = await connection.fetchval('SELECT "fetch".drop_partitions()')
