@@ -15,6 +15,7 @@ from typing import Final, Protocol, Self
 # A wall clock that differs from the steady one by more was set. NTP turns a clock by half a second in 17 minutes at the most, and tokens
 # allow for as much between two machines.
 CLOCK_MOVED: Final = timedelta(seconds=30)
+_CLOCK_MOVED_S: Final = CLOCK_MOVED.total_seconds()
 # Two machines' clocks that differ by more are to be set, before it hurts: tokens allow for 30 s.
 CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 # A stored moment that one machine wrote and another reads lies further ahead than this only because a clock was wrong.
@@ -52,11 +53,15 @@ class Reading:
 
     def moved(self, clock: Clock) -> timedelta:
         """By how much the wall clock was set since; negative: back."""
-        return clock.now() - self.wall - timedelta(seconds=clock.monotonic() - self.steady)
+        return timedelta(seconds=self._moved_s(clock))
 
     def was_set(self, clock: Clock) -> bool:
         """Whether the wall clock was set since: what was reckoned from it does not hold any more."""
-        return abs(self.moved(clock)) > CLOCK_MOVED
+        # In numbers: every call with a token that is known already comes here.
+        return abs(self._moved_s(clock)) > _CLOCK_MOVED_S
+
+    def _moved_s(self, clock: Clock) -> float:
+        return (clock.now() - self.wall).total_seconds() - (clock.monotonic() - self.steady)
 
 
 def to_ms(moment: datetime) -> int:

@@ -298,7 +298,7 @@ TIMERS: Final = (
         Measure.STEADY,
         "nothing: it sees the clock set within 5 seconds, and PostgreSQL's differ within a minute",
         (
-            "platform/clock.py Reading.moved",
+            "platform/clock.py Reading._moved_s",
             "platform/clock.py Reading.of",
             "platform/clock.py SystemClock.now",
             "platform/clockwatch.py ClockWatch.__init__",
