@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from sealpushd.fetch.rules import (
     WakeUp,
 )
 from sealpushd.platform.db import Database, load_sql
-from sealpushd.platform.errors import StoreUnavailable
+from sealpushd.platform.errors import FailedPrecondition, StoreUnavailable
 
 Result = TypeVar("Result")
 
@@ -533,31 +534,99 @@ class MailboxStore:
 
     async def now_position(self) -> Position:
         """Where the journal's future begins: what is committed from now on comes after it."""
-        row = await self._db.fetch_one("now_position", "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::int8 AS xid")
-        if row is None:
-            raise StoreUnavailable("PostgreSQL gave no answer; try again")
-        return Position(row["xid"], 0)
+        floor = await self._journal_floor()
+        row = await self._journal_now()
+        return Position(row["epoch"], row["snapshot"], floor, floor, row["dropped_xid"])
+
+    async def first_position(self) -> Position:
+        """Before everything that the journal keeps."""
+        floor = await self._journal_floor()
+        row = await self._journal_now()
+        return Position(row["epoch"], rules.NOTHING_READ, 0, floor, row["dropped_xid"])
+
+    async def check_position(self, position: Position) -> None:
+        """Raises PositionLost where another cluster gave it, or one that a back-up has taken back since."""
+        row = await self._journal_now()
+        _check_position(position, row["epoch"], row["snapshot"])
+
+    async def _journal_now(self) -> asyncpg.Record:
+        (row,) = await self._fetch("journal_now")
+        return row
+
+    async def _journal_floor(self) -> int:
+        (row,) = await self._fetch("journal_floor")
+        return int(row["seq"])
 
     async def events(self, after: Position, most: int) -> tuple[list[Event], Position]:
-        """Journal entries after a position in commit order, and the position after them."""
-        rows = await self._fetch("read_events", str(after.xid), after.seq, most)
-        events = [
-            Event(
-                MessageId(row["message_id"]),
-                DeviceId(row["device_id"]),
-                SenderId(row["sender_id"]),
-                OrderId(row["order_id"]),
-                row["leg_no"],
-                row["group_id"],
-                row["channel"],
-                row["kind"],
-                State(row["state"]),
-                row["reason"],
-                row["at"],
+        """Journal entries after a position, and the position after them. Fewer than `most`: that is all that is committed by now.
+
+        The entries of a delivery come in the order of its changes, those of a transaction never before those of one that had committed when
+        it changed the same delivery; nothing is left out or comes twice. Raises PositionLost.
+        """
+        position, found, floor_is_new = after, list[Event](), False
+        while True:
+            begins, wanted = not position.up_to, most - len(found)
+            rows = await self._fetch(
+                "read_events",
+                position.done,
+                position.floor,
+                position.up_to or None,
+                position.after,
+                position.until if position.up_to else None,
+                wanted,
+                position.next_floor + rules.FLOOR_LAG_MAX if begins and not floor_is_new else None,
             )
-            for row in rows
-        ]
-        return events, Position(rows[-1]["xid"], rows[-1]["seq"]) if rows else after
+            step = rows[0]
+            _check_position(position, step["epoch"], step["up_to"])
+            if position.misses(step["dropped_xid"]):
+                raise PositionLost("entries after this position are past their retention: begin with an empty position")
+            if step["floor_is_old"]:
+                # Nothing was read: the step's snapshot has to be taken after its floor.
+                position, floor_is_new = replace(position, next_floor=await self._journal_floor()), True
+                continue
+            events = [_event(row) for row in rows if row["seq"] is not None]
+            found += events
+            if len(events) == wanted:
+                return found, position.within(step["up_to"], step["until_seq"], rows[-1]["seq"])
+            position, floor_is_new = position.step_done(step["up_to"], step["dropped_xid"]), False
+            if begins:
+                return found, position
+
+
+class PositionLost(FailedPrecondition):
+    """The journal does not go on after this position. Its reader begins with an empty one, which repeats, or from now on, and looks the
+    states up that it keeps."""
+
+    reason = "POSITION_LOST"
+
+
+def _check_position(position: Position, epoch: bytes, snapshot: str) -> None:
+    if position.epoch != epoch:
+        raise PositionLost(
+            "another database gave this position, or this one before it was restored: begin with an empty position, or from_now,"
+            " and look up the states that you keep"
+        )
+    if position.newest_known > rules.snapshot_bounds(snapshot)[1]:
+        raise PositionLost(
+            "this position is ahead of the database, which was restored without `sealpush db restored`: run that, then begin with an"
+            " empty position"
+        )
+
+
+def _event(row: asyncpg.Record) -> Event:
+    return Event(
+        MessageId(row["message_id"]),
+        DeviceId(row["device_id"]),
+        SenderId(row["sender_id"]),
+        OrderId(row["order_id"]),
+        row["leg_no"],
+        row["group_id"],
+        row["channel"],
+        row["kind"],
+        State(row["state"]),
+        row["reason"],
+        row["at"],
+    )
 
 
 def _accepted(row: asyncpg.Record | None) -> Accepted | None:
