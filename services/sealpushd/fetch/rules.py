@@ -376,7 +376,7 @@ FLOOR_LAG_MAX: Final = 1_000
 
 
 def snapshot_bounds(snapshot: str) -> tuple[int, int]:
-    """The oldest transaction that ran, and the first that the snapshot knows nothing of; ValueError unless it is PostgreSQL's text of one."""
+    """The oldest transaction that ran, and the first that the snapshot does not know. Raises ValueError for what PostgreSQL refuses."""
     match = _SNAPSHOT.fullmatch(snapshot)
     if match is None:
         raise ValueError("a snapshot is written oldest:next:running")
@@ -393,8 +393,8 @@ class Position:
     """A place in the journal: what `done` sees was read, and of a step that is under way (`up_to`) everything to the number `after`.
 
     `floor`: transactions that `done` does not know have numbers above. `next_floor`: the same of every snapshot taken from now on.
-    `until`: no number that `up_to` sees is above. `dropped`: the newest transaction of which entries were past their retention when the step
-    began.
+    `until`: no number that `up_to` sees is above. `dropped`: the newest transaction of which entries were past their retention when
+    the step began.
     """
 
     epoch: bytes

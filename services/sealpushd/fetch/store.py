@@ -96,12 +96,16 @@ class MailboxStore:
 
         return await self._retrying(work)
 
-    async def _one_at_a_time(self, name: str, *arguments: Any) -> Sequence[asyncpg.Record]:
+    async def _one_at_a_time(self, keys: Iterable[tuple[bytes, bytes]], name: str, *arguments: Any) -> Sequence[asyncpg.Record]:
         """Rows of a statement that changes deliveries which have ended: those have no row in `open_deliveries` to lock, so that in all
-        processes together one such statement runs at a time. For the same reasons as `_locked`."""
+        processes together one such statement runs at a time. For the same reasons as `_locked`, of which come first the `keys` of what may
+        be open as well."""
+        columns = _columns(keys, 2)
 
         async def work() -> Sequence[asyncpg.Record]:
             async with self._db.transaction() as connection:
+                if columns[0]:
+                    await connection.fetch(self._sql["lock_keys"], *columns)
                 await connection.execute("SELECT pg_advisory_xact_lock($1)", ENDED_LOCK)
                 rows: Sequence[asyncpg.Record] = await connection.fetch(self._sql[name], *arguments)
                 return rows
@@ -304,7 +308,7 @@ class MailboxStore:
         columns = _columns(
             ((a.message_id, a.device_id, a.content_id, a.outcome, a.reason, a.at_ms, a.signature, a.envelope_digest) for _, a in acks), 8
         )
-        rows = await self._one_at_a_time("late_ack", *columns)
+        rows = await self._one_at_a_time((), "late_ack", *columns)
         found = {(row["message_id"], row["device_id"]): row for row in rows}
         answers = {}
         overdue = []
@@ -323,7 +327,9 @@ class MailboxStore:
         distinct: dict[tuple[bytes | None, ...], tuple[int, bytes]] = {}
         for _, a in acks:
             distinct.setdefault((a.message_id, a.device_id, a.content_id, a.envelope_digest), (a.at_ms, a.signature))
-        rows = await self._one_at_a_time("read", *_columns(((*key, *signed) for key, signed in distinct.items()), 6))
+        rows = await self._one_at_a_time(
+            ((a.message_id, a.device_id) for _, a in acks), "read", *_columns(((*key, *signed) for key, signed in distinct.items()), 6)
+        )
         found = {(row["message_id"], row["device_id"]): State(row["state"]) for row in rows}
         answers = {}
         for n, a in acks:
@@ -331,7 +337,9 @@ class MailboxStore:
             if state is None:
                 answers[n] = AckAnswer(a.message_id, Verdict.UNKNOWN, None)
             else:
-                answers[n] = AckAnswer(a.message_id, Verdict.ACCEPTED if state is State.DELIVERED else Verdict.LATE, state)
+                # Of what is open it is kept, and counts once the delivery is acknowledged.
+                kept = state is State.DELIVERED or not state.terminal
+                answers[n] = AckAnswer(a.message_id, Verdict.ACCEPTED if kept else Verdict.LATE, state)
         return answers
 
     async def close(self, endings: Sequence[Ending]) -> list[Ended]:

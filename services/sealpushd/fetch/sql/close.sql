@@ -8,6 +8,7 @@ WITH given AS (
         AS t (message_id, device_id, state, reason, content_id, outcome, at_ms, signature, envelope_digest)
 ), fitting AS MATERIALIZED (
     SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, d.state AS state_before,
+           d.read_ack_signature IS NOT NULL AS read_before,
            -- No push can have left what was never handed to a dispatcher, and no device has what is QUEUED.
            CASE WHEN o.fence = 0 AND d.state = 1 THEN 1 ELSE 2 END AS stop_point
     FROM given g
@@ -28,7 +29,10 @@ WITH given AS (
     SET state = c.state, reason = c.reason, changed_at = now(),
         fetched_at = CASE WHEN c.outcome IS NULL THEN d.fetched_at ELSE coalesce(d.fetched_at, now()) END,
         ack_outcome = c.outcome, ack_reason = CASE WHEN c.outcome IS NULL THEN NULL ELSE c.reason END,
-        ack_at_ms = c.at_ms, ack_signature = c.signature, stop_point = CASE WHEN c.outcome IS NULL THEN c.stop_point END
+        ack_at_ms = c.at_ms, ack_signature = c.signature,
+        -- Its user had read it before it was acknowledged (`read`).
+        read_at = CASE WHEN c.state = 4 AND c.read_before THEN now() ELSE d.read_at END,
+        stop_point = CASE WHEN c.outcome IS NULL THEN c.stop_point END
     FROM closed c
     WHERE d.message_id = c.message_id AND d.device_id = c.device_id
 ), fetched AS (
@@ -43,6 +47,11 @@ WITH given AS (
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
     SELECT c.message_id, c.device_id, c.sender_id, c.order_id, c.leg_no, c.group_id, c.channel, c.state, c.reason
     FROM closed c WHERE (SELECT count(*) FROM fetched) >= 0
+    RETURNING seq
+), reading AS (
+    INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, kind, state, reason)
+    SELECT c.message_id, c.device_id, c.sender_id, c.order_id, c.leg_no, c.group_id, c.channel, 2, c.state, c.reason
+    FROM closed c WHERE c.state = 4 AND c.read_before AND (SELECT count(*) FROM journal) >= 0
 ), content AS (
     DELETE FROM contents t USING (
         SELECT DISTINCT c.message_id FROM closed c
