@@ -167,7 +167,7 @@ class MailboxStore:
             24,
         )
         deliveries = []
-        for m, ids in ordered:
+        for number, (m, ids) in enumerate(ordered, start=1):
             for delivery, wake_up_id in zip(m.deliveries, ids, strict=True):
                 state, reason = rules.initial_state(m.blocked, delivery)
                 deliveries.append(
@@ -182,11 +182,13 @@ class MailboxStore:
                         wake_up_id,
                         rules.push_in(state, delivery, on_live_stream=delivery.device_id in live),
                         rules.grace(delivery),
+                        number,
                     )
                 )
         # A hash of the content: 1 µs a message of the smallest size, 80 µs of 64 KiB.
         evidence = [evidence_of(m.head, m.tail) if m.head else None for m, _ in ordered]
-        arguments = [*message_columns, *_columns(deliveries, 10), evidence]
+        *delivery_columns, numbers = _columns(deliveries, 11)
+        arguments = [*message_columns, *delivery_columns, evidence, numbers]
         replacing = [m for m, _ in ordered if m.replace_hash]
 
         async def work() -> set[MessageId]:
@@ -367,22 +369,13 @@ class MailboxStore:
 
     async def block(self, subscriber_id: bytes, sender_id: SenderId, *, advertising_only: bool) -> list[Ended]:
         """End what is queued of a sender that the recipient blocks now."""
-        rows = await self._db.fetch(
-            "block",
-            "SELECT message_id, device_id FROM open_deliveries WHERE subscriber_id = $1 AND sender_id = $2"
-            " AND (NOT $3 OR content_class = 2)",
-            subscriber_id,
-            sender_id,
-            advertising_only,
-        )
+        rows = await self._fetch("block", subscriber_id, sender_id, advertising_only)
         reason = Reason.ADVERTISING_BLOCKED if advertising_only else Reason.SENDER_BLOCKED
         return await self.close([Ending(row["message_id"], row["device_id"], State.BLOCKED, reason) for row in rows])
 
     async def close_devices(self, devices: dict[DeviceId, int]) -> list[Ended]:
         """End everything open of installations that are gone, with the reason given for each."""
-        rows = await self._db.fetch(
-            "close_devices", "SELECT message_id, device_id FROM open_deliveries WHERE device_id = ANY ($1::uuid[])", list(devices)
-        )
+        rows = await self._fetch("open_of_devices", list(devices))
         return await self.close([Ending(r["message_id"], r["device_id"], State.UNDELIVERED, devices[r["device_id"]]) for r in rows])
 
     async def sweep(self) -> list[Ended]:
@@ -454,17 +447,13 @@ class MailboxStore:
 
     async def keep_sessions(self, session_ids: Sequence[bytes]) -> None:
         """Write down that these dispatchers are connected now."""
-        await self._db.execute(
-            "keep_sessions",
-            "INSERT INTO wake_up_sessions (session_id) SELECT unnest($1::uuid[]) ON CONFLICT (session_id) DO UPDATE SET seen_at = now()",
-            list(session_ids),
-        )
+        await self._fetch("keep_sessions", list(session_ids))
 
     async def end_sessions(self, session_ids: Sequence[bytes]) -> None:
         """Release the leases of dispatchers that are gone; their wake-ups can be claimed again at once."""
         ended = list(session_ids)
-        await self._db.execute("end_sessions", "UPDATE open_deliveries SET session_id = NULL WHERE session_id = ANY ($1::uuid[])", ended)
-        await self._db.execute("end_sessions", "DELETE FROM wake_up_sessions WHERE session_id = ANY ($1::uuid[])", ended)
+        await self._fetch("release_leases", ended)
+        await self._fetch("forget_sessions", ended)
 
     async def lost_sessions(self) -> list[bytes]:
         """Dispatchers that were not seen for a while, because their mailbox process is gone, and those that ended while a claim of theirs

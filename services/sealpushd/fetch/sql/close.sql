@@ -58,7 +58,7 @@ WITH given AS (
         WHERE NOT EXISTS (
             SELECT FROM deliveries d
             WHERE d.message_id = c.message_id AND d.state < 4
-              AND NOT EXISTS (SELECT FROM closed o WHERE o.message_id = d.message_id AND o.device_id = d.device_id)
+              AND (d.message_id, d.device_id) NOT IN (SELECT message_id, device_id FROM closed)
         )
     ) done WHERE t.message_id = done.message_id
 )
