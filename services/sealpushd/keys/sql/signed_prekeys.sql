@@ -2,4 +2,4 @@
 SELECT p.device_id, d.subscriber_id, d.identity_public_key, d.min_suite, d.added_at, d.recovered, p.is_current, p.suite, p.prekey_id,
        p.public_key, p.created_at_ms, p.expires_at_ms, p.signature, p.superseded_at
 FROM signed_prekeys p JOIN devices d USING (device_id)
-WHERE p.device_id = ANY ($1::uuid[]) AND d.removed_at IS NULL
+WHERE p.device_id = ANY ($1::uuid[]) AND (d.removed_at IS NULL) IS TRUE
