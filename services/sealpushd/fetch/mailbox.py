@@ -138,7 +138,7 @@ class Mailbox:
     async def _acknowledge_batch(self, acks: Sequence[Ack]) -> Sequence[AckAnswer]:
         answers = await self._store.acknowledge(acks)
         for answer in answers:
-            if answer.verdict is Verdict.ACCEPTED and answer.state is not None:
+            if answer.verdict is Verdict.ACCEPTED and answer.state is not None and answer.state.terminal:
                 DELIVERIES.labels(answer.state.name).inc()
         self.journal.written()
         return answers

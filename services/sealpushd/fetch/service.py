@@ -253,10 +253,7 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
             await self._leases.close(session)
 
     async def ReadEvents(self, request: mailbox_pb2.ReadEventsRequest, context: Any) -> AsyncIterator[mailbox_pb2.ReadEventsResponse]:
-        try:
-            position = await self._store.now_position() if request.from_now else Position.decode(request.position)
-        except ValueError as e:
-            raise InvalidRequest(str(e), field="position") from e
+        position = await self._position(request)
         if request.page_size > EVENTS_PAGE_MAX:
             raise InvalidRequest(f"page_size is at most {EVENTS_PAGE_MAX}", field="page_size")
         most = request.page_size or EVENTS_PAGE_DEFAULT
@@ -273,6 +270,19 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
                 )
             if len(events) < most:
                 await self._mailbox.journal.wait()
+
+    async def _position(self, request: mailbox_pb2.ReadEventsRequest) -> Position:
+        """Where a reader begins."""
+        if request.from_now:
+            return await self._store.now_position()
+        if not request.position:
+            return await self._store.first_position()
+        try:
+            position = Position.decode(request.position)
+        except ValueError as e:
+            raise InvalidRequest(str(e), field="position") from e
+        await self._store.check_position(position)
+        return position
 
     async def GetStatuses(self, request: mailbox_pb2.MailboxGetStatusesRequest, context: Any) -> mailbox_pb2.MailboxGetStatusesResponse:
         sender_id = SenderId(need_id(request.sender_id, "sender_id"))

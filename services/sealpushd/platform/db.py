@@ -65,11 +65,15 @@ _BUSY = (
 
 # Statements of services look rows up by key, and never more than a batch: the planner is told so. Generic plans, made once: planning a
 # join over partitions again for each call costs more than running it; and indexes whatever the statistics say, so
-# that a table's first rows, or its emptiness, never turn a look-up into a scan. Halved the server's CPU for small batches.
+# that a table's first rows, or its emptiness, never turn a look-up into a scan. Halved the server's CPU for small batches. Nor joins that
+# read a side whole, which look cheap while a table is small.
+# Statements therefore never join two batches with each other, row by row (tests/contract/test_plans.py).
 _LOOK_UPS: Final = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
     "jit": "off",
 }
 

@@ -634,7 +634,9 @@ class ReadEventsRequest(_message.Message):
     consumer: _builtins.str
     """Who reads, for metrics; ≤ 64 characters."""
     position: _builtins.bytes
-    """As given with the events; empty: from the oldest kept."""
+    """As given with the events, ≤ 64 KiB; empty: from the oldest kept. Opaque. One of another release may be refused: INVALID_ARGUMENT; then as
+    for POSITION_LOST.
+    """
     from_now: _builtins.bool
     """Ignore `position` and begin with the next change."""
     page_size: _builtins.int
@@ -663,12 +665,12 @@ class ReadEventsResponse(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     CAUGHT_UP_FIELD_NUMBER: _builtins.int
     position: _builtins.bytes
-    """To go on after these events."""
+    """To go on after these events. Kept with what they did, in one transaction, each does it once."""
     caught_up: _builtins.bool
     """Everything committed before this frame was made has been sent."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusEvent]:
-        """In commit order; empty in the first frame, which only says where the reader stands."""
+        """In the order that `ReadEvents` promises; empty in the first frame, which only says where the reader stands."""
 
     def __init__(
         self,

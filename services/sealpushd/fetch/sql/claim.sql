@@ -6,7 +6,9 @@ WITH lanes AS (
     SELECT o.device_id, o.message_id
     FROM lanes l CROSS JOIN LATERAL (
         SELECT device_id, message_id FROM open_deliveries
-        WHERE app_id = l.app_id AND platform = l.platform AND session_id IS NULL AND next_attempt_at <= now() AND closes_at > now()
+        WHERE app_id = l.app_id AND platform = l.platform AND session_id IS NULL AND next_attempt_at <= now()
+          -- Nothing to look up by.
+          AND (closes_at > now()) IS TRUE
         ORDER BY priority DESC, next_attempt_at
         LIMIT l.most
         FOR UPDATE SKIP LOCKED
