@@ -39,6 +39,8 @@ TOKEN_MARGIN_S: Final = 60.0  # a token is renewed this long before its end, so 
 
 _DOMAIN: Final = "sealpush"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
+# gRPC's own words where a request is larger than it sends, or the service takes: no attempt is any better.
+_TOO_LARGE: Final = ("CLIENT: Sent message larger than max", "SERVER: Received message larger than max")
 # What gRPC makes of a write on a stream that the other side has just ended: the real status is lost.
 _LOST_STATUS: Final = "Internal error from Core"
 _OPTIONS: Final = [
@@ -51,8 +53,10 @@ _OPTIONS: Final = [
     # Without this, gRPC waits a minute for the answer to its ping (seen with 1.8x).
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # How long one attempt to connect may take: three round trips of a poor mobile network, and no pause where it fails at once.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    # Well below a call's deadline, so that each call that waits for a service to come back sees it come back.
+    ("grpc.max_reconnect_backoff_ms", 4_000),
 ]
 
 SERVICES: Final = ("accounts", "registration", "keys", "publishing", "messages")
@@ -220,6 +224,12 @@ def call_failed(error: grpc.aio.AioRpcError) -> CallFailed:
         except DecodeError:
             continue  # details help; an answer without them is an answer
     ours = info.domain == _DOMAIN
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and (error.details() or "").startswith(_TOO_LARGE):
+        return errors.InvalidRequest(
+            f"the request is too large, nothing was done; split it or make it smaller ({error.details()})",
+            code=grpc.StatusCode.INVALID_ARGUMENT.name,
+            server_reason="REQUEST_TOO_LARGE",
+        )
     metadata = dict(info.metadata) if ours else {}
     kind = _KINDS.get(error.code(), errors.ServerFault)
     if error.code() is grpc.StatusCode.INTERNAL and error.details() == _LOST_STATUS:

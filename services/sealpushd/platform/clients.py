@@ -29,7 +29,8 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.http2.ping_timeout_ms", 5_000),
     # A peer that restarts is back within a second: do not wait longer than that to find out.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long one attempt to connect may take: on a busy machine longer than on a quick one. No pause where it fails at once.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 
