@@ -102,5 +102,10 @@ class BatchedCall(Generic[Item, Result]):
         ids = request_ids.get()
         return await self._batcher.submit_many([(item, ids) for item in items])
 
+    async def submit_each(self, items: Sequence[Item]) -> list[Result | Exception]:
+        """As `submit_many`; an item whose part failed has its error as result."""
+        ids = request_ids.get()
+        return await self._batcher.submit_each([(item, ids) for item in items])
+
     async def aclose(self) -> None:
         await self._batcher.aclose()
