@@ -70,6 +70,9 @@ Metadata = tuple[tuple[str, str], ...]
 class Endpoints:
     """Where each public service listens, as "host:port", over TLS.
 
+    Several processes of a service, all of them used: "dns:///host:port", a name with an address for each, or
+    "ipv4:address:port,address:port", where each certificate names the first address.
+
     `ca_pem` is a private certificate authority's certificate; without it the well-known ones count. `insecure` switches
     TLS off: for tests within one machine only.
     """
@@ -179,11 +182,16 @@ class Channels:
         self.check_open()
         channel = self._channels.get(address)
         if channel is None:
+            options = list(_OPTIONS)
+            scheme, _, addresses = address.partition(":")
+            if scheme in ("ipv4", "ipv6"):
+                # gRPC would look for the whole list in the certificate.
+                options.append(("grpc.default_authority", addresses.partition(",")[0]))
             if self.endpoints.insecure:
-                channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+                channel = grpc.aio.insecure_channel(address, options=options)
             else:
                 credentials = grpc.ssl_channel_credentials(root_certificates=self.endpoints.ca_pem)
-                channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+                channel = grpc.aio.secure_channel(address, credentials, options=options)
             self._channels[address] = channel
         return channel
 
