@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,7 +39,7 @@ SEALED_EVERY: Final = 4
 # A process that comes back takes a second or two, a machine that does something else as well ten times that.
 BACK_TIMEOUT_S: Final = 60.0
 # Between one process that is back and the end of the next: the channels of everybody else find it within this.
-SETTLE_S: Final = 2.0
+SETTLE_S: Final = 1.0
 # What was accepted last is delivered within moments; wake-ups whose lease died with their dispatcher take half a minute.
 DELIVERED_TIMEOUT_S: Final = 90.0
 
@@ -168,20 +170,32 @@ async def _send(sender: Sender, publication: Publication, *, sealed: bool) -> Pu
 
 async def _roll(suite: Suite, number: signal.Signals, until: float, report: Report) -> None:
     """End one process after the other, each when the one before answers again, round after round."""
-    while True:
+    ports = {service: sorted(_mesh_ports(suite, service)) for service in ORDER}
+    for turn in itertools.cycle(range(report.processes)):
         for service in ORDER:
-            for port in sorted(_mesh_ports(suite, service)):
-                if time.monotonic() >= until:
-                    return
-                pid = _mesh_ports(suite, service)[port]
-                os.kill(pid, number)
-                report.ended[service] += 1
-                began = time.monotonic()
-                async with asyncio.timeout(BACK_TIMEOUT_S):
-                    while _mesh_ports(suite, service).get(port) in (None, pid) or not await _serves(port):  # noqa: ASYNC110 - a process
-                        await asyncio.sleep(0.1)
-                print(f"{service}, port {port}: back after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
-                await asyncio.sleep(SETTLE_S)
+            if time.monotonic() >= until:
+                return
+            port = ports[service][turn]
+            pid = _mesh_ports(suite, service)[port]
+            os.kill(pid, number)
+            report.ended[service] += 1
+            began = time.monotonic()
+            await _until(partial(_has_ended, pid))
+            ended_s = time.monotonic() - began
+            await _until(partial(_serves, port))
+            took = f"ended after {ended_s:.1f} s, back after {time.monotonic() - began:.1f} s"
+            print(f"{service}, process {turn + 1}: {took}", file=sys.stderr, flush=True)
+            await asyncio.sleep(SETTLE_S)
+
+
+async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(BACK_TIMEOUT_S):
+        while not await condition():  # noqa: ASYNC110 - of other processes
+            await asyncio.sleep(0.1)
+
+
+async def _has_ended(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
 
 
 def _mesh_ports(suite: Suite, service: str) -> dict[int, int]:
