@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from sealpushd.cli.options import data_dir_option
-from sealpushd.up.ports import PROCESSES_MAX
+from sealpushd.up.ports import HIGHEST, PROCESSES_MAX
 
 
 @click.command(short_help="Run all of Sealpush on this machine, with a show.")
 @data_dir_option
 @click.option(
     "--base-port",
-    type=click.IntRange(1, 65535 - 206),
+    type=click.IntRange(1, 65535 - HIGHEST),
     default=7100,
     show_default=True,
     envvar="SEALPUSH_BASE_PORT",

@@ -19,6 +19,8 @@ LISTENERS: Final[tuple[Literal["public", "mesh", "metrics"], ...]] = ("public", 
 # Of one service, side by side; each has ports of its own, this far apart.
 PROCESSES_MAX: Final = 4
 _PROCESS_STEP: Final = 10
+# The last port, counted from the base.
+HIGHEST: Final = 206 + _PROCESS_STEP * (PROCESSES_MAX - 1)
 # The processes of a run that was killed end within moments; only then their ports are free.
 _PATIENCE_S: Final = 3.0
 
@@ -69,7 +71,7 @@ class Ports:
                 if time.monotonic() > deadline:
                     raise UpError(
                         f"port {port} ({purpose}) is taken by another program. "
-                        f"Choose other ports with --base-port: {self.base} uses {self.base + 1} to {self.base + 206}."
+                        f"Choose other ports with --base-port: {self.base} uses {self.base + 1} to {max(self.all())}."
                     )
                 time.sleep(0.05)
 
