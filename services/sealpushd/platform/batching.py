@@ -76,16 +76,35 @@ class NaturalBatcher(Generic[Item, Result]):
         return (await self._submit((item,)))[0]
 
     async def submit_many(self, items: Sequence[Item]) -> list[Result]:
-        """Results for many items, in their order; more than a batch holds is split."""
+        """Results for many items, in their order; more than a batch holds is split. Raises what one of the parts raised: of the others
+        nothing is known then, see `submit_each`."""
+        parts = self._submit_parts(items)
+        if len(parts) == 1:
+            return await parts[0][1]
+        results = await asyncio.gather(*(future for _, future in parts))
+        return [result for part in results for result in part]
+
+    async def submit_each(self, items: Sequence[Item]) -> list[Result | Exception]:
+        """As `submit_many`; an item whose part failed has its error as result, so that what happened to the others is not lost."""
+        parts = self._submit_parts(items)
+        results = await asyncio.gather(*(future for _, future in parts), return_exceptions=True)
+        each: list[Result | Exception] = []
+        for (count, _), result in zip(parts, results, strict=True):
+            if isinstance(result, Exception):
+                each.extend([result] * count)
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                each.extend(result)
+        return each
+
+    def _submit_parts(self, items: Sequence[Item]) -> list[tuple[int, asyncio.Future[list[Result]]]]:
+        """How many items each part has, and its results to come."""
         if not items:
             return []
-        parts = list(self._split(items))
         # All of it or nothing: parts that went ahead would be worked on for a caller who was refused.
         self._need_room(len(items))
-        if len(parts) == 1:
-            return await self._submit(parts[0])
-        results = await asyncio.gather(*(self._submit(part) for part in parts))
-        return [result for part in results for result in part]
+        return [(len(part), self._submit(part)) for part in self._split(items)]
 
     def _split(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
         if self._weigh is None:

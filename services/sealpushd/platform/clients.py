@@ -30,7 +30,8 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.http2.ping_timeout_ms", 5_000),
     # A peer that restarts is back within a second: do not wait longer than that to find out.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long one attempt to connect may take: on a busy machine longer than on a quick one. No pause where it fails at once.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
 
@@ -120,6 +121,11 @@ class BatchedCall(Generic[Item, Result]):
     async def submit_many(self, items: Sequence[Item]) -> list[Result]:
         ids = request_ids.get()
         return await self._batcher.submit_many([(item, ids) for item in items])
+
+    async def submit_each(self, items: Sequence[Item]) -> list[Result | Exception]:
+        """As `submit_many`; an item whose part failed has its error as result."""
+        ids = request_ids.get()
+        return await self._batcher.submit_each([(item, ids) for item in items])
 
     async def aclose(self) -> None:
         await self._batcher.aclose()

@@ -181,12 +181,26 @@ def in_words(error: BaseException) -> str:
     return said.strip() or type(error).__name__
 
 
+def _is_peers_word(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the peer's service answered, and not gRPC for it."""
+    info = error_details_pb2.ErrorInfo()
+    return any(
+        detail.Unpack(info) and info.domain == DOMAIN
+        for key, value in error.trailing_metadata() or ()
+        if key == DETAILS_KEY and isinstance(value, bytes)
+        for detail in status_pb2.Status.FromString(value).details
+    )
+
+
 def from_mesh(error: grpc.aio.AioRpcError, peer: str) -> ServiceError:
     """The error to give on when a call to another service failed.
 
-    What the peer decided about the request passes through with its details; everything else becomes UNAVAILABLE.
+    What the peer decided about the request passes through with its details; everything else becomes UNAVAILABLE: whether the peer did what
+    it was asked is unknown. So does what gRPC says by itself, such as RESOURCE_EXHAUSTED for an answer that is too large: the work is done.
     """
     kind = _BY_CODE.get(error.code())
+    if not _is_peers_word(error) and kind is not DeadlineExceeded:
+        kind = None
     if kind is None or kind in (Unauthenticated, PermissionDenied):
         # A peer that does not trust this service is a fault of the installation, never of the outside caller.
         return Unavailable(f"the {peer} service does not answer properly ({error.code().name}); try again")

@@ -266,9 +266,12 @@ async def _serve(
 
     log.info("draining", seconds=settings.drain_seconds)
     health.serving = False
+    # The listeners first: whoever is told to come back must find another process, and not open its stream here again.
+    stops = [asyncio.ensure_future(server.stop(settings.drain_seconds)) for server in servers]
+    await asyncio.sleep(0)
     if app.drain is not None:
         await app.drain()
-    await asyncio.gather(*(server.stop(settings.drain_seconds) for server in servers))
+    await asyncio.gather(*stops)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

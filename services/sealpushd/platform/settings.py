@@ -63,7 +63,9 @@ class Settings(BaseSettings):
     vault_key: Path | None = Field(None, description="File with the key outside PostgreSQL that wraps the data keys (64 hex digits).")
 
     # Where the other services' mesh listeners are.
-    accounts_mesh: str = Field("127.0.0.1:7201", description="Mesh address of accounts. Several addresses: dns:///name:port.")
+    accounts_mesh: str = Field(
+        "127.0.0.1:7201", description="Mesh address of accounts. Several processes: dns:///name:port, or ipv4:address:port,address:port."
+    )
     registration_mesh: str = Field("127.0.0.1:7202", description="Mesh address of registration.")
     keys_mesh: str = Field("127.0.0.1:7203", description="Mesh address of keys.")
     publishing_mesh: str = Field("127.0.0.1:7204", description="Mesh address of publishing (health only).")

@@ -78,7 +78,12 @@ class Endpoints:
 
     def listeners(self) -> dict[str, str]:
         """What listens besides the mesh: public listeners and simulators."""
-        return {**self.public, "simulators": self.simulators, **self.push_services}
+        public = {
+            name if number == 0 else f"{name}-{number + 1}": address
+            for name, target in self.public.items()
+            for number, address in enumerate(target.removeprefix("ipv4:").split(","))
+        }
+        return {**public, "simulators": self.simulators, **self.push_services}
 
 
 def _is_running(pid: int) -> bool:

@@ -37,6 +37,7 @@ _MAINTENANCE_EVERY_S: Final = 3600.0
 class Options:
     data_dir: Path
     base_port: int
+    processes: int
     then_exit: bool
     quiet: bool
     show: bool
@@ -74,7 +75,7 @@ async def run(options: Options) -> int:
 
 
 async def _run(options: Options, started_at: float, say: Callable[..., None]) -> int:
-    ports = Ports(options.base_port)
+    ports = Ports(options.base_port, options.processes)
     # Under the lock that the engines take again right afterwards: who is second must hear of that, not of its ports.
     with DataDir.open(options.data_dir) as data:
         _log_to(data.log / "up.log", options.log_level)
@@ -143,8 +144,8 @@ def _endpoints(data_dir: Path, ports: Ports, made: secrets.Secrets, engines: Eng
     return Endpoints(
         pid=os.getpid(),
         ca=str(made.ca),
-        public={service: f"localhost:{ports.of(service, 'public')}" for service in PUBLIC},
-        mesh={service: f"{HOST}:{ports.of(service, 'mesh')}" for service in SERVICES},
+        public={service: ports.target(service, "public", "localhost") for service in PUBLIC},
+        mesh={service: ports.target(service, "mesh") for service in SERVICES},
         metrics={service: f"{HOST}:{ports.of(service, 'metrics')}" for service in SERVICES},
         simulators=f"{HOST}:{ports.control}",
         push_services={"APNs": f"{HOST}:{ports.apns}", "FCM": f"{HOST}:{ports.fcm}", "HMS": f"{HOST}:{ports.hms}"},

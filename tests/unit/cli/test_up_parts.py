@@ -80,9 +80,19 @@ def test_the_root_key_stays_the_same(tmp_path: Path) -> None:
         secrets.load_root(path)
 
 
-def test_no_two_listeners_share_a_port() -> None:
-    assert len(Ports(7100).all()) == 3 * len(SERVICES) + 5
+@pytest.mark.parametrize("processes", range(1, ports.PROCESSES_MAX + 1))
+def test_no_two_listeners_share_a_port(processes: int) -> None:
+    assert len(Ports(7100, processes).all()) == 3 * len(SERVICES) * processes + 5
+    assert max(Ports(7100, processes).all()) <= 7100 + ports.HIGHEST
     assert ports.SERVICES == SERVICES
+
+
+def test_several_processes_are_one_target_of_which_each_listener_is_told_by_itself() -> None:
+    assert Ports(7100).target("keys", "public", "localhost") == "localhost:7103"
+    target = Ports(7100, 2).target("keys", "public", "localhost")
+    assert target == "ipv4:127.0.0.1:7103,127.0.0.1:7113"
+    listeners = dataclasses.replace(endpoints(), public={"keys": target}).listeners()
+    assert (listeners["keys"], listeners["keys-2"]) == ("127.0.0.1:7103", "127.0.0.1:7113")
 
 
 def test_a_taken_port_is_named_with_what_to_do(free_base_port: int) -> None:

@@ -274,3 +274,14 @@ def test_everybody_gets_their_own_results_in_order_within_the_bounds(
                 assert sum(item[2] for item in batch) <= bytes_max
 
     asyncio.run(run())
+
+
+async def test_of_a_submission_that_was_split_each_part_has_its_own_result_or_error() -> None:
+    """What one part stored must not be told as refused because another part was."""
+    gate = Gate()
+    gate.fail_on = {3}
+    gate.open.set()
+    batcher = NaturalBatcher[int, int](gate.flush, items_max=2)
+    results = await batcher.submit_each([1, 2, 3, 4, 5])
+    assert [result if isinstance(result, int) else type(result) for result in results] == [10, 20, ValueError, ValueError, 50]
+    assert await batcher.submit_each([]) == []
