@@ -110,7 +110,7 @@ MOMENTS: Final = (
 )
 
 
-# Not walked here: their requests need rows that fit each other, which plausible values alone are not.
+# Not walked yet. Store still answers INTERNAL to a message id that was stored under another key; of Lanes and Providers nothing is known.
 NOT_WALKED: Final = ("/sealpushd.v1.Mailbox/", "/sealpushd.v1.Lanes/", "/sealpushd.v1.Providers/")
 
 
