@@ -7,6 +7,8 @@ import asyncio
 import grpc
 import pytest
 
+from sealpushd.platform.clock import SystemClock
+from sealpushd.platform.clockwatch import ClockWatch
 from sealpushd.platform.server import ServiceApp, _serve
 from sealpushd.platform.settings import load
 from sealpushd.up import health
@@ -27,7 +29,9 @@ async def test_who_is_told_to_come_back_by_a_server_that_drains_does_not_find_it
         stopping.set()
 
     settings = load(mesh_port=0, metrics_port=0, host=LOOPBACK)
-    serving = asyncio.create_task(_serve("fetch", settings, ServiceApp(drain=drain), Mesh().verifier, stopping, ready))
+    serving = asyncio.create_task(
+        _serve("fetch", settings, ServiceApp(drain=drain), ClockWatch(SystemClock()), Mesh().verifier, stopping, ready)
+    )
     async with asyncio.timeout(LIMIT_S):
         await draining.wait()
         with pytest.raises(grpc.aio.AioRpcError) as caught:

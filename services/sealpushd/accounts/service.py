@@ -13,12 +13,13 @@ from sealpush.model import moment
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
 from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrganisation, NewSender, SignInAddress
-from sealpushd.platform import rpc
+from sealpushd.platform import fields, rpc
 from sealpushd.platform.access import address_allowed
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
-from sealpushd.platform.clock import Clock
+from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
-from sealpushd.platform.limits import Limiter, address_subject
+from sealpushd.platform.limits import Limiter
 from sealpushd.platform.passwords import Argon2, hash_password
 from sealpushd.platform.tokens import SenderCaller, ServiceKey
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
@@ -250,7 +251,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     async def GetEndingEntries(
         self, request: administration_pb2.GetEndingEntriesRequest, context: rpc.Context
     ) -> administration_pb2.GetEndingEntriesResponse:
-        ending = rules.ending_entries(await self._store.entries_in_use(), request.before.ToMilliseconds())
+        before = fields.moment(request.before, "before")
+        ending = rules.ending_entries(await self._store.entries_in_use(), to_ms(before))
         return administration_pb2.GetEndingEntriesResponse(entries=map(_to_entry_in_use, ending))
 
     async def GetSenders(

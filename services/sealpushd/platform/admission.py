@@ -23,8 +23,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.errors import DeadlineExceeded, Overloaded, Rendered, render
-from sealpushd.platform.limits import address_subject
 from sealpushd.platform.metrics import ADMISSION_ADMITTED, ADMISSION_IN_FLIGHT, ADMISSION_LIMIT, ADMISSION_REFUSED
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller
 

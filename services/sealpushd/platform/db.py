@@ -18,6 +18,7 @@ import asyncpg
 import structlog
 from prometheus_client import Histogram
 
+from sealpushd.platform import admission
 from sealpushd.platform.errors import StoreUnavailable, in_words
 from sealpushd.platform.metrics import DB_RECONNECTS, DB_SECONDS
 from sealpushd.platform.outage import Outage
@@ -201,7 +202,12 @@ class _Pinned(Connection):
         self._statement = asyncio.create_task(self._after(self._running(), work))
         # Where nobody waits any more, asyncio would print the error, and PostgreSQL's errors quote rows.
         self._statement.add_done_callback(_look_at)
-        return await asyncio.shield(self._statement)
+        try:
+            return await asyncio.shield(self._statement)
+        except asyncio.CancelledError:
+            # What its caller left behind still is that caller's work.
+            admission.hold_until_done(self._statement)
+            raise
 
     @staticmethod
     async def _after(earlier: asyncio.Task[Any] | None, work: Coroutine[Any, Any, _Answer]) -> _Answer:

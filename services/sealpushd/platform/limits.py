@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -178,23 +177,6 @@ INSERT INTO limit_counts (name, subject, in_window, counted, ends_at) VALUES ($1
 ON CONFLICT (name, subject, in_window) DO UPDATE SET counted = greatest(limit_counts.counted + $4, 0)
 RETURNING counted
 """
-
-
-# What a customer of a network gets at the least, and can change within at will (RFC 6177): as many addresses as anybody likes.
-_IPV6_PREFIX: Final = 64
-
-
-def address_subject(address: str) -> str:
-    """Whom to count an IP address for: itself, of IPv6 its /64 network."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv4Address):
-        return address
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.IPv6Network((int(parsed), _IPV6_PREFIX), strict=False))
 
 
 class Counting(Protocol):

@@ -17,6 +17,7 @@ from sealpush.proofs import challenge_proof, registration_proof, verify_proof
 from sealpush.suites import SUITE_X25519
 from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
 from sealpushd.platform import rpc
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.batching import NaturalBatcher
 from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import (
@@ -38,7 +39,6 @@ from sealpushd.platform.limits import (
     Counted,
     Limiter,
     Taken,
-    address_subject,
 )
 from sealpushd.platform.passwords import Argon2
 from sealpushd.platform.tokens import DeviceCaller, ServiceKey

@@ -6,8 +6,8 @@ from datetime import timedelta
 
 import pytest
 
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.errors import wait_in_words
-from sealpushd.platform.limits import address_subject
 
 
 @pytest.mark.parametrize(
