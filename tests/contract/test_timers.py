@@ -24,6 +24,7 @@ from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.keys import PrekeyKind, SignedPrekey
 from sealpush.suites import SUITE_X25519
 from sealpush.v1 import accounts_pb2, common_pb2, content_pb2, publish_pb2
+from sealpushd.accounts import rules as account_rules
 from sealpushd.accounts.service import PROFILE_CACHED, AccountsService
 from sealpushd.dispatch import credentials as dispatch_credentials
 from sealpushd.dispatch.credentials import REFUSED_RETRY, Credentials
@@ -686,6 +687,21 @@ async def _(world: World) -> None:
     world.clock.advance(PROFILE_CACHED)
     await service.GetSenderProfile(request, cast(Any, None))
     assert len(asked) == 2
+
+
+@walks("addresses known from a sign-in")
+async def _(world: World) -> None:
+    account = cast(Any, SimpleNamespace(networks=()))
+    with world.away():
+        noted = world.clock.now()
+    for _ in range(2):
+        now = world.clock.now()
+        is_known = account_rules.standing(account, "192.0.2.1", noted, now=now).is_known
+        assert not is_known or now - noted <= account_rules.ADDRESS_KNOWN_FOR
+        if account_rules.is_worth_noting(noted, now=now):
+            noted = now
+        assert account_rules.standing(account, "192.0.2.1", noted, now=now).is_known
+        world.clock.advance(24 * HOUR)
 
 
 @walks("one-time prekeys handed out")

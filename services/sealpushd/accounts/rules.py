@@ -19,7 +19,7 @@ from sealpush.keys import TAG_ENTRY, EntryRole, SenderEntry, signed_body, verify
 from sealpush.receipts import verify_entry_then
 from sealpush.revocations import RevocationList, verify_revocations
 from sealpushd.platform.access import SCOPES, address_allowed
-from sealpushd.platform.clock import to_ms
+from sealpushd.platform.clock import MOMENT_AHEAD_MAX, to_ms
 from sealpushd.platform.errors import InvalidRequest
 from sealpushd.platform.limits import (
     SIGN_IN_FAILURES_PER_ADDRESS,
@@ -402,7 +402,8 @@ def standing(account: Account | None, address: str, signed_in_at: datetime | Non
     """`signed_in_at`: when the organisation last signed in from this address, as far as is remembered."""
     if account is None or not address_allowed(address, account.networks):
         return Standing.STRANGE
-    if signed_in_at is not None and now - signed_in_at <= ADDRESS_KNOWN_FOR:
+    # What a clock ahead has noted is not believed: it would be known for longer than anybody said.
+    if signed_in_at is not None and -MOMENT_AHEAD_MAX <= now - signed_in_at <= ADDRESS_KNOWN_FOR:
         return Standing.PROVEN
     return Standing.INSIDE if account.networks else Standing.STRANGE
 

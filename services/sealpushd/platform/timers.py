@@ -199,10 +199,23 @@ TIMERS: Final = (
         "rate limits",
         Measure.MOMENT,
         "a window that a clock ahead used up is used up when the present comes to it; never longer than a window",
-        ("platform/limits.py Limiter._count", "platform/limits.py Limiter._exceeded", "platform/limits.py PostgresCounter.count"),
+        (
+            "platform/limits.py Limiter._exceeded",
+            "platform/limits.py Limiter._now",
+            "platform/limits.py Limiter.add",
+            "platform/limits.py Limiter.check",
+            "platform/limits.py Limiter.take",
+            "platform/limits.py PostgresCounter.count",
+        ),
     ),
     # accounts
     Timer("profiles and lists that accounts remembers", Measure.STEADY, "nothing"),
+    Timer(
+        "addresses known from a sign-in",
+        Measure.MOMENT,
+        "one noted more than 5 minutes ahead is not known, until the next sign-in from there",
+        ("accounts/service.py AccountsService._authenticated",),
+    ),
     Timer(
         "times of administration",
         Measure.SHOWN,
@@ -261,7 +274,7 @@ TIMERS: Final = (
         "dispatchers that hold wake-ups",
         Measure.DATABASE,
         "one seen in the future is lost, and there again with its next heartbeat, after 5 seconds",
-        ("fetch/sql/lost_sessions.sql", "fetch/store.py MailboxStore.keep_sessions"),
+        ("fetch/sql/keep_sessions.sql", "fetch/sql/lost_sessions.sql"),
     ),
     Timer(
         "ends of deliveries",
@@ -284,7 +297,7 @@ TIMERS: Final = (
         "partitions and retention",
         Measure.DATABASE,
         "nothing is dropped while PostgreSQL's clock and that of `db maintain` differ by more than an hour",
-        ("fetch/sql/0001_first.sql", "up/maintenance.py maintain"),
+        ("fetch/sql/0001_first.sql", "fetch/sql/0004_journal.sql", "up/maintenance.py maintain"),
     ),
     Timer(
         "times towards phones, and the age of a queue",
@@ -348,7 +361,8 @@ TIMERS: Final = (
             "sdk/devices.py Devices._read_anew",
             "sdk/devices.py Devices.tell_restored",
             "sdk/inbox.py Inbox.messages",
-            "sdk/inbox.py Inbox.show",
+            "sdk/inbox.py Inbox._mark",
+            "sdk/inbox.py Inbox._waiting",
             "sdk/local.py ServerTime.bounded_ms",
             "sdk/local.py ServerTime.jumped",
             "sdk/local.py ServerTime.learn",
