@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -631,7 +631,7 @@ async def _(world: World) -> None:
 
 
 class _NoValkey:
-    async def count(self, key: str, window_s: int, add: int) -> int | None:
+    async def count(self, keys: Sequence[tuple[str, int]], add: int = 1) -> list[int] | None:
         return None
 
 
@@ -677,7 +677,7 @@ async def _(world: World) -> None:
         fields = ("sender_entry", "platform_entry", "display_name", "brand_colour", "brand_text_colour", "logo_png")
         return [SimpleNamespace(**dict.fromkeys(fields)) for _ in ids]
 
-    store = SimpleNamespace(profiles=profiles, signed_revocations=None)
+    store = SimpleNamespace(profiles=profiles, signed_revocations=None, accounts=None, signed_in_at=None)
     service = AccountsService(cast(Any, store), cast(Any, None), cast(Any, None), cast(Any, None), world.clock)
     request = accounts_pb2.GetSenderProfileRequest(sender_id=uuid7())
     with world.away():
