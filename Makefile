@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test bench fuzz check format protos clean
+.PHONY: run test bench fuzz chaos check format protos clean
 
 run: $(VENV)/.run
 	@$(BIN)/sealpush up $(ARGS)
@@ -27,6 +27,10 @@ bench: $(VENV)/.dev
 SECONDS ?= 60
 fuzz: $(VENV)/.dev
 	@for target in parse open resigned entry revocations; do $(BIN)/python -m tests.fuzz $$target --seconds $(SECONDS) || exit 1; done
+
+# Single processes end and come back while messages travel, four times a minute or so: make chaos ARGS="--signal TERM --processes 2".
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

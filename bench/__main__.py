@@ -4,6 +4,7 @@
     python -m bench --short            the same with little load: to see that they run, not what they say
     python -m bench publish batch      some of them
     python -m bench push               those of the push services: lanes, isolation and storms
+    python -m bench strangers          what an attack costs a service
 
 One JSON object a figure on a line of standard output; what happens meanwhile is told on standard error, and in the end all figures
 as a table. Figures are medians over rounds; each is measured next to its floor, round by round, because machines differ and drift: the
@@ -24,21 +25,25 @@ from bench.batch import measure as batch
 from bench.isolation import measure as isolation
 from bench.lanes import measure as lanes
 from bench.latency import measure as latency
+from bench.overload import measure as overload
 from bench.path import measure as path
 from bench.publish import measure as publish
 from bench.sealing import measure as sealing
 from bench.storms import measure as storms
+from bench.strangers import measure as strangers
 from bench.suite import Suite
 
 FIGURES: dict[str, Callable[[Suite, bool], Awaitable[list[dict[str, Any]]]]] = {
     "publish": publish,
     "batch": batch,
+    "overload": overload,
     "latency": latency,
     "path": path,
     "sealing": sealing,
     "lanes": lanes,
     "isolation": isolation,
     "storms": storms,
+    "strangers": strangers,
 }
 # Several at once.
 GROUPS: Final = {"push": ("lanes", "isolation", "storms")}

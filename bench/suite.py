@@ -19,7 +19,7 @@ from sealpush import Channels
 from sealpush.v1 import accounts_pb2
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
-from sealpushd.up.ports import Ports
+from sealpushd.up.ports import PROCESSES_MAX, Ports
 from sealpushd.up.sdk import public_endpoints
 
 START_TIMEOUT_S: Final = 60.0
@@ -45,12 +45,13 @@ class Suite:
 
     @classmethod
     @asynccontextmanager
-    async def start(cls) -> AsyncIterator[Suite]:
+    async def start(cls, processes: int = 1) -> AsyncIterator[Suite]:
+        """So many processes of each service."""
         with tempfile.TemporaryDirectory(prefix="sealpush-bench-") as folder:
             data_dir = Path(folder) / "data"
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "sealpushd", "up", "--data-dir", str(data_dir), "--base-port", str(free_base())),
-                *("--quiet", "--no-show"),
+                *("--quiet", "--no-show", "--processes", str(processes)),
                 stdout=sys.stderr,
             )
             try:
@@ -111,7 +112,7 @@ def free_base() -> int:
         claim = socket.socket(socket.AF_UNIX)
         try:
             claim.bind(f"\0sealpush-base-port-{base}")
-            Ports(base).check_free(patience_s=0)
+            Ports(base, PROCESSES_MAX).check_free(patience_s=0)
         except (OSError, UpError):
             claim.close()
             continue

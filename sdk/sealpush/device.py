@@ -28,11 +28,11 @@ from sealpush import errors
 from sealpush.acknowledging import Acknowledgements
 from sealpush.devicelog import DeviceNotice, KnownDevice, fingerprint
 from sealpush.devices import Devices
-from sealpush.draining import Drainer, Taken, parse_wake_up_id
+from sealpush.draining import Drainer, parse_wake_up_id
 from sealpush.entries import PLATFORM_ENTRY, Revocations, SenderEntries, SenderProfile
 from sealpush.errors import CallFailed, KeystoreBusy, NotRegisteredHere
 from sealpush.ids import AppId, DeviceId, MessageId, RegistrationId, SenderId, SubscriberId, check_id, uuid7
-from sealpush.inbox import Committed, Inbox, Message, SealedBy
+from sealpush.inbox import Inbox, Message, SealedBy
 from sealpush.keys import ONE_TIME_PREKEYS_BATCH, IdentityKey, PrekeyKind, SignedPrekey
 from sealpush.keystore import PAGE_MAX, DeviceRegistration, Keystore
 from sealpush.live import Live, MessageStream
@@ -65,7 +65,7 @@ __all__ = [
 log = logging.getLogger("sealpush")
 
 WAKE_UP_DEADLINE_S: Final = 25.0  # a notification extension has about 30 s
-# Kept for marking what is handed over, once the time for fetching is over.
+# Kept for collecting and marking what is handed over, half each, once the time for fetching is over.
 HAND_OVER_S: Final = 1.0
 MAINTENANCE_ON_WAKE_S: Final = 3.0  # new messages wait for it, once a day
 
@@ -206,7 +206,7 @@ class Device:
         self._inbox = inbox = Inbox(store, time, entries)
         self._receiver = receiver = Receiver(session, store, who, time, entries, inbox, trouble, upkeep.hasten)
         acknowledgements = Acknowledgements(session, store, who, trouble)
-        self._drainer = Drainer(session, receiver, acknowledgements, inbox, time)
+        self._drainer = Drainer(session, receiver, acknowledgements, time)
         self._live = Live(session, receiver, acknowledgements, inbox, upkeep, time, trouble)
         self._prepared = False
         self._preparing = asyncio.Lock()
@@ -333,6 +333,7 @@ class Device:
             self._entries.forget()
             self._live.held.clear()
             self._session.forget()
+            await self._inbox.forget()
 
     async def preferences(self) -> list[Preference]:
         """What the recipient decided about senders."""
@@ -431,33 +432,35 @@ class Device:
         service is no error here (`diagnose()` tells); a device that is not registered is.
         """
         whole = Deadline.after(self._clock, deadline)
-        fetching = Deadline(self._clock, whole.at - min(HAND_OVER_S, deadline / 5))
-        taken: Taken = {}
+        hand_over_s = min(HAND_OVER_S, deadline / 5)
+        fetching = Deadline(self._clock, whole.at - hand_over_s)
+        collecting = Deadline(self._clock, whole.at - hand_over_s / 2)
         try:
-            with self._inbox.handing_over():
-                async with asyncio.timeout(fetching.remaining_s()):
-                    await self._registered()
-                    await self._drainer.drain_for_wake_up(parse_wake_up_id(wake_up_id), taken, fetching)
-                    await self._upkeep.do_if_due(fetching, MAINTENANCE_ON_WAKE_S)
+            async with asyncio.timeout(fetching.remaining_s()):
+                await self._registered()
+                await self._drainer.drain_for_wake_up(parse_wake_up_id(wake_up_id), fetching)
+                await self._upkeep.do_if_due(fetching, MAINTENANCE_ON_WAKE_S)
         except (TimeoutError, errors.Unavailable, errors.Overloaded, errors.DeadlineExceeded, errors.ServerFault, KeystoreBusy) as error:
             self._trouble.note(error)
-        shown: list[Message] = []
-        with contextlib.suppress(TimeoutError, KeystoreBusy):
+        new: list[Message] = []
+        try:
             async with asyncio.timeout(whole.remaining_s()):
-                await self._inbox.show(taken.values(), shown)
-        return shown
+                new = await self._inbox.hand_over(collecting=collecting)
+        except (TimeoutError, KeystoreBusy) as error:
+            self._trouble.note(error)
+        return new
 
     async def drain(self, deadline: float = 60.0) -> list[Message]:
-        """Everything that waits; returns the new messages, oldest first. Raises CallFailed; what came by then comes next time."""
+        """Everything that waits, and what earlier calls and processes left; returns the new messages, oldest first.
+
+        Raises CallFailed and KeystoreError; what came by then comes next time. Beside a wake-up or a stream, either may give a message
+        that the other one fetched; each is given once.
+        """
         await self._registered()
-        taken: Taken = {}
-        with self._inbox.handing_over():
-            limit = Deadline.after(self._clock, deadline)
-            await self._drainer.drain(taken, limit)
-            await self._upkeep.do_if_due(limit, CALL_DEADLINE_S)
-        shown: list[Message] = []
-        await self._inbox.show(taken.values(), shown)
-        return shown
+        limit = Deadline.after(self._clock, deadline)
+        await self._drainer.drain(limit)
+        await self._upkeep.do_if_due(limit, CALL_DEADLINE_S)
+        return await self._inbox.hand_over()
 
     @contextlib.asynccontextmanager
     async def stream(self, *, retake: bool = False) -> AsyncIterator[MessageStream]:
@@ -476,19 +479,20 @@ class Device:
         installation has ended. What `on_message` raises is logged, without content, and does not end the stream.
         """
         await self._registered()
-
-        async def hand_over(committed: Committed) -> None:
-            shown: list[Message] = []
-            await self._inbox.show([committed], shown)
-            for message in shown:
+        async with self._live.messages(retake=retake) as messages:
+            async for message in messages:
                 await self._tell(message)
 
-        await self._live.run(hand_over, asyncio.Event(), retake=retake)
+    async def inbox(self, *, before: int | None = None, limit: int = PAGE_MAX) -> list[Message]:
+        """Messages kept here, newest first, without those whose lifetime is over: a page of at most `limit`, 500 unless told.
 
-    async def inbox(self, *, limit: int = PAGE_MAX) -> list[Message]:
-        """Messages kept here, newest first, without those whose lifetime is over."""
+        For the next page give the `position` of the last message as `before`. Fewer than `limit` are the last page. Listing a message
+        does not hand it over: one with `is_new` still comes by draining, a wake-up or a stream.
+        """
+        if limit < 1:
+            raise ValueError("limit must be 1 or more")
         await self._prepare()
-        return await self._inbox.messages(limit)
+        return await self._inbox.messages(before, limit)
 
     async def mark_read(self, message_id: MessageId) -> bool:
         """Note that the user read a message; the sender learns it with the next acknowledgements. False if it was before."""

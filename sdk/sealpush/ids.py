@@ -31,6 +31,10 @@ _COUNTER_BITS = 74  # rand_a (12) and rand_b (62) taken together
 _TEXT = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 
 
+# A clock that is set back by more had been wrong: ids that went on from there would carry a wrong time until the present has come so far.
+_BACK_MS_MAX = 60_000
+
+
 class _Uuid7:
     """Makes rising UUIDv7 (RFC 9562, section 6.2, method 2: the random part is a counter within a millisecond)."""
 
@@ -47,8 +51,8 @@ class _Uuid7:
 
     def next(self, unix_ms: int, *, never_back: bool) -> bytes:
         with self._lock:
-            if never_back and unix_ms < self._unix_ms:
-                unix_ms = self._unix_ms  # the wall clock was set back: order matters more
+            if never_back and self._unix_ms - _BACK_MS_MAX <= unix_ms < self._unix_ms:
+                unix_ms = self._unix_ms  # the wall clock was set back a little: order matters more
             if unix_ms == self._unix_ms:
                 self._counter += 1 + int.from_bytes(os.urandom(4), "big")
             else:
@@ -71,7 +75,7 @@ def uuid7(now_ms: int | None = None) -> bytes:
     """A new UUIDv7 as 16 bytes, larger than the one before it in this process.
 
     `now_ms` is Unix time in milliseconds; without it the wall clock is read, and an id never sorts before an earlier
-    one even if that clock is set back. With it the id carries exactly that time, and consecutive calls with the same
+    one even if that clock is set back by up to a minute. With it the id carries exactly that time, and consecutive calls with the same
     time rise. Thread-safe. Raises ValueError for a time that 48 bits cannot hold.
     """
     if now_ms is None:

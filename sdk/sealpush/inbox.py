@@ -1,11 +1,15 @@
 """The messages kept here, as the app sees them: opened, handed over once, listed.
 
-A message is handed to the app once: it is marked shown, then handed over. A crash between the two leaves it in the inbox.
-One that was committed but not handed over (a crash, an interruption, the end of a deadline) comes with the next hand-over.
+What is committed and not shown yet is handed over oldest first, to whoever asks next: draining, a wake-up or a stream of this process, or
+another process of this device. Nothing that waits is kept in memory, so however a call ends, the next one finds it in the store.
+
+A message is marked shown, then handed over: two processes must not show it both. The mark is the last step of a call. A process that is
+killed between the two leaves the message in the inbox, where `Device.inbox()` lists it; a call that is cancelled there leaves it to the
+next call of its process.
 """
 
+import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -16,11 +20,12 @@ from google.protobuf.message import DecodeError
 from sealpush.content import made_safe
 from sealpush.entries import SenderEntries
 from sealpush.envelope import FLAG_SERVER_SEALED
-from sealpush.errors import EnvelopeRefused
+from sealpush.errors import EnvelopeRefused, KeystoreError
 from sealpush.ids import MessageId, SenderId
-from sealpush.keystore import InboxMessage
+from sealpush.keystore import PAGE_MAX, InboxMessage
 from sealpush.local import EXPIRY_SKEW_MS, ServerTime, Store
 from sealpush.model import moment
+from sealpush.retry import Deadline
 from sealpush.v1.content_pb2 import Content
 
 FLAG_MUTED: Final = 1 << 8  # in the store's flags, above the envelope's own eight bits
@@ -38,8 +43,8 @@ class Message:
     """An opened message. The content never appears in a repr.
 
     `content` of a higher version than this release knows holds class, title and body only. `is_new`: handed over for the
-    first time. `replaces`: messages that this one took the place of; take their notifications away. `muted`: show no
-    notification.
+    first time. `replaces`: messages that were handed over and that this one took the place of; take their notifications away.
+    `muted`: show no notification. `position`: where it stands in the inbox of this device; a later one has a higher one.
     """
 
     message_id: MessageId
@@ -54,14 +59,7 @@ class Message:
     is_new: bool
     replaces: tuple[MessageId, ...] = ()
     read_at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """A message that was committed and not handed over yet, with what it replaced."""
-
-    stored: InboxMessage
-    replaces: tuple[MessageId, ...] = ()
+    position: int = 0
 
 
 class Inbox:
@@ -71,51 +69,95 @@ class Inbox:
         self._store = store
         self._time = time
         self._entries = entries
-        # Something may have been committed without being handed over: at the start, and after an interruption.
-        self._unshown = True
+        # One hand-over at a time, whoever asks: so a message and its successor go out in this order.
+        self._sequence = asyncio.Lock()
+        # A mark goes on when its call is cancelled, in its thread. What it marked is ready for the next call.
+        self._marking: asyncio.Task[None] | None = None
+        self._ready: list[Message] = []
+        self._arrival = asyncio.Event()
 
-    def interrupted(self) -> None:
-        """Note that something may stay committed without being handed over."""
-        self._unshown = True
+    @property
+    def arrival(self) -> asyncio.Event:
+        """Set as soon as something may wait that did not when this was asked for."""
+        return self._arrival
 
-    @contextlib.contextmanager
-    def handing_over(self) -> Iterator[None]:
-        """A block that commits or hands over: what it leaves undone when it fails, the next one finds."""
-        try:
-            yield
-        except BaseException:
-            self._unshown = True
-            raise
+    def arrived(self) -> None:
+        """Tell streams that something may wait, or that they are to look again."""
+        self._arrival.set()
+        self._arrival = asyncio.Event()
 
-    async def recover(self) -> list[Committed]:
-        """What was committed and not handed over before, oldest first."""
-        if not self._unshown:
-            return []
-        self._unshown = False
-        stored = await self._store(lambda keystore: keystore.inbox())
-        return [Committed(each) for each in reversed(stored) if each.shown_at_ms is None]
+    async def hand_over(self, *, limit: int | None = None, collecting: Deadline | None = None) -> list[Message]:
+        """What waits, oldest first: at most `limit`, or all; what is not collected by the end of `collecting` waits on.
 
-    async def show(self, committed: Iterable[Committed], shown: list[Message]) -> None:
-        """Append what may be shown now and was not before, each marked first."""
-        with self.handing_over():
-            for each in committed:
-                now_ms = self._time.now_ms()
-                if now_ms >= each.stored.expires_at_ms + EXPIRY_SKEW_MS:
-                    continue
-                message = await self._message(each.stored, each.replaces)
-                if await self._mark_shown(message.message_id, now_ms):
-                    shown.append(message)
+        Raises KeystoreError; then, and where this is cancelled, everything waits on.
+        """
+        async with self._sequence:
+            await self._keep_what_was_left()
+            wanted = None if limit is None else limit - len(self._ready)
+            if wanted is None or wanted > 0:
+                waiting = await self._waiting(wanted, collecting)
+                if waiting:
+                    self._marking = asyncio.create_task(self._mark(waiting), name="sealpush-hand-over")
+                    await asyncio.shield(self._marking)
+            given = self._ready[:limit]
+            self._ready = self._ready[len(given) :]
+            return given
 
-    async def messages(self, limit: int) -> list[Message]:
+    async def forget(self) -> None:
+        """Forget what a cancelled call left: the store was erased."""
+        async with self._sequence:
+            await self._keep_what_was_left()
+            self._ready = []
+
+    async def _keep_what_was_left(self) -> None:
+        """Wait for the mark of a call that was cancelled. Of what is left, what was replaced or deleted meanwhile goes: another process
+        may have shown the successor."""
+        if self._marking is not None:
+            with contextlib.suppress(KeystoreError):
+                await asyncio.shield(self._marking)
+        if left := self._ready:
+            self._ready = await self._store(lambda keystore: [each for each in left if keystore.message(each.message_id) is not None])
+
+    async def _waiting(self, limit: int | None, collecting: Deadline | None) -> list[Message]:
+        alive_at_ms = self._time.now_ms() - EXPIRY_SKEW_MS
+        found: list[Message] = []
+        while limit is None or len(found) < limit:
+            after = found[-1].position if found else 0
+            page_size = PAGE_MAX if limit is None else min(limit - len(found), PAGE_MAX)
+            page = await self._unshown(alive_at_ms, after, page_size)
+            found += [await self._message(each) for each in page]
+            if len(page) < page_size or (collecting is not None and collecting.remaining_s() <= 0):
+                break
+        return found
+
+    async def _unshown(self, alive_at_ms: int, after: int, limit: int) -> list[InboxMessage]:
+        return await self._store(lambda keystore: keystore.unshown(alive_at_ms=alive_at_ms, after=after, limit=limit))
+
+    async def _mark(self, waiting: list[Message]) -> None:
+        """Mark them in one transaction. Those that another process marked before, or that were replaced meanwhile, are not for us."""
+        positions, now_ms = [each.position for each in waiting], self._time.now_ms()
+        marked = await self._store(lambda keystore: keystore.mark_shown(positions, now_ms))
+        fresh = [each for each in waiting if each.position in marked]
+        replaced = {message_id for each in fresh for message_id in each.replaces}
+        self._ready = [*(each for each in self._ready if each.message_id not in replaced), *fresh]
+
+    async def messages(self, before: int | None, limit: int) -> list[Message]:
         """Newest first, without those whose lifetime is over."""
-        now_ms = self._time.now_ms()
-        stored = await self._store(lambda keystore: keystore.inbox(limit=limit))
-        return [await self._message(each) for each in stored if now_ms < each.expires_at_ms]
+        alive_at_ms = self._time.now_ms()
+        found: list[Message] = []
+        while len(found) < limit:
+            page_size = min(limit - len(found), PAGE_MAX)
+            page = await self._page(alive_at_ms, before, page_size)
+            found += [await self._message(each) for each in page]
+            if len(page) < page_size:
+                break
+            before = found[-1].position
+        return found
 
-    async def _mark_shown(self, message_id: MessageId, at_ms: int) -> bool:
-        return await self._store(lambda keystore: keystore.mark_shown(message_id, at_ms))
+    async def _page(self, alive_at_ms: int, before: int | None, limit: int) -> list[InboxMessage]:
+        return await self._store(lambda keystore: keystore.inbox(alive_at_ms=alive_at_ms, before=before, limit=limit))
 
-    async def _message(self, stored: InboxMessage, replaces: tuple[MessageId, ...] = ()) -> Message:
+    async def _message(self, stored: InboxMessage) -> Message:
         return Message(
             message_id=stored.message_id,
             sender_id=stored.sender_id,
@@ -127,8 +169,9 @@ class Inbox:
             expires_at=moment(stored.expires_at_ms),
             received_at=moment(stored.received_at_ms),
             is_new=stored.shown_at_ms is None,
-            replaces=replaces,
+            replaces=stored.replaces,
             read_at=None if stored.read_at_ms is None else moment(stored.read_at_ms),
+            position=stored.local_id,
         )
 
 

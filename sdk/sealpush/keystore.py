@@ -47,13 +47,9 @@ class CommitOutcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class CommitResult:
-    """The outcome, and the messages that the new one replaced (take their notifications away).
-
-    True exactly when the message is new and to be shown.
-    """
+    """What became of the message. True exactly when it is new and to be shown."""
 
     outcome: CommitOutcome
-    replaced: tuple[MessageId, ...] = ()
 
     def __bool__(self) -> bool:
         return self.outcome is CommitOutcome.STORED
@@ -74,7 +70,8 @@ class InboxMessage:
     """An opened message. `content` is the plaintext; it and the replace key never appear in a repr.
 
     `envelope_digest` is that of the envelope which brought it, for the acknowledgement that it was read. `local_id` is the store's
-    own rising number, 0 before the message is stored. `shown_at_ms` and `read_at_ms` are None until it happens.
+    own rising number, 0 before the message is stored. `shown_at_ms` and `read_at_ms` are None until it happens. `replaces` is filled by
+    the store: messages that were shown and that this one took the place of, directly or by a message that was never shown.
     """
 
     message_id: MessageId
@@ -89,6 +86,7 @@ class InboxMessage:
     flags: int = 0
     shown_at_ms: int | None = None
     read_at_ms: int | None = None
+    replaces: tuple[MessageId, ...] = ()
     local_id: int = 0
 
 
@@ -258,16 +256,24 @@ class Keystore(Protocol):
         """Forget acknowledgements that the server has answered."""
         ...
 
-    def inbox(self, *, before: int | None = None, limit: int = PAGE_MAX) -> list[InboxMessage]:
-        """Stored messages, newest first; `before` is the `local_id` of the last one of the page before."""
+    def inbox(self, *, alive_at_ms: int = 0, before: int | None = None, limit: int = PAGE_MAX) -> list[InboxMessage]:
+        """Stored messages that end later than `alive_at_ms`, newest first; `before` is the `local_id` of the last one of the page before.
+
+        A page with fewer than `limit` messages, or PAGE_MAX if that is less, is the last.
+        """
         ...
 
     def message(self, message_id: MessageId) -> InboxMessage | None:
         """The stored message with this id, or None."""
         ...
 
-    def mark_shown(self, message_id: MessageId, at_ms: int) -> bool:
-        """Note that a message was shown; False if it was before or is not here. The first time stays."""
+    def unshown(self, *, alive_at_ms: int, after: int = 0, limit: int = PAGE_MAX) -> list[InboxMessage]:
+        """Stored messages that were not shown yet and end later than `alive_at_ms`, oldest first; `after` is the `local_id` of the last
+        one of the page before."""
+        ...
+
+    def mark_shown(self, local_ids: Sequence[int], at_ms: int) -> frozenset[int]:
+        """Note that messages are shown: those of them that were not before and are here. Whoever gets one shows it, nobody else."""
         ...
 
     def mark_read(self, message_id: MessageId, at_ms: int, *, acknowledge: bool) -> bool:
@@ -339,6 +345,15 @@ def check_commit(message: InboxMessage, acknowledgement: PendingAcknowledgement)
         raise KeystoreError("message_id, content_id and sender_id must be 16 raw bytes")
     if len(message.envelope_digest) != 32 or message.envelope_digest == NO_DIGEST:
         raise KeystoreError("envelope_digest must be the 32 bytes of Envelope.digest")
+
+
+def replaces(rivals: Iterable[tuple[MessageId, int | None, tuple[MessageId, ...]]]) -> tuple[MessageId, ...]:
+    """What a message replaces that takes the place of these: (id, shown at, what it replaced itself). What was never shown hands on what it
+    replaced; what was shown has told it."""
+    found: list[MessageId] = []
+    for message_id, shown_at_ms, replaced in rivals:
+        found += replaced if shown_at_ms is None else (message_id,)
+    return tuple(found)
 
 
 def read_acknowledgement(message_id: MessageId, content_id: ContentId, envelope_digest: bytes, at_ms: int) -> PendingAcknowledgement:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Final, Self
 
 import grpc
@@ -12,7 +12,7 @@ from sealpush import errors
 from sealpush.acknowledging import ACKS_BATCH_MAX, Acknowledgements, is_final
 from sealpush.errors import CallFailed, KeystoreBusy, StreamTakenOver
 from sealpush.ids import MessageId, uuid7
-from sealpush.inbox import Committed, Inbox, Message
+from sealpush.inbox import Inbox, Message
 from sealpush.keystore import PendingAcknowledgement
 from sealpush.local import Held, ServerTime, Trouble
 from sealpush.receiving import Receiver
@@ -22,47 +22,54 @@ from sealpush.upkeep import Upkeep
 from sealpush.v1 import messages_pb2
 
 HOUSEKEEPING_S: Final = 3600.0
-STREAM_QUEUE_MAX: Final = 256
 
 # What a write raises on a call that has ended.
 _CALL_ENDED: Final = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
 _StreamCall = grpc.aio.StreamStreamCall[messages_pb2.StreamRequest, messages_pb2.StreamResponse]
 
-Deliver = Callable[[Committed], Awaitable[None]]
-
 
 class MessageStream:
     """Messages as they come. Made by `Device.stream()`; raises there what `Device.run_stream()` would."""
 
-    def __init__(self, inbox: Inbox, queue: asyncio.Queue[Committed | BaseException], caught_up: asyncio.Event) -> None:
+    def __init__(self, inbox: Inbox, session: Session, trouble: Trouble, caught_up: asyncio.Event) -> None:
         self._inbox = inbox
-        self._queue = queue
+        self._session = session
+        self._trouble = trouble
         self._caught_up = caught_up
         self._failure: Exception | None = None
+        self._backlog_came = False
 
     def failed(self, error: Exception) -> None:
-        """Note what ended the stream: whoever waits for the backlog waits in vain if it had not come."""
-        if not self._caught_up.is_set():
-            self._failure = error
-            self._caught_up.set()
+        """Note what ended the stream: it comes after what was received before, and to whoever waits for a backlog that had not come."""
+        self._failure = error
+        self._backlog_came = self._caught_up.is_set()
+        self._caught_up.set()
+        self._inbox.arrived()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Message:
-        shown: list[Message] = []
-        while not shown:
-            new = await self._queue.get()
-            if isinstance(new, BaseException):
-                self._queue.put_nowait(new)  # it stays the answer
-                raise new
-            await self._inbox.show([new], shown)
-        return shown[0]
+        attempt = 0
+        while True:
+            # Both before the look: what comes during it is found by the next one.
+            arrival, failure = self._inbox.arrival, self._failure
+            try:
+                for message in await self._inbox.hand_over(limit=1):
+                    return message
+            except KeystoreBusy as busy:
+                self._trouble.note(busy)
+                await self._session.pause(attempt)
+                attempt += 1
+                continue
+            if failure is not None:
+                raise failure
+            await arrival.wait()
 
     async def caught_up(self) -> None:
         """Return once everything that had waited at the service has come. Raises what ended the stream before."""
         await self._caught_up.wait()
-        if self._failure is not None:
+        if self._failure is not None and not self._backlog_came:
             raise self._failure
 
 
@@ -91,40 +98,28 @@ class Live:
     @contextlib.asynccontextmanager
     async def messages(self, *, retake: bool) -> AsyncIterator[MessageStream]:
         """A stream to iterate over, while the block lasts."""
-        queue: asyncio.Queue[Committed | BaseException] = asyncio.Queue(STREAM_QUEUE_MAX)
         caught_up = asyncio.Event()
 
         async def run() -> None:
             try:
-                await self.run(queue.put, caught_up, retake=retake)
+                await self._keep_connected(caught_up, retake=retake)
             except Exception as error:
                 stream.failed(error)
-                await queue.put(error)
 
-        stream = MessageStream(self._inbox, queue, caught_up)
+        stream = MessageStream(self._inbox, self._session, self._trouble, caught_up)
         task = asyncio.create_task(run(), name="sealpush-stream")
         try:
             yield stream
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            if not queue.empty():
-                self._inbox.interrupted()
 
-    async def run(self, deliver: Deliver, caught_up: asyncio.Event, *, retake: bool) -> None:
+    async def _keep_connected(self, caught_up: asyncio.Event, *, retake: bool) -> None:
         """Keep one stream going: connect, take what comes, connect again after a pause with full jitter."""
-        try:
-            for committed in await self._inbox.recover():
-                await deliver(committed)
-            await self._keep_connected(deliver, caught_up, retake=retake)
-        finally:
-            self._inbox.interrupted()
-
-    async def _keep_connected(self, deliver: Deliver, caught_up: asyncio.Event, *, retake: bool) -> None:
         attempt = 0
         refused_token = False
         while True:
-            connection = self._connection(deliver, caught_up)
+            connection = self._connection(caught_up)
             pause_s: float | None = None
             try:
                 bearer = await self._session.bearer(self._session.deadline())
@@ -166,7 +161,7 @@ class Live:
             await self._session.pause(attempt, pause_s)
             attempt += 1
 
-    def _connection(self, deliver: Deliver, caught_up: asyncio.Event) -> "_Connection":
+    def _connection(self, caught_up: asyncio.Event) -> "_Connection":
         return _Connection(
             session=self._session,
             receiver=self._receiver,
@@ -174,7 +169,6 @@ class Live:
             upkeep=self._upkeep,
             time=self._time,
             held=self.held,
-            deliver=deliver,
             caught_up=caught_up,
         )
 
@@ -243,7 +237,6 @@ class _Connection:
         upkeep: Upkeep,
         time: ServerTime,
         held: dict[MessageId, messages_pb2.Delivery],
-        deliver: Deliver,
         caught_up: asyncio.Event,
     ) -> None:
         self._session = session
@@ -252,7 +245,6 @@ class _Connection:
         self._upkeep = upkeep
         self._time = time
         self._held = held
-        self._deliver = deliver
         self._caught_up = caught_up
         self._waking = asyncio.Event()
         self.progressed = False
@@ -292,7 +284,7 @@ class _Connection:
     async def _take(self, delivery: messages_pb2.Delivery) -> None:
         message_id = MessageId(delivery.message_id)
         try:
-            committed = await self._receiver.take(delivery, self._session.deadline())
+            await self._receiver.take(delivery, self._session.deadline())
         except Held:
             if len(self._held) < ACKS_BATCH_MAX:
                 self._held[message_id] = delivery
@@ -300,8 +292,6 @@ class _Connection:
             return
         self._held.pop(message_id, None)
         self._uplink.owing()
-        if committed is not None:
-            await self._deliver(committed)
         if self._upkeep.is_hastened:
             self._waking.set()
 

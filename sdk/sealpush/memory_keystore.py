@@ -1,6 +1,7 @@
 """A keystore that is gone with its process: for tests, and for phones that are simulated by the thousand."""
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from sealpush.keystore import (
     check_root,
     prekey_deleted_at_ms,
     read_acknowledgement,
+    replaces,
     seen_as,
 )
 from sealpush.proofs import AckOutcome
@@ -57,6 +59,7 @@ class MemoryKeystore:
         "_revocations",
         "_root_public_key",
         "_seen",
+        "_unshown",
     )
 
     def __init__(self) -> None:
@@ -84,6 +87,8 @@ class MemoryKeystore:
         self._seen: dict[tuple[SenderId, ContentId], tuple[bytes, int]] = {}
         # local_id → message, in rising order
         self._messages: dict[int, InboxMessage] = {}
+        # local_ids of those that were not shown, in rising order: what was shown may be many times more
+        self._unshown: dict[int, None] = {}
         # (message, content, is it READ) → acknowledgement, in the order queued
         self._acknowledgements: dict[tuple[MessageId, ContentId, bool], PendingAcknowledgement] = {}
         self._log = KeptLog()
@@ -265,10 +270,17 @@ class MemoryKeystore:
             if any(each.created_at_ms > message.created_at_ms for each in rivals):
                 return CommitResult(CommitOutcome.SUPERSEDED)
             for each in rivals:
-                del self._messages[each.local_id]
+                self._delete(each)
             self._last_local_id += 1
-            self._messages[self._last_local_id] = replace(message, local_id=self._last_local_id)
-            return CommitResult(CommitOutcome.STORED, tuple(each.message_id for each in rivals))
+            replaced = replaces((each.message_id, each.shown_at_ms, each.replaces) for each in rivals)
+            self._messages[self._last_local_id] = replace(message, replaces=replaced, local_id=self._last_local_id)
+            if message.shown_at_ms is None:
+                self._unshown[self._last_local_id] = None
+            return CommitResult(CommitOutcome.STORED)
+
+    def _delete(self, message: InboxMessage) -> None:
+        del self._messages[message.local_id]
+        self._unshown.pop(message.local_id, None)
 
     def queue_acknowledgement(self, acknowledgement: PendingAcknowledgement, *, sender_id: SenderId | None = None) -> bool:
         with self._open():
@@ -292,11 +304,11 @@ class MemoryKeystore:
             for each in acknowledgements:
                 self._acknowledgements.pop((each.message_id, each.content_id, each.outcome == AckOutcome.READ), None)
 
-    def inbox(self, *, before: int | None = None, limit: int = PAGE_MAX) -> list[InboxMessage]:
+    def inbox(self, *, alive_at_ms: int = 0, before: int | None = None, limit: int = PAGE_MAX) -> list[InboxMessage]:
         with self._open():
             newest_first = reversed(self._messages.values())
-            page = [each for each in newest_first if before is None or each.local_id < before]
-            return page[: check_page(limit)]
+            found = (each for each in newest_first if each.expires_at_ms > alive_at_ms and (before is None or each.local_id < before))
+            return list(itertools.islice(found, check_page(limit)))
 
     def message(self, message_id: MessageId) -> InboxMessage | None:
         with self._open():
@@ -305,13 +317,18 @@ class MemoryKeystore:
     def _find(self, message_id: MessageId) -> InboxMessage | None:
         return next((each for each in reversed(self._messages.values()) if each.message_id == message_id), None)
 
-    def mark_shown(self, message_id: MessageId, at_ms: int) -> bool:
+    def unshown(self, *, alive_at_ms: int, after: int = 0, limit: int = PAGE_MAX) -> list[InboxMessage]:
         with self._open():
-            message = self._find(message_id)
-            if message is None or message.shown_at_ms is not None:
-                return False
-            self._messages[message.local_id] = replace(message, shown_at_ms=at_ms)
-            return True
+            oldest_first = (self._messages[local_id] for local_id in self._unshown if local_id > after)
+            return list(itertools.islice((each for each in oldest_first if each.expires_at_ms > alive_at_ms), check_page(limit)))
+
+    def mark_shown(self, local_ids: Sequence[int], at_ms: int) -> frozenset[int]:
+        with self._open():
+            marked = frozenset(each for each in local_ids if each in self._unshown)
+            for local_id in marked:
+                self._messages[local_id] = replace(self._messages[local_id], shown_at_ms=at_ms)
+                del self._unshown[local_id]
+            return marked
 
     def mark_read(self, message_id: MessageId, at_ms: int, *, acknowledge: bool) -> bool:
         with self._open():
@@ -328,7 +345,7 @@ class MemoryKeystore:
             message = self._find(message_id)
             if message is None:
                 return False
-            del self._messages[message.local_id]
+            self._delete(message)
             return True
 
     def device_log(self) -> KeptLog:

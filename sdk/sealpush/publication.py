@@ -49,6 +49,8 @@ CONTENT_VERSION: Final = 1
 RETRYABLE_CODES: Final = frozenset(
     code.value[0] for code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 )
+# With these a service says that it does not know what became of a request.
+_UNKNOWN_CODES: Final = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL", "UNKNOWN", "DATA_LOSS", "ABORTED"})
 _CODE_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -341,7 +343,7 @@ def outcome_of(request_id: RequestId, result: publish_pb2.PublishResult) -> Publ
             refusal = result.refusal
             retry_after = refusal.retry_after.ToTimedelta() if refusal.HasField("retry_after") else None
             code = _CODE_NAMES.get(refusal.code, "UNKNOWN")
-            if refusal.code in RETRYABLE_CODES and code != "RESOURCE_EXHAUSTED":
+            if code in _UNKNOWN_CODES:
                 return Unanswered(request_id, refusal.reason, refusal.message)
             return Refused(request_id, code, refusal.reason, refusal.message, refusal.field, retry_after)
     return Unanswered(request_id, "NO_RESULT", "the service gave no outcome that this release knows; ask again, or upgrade")
@@ -365,11 +367,13 @@ def outdated_refusal(outdated: Outdated) -> Refused:
 
 def outcome_of_failure(request_id: RequestId, error: CallFailed, *, ambiguous: bool) -> Refused | Unanswered:
     """The outcome that a call's error means. Only a definite answer is a refusal."""
-    definite = not isinstance(error, errors.Unavailable | errors.DeadlineExceeded | errors.ServerFault)
-    if definite or not ambiguous:
-        retry_after = None if error.retry_after_s is None and not error.retryable else timedelta(seconds=error.retry_after_s or 0)
-        return Refused(request_id, error.code, error.server_reason or error.reason, str(error), error.field, retry_after)
-    return Unanswered(request_id, error.server_reason or error.reason, str(error))
+    # RESOURCE_EXHAUSTED without the service's own word is gRPC's or a proxy's: it may be about the answer, which was too large.
+    foreign = isinstance(error, errors.Overloaded) and not error.server_reason
+    unknown = foreign or isinstance(error, errors.Unavailable | errors.DeadlineExceeded | errors.ServerFault | errors.Aborted)
+    if unknown and ambiguous:
+        return Unanswered(request_id, error.server_reason or error.reason, str(error))
+    retry_after = None if error.retry_after_s is None and not error.retryable else timedelta(seconds=error.retry_after_s or 0)
+    return Refused(request_id, error.code, error.server_reason or error.reason, str(error), error.field, retry_after)
 
 
 def known_device(keys: keys_pb2.DeviceKeys) -> KnownDevice:

@@ -121,6 +121,13 @@ class Receipt:
         if len({each.device_id for each in self.deliveries}) != len(self.deliveries):
             raise ValueError("a device stands twice in the receipt")
 
+    @property
+    def nothing_sealed(self) -> bool:
+        """Whether the message ended when it came, because the recipient blocked the sender: so says the platform, which kept nothing
+        of it and has no word of a device."""
+        blocked = all(each.state is State.BLOCKED and not each.acknowledgements for each in self.deliveries)
+        return blocked and not self.evidence
+
     def to_json(self) -> str:
         """The file of this receipt."""
         document = {
@@ -313,11 +320,11 @@ def verify_entry_then(root_public_key: bytes, blob: bytes, created_at_ms: int, r
 def _sender_claims(receipt: Receipt, root_public_key: bytes, revocations: RevocationList | None) -> Iterator[Claim]:
     """Who sealed and signed, when, and by which entries."""
     if not receipt.evidence:
-        yield Claim(
-            "content_signature",
-            Finding.UNPROVEN,
-            "Nothing of the envelope is kept: it was never sealed, or is from before that was kept. Nothing shows who sent what.",
-        )
+        if receipt.nothing_sealed:
+            why = "Nothing was ever sealed, so there is nothing to prove: the recipient had blocked the sender, says the platform."
+        else:
+            why = "Nothing of the envelope is kept: it was never sealed, or is from before that was kept. Nothing shows who sent what."
+        yield Claim("content_signature", Finding.UNPROVEN, why)
         return
     try:
         header = Header.decode(receipt.evidence[:HEADER_BYTES])
@@ -404,6 +411,8 @@ def _revocation_claim(revocations: RevocationList | None, entries: list[SenderEn
 
 def _content_claim(receipt: Receipt, envelope: bytes | None) -> Claim:
     name = "content"
+    if receipt.nothing_sealed:
+        return Claim(name, Finding.UNPROVEN, "What it said: nothing was ever sealed, and nothing is kept that it could be compared with.")
     if envelope is None:
         return Claim(name, Finding.UNPROVEN, "What it said: only a hash is kept. Whoever kept the envelope can have it compared.")
     if not receipt.evidence:
@@ -448,6 +457,10 @@ def _delivery_claims(receipt: Receipt, delivery: ReceiptDelivery) -> Iterator[Cl
     elif delivery.state is State.DELIVERED and not ends:
         # Only an acknowledgement brings this state about.
         yield Claim("state", Finding.FAILED, f"The platform says {said}, and the device signed nothing of the kind.", delivery.device_id)
+    elif receipt.nothing_sealed:
+        yield Claim(
+            "state", Finding.UNPROVEN, f"The platform says {said}; the device was asked nothing and got nothing.", delivery.device_id
+        )
     else:
         yield Claim("state", Finding.UNPROVEN, f"The platform says {said}; nothing shows that the device said so.", delivery.device_id)
 
@@ -481,13 +494,13 @@ def _limits(receipt: Receipt, claims: list[Claim]) -> Iterator[Claim]:
     outcomes = {name for name, _ in _SIGNED.values()}
     linked = any(each.name in outcomes and each.finding is Finding.PROVEN for each in claims)
     message = uuid_text(receipt.message_id)
-    yield Claim(
-        "message",
-        Finding.PROVEN if linked else Finding.UNPROVEN,
-        f"A device's key signed that the message {message} brought it this very envelope."
-        if linked
-        else f"That the message {message} carried this envelope: only a device's signature would show it.",
-    )
+    if linked:
+        brought = f"A device's key signed that the message {message} brought it this very envelope."
+    elif receipt.nothing_sealed:
+        brought = f"That no envelope went out with the message {message}: the platform says so."
+    else:
+        brought = f"That the message {message} carried this envelope: only a device's signature would show it."
+    yield Claim("message", Finding.PROVEN if linked else Finding.UNPROVEN, brought)
     try:
         accepted = f" Its id says {_time(uuid7_ms(receipt.message_id))}, by the platform's clock."
     except ValueError:

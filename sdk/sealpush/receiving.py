@@ -21,7 +21,7 @@ from sealpush.envelope import MAGIC, Envelope, Header, TimeCheck, check_times, o
 from sealpush.errors import EnvelopeRefused, KeystoreBusy
 from sealpush.floor import floor
 from sealpush.ids import ContentId, MessageId, SenderId
-from sealpush.inbox import FLAG_MUTED, Committed, Inbox, parse_content
+from sealpush.inbox import FLAG_MUTED, Inbox, parse_content
 from sealpush.keys import PrekeyKind, PrekeyPrivate
 from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement, Seen
 from sealpush.local import EXPIRY_SKEW_MS, FUTURE_SKEW_MS, Held, ServerTime, Store, Trouble, Who
@@ -57,25 +57,26 @@ class Receiver:
         self._prekey_missed = prekey_missed
         self.deciding = asyncio.Lock()  # also taken by who erases the store
 
-    async def take(self, delivery: messages_pb2.Delivery, deadline: Deadline) -> Committed | None:
-        """Check, open and store one delivery, and queue what to acknowledge. None: nothing new to show.
+    async def take(self, delivery: messages_pb2.Delivery, deadline: Deadline) -> None:
+        """Check, open and store one delivery, and queue what to acknowledge. What is new waits in the store to be handed over.
 
         Raises Held where that cannot be decided now, KeystoreError where the store fails.
         """
         try:
             async with self.deciding:
                 try:
-                    return await self._check_and_commit(delivery, deadline)
+                    await self._check_and_commit(delivery, deadline)
                 except EnvelopeRefused:
                     await self._refuse(delivery, Reason.DEVICE_CANNOT_OPEN)
-                    return None
                 except KeystoreBusy as busy:
                     raise Held(str(busy)) from busy
         except Held as held:
             self._trouble.note(held)
             raise
+        # Also of what was here before: a call that was cancelled while its thread went on to commit has told nobody.
+        self._inbox.arrived()
 
-    async def _check_and_commit(self, delivery: messages_pb2.Delivery, deadline: Deadline) -> Committed | None:
+    async def _check_and_commit(self, delivery: messages_pb2.Delivery, deadline: Deadline) -> None:
         _, registration = self._who.registered()
         # Parse and bounds, then the suite.
         if len(delivery.message_id) != 16:
@@ -94,19 +95,19 @@ class Receiver:
         # Times.
         if await self._is_over(header, deadline):
             await self._refuse(delivery, Reason.LIFETIME_OVER)
-            return None
+            return
         # Seen before?
         if seen is Seen.OTHER:
             raise EnvelopeRefused
         if seen is Seen.THIS:
             delivered = self._delivered(delivery, header, digest)
             await self._store(lambda keystore: keystore.queue_acknowledgement(delivered))
-            return None
+            return
         # The sender's entry and its mode.
         public_key = await self._entries.content_public_key(header, deadline)
 
         # Signature, open, store: without a pause between, in one thread.
-        def open_and_commit(keystore: Keystore) -> Committed | None:
+        def open_and_commit(keystore: Keystore) -> None:
             def prekey(suite: int, prekey_id: int, kind: PrekeyKind) -> PrekeyPrivate | None:
                 found = keystore.prekey(suite, prekey_id, kind)
                 if found is None:
@@ -129,13 +130,8 @@ class Receiver:
             )
             if result.outcome is CommitOutcome.CONFLICT:
                 raise EnvelopeRefused
-            return Committed(message, result.replaced) if result else None
 
-        try:
-            return await self._store(open_and_commit)
-        except asyncio.CancelledError:
-            self._inbox.interrupted()  # the thread goes on and may commit
-            raise
+        await self._store(open_and_commit)
 
     async def _is_over(self, header: Header, deadline: Deadline) -> bool:
         """Whether the message's lifetime has ended. Raises Held when the time is not known, or it is from the future."""

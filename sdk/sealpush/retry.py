@@ -12,12 +12,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-from sealpush.errors import CallFailed, DeadlineExceeded
+from sealpush.errors import CallFailed, DeadlineExceeded, Overloaded, ServerFault, Unavailable
 
 Answer = TypeVar("Answer")
 Random = Callable[[], float]  # uniform in [0, 1)
 
 jitter: Final[Random] = random.SystemRandom().random
+
+# What is left of a deadline for its last attempt: an answer takes milliseconds, from a machine that is busy some hundred.
+LAST_ATTEMPT_S: Final = 0.5
+# With less than this no further attempt is worth its way.
+ATTEMPT_S_MIN: Final = 0.2
 
 
 class Clock(Protocol):
@@ -53,11 +58,12 @@ class SystemClock:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How patient to be. `attempts_max` bounds one call together with its deadline; long-lived streams go on for ever."""
+    """How patient to be. A call's deadline ends its attempts; `attempts_max` is a bound on accidents, such as a dice that only shows
+    zeros. Long-lived streams go on for ever."""
 
     base_s: float = 0.2
     cap_s: float = 30.0
-    attempts_max: int = 8
+    attempts_max: int = 16
 
     def __post_init__(self) -> None:
         if not (0 < self.base_s <= self.cap_s and self.attempts_max >= 1):
@@ -67,6 +73,16 @@ class RetryPolicy:
         """The pause after the attempt with this number, counted from 0."""
         ceiling = min(self.cap_s, self.base_s * 2.0 ** min(attempt, 32))
         return max(retry_after_s or 0.0, 0.0) + random() * ceiling
+
+    def fitting_delay_s(
+        self, attempt: int, remaining_s: float, random: Random = jitter, retry_after_s: float | None = None
+    ) -> float | None:
+        """As `delay_s()`, cut so that the next attempt comes before the end of what remains, with time to be answered; None: there is
+        no next attempt. What the service asked for is never cut: an attempt before that would be refused again."""
+        longest_s = max(remaining_s - LAST_ATTEMPT_S, remaining_s / 2)
+        if attempt + 1 >= self.attempts_max or remaining_s < ATTEMPT_S_MIN or (retry_after_s or 0.0) > longest_s:
+            return None
+        return min(self.delay_s(attempt, random, retry_after_s), longest_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,37 @@ class Deadline:
         return min(remaining_s, longest_s)
 
 
+class Attempts:
+    """The attempts of one call that failed so far: when there is another, and what they say together when there is none."""
+
+    __slots__ = ("_deadline", "_failed", "_policy", "_random", "_unknown")
+
+    def __init__(self, deadline: Deadline, policy: RetryPolicy, random: Random = jitter) -> None:
+        self._deadline = deadline
+        self._policy = policy
+        self._random = random
+        self._failed = 0
+        self._unknown: CallFailed | None = None
+
+    async def failed(self, error: CallFailed) -> None:
+        """Return after the pause before the next attempt. Raises the error if there is none; where that says that nothing was done, and an
+        attempt before it may have done something, the error of that one."""
+        if isinstance(error, Unavailable | DeadlineExceeded | ServerFault):
+            self._unknown = error
+        delay_s = None
+        if error.retryable:
+            delay_s = self._policy.fitting_delay_s(self._failed, self._deadline.remaining_s(), self._random, error.retry_after_s)
+        if delay_s is None:
+            if isinstance(error, Overloaded) and self._unknown is not None:
+                unknown = self._unknown
+                raise type(unknown)(
+                    str(unknown), code=unknown.code, server_reason=unknown.server_reason, retry_after_s=error.retry_after_s
+                ) from error
+            raise error
+        self._failed += 1
+        await self._deadline.clock.sleep(delay_s)
+
+
 async def retrying(
     attempt: Callable[[], Awaitable[Answer]],
     *,
@@ -102,15 +149,11 @@ async def retrying(
 ) -> Answer:
     """The first answer of `attempt`, called again after each retryable CallFailed while attempts and deadline allow.
 
-    Raises the last error when the next attempt would begin after the deadline.
+    Raises as `Attempts.failed()` when there is no time for another.
     """
-    clock = deadline.clock
-    for number in range(policy.attempts_max):
+    attempts = Attempts(deadline, policy, random)
+    while True:
         try:
             return await attempt()
         except CallFailed as error:
-            delay_s = policy.delay_s(number, random, error.retry_after_s)
-            if not error.retryable or number + 1 == policy.attempts_max or delay_s >= deadline.remaining_s():
-                raise
-        await clock.sleep(delay_s)
-    raise AssertionError("unreachable: the last attempt returns or raises")
+            await attempts.failed(error)

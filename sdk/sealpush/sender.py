@@ -11,15 +11,16 @@ sender that keeps them itself).
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Final, Self, Unpack
+from typing import Any, Final, Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from sealpush import envelope, errors
+from sealpush.doubt import Doubts, Said, said_by_batch_failure, said_by_failure, said_by_result
 from sealpush.errors import CallFailed, KeyRefused, ReceiptRefused
 from sealpush.ids import (
     ContentId,
@@ -66,9 +67,21 @@ from sealpush.publication import (
 from sealpush.receipts import Receipt
 from sealpush.retry import Clock, Deadline, Random, RetryPolicy, SystemClock, jitter, retrying
 from sealpush.suites import SUITE_X25519
-from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed, call_metadata, cancellation_kept
+from sealpush.transport import (
+    Calls,
+    Channels,
+    Endpoints,
+    Token,
+    TokenHolder,
+    UnaryMethod,
+    call_failed,
+    call_metadata,
+    cancellation_kept,
+)
 from sealpush.v1 import accounts_pb2, keys_pb2, publish_pb2
 from sealpush.v1.content_pb2 import Content
+
+Answer = TypeVar("Answer")
 
 BATCH_ITEMS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 2 * 1024 * 1024 - 64 * 1024  # the service's 2 MiB, less room for the frame around the items
@@ -77,6 +90,7 @@ RESEALS_MAX: Final = 3  # a recipient whose devices change faster than this is r
 SEALED_KEPT_MAX: Final = 1024  # sealed requests without an answer, kept for the caller's own retry
 SUITES_KEPT_MAX: Final = 65_536  # devices above suite 1, 10 MB; a sender to more than these notices for the latest
 LIFETIME_DEFAULT: Final = timedelta(days=14)
+STREAM_FAILURES_MAX: Final = 8  # in a row, some 13 s: then whoever publishes should know
 WATCH_SILENT_ENDS_MAX: Final = 3  # a service that restarts may end a watch before it said anything
 STATUS_WAIT_MAX: Final = timedelta(seconds=8)
 
@@ -119,6 +133,7 @@ class Sender:
         self._floors = _Floors()
         self._token = TokenHolder(self._sign_in, self._clock)
         self._sender_id: SenderId | None = None
+        self._doubts = Doubts()
         self._sealed: OrderedDict[RequestId, tuple[Publication, publish_pb2.PublishRequest]] = OrderedDict()
 
     async def __aenter__(self) -> Self:
@@ -166,28 +181,33 @@ class Sender:
                 if request is None:
                     sealed = await self._seal(publication, deadline)
                     if not isinstance(sealed, publish_pb2.PublishRequest):
-                        return sealed
+                        return self._doubts.weigh(sealed)
                     request = self._keep(publication, sealed)
                 outcome = await self._send(request, deadline)
+                if isinstance(outcome, Outdated) or (isinstance(outcome, Refused) and outcome.retry_after is None):
+                    # Not stored, and never to be: publishing again seals anew.
+                    self._sealed.pop(publication.request_id, None)
                 if not isinstance(outcome, Outdated):
                     return outcome
-                self._sealed.pop(publication.request_id, None)
         except CallFailed as error:
             if isinstance(error, _RAISED):
                 raise
             # The keys were not given: nothing was published in this call.
-            return outcome_of_failure(publication.request_id, error, ambiguous=False)
+            return self._doubts.weigh(outcome_of_failure(publication.request_id, error, ambiguous=False))
         return outdated_refusal(Outdated(publication.request_id))
 
     async def prepare_sealed(
         self, recipient: Recipient | str, content: Content, **options: Unpack[PublishOptions]
-    ) -> SealedPublication | NotRegistered | Refused | IdentityChanged:
-        """The sealed request without sending it, for a sender that keeps it over its own crashes. Raises as `publish_sealed()`."""
+    ) -> SealedPublication | NotRegistered | Refused | IdentityChanged | Unanswered:
+        """The sealed request without sending it, for a sender that keeps it over its own crashes. Raises as `publish_sealed()`.
+
+        Unanswered: what was sealed under this request id before may be stored; publish that again to know.
+        """
         publication = Publication.of(recipient, content, **options)
         sealed = await self._seal(publication, self._deadline())
         if isinstance(sealed, publish_pb2.PublishRequest):
             return SealedPublication(publication.request_id, sealed.SerializeToString(deterministic=True))
-        return sealed
+        return self._doubts.weigh(sealed)
 
     async def publish_prepared(self, sealed: SealedPublication) -> PublishOutcome:
         """Send what `prepare_sealed()` made; Refused with reason OUTDATED_DEVICES: prepare it again, with the same request id."""
@@ -238,7 +258,7 @@ class Sender:
         Messages gather while a frame is being sent and then go together. When the stream breaks, what has no answer yet is sent
         again. Raises CallFailed when that has not helped for a while; what had no answer then is safe to publish again.
         """
-        session = _StreamSession(self._calls, self._channels, self._token, publications)
+        session = _StreamSession(self._calls, self._channels, self._token, self._doubts, publications)
         try:
             async with contextlib.aclosing(session.run()) as outcomes:
                 async for outcome in outcomes:
@@ -344,48 +364,65 @@ class Sender:
 
     async def _send(self, request: publish_pb2.PublishRequest, deadline: Deadline) -> PublishOutcome | Outdated:
         """Send one request, the same bytes each time."""
+        request_id = RequestId(request.request_id)
+        method = self._heard(self._channels.publishing.Publish, (request_id,), said_by_failure)
         try:
-            answer = await self._calls.call(self._channels.publishing.Publish, request, deadline=deadline, token=self._token)
+            answer = await self._calls.call(method, request, deadline=deadline, token=self._token)
         except CallFailed as error:
-            if isinstance(error, _RAISED):
+            if isinstance(error, _RAISED) and request_id not in self._doubts:
                 raise
-            return outcome_of_failure(RequestId(request.request_id), error, ambiguous=True)
-        return outcome_of(RequestId(request.request_id), answer.result)
+            return self._doubts.weigh(outcome_of_failure(request_id, error, ambiguous=True))
+        self._doubts.hear((request_id,), said_by_result(answer.result))
+        return self._doubts.weigh(outcome_of(request_id, answer.result))
+
+    def _heard(
+        self, method: UnaryMethod[Answer], request_ids: Sequence[RequestId], said_by: Callable[[CallFailed], Said]
+    ) -> UnaryMethod[Answer]:
+        """The method; what each of its failures says about these requests is noted."""
+
+        async def heard(request: Any, /, *, timeout: float | None = None, metadata: Any = None) -> Answer:
+            try:
+                return await method(request, timeout=timeout, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                self._doubts.hear(request_ids, said_by(call_failed(error)))
+                raise
+            except asyncio.CancelledError:  # of the caller, who may publish again
+                self._doubts.hear(request_ids, Said.NOTHING)
+                raise
+
+        return heard
 
     async def _publish_batch(self, requests: Sequence[publish_pb2.PublishRequest]) -> list[PublishOutcome]:
         """Outcomes of one batch; repeats what was refused for now while the deadline allows."""
         deadline = self._deadline()
-        outcomes: list[PublishOutcome] = [Unanswered(RequestId(each.request_id), "UNAVAILABLE", "not sent") for each in requests]
+        ids = [RequestId(each.request_id) for each in requests]
+        outcomes: list[PublishOutcome] = [Unanswered(each, "UNAVAILABLE", "not sent") for each in ids]
         waiting = list(range(len(requests)))
         for attempt in range(self._policy.attempts_max):
+            method = self._heard(self._channels.publishing.PublishBatch, [ids[index] for index in waiting], said_by_batch_failure)
             try:
                 answer = await self._calls.call(
-                    self._channels.publishing.PublishBatch,
+                    method,
                     publish_pb2.PublishBatchRequest(requests=[requests[index] for index in waiting]),
                     deadline=deadline,
                     token=self._token,
                 )
             except CallFailed as error:
-                if isinstance(error, _RAISED):
+                if isinstance(error, _RAISED) and not any(ids[index] in self._doubts for index in waiting):
                     raise
                 for index in waiting:
-                    outcomes[index] = outcome_of_failure(RequestId(requests[index].request_id), error, ambiguous=True)
+                    outcomes[index] = self._doubts.weigh(outcome_of_failure(ids[index], error, ambiguous=True))
                 return outcomes
             again: list[int] = []
             pause_s = 0.0
             for position, index in enumerate(waiting):
-                if position >= len(answer.results):
-                    outcomes[index] = Unanswered(
-                        RequestId(requests[index].request_id), "NO_RESULT", "the service left it out; publish it again"
-                    )
-                    continue
-                result = answer.results[position]
-                outcomes[index] = settled(outcome_of(RequestId(requests[index].request_id), result))
+                result = answer.results[position] if position < len(answer.results) else publish_pb2.PublishResult()
+                outcomes[index] = _heard_outcome(self._doubts, ids[index], result)
                 if result.refusal.code in RETRYABLE_CODES:
                     again.append(index)
                     pause_s = max(pause_s, result.refusal.retry_after.ToTimedelta().total_seconds())
-            delay_s = self._policy.delay_s(attempt, self._random, pause_s)
-            if not again or delay_s >= deadline.remaining_s():
+            delay_s = self._policy.fitting_delay_s(attempt, deadline.remaining_s(), self._random, pause_s)
+            if not again or delay_s is None:
                 break
             waiting = again
             await self._clock.sleep(delay_s)
@@ -461,6 +498,12 @@ class Sender:
         return found
 
 
+def _heard_outcome(doubts: Doubts, request_id: RequestId, result: publish_pb2.PublishResult) -> PublishOutcome:
+    """The outcome that one result of many says, with what is known of attempts before."""
+    doubts.hear((request_id,), said_by_result(result))
+    return doubts.weigh(settled(outcome_of(request_id, result)))
+
+
 class _Floors:
     """The lowest suite that each device ever signed, as far as this process saw it: whoever kept an old key cannot bring it back."""
 
@@ -489,11 +532,13 @@ class _StreamSession:
         calls: Calls,
         channels: Channels,
         token: TokenHolder,
+        doubts: Doubts,
         source: AsyncIterable[Publication],
     ) -> None:
         self._calls = calls
         self._channels = channels
         self._token = token
+        self._doubts = doubts
         self._gathered: asyncio.Queue[publish_pb2.PublishRequest | None] = asyncio.Queue(BATCH_ITEMS_MAX)
         self._reader = asyncio.create_task(self._read_source(source), name="sealpush-publish-source")
         self._held: publish_pb2.PublishRequest | None = None  # taken from the source, did not fit its frame
@@ -545,7 +590,7 @@ class _StreamSession:
                     raise
                 failure = error
             attempt += 1
-            if attempt >= policy.attempts_max:
+            if attempt >= min(policy.attempts_max, STREAM_FAILURES_MAX):
                 raise failure
             await clock.sleep(policy.delay_s(attempt - 1, self._calls.random, failure.retry_after_s))
 
@@ -559,13 +604,17 @@ class _StreamSession:
                     self._room.set()
                     if frame is None:
                         continue
-                    for index, request in enumerate(frame):
-                        request_id = RequestId(request.request_id)
-                        if index < len(answer.results):
-                            yield settled(outcome_of(request_id, answer.results[index]))
-                        else:
-                            yield Unanswered(request_id, "NO_RESULT", "the service left it out; publish it again")
+                    results = list(answer.results) + [publish_pb2.PublishResult()] * (len(frame) - len(answer.results))
+                    # All before the first is given on: who reads may stop at any.
+                    for outcome in [
+                        _heard_outcome(self._doubts, RequestId(request.request_id), result)
+                        for request, result in zip(frame, results, strict=False)
+                    ]:
+                        yield outcome
         finally:
+            # However the stream ended: any of its frames may have been stored before.
+            for requests in self._unanswered.values():
+                self._doubts.hear([RequestId(each.request_id) for each in requests], Said.NOTHING)
             call.cancel()
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)

@@ -10,7 +10,7 @@ from sealpush.errors import CallFailed, RegistrationEnded
 from sealpush.local import ServerTime, Store, Trouble, Who
 from sealpush.model import timestamp_ms
 from sealpush.proofs import body_digest, challenge_proof, change_proof, sign_proof
-from sealpush.retry import Deadline
+from sealpush.retry import Attempts, Deadline
 from sealpush.transport import Calls, Channels, Token, TokenHolder, UnaryMethod
 from sealpush.v1 import common_pb2, registration_pb2
 
@@ -78,7 +78,8 @@ class Session:
         """
         identity, registration = self._who.registered()
         digest = body_digest(change)
-        attempt = 0
+        aborted = 0
+        attempts = Attempts(deadline, self._calls.policy, self._calls.random)
         async with self._changing:
             while True:
                 counter = await self._store(lambda keystore: keystore.next_counter())
@@ -88,17 +89,13 @@ class Session:
                 try:
                     return await self._calls.once(method, request(proof), deadline=deadline, token=self._token)
                 except errors.Aborted:
-                    attempt += 1
-                    if attempt == CHANGE_ATTEMPTS_MAX:
+                    aborted += 1
+                    if aborted == CHANGE_ATTEMPTS_MAX:
                         raise
-                    if attempt > 1:
-                        await self._raise_counter(counter + 16**attempt)
+                    if aborted > 1:
+                        await self._raise_counter(counter + 16**aborted)
                 except CallFailed as error:
-                    attempt += 1
-                    delay_s = self._calls.policy.delay_s(attempt - 1, self._calls.random, error.retry_after_s)
-                    if not error.retryable or attempt == CHANGE_ATTEMPTS_MAX or delay_s >= deadline.remaining_s():
-                        raise
-                    await self._calls.clock.sleep(delay_s)
+                    await attempts.failed(error)
 
     async def _raise_counter(self, used: int) -> None:
         await self._store(lambda keystore: keystore.raise_counter(used))

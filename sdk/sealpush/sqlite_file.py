@@ -14,7 +14,7 @@ from sealpush.errors import KeystoreBusy, KeystoreError, KeystoreTooNew
 from sealpush.proofs import NO_DIGEST
 
 BUSY_TIMEOUT_S: Final = 10.0  # a commit takes milliseconds; a notification extension lives about 30 s
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 _APPLICATION_ID: Final = 0x53504B31  # "SPK1": tells this file from any other SQLite file
 
 _SCHEMA = """
@@ -82,6 +82,13 @@ ALTER TABLE acknowledgements ADD COLUMN envelope_digest BLOB NOT NULL DEFAULT x'
 -- These cannot be signed without it. The service sends what is not acknowledged again, and finds it seen; that it was read is lost.
 DELETE FROM acknowledgements
 """,  # noqa: S608 - a constant
+    3: """
+-- The ids, one after the other, of messages that were shown and that this one took the place of.
+ALTER TABLE messages ADD COLUMN replaces BLOB NOT NULL DEFAULT x'';
+
+-- What is handed over next, oldest first, however many were before.
+CREATE INDEX messages_unshown ON messages (local_id, expires_at_ms) WHERE shown_at_ms IS NULL
+""",
 }
 TABLES: Final = ("facts", "prekeys", "entries", "seen", "messages", "acknowledgements", "device_log", "notices")
 

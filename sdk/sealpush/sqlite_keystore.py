@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from sealpush.devicelog import DeviceNotice, NoticeKind
 from sealpush.errors import KeystoreError
@@ -33,6 +33,7 @@ from sealpush.keystore import (
     check_root,
     prekey_deleted_at_ms,
     read_acknowledgement,
+    replaces,
     seen_as,
 )
 from sealpush.proofs import AckOutcome
@@ -41,7 +42,7 @@ from sealpush.sqlite_file import TABLES, open_file, transaction, translated
 _I64_MAX: Final = (1 << 63) - 1
 _MESSAGE_COLUMNS: Final = (
     "message_id, content_id, envelope_digest, sender_id, created_at_ms, expires_at_ms, received_at_ms, content, replace_key, flags,"
-    " shown_at_ms, read_at_ms"
+    " shown_at_ms, read_at_ms, replaces"
 )
 
 
@@ -302,14 +303,15 @@ class SqliteKeystore:
             )
             # A replace key of NULL equals nothing, so such a message has no rivals.
             rivals = connection.execute(
-                "SELECT local_id, message_id, created_at_ms FROM messages WHERE sender_id = ? AND replace_key = ? ORDER BY local_id",
+                "SELECT local_id, created_at_ms, message_id, shown_at_ms, replaces FROM messages"
+                " WHERE sender_id = ? AND replace_key = ? ORDER BY local_id",
                 (message.sender_id, message.replace_key),
             ).fetchall()
-            if any(created_at_ms > message.created_at_ms for _, _, created_at_ms in rivals):
+            if any(created_at_ms > message.created_at_ms for _, created_at_ms, *_ in rivals):
                 return CommitResult(CommitOutcome.SUPERSEDED)
             connection.executemany("DELETE FROM messages WHERE local_id = ?", [(rival[0],) for rival in rivals])
             connection.execute(
-                f"INSERT INTO messages ({_MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants
+                f"INSERT INTO messages ({_MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608 - constants
                 (
                     message.message_id,
                     message.content_id,
@@ -323,9 +325,10 @@ class SqliteKeystore:
                     message.flags,
                     message.shown_at_ms,
                     message.read_at_ms,
+                    b"".join(replaces((message_id, shown_at_ms, _ids(replaced)) for _, _, message_id, shown_at_ms, replaced in rivals)),
                 ),
             )
-            return CommitResult(CommitOutcome.STORED, tuple(MessageId(rival[1]) for rival in rivals))
+            return CommitResult(CommitOutcome.STORED)
 
     def queue_acknowledgement(self, acknowledgement: PendingAcknowledgement, *, sender_id: SenderId | None = None) -> bool:
         with self._writing() as connection:
@@ -352,14 +355,14 @@ class SqliteKeystore:
         with self._writing() as connection:
             connection.executemany("DELETE FROM acknowledgements WHERE message_id = ? AND content_id = ? AND is_read = ?", names)
 
-    def inbox(self, *, before: int | None = None, limit: int = PAGE_MAX) -> list[InboxMessage]:
+    def inbox(self, *, alive_at_ms: int = 0, before: int | None = None, limit: int = PAGE_MAX) -> list[InboxMessage]:
         with self._reading() as connection:
             rows = connection.execute(
-                f"SELECT {_MESSAGE_COLUMNS}, local_id FROM messages WHERE local_id < ?"  # noqa: S608 - constants
+                f"SELECT {_MESSAGE_COLUMNS}, local_id FROM messages WHERE expires_at_ms > ? AND local_id < ?"  # noqa: S608 - constants
                 " ORDER BY local_id DESC LIMIT ?",
-                (_I64_MAX if before is None else before, check_page(limit)),
+                (alive_at_ms, _I64_MAX if before is None else before, check_page(limit)),
             )
-            return [InboxMessage(*row) for row in rows]
+            return [_message(row) for row in rows]
 
     def message(self, message_id: MessageId) -> InboxMessage | None:
         with self._reading() as connection:
@@ -368,16 +371,27 @@ class SqliteKeystore:
                 " ORDER BY local_id DESC LIMIT 1",
                 (message_id,),
             ).fetchone()
-            return None if row is None else InboxMessage(*row)
+            return None if row is None else _message(row)
 
-    def mark_shown(self, message_id: MessageId, at_ms: int) -> bool:
-        with self._writing() as connection:
-            done = connection.execute(
-                "UPDATE messages SET shown_at_ms = ? WHERE shown_at_ms IS NULL"
-                " AND local_id = (SELECT max(local_id) FROM messages WHERE message_id = ?)",
-                (at_ms, message_id),
+    def unshown(self, *, alive_at_ms: int, after: int = 0, limit: int = PAGE_MAX) -> list[InboxMessage]:
+        with self._reading() as connection:
+            rows = connection.execute(
+                f"SELECT {_MESSAGE_COLUMNS}, local_id FROM messages WHERE shown_at_ms IS NULL"  # noqa: S608 - constants
+                " AND expires_at_ms > ? AND local_id > ? ORDER BY local_id LIMIT ?",
+                (alive_at_ms, after, check_page(limit)),
             )
-            return done.rowcount == 1
+            return [_message(row) for row in rows]
+
+    def mark_shown(self, local_ids: Sequence[int], at_ms: int) -> frozenset[int]:
+        with self._writing() as connection:
+            return frozenset(
+                local_id
+                for local_id in local_ids
+                if connection.execute(
+                    "UPDATE messages SET shown_at_ms = ? WHERE local_id = ? AND shown_at_ms IS NULL", (at_ms, local_id)
+                ).rowcount
+                == 1
+            )
 
     def mark_read(self, message_id: MessageId, at_ms: int, *, acknowledge: bool) -> bool:
         with self._writing() as connection:
@@ -476,6 +490,15 @@ def _number(connection: sqlite3.Connection, name: str) -> int | None:
 def _set_number(connection: sqlite3.Connection, name: str, number: int) -> None:
     """Numbers are kept as 16 bytes, since a counter of 64 unsigned bits exceeds SQLite's integers."""
     _set_value(connection, name, number.to_bytes(16, "big", signed=True))
+
+
+def _message(row: tuple[Any, ...]) -> InboxMessage:
+    *columns, replaced, local_id = row
+    return InboxMessage(*[*columns, _ids(replaced), local_id])
+
+
+def _ids(joined: bytes) -> tuple[MessageId, ...]:
+    return tuple(MessageId(joined[at : at + 16]) for at in range(0, len(joined), 16))
 
 
 def _prekey(rows: sqlite3.Cursor) -> PrekeyPrivate | None:

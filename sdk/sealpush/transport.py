@@ -39,6 +39,8 @@ TOKEN_MARGIN_S: Final = 60.0  # a token is renewed this long before its end, so 
 
 _DOMAIN: Final = "sealpush"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
+# gRPC's own words where a request is larger than it sends, or the service takes: no attempt is any better.
+_TOO_LARGE: Final = ("CLIENT: Sent message larger than max", "SERVER: Received message larger than max")
 # What gRPC makes of a write on a stream that the other side has just ended: the real status is lost.
 _LOST_STATUS: Final = "Internal error from Core"
 _OPTIONS: Final = [
@@ -50,9 +52,13 @@ _OPTIONS: Final = [
     ("grpc.keepalive_timeout_ms", 10_000),
     # Without this, gRPC waits a minute for the answer to its ping (seen with 1.8x).
     ("grpc.http2.ping_timeout_ms", 10_000),
+    # The services end a connection without a call after a minute. Whoever goes first has no call that meets the end.
+    ("grpc.client_idle_timeout_ms", 45_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 10_000),
+    # How long one attempt to connect may take: three round trips of a poor mobile network, and no pause where it fails at once.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    # Well below a call's deadline, so that each call that waits for a service to come back sees it come back.
+    ("grpc.max_reconnect_backoff_ms", 4_000),
 ]
 
 SERVICES: Final = ("accounts", "registration", "keys", "publishing", "messages")
@@ -65,6 +71,9 @@ Metadata = tuple[tuple[str, str], ...]
 @dataclass(frozen=True, slots=True)
 class Endpoints:
     """Where each public service listens, as "host:port", over TLS.
+
+    Several processes of a service, all of them used: "dns:///host:port", a name with an address for each, or
+    "ipv4:address:port,address:port", where each certificate names the first address.
 
     `ca_pem` is a private certificate authority's certificate; without it the well-known ones count. `insecure` switches
     TLS off: for tests within one machine only.
@@ -175,11 +184,16 @@ class Channels:
         self.check_open()
         channel = self._channels.get(address)
         if channel is None:
+            options = list(_OPTIONS)
+            scheme, _, addresses = address.partition(":")
+            if scheme in ("ipv4", "ipv6"):
+                # gRPC would look for the whole list in the certificate.
+                options.append(("grpc.default_authority", addresses.partition(",")[0]))
             if self.endpoints.insecure:
-                channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+                channel = grpc.aio.insecure_channel(address, options=options)
             else:
                 credentials = grpc.ssl_channel_credentials(root_certificates=self.endpoints.ca_pem)
-                channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+                channel = grpc.aio.secure_channel(address, credentials, options=options)
             self._channels[address] = channel
         return channel
 
@@ -220,6 +234,12 @@ def call_failed(error: grpc.aio.AioRpcError) -> CallFailed:
         except DecodeError:
             continue  # details help; an answer without them is an answer
     ours = info.domain == _DOMAIN
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and (error.details() or "").startswith(_TOO_LARGE):
+        return errors.InvalidRequest(
+            f"the request is too large, nothing was done; split it or make it smaller ({error.details()})",
+            code=grpc.StatusCode.INVALID_ARGUMENT.name,
+            server_reason="REQUEST_TOO_LARGE",
+        )
     metadata = dict(info.metadata) if ours else {}
     kind = _KINDS.get(error.code(), errors.ServerFault)
     if error.code() is grpc.StatusCode.INTERNAL and error.details() == _LOST_STATUS:

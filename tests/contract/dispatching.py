@@ -21,6 +21,7 @@ from sealpush.v1 import common_pb2
 from sealpushd.dispatch import app as dispatch_app
 from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.clockwatch import ClockWatch
 from sealpushd.platform.db import Connection
 from sealpushd.platform.errors import Unavailable
 from sealpushd.platform.server import Runtime, ServiceApp
@@ -193,6 +194,7 @@ class Dispatch:
     app: ServiceApp
     peer: Peer
     operator: MeshChannel
+    clock_watch: ClockWatch
     closes: list[Callable[[], Awaitable[None]]]
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -274,7 +276,8 @@ async def start_dispatch(settings: Settings, mesh: Mesh, clock: FakeClock, *, wo
     """`work`: take wake-ups, too."""
     closes: list[Callable[[], Awaitable[None]]] = []
     try:
-        app = await dispatch_app.build(Runtime("dispatch", settings, mesh.keys["dispatch"], mesh.verifier, clock, closes))
+        runtime = Runtime("dispatch", settings, mesh.keys["dispatch"], mesh.verifier, clock, closes)
+        app = await dispatch_app.build(runtime)
     except BaseException:
         for close in reversed(closes):
             await close()
@@ -283,7 +286,7 @@ async def start_dispatch(settings: Settings, mesh: Mesh, clock: FakeClock, *, wo
     await peer.start()
     operator = MeshChannel("dispatch", peer.address, mesh.keys["operator"])
     closes.append(operator.aclose)
-    dispatch = Dispatch(app, peer, operator, closes)
+    dispatch = Dispatch(app, peer, operator, runtime.clock_watch, closes)
     if work:
         dispatch.work()
     return dispatch
@@ -394,13 +397,19 @@ class Pushing:
 
 @asynccontextmanager
 async def pushing(
-    databases: dict[str, str], engines: Engines, mesh: Mesh, certificates: Certificates, clock: FakeClock, folder: Path
+    databases: dict[str, str],
+    engines: Engines,
+    mesh: Mesh,
+    certificates: Certificates,
+    clock: FakeClock,
+    folder: Path,
+    vendors_clock: FakeClock | None = None,
 ) -> AsyncIterator[Pushing]:
-    """`databases`: with the schemas of fetch and dispatch."""
+    """`databases`: with the schemas of fetch and dispatch. `clock` is dispatch's, and the push services' unless they have their own."""
     directory = Directory()
     stand_ins = {"registration": [(directory_pb2_grpc.add_DirectoryServicer_to_server, directory)]}
     async with (
-        vendors(certificates, clock) as running,
+        vendors(certificates, vendors_clock or clock) as running,
         running_services(engines, mesh, databases, clock, ["fetch"], stand_ins=stand_ins, work=False) as services,
     ):
         channel = services.channel("fetch", "publishing")

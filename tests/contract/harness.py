@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType, TracebackType
@@ -28,12 +27,13 @@ from sealpushd.dispatch.app import build as build_dispatch
 from sealpushd.engines import Engines
 from sealpushd.fetch.app import build as build_fetch
 from sealpushd.keys.app import build as build_keys
+from sealpushd.platform.arrivals import Arrivals
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import DETAILS_KEY
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.rpc import GuardedServer
-from sealpushd.platform.server import AddServicer, Build, Runtime, ServiceApp
+from sealpushd.platform.server import PUBLIC_REQUEST_BYTES_MAX, AddServicer, Build, Runtime, ServiceApp, public_options
 from sealpushd.platform.settings import Settings, load
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
 from sealpushd.platform.valkey import CHANNEL_QUEUE, CHANNEL_STREAMS
@@ -42,6 +42,7 @@ from sealpushd.registration.app import build as build_registration
 from sealpushd.simulators.control import SmsControlService
 from sealpushd.simulators.sms import SmsSimulator
 from sealpushd.v1.simulator_pb2_grpc import add_SimulatedSmsServicer_to_server
+from tests.clocks import FakeClock as FakeClock
 
 LOOPBACK = "127.0.0.1"
 # Bounds a hang, where nothing is claimed about time: a machine may be many times slower than the one on which a test was written.
@@ -59,19 +60,6 @@ BUILDS: Mapping[str, Build] = {
     "dispatch": build_dispatch,
     "fetch": build_fetch,
 }
-
-
-class FakeClock:
-    """Time that only moves when told to; starts at the real present, because tokens live in real time."""
-
-    def __init__(self) -> None:
-        self._now = datetime.now(UTC)
-
-    def now(self) -> datetime:
-        return self._now
-
-    def advance(self, by: timedelta) -> None:
-        self._now += by
 
 
 async def until_locked_out(sql: Connection, count: int = 1) -> list[int]:
@@ -115,8 +103,10 @@ class Peer:
         *,
         credentials: grpc.ServerCredentials | None = None,
         options: Sequence[tuple[str, int]] = (),
+        arrivals: Arrivals | None = None,
     ) -> None:
         self.servicers = servicers
+        self._arrivals = arrivals
         self._verifier = verifier
         self._credentials = credentials
         self._options = [("grpc.so_reuseport", 0), *options]
@@ -140,7 +130,7 @@ class Peer:
         if self._server is None:
             self.bind()
         assert self._server is not None
-        registrar: Any = self._server if self._verifier is None else GuardedServer(self._server, self._verifier)
+        registrar: Any = self._server if self._verifier is None else GuardedServer(self._server, self._verifier, arrivals=self._arrivals)
         for add, servicer in self.servicers:
             add(servicer, registrar)
         await self._server.start()
@@ -280,7 +270,9 @@ class Services:
                 pass
 
     def _listen(self, service: str) -> None:
-        public, inside = (Peer((), self.mesh.verifier).bind() for _ in range(2))
+        # As strangers meet it; dispatch has none.
+        bounds = public_options(service, connections_max=1000) if service in PUBLIC_REQUEST_BYTES_MAX else ()
+        public, inside = (Peer((), self.mesh.verifier, options=options).bind() for options in (bounds, ()))
         self._listeners[service] = public, inside
         self._peers += public, inside
         self.settings = self.settings.model_copy(update={f"{service}_mesh": inside.address})
@@ -311,6 +303,40 @@ class Services:
         while running := in_flight():
             assert time.monotonic() < deadline, f"calls that do not end: {running}"
             await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def calling_from(address: str, served: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a listener whose calls come from another address of this machine, such as 127.0.0.2."""
+    pumps: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65_536):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = served.rpartition(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port), local_addr=(address, 0))
+        for ends in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(pump(*ends))
+            pumps.add(task)
+            task.add_done_callback(pumps.discard)
+
+    relay = await asyncio.start_server(connected, LOOPBACK, 0)
+    try:
+        async with grpc.aio.insecure_channel(f"{LOOPBACK}:{relay.sockets[0].getsockname()[1]}") as channel:
+            yield channel
+    finally:
+        relay.close()
+        for each in list(pumps):
+            each.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
 
 
 def in_flight() -> dict[str, float]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import struct
+import threading
 import zlib
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Any
 
 import grpc
@@ -21,17 +25,28 @@ from sealpush.ids import ContentId, RecipientRef, SenderId, uuid7
 from sealpush.keys import ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
 from sealpush.revocations import RevocationList, Revoked, RevokedEntries, RevokedKey, sign_revocations
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
+from sealpushd.accounts import rules, store
 from sealpushd.engines import Engines
+from sealpushd.platform import passwords, rpc
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Database, connect
 from sealpushd.platform.errors import InvalidRequest, LimitExceeded, Unavailable
-from sealpushd.platform.limits import CODES_PER_NUMBER, SIGN_IN_FAILURES_PER_LOGIN, Limiter, PostgresCounter
+from sealpushd.platform.limits import (
+    CODES_PER_NUMBER,
+    SIGN_IN_FAILURES_PER_LOGIN,
+    SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS,
+    Counted,
+    Limit,
+    Limiter,
+    PostgresCounter,
+)
+from sealpushd.platform.passwords import HASHES_AT_ONCE, HASHES_WAITING_MAX
 from sealpushd.platform.settings import load
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.platform.valkey import Valkey
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
-from tests.contract.harness import FakeClock, Mesh, Migrated, Services, refusal, running_services
+from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Services, calling_from, refusal, running_services
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
@@ -192,6 +207,14 @@ async def test_an_only_sender_is_the_default_and_two_are_not(world: World) -> No
     assert (await refusal(world.sign_in("bank", sender_name="nobody"))).field == "sender_name"
 
 
+async def test_a_token_that_has_ended_does_not_keep_a_sender_from_signing_in_again(world: World, mesh: Mesh) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    ended, _ = mesh.keys["accounts"].sign("sender", bytes(16).hex(), -3600, {"org": "", "apps": [], "scopes": [], "networks": []})
+    for token in (ended, "nonsense"):
+        request = accounts_pb2.SignInRequest(login="bank", password=PASSWORD)
+        await world.accounts.SignIn(request, metadata=(("authorization", f"Bearer {token}"),))
+
+
 async def test_wrong_password_and_unknown_login_are_refused_alike(world: World) -> None:
     await world.put_organisation("bank")
     wrong = await refusal(world.sign_in("bank", "not the password"))
@@ -222,15 +245,204 @@ async def test_sign_in_from_another_network_is_denied_only_with_the_right_passwo
 async def test_after_too_many_failures_even_the_right_password_has_to_wait(world: World) -> None:
     organisation_id = await world.put_organisation("bank")
     await world.put_sender(organisation_id, uuid7())
-    allowed = SIGN_IN_FAILURES_PER_LOGIN.allowed(load())
-    for _ in range(allowed):
-        assert (await refusal(world.sign_in("bank", "wrong password"))).code is StatusCode.UNAUTHENTICATED
+    await fail(world.sign_in, "bank", SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS)
     limited = await refusal(world.sign_in("bank"))
     assert limited.code is StatusCode.RESOURCE_EXHAUSTED
     assert limited.retry_after_s is not None
     assert 0 < limited.retry_after_s <= 900
+    assert re.search(r"try again in \d+ (minutes|seconds?)$", limited.message)
     world.clock.advance(timedelta(seconds=limited.retry_after_s + 1))
     await world.sign_in("bank")
+
+
+# --- a stranger who guesses -----------------------------------------------------------------------------------------------
+
+BANK, STRANGER, NEW = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+SignIn = Callable[..., Awaitable[Any]]
+
+
+async def fail(sign_in: SignIn, login: str, limit: Limit) -> None:
+    """As many wrong passwords as the limit takes."""
+    for _ in range(limit.allowed(load())):
+        assert (await refusal(sign_in(login, "wrong password"))).code is StatusCode.UNAUTHENTICATED
+
+
+@asynccontextmanager
+async def sign_ins_from(world: World, *addresses: str) -> AsyncIterator[list[SignIn]]:
+    async with AsyncExitStack() as stack:
+        channels = [await stack.enter_async_context(calling_from(each, world.services["accounts"].public_address)) for each in addresses]
+        stubs: list[Any] = [accounts_pb2_grpc.AccountsStub(channel) for channel in channels]
+
+        def from_stub(stub: Any) -> SignIn:
+            def sign_in(login: str, password: str = PASSWORD, *, timeout: float | None = None) -> Awaitable[Any]:
+                answer: Awaitable[Any] = stub.SignIn(accounts_pb2.SignInRequest(login=login, password=password), timeout=timeout)
+                return answer
+
+            return sign_in
+
+        yield [from_stub(stub) for stub in stubs]
+
+
+@pytest.mark.parametrize("networks", [[], [f"{BANK}/32"]], ids=["signed in lately", "its networks"])
+async def test_who_fails_at_another_address_does_not_lock_the_bank_out(world: World, networks: list[str]) -> None:
+    await world.put_sender(await world.put_organisation("bank", networks=networks), uuid7())
+    async with sign_ins_from(world, BANK, STRANGER) as (bank, stranger):
+        if not networks:
+            await bank("bank")
+        await fail(stranger, "bank", SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS)
+        assert (await refusal(stranger("bank", "wrong password"))).code is StatusCode.RESOURCE_EXHAUSTED
+        await bank("bank")
+
+
+async def test_many_strangers_who_fail_lock_out_new_addresses_and_none_that_is_known(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of all strangers together keeps a password from being guessed by many machines."""
+    few = replace(SIGN_IN_FAILURES_PER_LOGIN, allowed=lambda _: 30)
+    monkeypatch.setattr(rules, "SIGN_IN_FAILURES_PER_LOGIN", few)
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    async with sign_ins_from(world, BANK, NEW, STRANGER, "127.0.0.5") as (bank, new, *strangers):
+        await bank("bank")
+        for n in range(30):
+            assert (await refusal(strangers[n % 2]("bank", "wrong password"))).code is StatusCode.UNAUTHENTICATED
+        limited = await refusal(new("bank"))
+        assert dict(limited.metadata) == {"limit": few.name}
+        await bank("bank")
+        world.clock.advance(timedelta(minutes=15))
+        await new("bank")
+
+
+async def test_a_known_address_is_known_to_every_process_and_its_own_failures_count(world: World) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    async with sign_ins_from(world, BANK) as (bank,):
+        await bank("bank")
+    await world.services.serve("accounts")
+    async with sign_ins_from(world, BANK, STRANGER) as (bank, stranger):
+        await fail(stranger, "bank", SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS)
+        await fail(bank, "bank", SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS)
+        assert (await refusal(bank("bank"))).code is StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_address_is_remembered_by_a_keyed_hash_with_an_end_and_never_written_twice_an_hour(world: World) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    sql = await world.services.sql("accounts")
+
+    async def stored() -> list[tuple[bytes, datetime]]:
+        return [tuple(row) for row in await sql.fetch("SELECT address_hmac, signed_in_at FROM sign_in_addresses")]
+
+    async with sign_ins_from(world, BANK, NEW) as (bank, new):
+        await bank("bank")
+        ((digest, first),) = await stored()
+        assert BANK.encode() not in digest
+        world.clock.advance(timedelta(minutes=59))
+        await bank("bank")
+        assert await stored() == [(digest, first)]
+        world.clock.advance(timedelta(minutes=2))
+        await bank("bank")
+        assert await stored() == [(digest, world.clock.now())]
+        world.clock.advance(rules.ADDRESS_KNOWN_FOR + timedelta(seconds=1))
+        await new("bank")
+        assert [at for _, at in await stored()] == [world.clock.now()], "what ended goes"
+
+
+async def test_another_password_knows_no_address_of_the_old_one(world: World) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    async with sign_ins_from(world, BANK) as (bank,):
+        await bank("bank")
+        await world.put_organisation("bank", password="another long password")
+        await bank("bank", "another long password")
+    sql = await world.services.sql("accounts")
+    assert await sql.fetchval("SELECT count(DISTINCT address_hmac) FROM sign_in_addresses") == 2
+
+
+async def test_an_address_that_signed_in_while_a_clock_was_ahead_is_known_from_the_present_on(world: World) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    async with sign_ins_from(world, BANK) as (bank,):
+        world.clock.advance(timedelta(days=400))
+        await bank("bank")
+        world.clock.advance(timedelta(days=-400))
+        await bank("bank")
+    sql = await world.services.sql("accounts")
+    assert await sql.fetchval("SELECT signed_in_at FROM sign_in_addresses") == world.clock.now()
+
+
+async def test_an_organisation_has_so_many_known_addresses_and_no_more(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ADDRESSES_MAX", 3)
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    async with sign_ins_from(world, *(f"127.0.0.{n}" for n in range(10, 15))) as addresses:
+        for sign_in in addresses:
+            world.clock.advance(timedelta(seconds=1))
+            await sign_in("bank")
+    sql = await world.services.sql("accounts")
+    kept = [row[0] for row in await sql.fetch("SELECT signed_in_at FROM sign_in_addresses ORDER BY 1 DESC")]
+    assert kept == [world.clock.now() - timedelta(seconds=n) for n in range(3)]
+
+
+async def answered(call: Awaitable[Any]) -> Any:
+    return await call
+
+
+@pytest.mark.parametrize("patience_s", [None, 0.5], ids=["who wait", "who leave"])
+async def test_the_bank_signs_in_while_more_strangers_guess_than_may_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch, patience_s: float | None
+) -> None:
+    """At once, from several addresses, while no hash ends; also strangers that do not wait for the answer."""
+    await world.put_sender(await world.put_organisation("bank", networks=[f"{BANK}/32"]), uuid7())
+    await world.put_sender(await world.put_organisation("shop"), uuid7(), name="shop")
+    hashing = threading.Event()
+    is_password = passwords.is_password
+
+    def slow(of: bytes, password: bytes) -> bool:
+        hashing.wait(LIMIT_S)
+        return is_password(of, password)
+
+    monkeypatch.setattr(passwords, "is_password", slow)
+    # A busy machine takes a while to bring so many in.
+    monkeypatch.setattr(rpc, "DEADLINE_S_MAX", 2 * LIMIT_S)
+    strangers = [f"127.0.1.{n}" for n in range(1, 13)]
+    async with sign_ins_from(world, BANK, *strangers) as (bank, *others), asyncio.timeout(2 * LIMIT_S):
+        refused = asyncio.Semaphore(0)
+
+        async def guess(sign_in: SignIn, n: int) -> StatusCode:
+            answer = await refusal(sign_in(("bank", "shop", "nobody")[n % 3], "wrong password", timeout=patience_s))
+            if answer.code is StatusCode.RESOURCE_EXHAUSTED:
+                refused.release()
+            return answer.code
+
+        guessing = [asyncio.create_task(guess(sign_in, n)) for n, sign_in in enumerate(others) for _ in range(12)]
+        signing_in: list[asyncio.Task[Any]] = []
+        try:
+            if patience_s is None:
+                # All but two that hash and those that may wait.
+                for _ in range(len(guessing) - HASHES_AT_ONCE - HASHES_WAITING_MAX):
+                    await refused.acquire()
+            else:
+                await asyncio.gather(*guessing)
+            signing_in = [asyncio.create_task(answered(bank("bank"))) for _ in range(4)]
+            ended, _ = await asyncio.wait(signing_in, timeout=0.2)
+            assert not ended, "none is refused"
+        finally:
+            hashing.set()
+        assert all(answer.access_token for answer in await asyncio.gather(*signing_in))
+        codes = Counter(await asyncio.gather(*guessing))
+    if patience_s is None:
+        expected = {StatusCode.UNAUTHENTICATED: HASHES_AT_ONCE + HASHES_WAITING_MAX}
+        assert codes == expected | {StatusCode.RESOURCE_EXHAUSTED: len(guessing) - HASHES_AT_ONCE - HASHES_WAITING_MAX}
+
+
+async def test_who_is_over_a_limit_takes_no_turn_at_hashing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    await fail(world.sign_in, "bank", SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS)
+    hashed = 0
+
+    def count(of: bytes, password: bytes) -> bool:
+        nonlocal hashed
+        hashed += 1
+        return False
+
+    monkeypatch.setattr(passwords, "is_password", count)
+    assert (await refusal(world.sign_in("bank"))).code is StatusCode.RESOURCE_EXHAUSTED
+    assert hashed == 0
+    await refusal(world.sign_in("nobody"))
+    assert hashed == 1
 
 
 async def test_limits_are_kept_in_postgres_while_valkey_is_away(migrated: Migrated, clock: FakeClock) -> None:
@@ -239,18 +451,19 @@ async def test_limits_are_kept_in_postgres_while_valkey_is_away(migrated: Migrat
     await db.open()
     valkey = Valkey("unix:///nowhere/valkey.sock")
     limiter = Limiter(valkey, PostgresCounter(db, clock), load(codes_per_number_hour=3), clock)
+    one, another = Counted(CODES_PER_NUMBER, "one"), Counted(CODES_PER_NUMBER, "another")
     try:
         for _ in range(3):
-            await limiter.take(CODES_PER_NUMBER, "one")
+            await limiter.take(one)
         with pytest.raises(LimitExceeded) as caught:
-            await limiter.take(CODES_PER_NUMBER, "one")
+            await limiter.take(one)
         assert caught.value.retry_after is not None
-        await limiter.take(CODES_PER_NUMBER, "another")
+        await limiter.take(another)
         clock.advance(caught.value.retry_after + timedelta(seconds=1))
-        await limiter.check(CODES_PER_NUMBER, "one")
-        await limiter.take(CODES_PER_NUMBER, "one")
+        await limiter.check(one)
+        await limiter.take(one)
         clock.advance(timedelta(hours=3))
-        await limiter.take(CODES_PER_NUMBER, "another")
+        await limiter.take(another)
         rows = await db.fetch("test", "SELECT counted FROM limit_counts WHERE ends_at < $1", clock.now())
         assert rows == [], "windows that ended are deleted"
     finally:

@@ -8,7 +8,7 @@ import json
 import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -47,20 +47,12 @@ from sealpushd.simulators import core as simulated
 from sealpushd.simulators.server import ProviderKey, RunningSimulators, SimulatedApns, SimulatorSettings, serve_simulators, simulators
 from sealpushd.v1 import simulator_pb2 as pb
 from sealpushd.v1.simulator_pb2_grpc import SimulatedPushStub, SimulatedSmsStub
+from tests.clocks import FakeClock
 from tests.contract.harness import LIMIT_S
 from tests.contract.push_simulators import connect_proxy
 
 TEAM, KEY, TOPIC = "TEAM123456", "KEY1234567", "ua.bank.app"
 APNS = pb.SIMULATED_PUSH_SERVICE_APNS
-
-
-@dataclass
-class FakeClock:
-    # Certificates are checked against the machine's clock, tokens against this one.
-    time: datetime = field(default_factory=lambda: datetime.now(UTC).replace(microsecond=0))
-
-    def now(self) -> datetime:
-        return self.time
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    # Whole seconds: certificates are checked against the machine's clock, tokens against this one.
+    return FakeClock(datetime.now(UTC).replace(microsecond=0))
 
 
 @pytest.fixture
@@ -463,10 +456,10 @@ async def test_one_connection_and_one_provider_token_serve_many_sends(
     assert set(outcomes) == {Accepted()}
     counters = running.apns.counters
     assert (counters.connections, counters.provider_tokens, counters.early_streams) == (1, 1, 0)
-    clock.time += timedelta(minutes=44)
+    clock.advance(timedelta(minutes=44))
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
     assert counters.provider_tokens == 1
-    clock.time += timedelta(minutes=1)
+    clock.advance(timedelta(minutes=1))
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
     assert counters.provider_tokens == 2
 
@@ -486,7 +479,7 @@ async def test_expired_provider_token_is_renewed_once_and_the_sends_succeed(
     running: RunningSimulators, provider: ApnsProvider, target: PushTarget, clock: FakeClock
 ) -> None:
     assert await provider.send(target, new_wake_up(clock)) == Accepted()
-    clock.time += timedelta(minutes=21)
+    clock.advance(timedelta(minutes=21))
     running.apns.set_fault(simulated.ExpiredProviderToken(), requests=20)
     outcomes = await asyncio.gather(*(provider.send(target, new_wake_up(clock)) for _ in range(20)))
     assert set(outcomes) == {Accepted()}
@@ -742,12 +735,12 @@ async def test_simulator_refuses_bad_provider_tokens(
 
 async def test_provider_tokens_may_change_every_20_minutes_only(raw: RawClient, keys: Keys, clock: FakeClock) -> None:
     assert await raw.post() == (200, "")
-    clock.time += timedelta(minutes=19)
+    clock.advance(timedelta(minutes=19))
     second = f"bearer {make_bearer(keys, clock)}"
     assert await raw.post(authorization=second) == (429, "TooManyProviderTokenUpdates")
-    clock.time += timedelta(minutes=1)
+    clock.advance(timedelta(minutes=1))
     assert await raw.post(authorization=second) == (200, "")
-    clock.time += timedelta(minutes=60)
+    clock.advance(timedelta(minutes=60))
     assert await raw.post(authorization=second) == (403, "ExpiredProviderToken")
 
 
@@ -830,7 +823,7 @@ async def test_offline_phone_keeps_only_the_newest_and_nothing_that_expired(
     line.close()
     assert await line.next_batch() == []
     await raw.post(apns_expiration=str(int(clock.now().timestamp()) + 60))
-    clock.time += timedelta(seconds=61)
+    clock.advance(timedelta(seconds=61))
     again = running.apns.connect()
     again.online([raw.token])
     await raw.post({"aps": {"alert": "x"}, "n": "live"}, apns_expiration="0")

@@ -567,6 +567,9 @@ class Held:
     async def probe(self) -> Sequence[Probed]:
         return [Probed("send", self.outcome)]
 
+    def forget_failures(self) -> None:
+        """It remembers none."""
+
     def advise(self, reason: str) -> str:
         return f"advice on {reason}"
 

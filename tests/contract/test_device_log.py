@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import re
 import time
@@ -37,16 +38,17 @@ from sealpush.keys import (
 from sealpush.keystore import Keystore
 from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform
-from sealpush.proofs import sign_proof, vouch_proof
+from sealpush.proofs import body_digest, change_proof, sign_proof, vouch_proof
 from sealpush.publication import Accepted, IdentityChanged, Publication, PublishOutcome
 from sealpush.sender import Sender
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.transport import Channels
-from sealpush.v1 import accounts_pb2, accounts_pb2_grpc, common_pb2, keys_pb2
+from sealpush.v1 import accounts_pb2, accounts_pb2_grpc, common_pb2, keys_pb2, messages_pb2, registration_pb2
 from sealpush.v1.content_pb2 import Content
 from sealpush.wire import wire_prekey
 from sealpushd.engines import Engines
 from sealpushd.keys.store import KeyStore
+from sealpushd.platform.access import ACCESS, AnyDevice
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection
 from sealpushd.platform.server import AddServicer
@@ -457,7 +459,7 @@ async def test_only_devices_of_the_list_read_its_log_and_in_bounded_pages(world:
     assert (await refusal(read(page_size=257))).field == "page_size"
     stranger = world.as_device(DeviceId(uuid7()), identity)
     request = keys_pb2.GetDeviceLogRequest(subscriber_id=subscriber_id)
-    assert (await refusal(world.keys.GetDeviceLog(request, metadata=stranger))).code is grpc.StatusCode.PERMISSION_DENIED
+    assert (await refusal(world.keys.GetDeviceLog(request, metadata=stranger))).code is grpc.StatusCode.UNAUTHENTICATED
 
 
 # --- vouching -------------------------------------------------------------------------------------------------------------
@@ -589,6 +591,80 @@ async def test_the_owner_takes_a_strangers_phone_away_and_all_that_waited_for_it
     await tablet.maintain()
     assert await told(tablet) == [(NoticeKind.ADDED, removed_id), (NoticeKind.REMOVED, removed_id)]
     assert [each.kind for each in await world.log(await subscriber_of(owner))].count(EntryKind.REMOVED) == 1
+
+
+# What each call of a device carries that is well-formed: a change, for those that are signed, and other fields.
+REMOVAL = registration_pb2.DeviceRemoval(device_id=uuid7()).SerializeToString()
+PREFERENCE = registration_pb2.Preference(sender_id=uuid7(), mute=True).SerializeToString()
+DEVICE_CALLS: dict[str, tuple[Any, bytes | None, dict[str, Any]]] = {
+    "/sealpush.v1.Registration/UpdateInstallation": (registration_pb2.UpdateInstallationRequest, b"", {}),
+    "/sealpush.v1.Registration/Unregister": (registration_pb2.UnregisterRequest, None, {}),
+    "/sealpush.v1.Registration/RemoveDevice": (registration_pb2.RemoveDeviceRequest, REMOVAL, {}),
+    "/sealpush.v1.Registration/ListPreferences": (registration_pb2.ListPreferencesRequest, None, {}),
+    "/sealpush.v1.Registration/SetPreference": (registration_pb2.SetPreferenceRequest, PREFERENCE, {}),
+    "/sealpush.v1.Registration/SetRegistrationLock": (registration_pb2.SetRegistrationLockRequest, b"", {}),
+    "/sealpush.v1.Keys/UploadPrekeys": (keys_pb2.UploadPrekeysRequest, b"", {}),
+    "/sealpush.v1.Keys/GetPrekeyState": (keys_pb2.GetPrekeyStateRequest, None, {}),
+    "/sealpush.v1.Keys/GetDeviceLog": (keys_pb2.GetDeviceLogRequest, None, {"subscriber_id": uuid7()}),
+    "/sealpush.v1.Keys/VouchDevice": (keys_pb2.VouchDeviceRequest, None, {"device_id": uuid7(), "signature": bytes(64)}),
+    "/sealpush.v1.Messages/Fetch": (messages_pb2.FetchRequest, None, {"wake_up_id": uuid7()}),
+    "/sealpush.v1.Messages/Drain": (messages_pb2.DrainRequest, None, {}),
+    "/sealpush.v1.Messages/Acknowledge": (messages_pb2.AcknowledgeRequest, None, {}),
+}
+# The mailbox does not ask whether a device is registered: nothing is open for one that is not.
+MAILBOX = {
+    "/sealpush.v1.Messages/Fetch": grpc.StatusCode.NOT_FOUND,
+    "/sealpush.v1.Messages/Drain": grpc.StatusCode.OK,
+    "/sealpush.v1.Messages/Acknowledge": grpc.StatusCode.OK,
+}
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    """How a call ends, which gives nothing."""
+    try:
+        assert not getattr(await call, "deliveries", ())
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def test_a_removed_phone_is_told_by_every_call_that_it_has_ended_or_gets_nothing(world: World) -> None:
+    """Its token stands for a quarter of an hour more."""
+    number, keystore = world.number(), MemoryKeystore()
+    owner, removed = await world.phone(number), await world.phone(number, keystore)
+    async with world.sender() as sender:
+        assert isinstance(await sender.publish(number, content()), Accepted)
+    device_id, identity = await id_of(removed), keystore.identity()
+    assert identity is not None
+    await owner.remove_device(device_id)
+    metadata = world.as_device(device_id, identity)
+    codes = {}
+    for counter, (method, (request, change, fields)) in enumerate(DEVICE_CALLS.items(), start=1_000):
+        _, service, name = re.split(r"[./](?=[A-Z])", method)
+        if "proof" in request.DESCRIPTOR.fields_by_name:
+            signature = sign_proof(identity, change_proof(device_id, counter, method, body_digest(change or b"")))
+            fields = {**fields, "proof": common_pb2.DeviceProof(counter=counter, signature=signature)}
+        if change is not None:
+            fields = {**fields, "change": change}
+        stub = getattr(world.channels, service.lower())
+        codes[method] = await code_of(getattr(stub, name)(request(**fields), metadata=metadata))
+    assert codes == {method: MAILBOX.get(method, grpc.StatusCode.UNAUTHENTICATED) for method in DEVICE_CALLS}
+    async with contextlib.AsyncExitStack() as ended:
+        stream: Any = world.channels.messages.Stream(metadata=metadata)
+        ended.callback(stream.cancel)
+        assert (await stream.read()).backlog_done, "there is no backlog"
+    tried = {*DEVICE_CALLS, "/sealpush.v1.Messages/Stream"}
+    assert tried == {method for method, rule in ACCESS.items() if isinstance(rule, AnyDevice)}
+
+
+async def test_a_phone_whose_prekeys_are_refused_learns_that_it_was_removed(world: World) -> None:
+    """Its token is good for some minutes more: the refusal makes it ask for another one."""
+    number = world.number()
+    owner, stranger = await world.phone(number), await world.phone(number)
+    await stranger.drain()
+    await owner.remove_device(await id_of(stranger))
+    with pytest.raises(RegistrationEnded):
+        await stranger.devices()
 
 
 async def test_a_strangers_phone_cannot_take_the_owners_away(world: World) -> None:

@@ -95,6 +95,33 @@ async def test_a_database_that_fell_silent_is_given_up_and_the_next_statement_ge
         await database.aclose()
 
 
+async def test_when_one_connection_fell_silent_the_others_are_not_waited_for_in_turn(
+    migrated: Migrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "SILENCE_TIMEOUT_S", 1)
+    url = urlsplit((await migrated("fetch"))["fetch"])
+    where = parse_qs(url.query)
+    wire = Wire(lambda: asyncio.open_unix_connection(f"{where['host'][0]}/.s.PGSQL.{where['port'][0]}"))
+    async with wire.open(), asyncio.timeout(LIMIT_S):
+        credentials = url.netloc.rpartition("@")[0]
+        through = url._replace(netloc=f"{credentials}@{LOOPBACK}:{wire.port}", query="sslmode=disable")
+        database = Database(through.geturl(), "fetch", 3)
+        await database.open()
+        async with database.connection(), database.connection(), database.connection():
+            pass
+        wire.cut()
+        monkeypatch.setattr(db, "CONNECT_TIMEOUT_S", 0.5)
+        with pytest.raises(StoreUnavailable, match="went away in the middle"):
+            await database.fetch("probe", "SELECT 1")
+        # The next one does not try another dead connection, and who knows that the database is away says so.
+        with pytest.raises(StoreUnavailable, match="the database does not answer"):
+            await database.fetch("probe", "SELECT 1")
+        wire.mend()
+        monkeypatch.setattr(db, "CONNECT_TIMEOUT_S", LIMIT_S)
+        assert [tuple(row) for row in await database.fetch("probe", "SELECT 2")] == [(2,)]
+        await database.aclose()
+
+
 async def test_what_a_frozen_process_locked_is_let_go_and_it_learns_that_nothing_was_committed(
     migrated: Migrated, monkeypatch: pytest.MonkeyPatch
 ) -> None:

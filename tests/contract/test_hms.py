@@ -35,6 +35,7 @@ from sealpushd.dispatch.providers.hms import ERRORS, REACHED_MIN, HmsProvider, H
 from sealpushd.dispatch.providers.http import HttpSettings
 from sealpushd.dispatch.providers.oauth import FAILURE_KEPT, REPLACE_MIN
 from sealpushd.dispatch.receipts import BadSignature, Receipt, ReceiptKey, Signatures, parse_receipts
+from sealpushd.platform.clock import Reading
 from sealpushd.simulators import core as simulated
 from sealpushd.simulators.core import FaultScope
 from sealpushd.simulators.receipts import ReceiptSettings
@@ -592,7 +593,7 @@ async def test_receipts_are_signed_and_name_the_wake_up(certificates: Certificat
     [(head, body)] = asked
     header = next(line.partition(b":")[2].decode() for line in head.split(b"\r\n") if line.lower().startswith(b"x-huawei-callback-id"))
     signatures = Signatures()
-    assert signatures.verify(header, [ReceiptKey("bank", "another"), RECEIPT_KEY], clock.now()) == RECEIPT_KEY
+    assert signatures.verify(header, [ReceiptKey("bank", "another"), RECEIPT_KEY], Reading.of(clock)) == RECEIPT_KEY
     with pytest.raises(BadSignature, match="seen"):
-        signatures.verify(header, [RECEIPT_KEY], clock.now())
+        signatures.verify(header, [RECEIPT_KEY], Reading.of(clock))
     assert parse_receipts(body) == [Receipt(wake_up.wake_up_id, 0, "delivered", APP)]

@@ -22,7 +22,7 @@ from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2
 from sealpushd.engines import Engines
 from sealpushd.fetch import rules
-from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, Taken, TakeQuery, Verdict, WakeUp
+from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, SignedAck, Taken, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.db import Connection, Database, connect
@@ -115,8 +115,13 @@ async def sweep(store: MailboxStore) -> None:
 
 
 async def journal(sql: Connection, of: NewMessage) -> list[tuple[bytes, int, State]]:
-    rows = await sql.fetch("SELECT device_id, kind, state FROM status_events WHERE message_id = $1 ORDER BY xid, seq", of.message_id)
+    rows = await sql.fetch("SELECT device_id, kind, state FROM status_events WHERE message_id = $1 ORDER BY seq", of.message_id)
     return [(row["device_id"], row["kind"], State(row["state"])) for row in rows]
+
+
+def signed(of: NewMessage, outcome: AckOutcome, n: int) -> Ack:
+    """A time that fits its signature only."""
+    return ack(of, outcome, reason=0 if outcome is AckOutcome.READ else n, at_ms=n, signature=bytes([n]) * 64)
 
 
 async def contents(sql: Connection, of: NewMessage) -> int:
@@ -404,10 +409,6 @@ async def test_of_acknowledgements_at_once_one_is_kept_as_it_was_signed(store: M
     await put(store, ended)
     await store.acknowledge([ack(ended)])
 
-    def signed(of: NewMessage, outcome: AckOutcome, n: int) -> Ack:
-        """A time that fits its signature only."""
-        return ack(of, outcome, reason=0 if outcome is AckOutcome.READ else n, at_ms=n, signature=bytes([n]) * 64)
-
     late, read = AckOutcome.UNDELIVERED, AckOutcome.READ
     calls = [
         [signed(made, late, n), signed(ended, read, n), signed(ended, read, n + 100), signed(made, late, n + 100)] for n in range(1, 9)
@@ -435,6 +436,54 @@ async def test_reading_is_a_time_beside_delivered_and_not_a_state(store: Mailbox
     (record,) = await store.statuses(made.key.sender_id, [made.message_id])
     assert (record.deliveries[0].state, record.deliveries[0].read_at is not None) == (State.DELIVERED, True)
     assert [each[1:] for each in await journal(sql, made)][-2:] == [(1, State.DELIVERED), (2, State.DELIVERED)]
+
+
+async def test_a_reading_that_comes_first_counts_once_the_delivery_is_acknowledged(store: MailboxStore, sql: Connection) -> None:
+    made = message()
+    await put(store, made)
+    await store.take([TakeQuery(made.deliveries[0].device_id)])
+    read = signed(made, AckOutcome.READ, 7)
+    for again in (7, 8):
+        # The device repeats it, as it does where an answer was lost: the first stays.
+        (answer,) = await store.acknowledge([signed(made, AckOutcome.READ, again)])
+        assert (answer.verdict, answer.state) == (Verdict.ACCEPTED, State.FETCHED)
+    (record,) = await store.statuses(made.key.sender_id, [made.message_id])
+    assert (record.deliveries[0].state, record.deliveries[0].read_at) == (State.FETCHED, None)
+    for _ in range(2):
+        (answer,) = await store.acknowledge([ack(made)])
+        assert (answer.verdict, answer.state) == (Verdict.ACCEPTED, State.DELIVERED)
+        (record,) = await store.statuses(made.key.sender_id, [made.message_id])
+        assert record.deliveries[0].read_at is not None
+        (answer,) = await store.acknowledge([signed(made, AckOutcome.READ, 9)])
+        assert (answer.verdict, answer.state) == (Verdict.ACCEPTED, State.DELIVERED)
+    assert [each[1:] for each in await journal(sql, made)][-2:] == [(1, State.DELIVERED), (2, State.DELIVERED)], "once, and in this order"
+    ((kept,),) = [each.deliveries for each in await store.evidence(made.key.sender_id, [made.message_id])]
+    assert kept.acks[-1] == SignedAck(AckOutcome.READ, 0, read.at_ms, read.signature)
+
+
+@pytest.mark.parametrize("end", [State.EXPIRED, State.CANCELLED, State.UNDELIVERED])
+async def test_a_reading_of_a_delivery_that_then_ends_otherwise_is_evidence_and_no_reading(
+    store: MailboxStore, sql: Connection, end: State
+) -> None:
+    made = message()
+    await put(store, made)
+    await store.take([TakeQuery(made.deliveries[0].device_id)])
+    await store.acknowledge([signed(made, AckOutcome.READ, 7)])
+    if end is State.EXPIRED:
+        await overdue(sql, made)
+        await sweep(store)
+    elif end is State.CANCELLED:
+        await store.cancel(made.key.sender_id, [made.message_id])
+    else:
+        await store.acknowledge([ack(made, AckOutcome.UNDELIVERED)])
+    late = [] if end is State.UNDELIVERED else [ack(made)]
+    answers = await store.acknowledge([signed(made, AckOutcome.READ, 8), *late])
+    assert {(answer.verdict, answer.state) for answer in answers} == {(Verdict.LATE, end)}
+    (record,) = await store.statuses(made.key.sender_id, [made.message_id])
+    assert (record.deliveries[0].state, record.deliveries[0].read_at) == (end, None)
+    assert 2 not in [kind for _, kind, _ in await journal(sql, made)]
+    ((kept,),) = [each.deliveries for each in await store.evidence(made.key.sender_id, [made.message_id])]
+    assert (kept.acks[-1].outcome, kept.acks[-1].at_ms) == (AckOutcome.READ, 7)
 
 
 async def test_what_has_expired_is_not_handed_out_even_before_the_sweep(store: MailboxStore, sql: Connection) -> None:
@@ -659,13 +708,38 @@ async def test_what_is_to_be_tried_again_waits_for_its_time(store: MailboxStore,
     await put(store, made)
     session = await a_session(store)
     (wake_up,) = await claim(store, session, made)
-    at = datetime.now(UTC) + timedelta(hours=1)
-    await store.report(session, [report(wake_up, outcome, retry_at=at, reason=28)])
+    await store.report(session, [report(wake_up, outcome, retry_in=timedelta(minutes=20), reason=28)])
     assert await claim(store, session, made) == []
-    assert await sql.fetchval("SELECT next_attempt_at FROM open_deliveries WHERE message_id = $1", made.message_id) == at
+    waits = "SELECT next_attempt_at - now() FROM open_deliveries WHERE message_id = $1"
+    assert timedelta(minutes=19) < await sql.fetchval(waits, made.message_id) <= timedelta(minutes=20)
     await sql.execute("UPDATE open_deliveries SET next_attempt_at = now() WHERE message_id = $1", made.message_id)
     (again,) = await claim(store, session, made)
     assert (again.fence, again.attempts) == (2, 1 if outcome == RETRY else 0)
+
+
+async def test_a_time_to_try_of_a_dispatcher_that_knows_moments_only_holds_within_what_is_possible(
+    store: MailboxStore, sql: Connection
+) -> None:
+    """The release before sends its own clock's moment: a clock that is ahead must not put the next try off by as much."""
+    made = message()
+    await put(store, made)
+    session = await a_session(store)
+    (wake_up,) = await claim(store, session, made)
+    at = datetime.now(UTC) + timedelta(minutes=20)
+    await store.report(session, [report(wake_up, RETRY, retry_at=at)])
+    assert await sql.fetchval("SELECT next_attempt_at FROM open_deliveries WHERE message_id = $1", made.message_id) == at
+    await sql.execute("UPDATE open_deliveries SET next_attempt_at = now() WHERE message_id = $1", made.message_id)
+    (wake_up,) = await claim(store, session, made)
+    await store.report(session, [report(wake_up, RETRY, retry_at=datetime.now(UTC) + timedelta(minutes=40))])
+    assert len(await claim(store, session, made)) == 1
+
+
+async def test_a_wake_up_says_what_is_left_of_its_lifetime_by_the_databases_clock(store: MailboxStore) -> None:
+    made = message()
+    await put(store, made)
+    (wake_up,) = await claim(store, await a_session(store), made)
+    left = wake_up.expires_at - datetime.now(UTC)
+    assert abs(wake_up.expires_in - left) < timedelta(seconds=LIMIT_S)
 
 
 async def test_a_quarantined_wake_up_is_not_pushed_again_and_stays_fetchable(store: MailboxStore) -> None:
@@ -898,55 +972,39 @@ async def all_events(store: MailboxStore, after: Position, page: int = 7) -> tup
             return found, after
 
 
-async def events_with(store: MailboxStore, after: Position, last: NewMessage) -> tuple[list[Event], Position]:
-    """The events after a position, once a message's is among them: whatever transaction runs in the cluster, also autovacuum's, holds back
-    those that began after it."""
-    async with asyncio.timeout(LIMIT_S):
-        while True:
-            found, position = await all_events(store, after)
-            if any(event.message_id == last.message_id for event in found):
-                return found, position
-
-
-async def test_the_journal_misses_nothing_of_a_transaction_that_commits_late(store: MailboxStore, urls: dict[str, str]) -> None:
+async def test_the_journal_waits_for_no_transaction_and_misses_nothing_of_one_that_commits_late(
+    store: MailboxStore, urls: dict[str, str]
+) -> None:
     start = await store.now_position()
     late = await connect(urls["admin"], search_path="fetch")
+    slow, early = message(), [message() for _ in range(9)]
     try:
-        transaction = late.transaction()
-        await transaction.start()
-        # Its place in the order is taken now, before the others'.
-        await late.execute("SELECT pg_current_xact_id()")
-        early = message()
-        await put(store, early)
-        seen, position = await all_events(store, start)
-        assert early.message_id not in {event.message_id for event in seen}
-        slow = message()
-        await late.execute(
-            "INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, channel, state, reason)"
-            " VALUES ($1, $1, $1, $1, 0, 1, 1, 0)",
-            slow.message_id,
-        )
-        await transaction.commit()
+        async with late.transaction():
+            await late.execute(
+                "INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, channel, state, reason)"
+                " VALUES ($1, $1, $1, $1, 0, 1, 1, 0)",
+                slow.message_id,
+            )
+            for each in early:
+                await put(store, each)
+            seen, position = await all_events(store, start)
+            assert [event.message_id for event in seen] == [each.message_id for each in early], "nobody waits for what is not committed"
+            assert await all_events(store, position) == ([], position)
     finally:
         await late.close()
-    more, position = await events_with(store, position, early)
-    ids = [event.message_id for event in more]
-    assert ids.index(slow.message_id) < ids.index(early.message_id)
+    seen, position = await all_events(store, position)
+    assert [event.message_id for event in seen] == [slow.message_id], "once, and although its number is lower"
     assert await all_events(store, position) == ([], position)
 
 
 async def test_a_reader_from_now_on_sees_everything_that_commits_later(store: MailboxStore) -> None:
-    start, before = await store.now_position(), message()
+    before, after = message(), [message() for _ in range(10)]
     await put(store, before)
-    await events_with(store, start, before)
     position = await store.now_position()
-    after = [message() for _ in range(10)]
     for each in after:
         await put(store, each)
-    seen, _ = await events_with(store, position, after[-1])
-    ids = [event.message_id for event in seen]
-    assert [each for each in ids if each in {one.message_id for one in after}] == [each.message_id for each in after]
-    assert before.message_id not in ids
+    seen, _ = await all_events(store, position)
+    assert [event.message_id for event in seen] == [each.message_id for each in after]
 
 
 async def test_concurrent_writers_lose_no_event_to_a_reader_that_pages_meanwhile(store: MailboxStore) -> None:
@@ -958,7 +1016,6 @@ async def test_concurrent_writers_lose_no_event_to_a_reader_that_pages_meanwhile
     async with asyncio.timeout(LIMIT_S):
         while not writing.done() or len(seen) < len(made):
             events, position = await store.events(position, 5)
-            # What others wrote before may have been held back until now, see `events_with`.
             seen += [event.message_id for event in events if event.message_id in wanted]
         await writing
     assert sorted(seen) == sorted(each.message_id for each in made)
@@ -999,6 +1056,7 @@ class Modelled:
     ack: AckOutcome | None = None
     late: bool = False
     read: bool = False
+    read_first: bool = False
 
     def end(self, state: State, reason: int) -> None:
         if not self.state.terminal:
@@ -1133,12 +1191,14 @@ class Machine:
         if not right:
             assert answer.verdict is Verdict.UNKNOWN
         elif outcome is AckOutcome.READ:
-            assert (answer.verdict is Verdict.ACCEPTED) == (each.state is State.DELIVERED)
+            assert (answer.verdict is Verdict.ACCEPTED) == (each.state is State.DELIVERED or not each.state.terminal)
             each.read = each.read or each.state is State.DELIVERED
+            each.read_first = each.read_first or not each.state.terminal
         elif not each.state.terminal:
             assert answer.verdict is Verdict.ACCEPTED
             each.end(rules.ack_state(outcome), 0)
             each.ack = outcome
+            each.read = each.read_first and outcome is AckOutcome.DELIVERED
         else:
             assert answer.verdict is (Verdict.ACCEPTED if each.ack is outcome else Verdict.LATE)
             each.late = each.late or each.ack is not outcome
@@ -1236,7 +1296,7 @@ class Machine:
         assert {row["message_id"] for row in kept} == {each.of.message_id for each in self.model if not each.state.terminal}
         replayed: dict[tuple[bytes, bytes], tuple[State, int]] = {}
         for row in await self.sql.fetch(
-            "SELECT message_id, device_id, kind, state, reason FROM status_events WHERE message_id = ANY ($1::uuid[]) ORDER BY xid, seq",
+            "SELECT message_id, device_id, kind, state, reason FROM status_events WHERE message_id = ANY ($1::uuid[]) ORDER BY seq",
             ids,
         ):
             key, state = (row["message_id"], row["device_id"]), State(row["state"])

@@ -12,7 +12,7 @@ import pytest_asyncio
 from sealpush.ids import AppId, ContentId, DeviceId, MessageId, WakeUpId, uuid7
 from sealpush.model import Reason, State
 from sealpush.proofs import AckOutcome
-from sealpushd.fetch.rules import Ack, NewMessage, Report, TakeQuery, Verdict, WakeUp
+from sealpushd.fetch.rules import Ack, Ending, NewMessage, Report, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.db import Connection, Database, connect
 from tests.contract.harness import LIMIT_S, Migrated, until_locked_out
@@ -253,3 +253,36 @@ async def news_of_dead_tokens(store: MailboxStore, sql: Connection) -> None:
     assert twice == [], "every delivery ended once"
     await store.close_devices(dict.fromkeys(devices, Reason.UNREGISTERED))
     await store.end_sessions(sessions)
+
+
+async def test_the_journal_tells_a_fetch_before_the_cancellation_that_waited_elsewhere_meanwhile(
+    store: MailboxStore, sql: Connection, urls: dict[str, str]
+) -> None:
+    # The cancellation has its transaction id from its first lock on, before the fetch begins; it locks the fetched delivery after that.
+    first, held, fetched = (message(delivery(device)) for device in sorted(an_id() for _ in range(3)))
+    position = await store.now_position()
+    await put(store, first, held, fetched)
+
+    async def fetch() -> None:
+        assert (await store.take([TakeQuery(fetched.deliveries[0].device_id, message_id=fetched.message_id)]))[0]
+
+    other = await connect(urls["admin"], search_path="fetch")
+    try:
+        async with asyncio.timeout(LIMIT_S), other.transaction():
+            await other.execute("SELECT FROM open_deliveries WHERE message_id = $1 FOR UPDATE", held.message_id)
+            cancelling = asyncio.ensure_future(
+                store.close(
+                    [
+                        Ending(each.message_id, each.deliveries[0].device_id, State.CANCELLED, Reason.CANCELLED_BY_SENDER)
+                        for each in (first, held, fetched)
+                    ]
+                )
+            )
+            await until_locked_out(sql)
+            await fetch()
+        assert len(await cancelling) == 3
+    finally:
+        await other.close()
+    events, _ = await store.events(position, 1_000)
+    states = [event.state for event in events if event.message_id == fetched.message_id]
+    assert states == [State.QUEUED, State.FETCHED, State.CANCELLED]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -37,6 +37,7 @@ from sealpush.transport import Channels
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
 from sealpush.v1.content_pb2 import Content
 from sealpush.wire import wire_prekey
+from sealpushd.cli.receipts import as_lines
 from sealpushd.engines import Engines
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection
@@ -428,6 +429,27 @@ async def test_what_was_blocked_was_never_sealed(world: World) -> None:
         ("content_signature", Finding.UNPROVEN),
         ("state", Finding.UNPROVEN),
     ]
+    assert receipt.nothing_sealed
+    said = {each.name: each.sentence for each in verified(receipt).claims}
+    assert "Nothing was ever sealed" in said["content_signature"]
+    assert "nothing was ever sealed" in said["content"]
+    assert "the device was asked nothing" in said["state"]
+    assert "no envelope went out" in said["message"]
+    shown = " ".join(" ".join(as_lines(receipt, verified(receipt), ROOT.public_key)).split())
+    assert "Nothing was ever sealed: the recipient had blocked the sender" in shown
+    assert "this envelope" not in shown
+
+
+@pytest.mark.parametrize("how", ["a device said so", "it was kept"])
+async def test_what_was_sealed_and_blocked_later_is_not_said_to_be_unsealed(world: World, how: str) -> None:
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    await phone.take(message_id, AckOutcome.BLOCKED)
+    receipt = await sender.receipt(message_id)
+    if how == "a device said so":
+        receipt = replace(receipt, evidence=b"")
+    assert [each.state for each in receipt.deliveries] == [State.BLOCKED]
+    assert not receipt.nothing_sealed
 
 
 async def test_entries_that_are_not_kept_leave_the_sender_unproven(world: World) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -34,10 +34,13 @@ from sealpush.keys import (
 from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2, publish_pb2_grpc
 from sealpushd.engines import Engines
-from sealpushd.fetch.rules import Ack, TakeQuery
+from sealpushd.fetch.mailbox import Mailbox
+from sealpushd.fetch.rules import Accepted as Stored
+from sealpushd.fetch.rules import Ack, NewMessage, TakeQuery
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection
+from sealpushd.platform.errors import Overloaded
 from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.publishing import peers
@@ -318,6 +321,43 @@ async def test_the_same_request_again_gets_the_first_answer_and_stores_nothing(w
     again.accepted.repeated_request = False
     assert again == first
     assert await world.stored() == 1
+
+
+async def test_what_a_batch_stored_before_the_mailbox_was_overloaded_is_told_as_stored_and_only_the_rest_as_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.person()
+    stored, calls = Mailbox.store, []
+
+    async def store(self: Mailbox, messages: Sequence[NewMessage]) -> list[tuple[Stored, bool]]:
+        calls.append(len(messages))
+        if len(calls) > 1:
+            raise Overloaded("full")
+        return await stored(self, messages)
+
+    # Of 2 MiB as the sender sends it, and of more with what is sealed to devices: it goes to the mailbox in two parts.
+    plain = content_pb2.Content(body="x" * 40_900)
+    requests = [world.request(plain=plain) for _ in range(51)]
+    with monkeypatch.context() as patched:
+        patched.setattr(Mailbox, "store", store)
+        results = await world.batch(*requests)
+    assert len(calls) == 2
+    accepted = [result.request_id for result in results if result.HasField("accepted")]
+    assert len(accepted) == calls[0] == await world.stored()
+    assert {result.refusal.reason for result in results if result.request_id not in accepted} == {"OVERLOADED"}
+
+
+async def test_an_envelope_whose_time_is_over_is_refused_with_a_word_of_its_own_and_one_that_was_stored_gets_its_answer(
+    world: World,
+) -> None:
+    (device, *_) = world.person(devices=[Device()]).devices
+    expires_at_ms = to_ms(world.clock.now()) + 60_000
+    late, stored = (world.sealed(world.envelope(device, expires_at_ms=expires_at_ms)) for _ in range(2))
+    first = await world.publish(stored)
+    world.clock.advance(timedelta(minutes=2))
+    answer = await refusal(world.publish(late))
+    assert (answer.code, answer.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "ENVELOPE_EXPIRED")
+    assert (await world.publish(stored)).accepted.message_id == first.accepted.message_id
 
 
 async def test_another_request_with_the_same_id_is_refused_whatever_differs(world: World) -> None:

@@ -146,15 +146,15 @@ async def test_the_queue_of_a_lane_counts_what_waits_is_held_and_was_given_up(st
     session = await a_session(store)
     wake_ups = {each.message_id: each for each in await claim(store, session, held)}
     assert len(wake_ups) == 8
-    hour = datetime.now(UTC) + timedelta(hours=1)
+    soon = timedelta(minutes=20)
     await store.report(
         session,
         [
             report(wake_ups[pushed.message_id], PUSHED),
             report(wake_ups[quarantined.message_id], QUARANTINED),
             report(wake_ups[retried.message_id], RETRY),
-            report(wake_ups[later.message_id], RETRY, retry_at=hour),
-            report(wake_ups[released.message_id], RELEASED, retry_at=hour),
+            report(wake_ups[later.message_id], RETRY, retry_in=soon),
+            report(wake_ups[released.message_id], RELEASED, retry_in=soon),
             report(wake_ups[gone.message_id], TOKEN_GONE),
         ],
     )

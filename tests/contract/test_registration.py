@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, timedelta
 from typing import Any
@@ -15,6 +16,7 @@ import pytest_asyncio
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from prometheus_client import REGISTRY
+from redis.asyncio import Redis
 
 from sealpush import Device, Endpoints, MemoryKeystore, Platform, RegistrationLocked
 from sealpush.errors import InvalidRequest, Overloaded
@@ -28,6 +30,7 @@ from sealpushd.engines import Engines
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Database, connect
+from sealpushd.platform.passwords import Argon2
 from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.platform.vault import Vault
@@ -43,6 +46,7 @@ from sealpushd.v1 import (
     mailbox_pb2_grpc,
     sealing_pb2,
     sealing_pb2_grpc,
+    simulator_pb2_grpc,
 )
 from tests.contract.harness import (
     LIMIT_S,
@@ -394,15 +398,96 @@ async def test_codes_to_a_number_are_limited(world: World) -> None:
     assert too_soon.code is StatusCode.RESOURCE_EXHAUSTED
     assert too_soon.retry_after_s == 30
     assert len(world.sms.inbox(number)) == 1
-    for _ in range(3):
+    for _ in range(4):
         world.clock.advance(timedelta(seconds=31))
         await world.start(number)
     world.clock.advance(timedelta(seconds=31))
     limited = await refusal(world.start(number))
     assert dict(limited.metadata) == {"limit": "codes_per_number"}
     assert limited.retry_after_s is not None
+    assert limited.message.endswith("try again in 58 minutes")
     world.clock.advance(timedelta(seconds=limited.retry_after_s))
     await world.start(number)
+
+
+async def test_who_asks_too_soon_is_told_when_and_uses_nothing_up(world: World) -> None:
+    """Five presses of a button: one code, and no hour without one."""
+    world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
+    number = world.number()
+    await world.start(number)
+    for seconds in range(1, 30):
+        world.clock.advance(timedelta(seconds=1))
+        too_soon = await refusal(world.start(number))
+        assert too_soon.retry_after_s == 30 - seconds
+        assert too_soon.message.endswith(f"in {30 - seconds} second{'s' if seconds < 29 else ''}")
+    assert len(world.sms.inbox(number)) == 1
+    world.clock.advance(timedelta(seconds=1))
+    await world.start(number)
+    # Nor of the address, the prefix or the day.
+    for _ in range(38):
+        await world.start(world.number())
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({"codes_per_number_hour": 1}, "codes_per_number"),
+        ({"codes_per_number_hour": 3, "codes_per_address_hour": 3}, "codes_per_address"),
+        ({"codes_per_number_hour": 3, "codes_per_prefix_hour": 3}, "codes_per_prefix"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_code_that_one_limit_refuses_uses_up_no_other(world: World, settings: dict[str, int], limit: str) -> None:
+    world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
+    world.served = await world.services.serve("registration", settings)
+    numbers = [world.number() for _ in range(3)]
+    for number in numbers:
+        await world.start(number)
+    counted = await limit_counts(world)
+    for _ in range(5):
+        world.clock.advance(timedelta(seconds=31))
+        assert dict((await refusal(world.start(numbers[0]))).metadata) == {"limit": limit}
+    assert await limit_counts(world) == counted
+
+
+async def limit_counts(world: World) -> dict[bytes, int]:
+    url = world.services.settings.valkey_url
+    assert url is not None
+    client: Any = Redis.from_url(url.get_secret_value())
+    async with client:
+        return {key: int(await client.get(key)) for key in sorted(await client.keys("sealpush:limit:*"))}
+
+
+async def test_of_those_who_ask_for_one_number_at_once_one_gets_a_code_sent(world: World) -> None:
+    number = world.number()
+    answers = await asyncio.gather(*(_outcome(world.start(number)) for _ in range(10)))
+    refused = [answer for answer in answers if isinstance(answer, Refusal)]
+    assert len(refused) == 9
+    assert {answer.retry_after_s for answer in refused} == {30}
+    assert len(world.sms.inbox(number)) == 1
+
+
+async def test_a_number_waits_for_no_code_of_a_clock_that_was_ahead(world: World) -> None:
+    number = world.number()
+    world.clock.advance(timedelta(hours=3))
+    await world.start(number)
+    world.clock.advance(timedelta(hours=-3))
+    assert (await refusal(world.start(number))).retry_after_s == 30, "it counts as sent now"
+    world.clock.advance(timedelta(seconds=30))
+    await world.start(number)
+    assert len(world.sms.inbox(number)) == 2
+
+
+async def test_a_code_of_a_clock_that_was_ahead_is_good_for_no_longer_than_another(world: World) -> None:
+    phone = Phone(world, world.number())
+    world.clock.advance(timedelta(hours=3))
+    started = await world.start(phone.number)
+    world.clock.advance(timedelta(hours=-3))
+    wrong = phone.confirmation(started.registration_id, f"{(int(world.code(phone.number)) + 1) % 10**6:06d}")
+    assert (await refusal(phone.confirm(wrong))).field == "code"
+    world.clock.advance(timedelta(seconds=world.services.settings.code_lifetime_seconds))
+    right = phone.confirmation(started.registration_id, world.code(phone.number))
+    assert (await refusal(phone.confirm(right))).code is StatusCode.FAILED_PRECONDITION
 
 
 async def test_a_number_over_its_limit_does_not_use_up_the_codes_of_its_neighbours(world: World) -> None:
@@ -432,12 +517,33 @@ async def test_without_a_code_channel_registration_says_what_to_set(world: World
     assert "SEALPUSH_CODE_CHANNEL" in refused.message
 
 
-async def test_a_code_that_could_not_be_sent_can_be_asked_for_again_at_once(world: World) -> None:
+async def test_a_code_that_could_not_be_sent_can_be_asked_for_again_at_once_and_counts_for_nothing(world: World) -> None:
     working, number = world.served, world.number()
     world.served = await world.services.serve("registration", {"code_channel_address": NOBODY})
-    assert (await refusal(world.start(number))).code is StatusCode.UNAVAILABLE
+    for _ in range(10):
+        assert (await refusal(world.start(number))).code is StatusCode.UNAVAILABLE
+    assert set((await limit_counts(world)).values()) == {0}
     world.served = working
     await world.start(number)
+
+
+class SilentGateway(simulator_pb2_grpc.SimulatedSmsServicer):
+    """Takes every code and does not say so."""
+
+    async def Deliver(self, request: Any, context: Any) -> Any:
+        await context.abort(StatusCode.DEADLINE_EXCEEDED, "")
+
+
+async def test_a_code_of_which_nobody_knows_whether_it_was_sent_counts(world: World) -> None:
+    """Else a gateway that is slow to answer would let anybody flood a number."""
+    world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
+    gateway = SilentGateway()  # type: ignore[abstract]  # nothing else is called
+    number = world.number()
+    async with Peer([(simulator_pb2_grpc.add_SimulatedSmsServicer_to_server, gateway)]) as peer:
+        world.served = await world.services.serve("registration", {"code_channel_address": peer.address})
+        for _ in range(5):
+            assert (await refusal(world.start(number))).code is StatusCode.UNAVAILABLE
+        assert dict((await refusal(world.start(number))).metadata) == {"limit": "codes_per_number"}
 
 
 # --- confirming ------------------------------------------------------------------------------------------------------------
@@ -835,7 +941,8 @@ async def test_a_pin_that_is_too_easy_and_a_foreign_change_are_refused_and_chang
 async def test_a_lock_is_not_changed_without_end(world: World) -> None:
     world.clock.advance(timedelta(seconds=3600 - world.clock.now().timestamp() % 3600))
     owner = await locked_phone(world)
-    answers = await asyncio.gather(*(_outcome(owner.lock(PIN)) for _ in range(20)))
+    # No more at once than may wait of one address.
+    answers = [answer for _ in range(4) for answer in await asyncio.gather(*(_outcome(owner.lock(PIN)) for _ in range(5)))]
     assert sum(isinstance(answer, Refusal) and answer.code is StatusCode.RESOURCE_EXHAUSTED for answer in answers) == 1
     await owner.lock("")
 
@@ -862,6 +969,28 @@ async def test_of_parallel_guesses_in_two_processes_five_are_looked_at(world: Wo
     assert limited.retry_after_s == pytest.approx(86_400, abs=60)
     requests[0].pin = ""
     assert is_locked(await refusal(guessers[0].confirm(requests[0])), 0)
+
+
+async def test_who_has_no_pin_left_takes_no_turn_at_hashing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns are few: a stranger who guesses at a lock of their own would otherwise hold up everybody's."""
+    owner = await locked_phone(world)
+    guesser = Phone(world, owner.number)
+    request = await guesser.ask("314159")
+    for _ in range(5):
+        await refusal(guesser.confirm(request))
+    asked: list[str] = []
+    turn = Argon2.turn
+
+    def watched(argon2: Argon2, subject: str, *, known: bool = False) -> AbstractAsyncContextManager[None]:
+        asked.append(subject)
+        return turn(argon2, subject, known=known)
+
+    monkeypatch.setattr(Argon2, "turn", watched)
+    assert dict((await refusal(guesser.confirm(request))).metadata) == {"limit": "registration_lock"}
+    assert asked == []
+    other = await locked_phone(world)
+    assert is_locked(await refusal(Phone(world, other.number).confirm(await Phone(world, other.number).ask("314159"))), 4)
+    assert set(asked) == {"127.0.0.1"}
 
 
 async def test_who_knows_the_pin_does_not_have_it_hashed_without_end(world: World) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ipaddress
 import time
 from collections import Counter
@@ -61,7 +62,7 @@ from sealpush.keys import (
     sign_sender_entry,
     verify_prekey,
 )
-from sealpush.keystore import CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement
+from sealpush.keystore import PAGE_MAX, CommitOutcome, InboxMessage, Keystore, PendingAcknowledgement
 from sealpush.local import FUTURE_SKEW_MS, ServerTime, Store, Trouble
 from sealpush.memory_keystore import MemoryKeystore
 from sealpush.model import Platform, Reason
@@ -186,8 +187,9 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
         self.platform_entry = PLATFORM_ENTRY
         self.brand: dict[str, Any] = {}
         self.revocations = b""
-        # Faults: names of methods that answer UNAVAILABLE before, or after, doing their work; so many times.
+        # Faults: names of methods that answer UNAVAILABLE, or as `down_as` says, before, or after, doing their work; so many times.
         self.down: Counter[str] = Counter()
+        self.down_as = grpc.StatusCode.UNAVAILABLE
         self.lose_answer: Counter[str] = Counter()
         self.tells_time = True
         self.time_ahead_s = 0.0
@@ -225,7 +227,7 @@ class Service(RegistrationServicer, KeysServicer, AccountsServicer, MessagesServ
             await asyncio.sleep(60)
         if self.down[name]:
             self.down[name] -= 1
-            await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+            await fail(context, self.down_as, self.down_as.name)
 
     async def after(self, name: str, context: Context) -> None:
         if self.lose_answer[name]:
@@ -979,6 +981,160 @@ async def test_a_replace_key_takes_the_predecessor_away(service: Service, make: 
     assert service.outcomes() == [AckOutcome.DELIVERED] * 5
 
 
+# --- handing over ---
+
+
+def keep(store: Keystore, number: int, *, replace_key: str = "", lifetime_ms: int = DAY_MS) -> MessageId:
+    """Commit a message as if a process had taken it and ended before it handed it over."""
+    now_ms = time.time_ns() // 1_000_000
+    message = InboxMessage(
+        message_id=MessageId(number.to_bytes(16, "big")),
+        content_id=ContentId((number + (1 << 100)).to_bytes(16, "big")),
+        envelope_digest=(number + (1 << 200)).to_bytes(32, "big"),
+        sender_id=SENDER,
+        created_at_ms=now_ms + number,
+        expires_at_ms=now_ms + lifetime_ms,
+        received_at_ms=now_ms,
+        content=Content(version=1, body=str(number), replace_key=replace_key).SerializeToString(),
+        replace_key=replace_key.encode() or None,
+    )
+    acknowledgement = PendingAcknowledgement(
+        message.message_id, message.content_id, message.envelope_digest, AckOutcome.DELIVERED, 0, now_ms
+    )
+    assert store.commit_message(message, acknowledgement=acknowledgement)
+    return message.message_id
+
+
+async def test_however_many_wait_all_are_handed_over_oldest_first(make: Make, keystore: Keystore) -> None:
+    await register(make(keystore))
+    for number in range(PAGE_MAX + 120):
+        keep(keystore, number)
+    in_order = [str(number) for number in range(PAGE_MAX + 120)]
+    assert texts(await make(keystore).drain()) == in_order
+    assert await make(keystore).drain() == []
+
+
+async def test_a_store_that_is_busy_while_handing_over_loses_nothing(make: Make, tmp_path: Path) -> None:
+    with SqliteKeystore(tmp_path / "keys.db") as store:
+        device = await register(make(store))
+        await device.drain()
+        for number in range(61):
+            keep(store, number)
+        failures, connection = iter([False] * 30 + [True]), store._connection
+        assert connection is not None
+
+        def fail_at_the_31st(statement: str) -> None:
+            if statement.startswith("UPDATE messages SET shown_at_ms") and next(failures, False):
+                connection.interrupt()
+
+        connection.set_trace_callback(fail_at_the_31st)
+        shown: list[Message] = []
+        for _ in range(2):
+            with contextlib.suppress(KeystoreError):
+                shown += await device.drain()
+        assert texts(shown) == [str(number) for number in range(61)]
+
+
+@pytest.mark.parametrize("statement", ["SELECT message_id", "UPDATE messages SET shown_at_ms"])
+@pytest.mark.parametrize("nth", [1, 3])
+async def test_a_hand_over_that_is_cancelled_loses_nothing(make: Make, tmp_path: Path, statement: str, nth: int) -> None:
+    with SqliteKeystore(tmp_path / "keys.db") as store:
+        device = await register(make(store))
+        await device.drain()
+        shown: list[Message] = []
+        for number in range(20):
+            keep(store, number)
+        draining = asyncio.create_task(device.drain())
+        loop, left, connection = asyncio.get_running_loop(), iter(range(1, 1000)), store._connection
+        assert connection is not None
+
+        def cancel(now: str) -> None:
+            if now.startswith(statement) and next(left) == nth:
+                loop.call_soon_threadsafe(draining.cancel)
+
+        connection.set_trace_callback(cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            shown += await draining
+        shown += await device.drain()
+        assert texts(shown) == [str(number) for number in range(20)]
+
+
+async def test_a_replaced_message_never_comes_after_its_successor(service: Service, make: Make, tmp_path: Path) -> None:
+    with SqliteKeystore(tmp_path / "keys.db") as store:
+        await register(make(store))
+        old = keep(store, 0, replace_key="balance")
+        for number in range(1, 301):
+            keep(store, number)
+        device = make(store)
+        shown: list[Message] = []
+
+        async def drain() -> None:
+            shown.extend(await device.drain())
+
+        async def wake() -> None:
+            shown.extend(await device.on_wake())
+
+        def is_marked() -> bool:
+            message = store.message(old)
+            return message is not None and message.shown_at_ms is not None
+
+        draining = asyncio.create_task(drain())
+        await until(lambda: is_marked() or draining.done())
+        service.send("new", replace_key="balance")
+        await asyncio.gather(draining, wake())
+        assert len(shown) == 302
+        assert [each.content.body for each in shown if each.content.replace_key] == ["0", "new"]
+
+
+async def test_a_message_says_what_to_take_away_also_when_it_is_handed_over_late(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    first = service.send("1", replace_key="balance")
+    await device.drain()
+    # Neither 2 nor 3 reaches the app of this process; 2 never did.
+    service.send("2", replace_key="balance")
+    service.send("3", replace_key="balance")
+    service.down["Acknowledge"] = 1
+    with pytest.raises(Unavailable):
+        await device.drain()
+    (last,) = await make(keystore).drain()
+    assert (last.content.body, last.replaces) == ("3", (first.message_id,))
+
+
+async def test_a_stream_hands_over_what_a_call_that_failed_left(service: Service, make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore, policy=RetryPolicy(attempts_max=1)))
+    async with asyncio.timeout(LIMIT_S), device.stream() as messages:
+        await messages.caught_up()
+        service.down["Acknowledge"] = 1
+        stream, service.phone().stream = service.phone().stream, None
+        service.send("taken by draining")
+        with contextlib.suppress(Unavailable):
+            assert await device.drain() == []
+        service.phone().stream = stream
+        assert (await anext(messages)).content.body == "taken by draining"
+
+
+async def test_the_inbox_pages_over_all_that_is_kept(make: Make, keystore: Keystore) -> None:
+    device = await register(make(keystore))
+    kept = PAGE_MAX + 120
+    for number in range(kept):
+        keep(keystore, number, lifetime_ms=DAY_MS if number % 2 else -1)
+    alive = [str(number) for number in reversed(range(kept)) if number % 2]
+    assert texts(await device.inbox()) == alive, "what has run out takes no place in a page"
+    pages: list[list[str]] = []
+    before: int | None = None
+    while page := await device.inbox(before=before, limit=100):
+        pages.append(texts(page))
+        before = page[-1].position
+    assert [len(page) for page in pages] == [100, 100, 100, 10]
+    assert sum(pages, []) == alive  # noqa: RUF017 - a few
+    for number in range(kept, 2 * kept):
+        keep(keystore, number)
+    assert len(await device.inbox()) == PAGE_MAX
+    assert len(await device.inbox(limit=10_000)) == kept + len(alive)
+    with pytest.raises(ValueError, match="limit"):
+        await device.inbox(limit=0)
+
+
 # --- who may speak ---
 
 
@@ -1633,6 +1789,20 @@ async def test_a_broken_stream_connects_again_and_shows_nothing_twice(service: S
     assert shown == ["0", "1", "2", "3", "4"]
     assert service.outcomes() == [AckOutcome.DELIVERED] * 5
     assert all(0 < each < 30 for each in clock.pauses)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
+async def test_a_stream_that_a_busy_service_does_not_let_in_comes_back_by_itself(
+    service: Service, make: Make, clock: FakeClock, code: grpc.StatusCode
+) -> None:
+    """CANCELLED is what gRPC makes of calls that a server has not looked at in time."""
+    device = await register(make())
+    service.down_as = code
+    service.down["Stream"] = 3
+    service.send("hello")
+    async with device.stream() as messages:
+        assert (await anext(messages)).content.body == "hello"
+    assert len(clock.pauses) == 3
 
 
 async def test_a_stream_takes_what_it_held_once_it_can(service: Service, make: Make, clock: FakeClock) -> None:

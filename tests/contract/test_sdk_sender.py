@@ -179,7 +179,14 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
         self.lose_answer: Counter[str] = Counter()
         self.busy: Counter[str] = Counter()
         self.item_busy: Counter[str] = Counter()
+        self.forbidden: Counter[str] = Counter()
+        self.expired: set[str] = set()
+        # What is ordered as soon as an answer is lost.
+        self.busy_after_loss: Counter[str] = Counter()
+        self.forbidden_after_loss: Counter[str] = Counter()
+        self.item_busy_after_loss: Counter[str] = Counter()
         self.hang: set[str] = set()
+        self.hanging = asyncio.Event()
         self.cut_stream_after = 0
         self.states: dict[bytes, asyncio.Queue[State | None]] = {}
         self.last_state: dict[bytes, State] = {}
@@ -194,6 +201,7 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
         metadata = dict(context.invocation_metadata())
         self.request_ids.add(metadata["x-request-id"])
         if name in self.hang:
+            self.hanging.set()
             await asyncio.sleep(60)
         if self.down[name]:
             self.down[name] -= 1
@@ -201,12 +209,18 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
         if self.busy[name]:
             self.busy[name] -= 1
             await fail(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_after_s=3)
+        if self.forbidden[name]:
+            self.forbidden[name] -= 1
+            await fail(context, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
         if not free and metadata.get("authorization", "").removeprefix("Bearer ") not in self.tokens:
             await fail(context, grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
 
     async def after(self, name: str, context: Context) -> None:
         if self.lose_answer[name]:
             self.lose_answer[name] -= 1
+            self.busy.update(self.busy_after_loss)
+            self.forbidden.update(self.forbidden_after_loss)
+            self.item_busy.update(self.item_busy_after_loss)
             await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
 
     async def SignIn(self, request: accounts_pb2.SignInRequest, context: Context) -> Any:
@@ -260,12 +274,15 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
         self.received.append(data)
         result = publish_pb2.PublishResult(request_id=request.request_id)
         known = self.stored.get(request.request_id)
-        if self.item_busy[request.request_id]:
+        if request.request_id in self.expired:
+            result.refusal.code = grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            result.refusal.reason = "EXPIRED"
+        elif self.item_busy[request.request_id]:
             self.item_busy[request.request_id] -= 1
             result.refusal.code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
             result.refusal.reason = "LIMIT_EXCEEDED"
             result.refusal.retry_after.FromTimedelta(timedelta(seconds=1))
-        elif request.recipient.phone == NOBODY:
+        elif request.recipient.phone == NOBODY and known is None:
             result.not_registered.reason_code = common_pb2.REASON_CODE_CONSUMER_PHONE_NOT_FOUND
         elif request.recipient.phone == "rubbish":
             result.refusal.code = grpc.StatusCode.INVALID_ARGUMENT.value[0]
@@ -313,6 +330,7 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
             results = [self.take(each) for each in request.requests]
             if self.cut_stream_after and len(self.frames) % self.cut_stream_after == 0:
                 self.cut_stream_after += 7
+                self.item_busy.update(self.item_busy_after_loss)
                 await fail(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")  # stored, and the answer is lost
             yield publish_pb2.PublishStreamResponse(frame=request.frame, results=results)
 
@@ -365,6 +383,7 @@ class Service(AccountsServicer, KeysServicer, PublishingServicer):
 
     async def Cancel(self, request: publish_pb2.CancelRequest, context: Context) -> Any:
         await self.before("Cancel", context)
+        await self.after("Cancel", context)
         stopped = common_pb2.StoppedDelivery(
             message_id=request.message_id,
             device_id=self.phones[0].device_id,
@@ -466,6 +485,125 @@ async def test_a_pause_the_service_asks_for_is_kept(service: Service, sender: Se
     outcome = await sender.publish(PHONE, content())
     assert isinstance(outcome, Refused)
     assert outcome.retry_after == timedelta(seconds=3)
+
+
+# --- in doubt: an answer was lost after the message was stored, and what follows is a refusal ---
+
+
+async def test_a_refusal_after_a_lost_answer_does_not_say_that_nothing_is_stored(service: Service, sender: Sender) -> None:
+    service.lose_answer["Publish"] = 1
+    service.busy_after_loss["Publish"] = 100
+    outcome = await sender.publish(PHONE, content(), request_id="r")
+    assert "r" in service.stored
+    assert isinstance(outcome, Unanswered)
+
+
+async def test_the_doubt_lasts_over_the_callers_own_repetition_and_ends_with_an_answer_about_the_request(
+    service: Service, sender: Sender
+) -> None:
+    service.lose_answer["Publish"] = 1
+    service.busy_after_loss["Publish"] = 100
+    assert isinstance(await sender.publish(PHONE, content(), request_id="r"), Unanswered)
+    assert isinstance(await sender.publish(PHONE, content(), request_id="r"), Unanswered)
+    assert isinstance(await sender.publish(PHONE, content(), request_id="other"), Refused)
+    service.busy.clear()
+    outcome = await sender.publish(PHONE, content(), request_id="r")
+    assert isinstance(outcome, Accepted)
+    assert outcome.repeated_request
+    service.busy["Publish"] = 100
+    assert isinstance(await sender.publish(PHONE, content("another"), request_id="r"), Refused)
+
+
+async def test_nobody_registered_after_an_attempt_that_was_not_taken_is_an_answer(service: Service, sender: Sender) -> None:
+    service.down["Publish"] = 1
+    assert isinstance(await sender.publish(NOBODY, content()), NotRegistered)
+    service.down["Publish"] = 1
+    assert isinstance(await sender.publish("rubbish", content()), Refused)
+
+
+async def test_a_right_that_was_taken_away_after_a_lost_answer_leaves_the_doubt(service: Service, sender: Sender) -> None:
+    service.lose_answer["Publish"] = 1
+    service.forbidden_after_loss["Publish"] = 1
+    outcome = await sender.publish(PHONE, content(), request_id="r")
+    assert isinstance(outcome, Unanswered)
+    assert outcome.reason == "PERMISSION_DENIED"
+    service.forbidden["Publish"] = 1
+    with pytest.raises(PermissionDenied):
+        await sender.publish(PHONE, content(), request_id="new")
+
+
+async def test_a_publish_that_its_caller_cancelled_is_in_doubt(service: Service, sender: Sender) -> None:
+    await sender.sign_in()
+    service.hang = {"Publish"}
+    publishing = asyncio.create_task(sender.publish(PHONE, content(), request_id="r"))
+    await service.hanging.wait()
+    publishing.cancel()
+    await asyncio.gather(publishing, return_exceptions=True)
+    service.hang.clear()
+    service.busy["Publish"] = 100
+    assert isinstance(await sender.publish(PHONE, content(), request_id="r"), Unanswered)
+
+
+async def test_a_refused_item_of_a_batch_whose_answer_was_lost_is_in_doubt(service: Service, sender: Sender) -> None:
+    service.lose_answer["PublishBatch"] = 1
+    service.item_busy_after_loss["stored"] = 100
+    stored, nobody = await sender.publish_many(
+        [Publication.of(PHONE, content(), request_id="stored"), Publication.of(NOBODY, content(), request_id="nobody")]
+    )
+    assert isinstance(stored, Unanswered)
+    assert isinstance(nobody, NotRegistered)
+
+
+async def test_a_batch_refused_as_a_whole_after_a_lost_answer_is_in_doubt(service: Service, sender: Sender) -> None:
+    service.lose_answer["PublishBatch"] = 1
+    service.busy_after_loss["PublishBatch"] = 100
+    (outcome,) = await sender.publish_many([Publication.of(PHONE, content(), request_id="r")])
+    assert isinstance(outcome, Unanswered)
+
+
+async def test_a_refused_item_of_a_stream_that_broke_is_in_doubt(service: Service, sender: Sender) -> None:
+    service.cut_stream_after = 1
+    service.item_busy_after_loss["r"] = 100
+    (outcome,) = await publish_all(sender, [Publication.of(PHONE, content(), request_id="r")])
+    assert "r" in service.stored
+    assert isinstance(outcome, Unanswered)
+
+
+async def test_sealed_and_refused_after_a_lost_answer_is_in_doubt_also_when_the_recipient_is_gone(service: Service, sender: Sender) -> None:
+    service.lose_answer["Publish"] = 1
+    service.busy_after_loss["Publish"] = 100
+    assert isinstance(await sender.publish_sealed(PHONE, content(), request_id="r"), Unanswered)
+    sender._sealed.clear()  # as after a thousand others: what is asked for next are the keys
+    service.busy.clear()
+    assert isinstance(await sender.publish_sealed(NOBODY, content(), request_id="r"), Unanswered)
+    # Sealed anew it is another request, and the one that is stored may be the first.
+    assert isinstance(await sender.publish_sealed(PHONE, content(), request_id="r"), Unanswered)
+    assert not isinstance(await sender.prepare_sealed(NOBODY, content(), request_id="r"), NotRegistered)
+
+
+async def test_a_cancel_that_may_have_been_done_does_not_fail_as_if_nothing_was(service: Service, sender: Sender) -> None:
+    service.lose_answer["Cancel"] = 1
+    service.busy_after_loss["Cancel"] = 100
+    with pytest.raises(Unavailable) as caught:
+        await sender.cancel(MessageId(b"1" * 16))
+    assert caught.value.retry_after_s == 3
+
+
+async def test_a_request_too_large_for_the_service_is_refused_at_once_and_says_so(service: Service, sender: Sender) -> None:
+    outcome = await sender.publish(PHONE, content("x" * 5 * 1024 * 1024))
+    assert isinstance(outcome, Refused)
+    assert (outcome.code, outcome.reason, outcome.retry_after) == ("INVALID_ARGUMENT", "REQUEST_TOO_LARGE", None)
+
+
+async def test_what_is_sealed_and_refused_for_good_is_sealed_anew_when_published_again(service: Service, sender: Sender) -> None:
+    assert isinstance(await sender.prepare_sealed(PHONE, content()), SealedPublication)
+    service.expired.add("r")
+    refused = await sender.publish_sealed(PHONE, content(), request_id="r", lifetime=timedelta(seconds=1))
+    assert isinstance(refused, Refused)
+    assert refused.reason == "EXPIRED"
+    service.expired.clear()
+    assert isinstance(await sender.publish_sealed(PHONE, content(), request_id="r", lifetime=timedelta(seconds=1)), Accepted)
+    assert len(set(service.received)) == 2
 
 
 # --- signing in ---

@@ -25,7 +25,7 @@ CALLS: dict[str, Callable[[Valkey], Awaitable[object]]] = {
     "present": lambda valkey: valkey.present([DEVICE]),
     "set_present": lambda valkey: valkey.set_present([DEVICE], b"stream"),
     "clear_present": lambda valkey: valkey.clear_present(DEVICE),
-    "count": lambda valkey: valkey.count("sealpush:limit:test", 60),
+    "count": lambda valkey: valkey.count([("sealpush:limit:test", 60)]),
 }
 
 
@@ -51,7 +51,7 @@ async def test_a_call_that_is_cancelled_ends_as_cancelled_and_the_next_gets_its_
         asked = task.cancel()
         await asyncio.wait((task,))
         assert task.cancelled() is asked, f"cancelled in turn {turn}"
-        assert await valkey.count(f"sealpush:limit:turn {turn}", 60) == 1
+        assert await valkey.count([(f"sealpush:limit:turn {turn}", 60)]) == [1]
 
 
 async def test_a_valkey_that_hangs_is_given_up_and_the_next_call_gets_its_own_answer(
@@ -63,10 +63,10 @@ async def test_a_valkey_that_hangs_is_given_up_and_the_next_call_gets_its_own_an
     os.kill(server, signal.SIGSTOP)
     try:
         async with asyncio.timeout(LIMIT_S):
-            assert await valkey.count("sealpush:limit:hung", 60) is None
+            assert await valkey.count([("sealpush:limit:hung", 60)]) is None
             assert await valkey.present([DEVICE]) == [False]
             assert not await valkey.ping()
     finally:
         os.kill(server, signal.SIGCONT)
     monkeypatch.setattr(valkeys, "TIMEOUT_S", LIMIT_S)
-    assert await valkey.count("sealpush:limit:answers", 60, add=7) == 7
+    assert await valkey.count([("sealpush:limit:answers", 60)], add=7) == [7]

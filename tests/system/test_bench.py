@@ -14,6 +14,7 @@ def test_every_benchmark_gives_its_figure_and_floor() -> None:
     assert [figure["figure"] for figure in figures] == [
         "unary publish",
         "batched publish",
+        "unary publish at 1 times the peak",
         "publish to opened, live stream",
         "publish to opened, push",
         "whole path, push",
@@ -41,10 +42,17 @@ def test_every_benchmark_gives_its_figure_and_floor() -> None:
         "two lanes beside a black hole",
         "storm: FCM 429 QUOTA_EXCEEDED, Retry-After",
         "storm: HMS 503",
+        "half-sent bodies without a token",
+        "half-sent to a call that needs none, long",
+        "half-sent to a call that needs none, short",
+        "10 idle connections",
+        "20 streams at once",
     ]
     for figure in figures:
         assert figure["value"] > 0
         assert figure["floor_value"] > 0
         assert figure["ratio"] > 0
+    # Whoever comes in a crowd is let in.
+    assert [figure["opened"] for figure in figures if "opened" in figure] == [20]
     # What a storm delays is not lost.
     assert all(figure["pushed"] == figure["wake_ups"] for figure in figures if "pushed" in figure)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from sealpushd.engines import EmbeddedPostgres, EmbeddedValkey, EngineError, Eng
 from sealpushd.engines.binaries import find_postgres
 from sealpushd.engines.datadir import DataDir
 from sealpushd.engines.process import ServerProcess
+from sealpushd.engines.watch import Liveness
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has root to drop")
 
@@ -239,6 +241,67 @@ async def test_killed_engines_come_back_under_the_same_addresses(used_data_dir: 
                     break
                 await asyncio.sleep(0.01)
     assert processes_in(used_data_dir) == {}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Supervision that finds out in seconds."""
+    monkeypatch.setattr(engines_module, "Liveness", partial(Liveness, every_s=0.1, patience_s=1.0, unanswered_max=2))
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_engines_that_hang_are_started_again_and_what_was_committed_is_there(used_data_dir: Path) -> None:
+    told: list[tuple[str, str, Path]] = []
+    async with Engines.open(used_data_dir, restarted=lambda *what: told.append(what)) as engines:
+        before = dict(engines.processes)
+        await remember(engines.postgres_dsn, "committed")
+        async with connected(engines.postgres_dsn):
+            # Its children as well: they would outlive it, and PostgreSQL does not start beside one.
+            stopped = [pid for server in before.values() for pid in (server, *children_of(server))]
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            await eventually(lambda: {name for name, _, _ in told} == set(before))
+        assert sorted(told) == [(name, "hung", used_data_dir / "log" / f"{name}.log") for name in ("postgres", "valkey")]
+        assert not set(stopped) & set(processes_in(used_data_dir))
+        assert await remembered(engines.postgres_dsn) == ["committed"]
+        async with redis.asyncio.Redis.from_url(engines.valkey_url) as valkey:
+            assert await valkey.ping()
+        # They are well, and are left alone.
+        after = dict(engines.processes)
+        await asyncio.sleep(1)
+        assert dict(engines.processes) == after
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_postgres_that_somebody_told_to_wait_for_its_clients_does_not_wait(used_data_dir: Path) -> None:
+    """SIGTERM to the postmaster: who is connected may stay for ever, and nobody else is let in."""
+    told: list[tuple[str, str, Path]] = []
+    async with Engines.open(used_data_dir, valkey=False, restarted=lambda *what: told.append(what)) as engines:
+        await remember(engines.postgres_dsn, "committed")
+        client = await asyncpg.connect(engines.postgres_dsn)
+        before = engines.processes["postgres"]
+        os.kill(before, signal.SIGTERM)
+        await eventually(lambda: bool(told))
+        assert told == [("postgres", "told to shut down by somebody else", used_data_dir / "log" / "postgres.log")]
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+            await client.fetchval("SELECT 1")
+        client.terminate()
+        assert await remembered(engines.postgres_dsn) == ["committed"]
+        # Ended in order: nothing had to be repaired from the log.
+        assert "not properly shut down" not in (used_data_dir / "log" / "postgres.log").read_text()
+
+
+async def test_engines_that_somebody_stopped_end_with_us_and_in_order(used_data_dir: Path) -> None:
+    """Not by SIGKILL after all patience, which for PostgreSQL is 25 s."""
+    async with Engines.open(used_data_dir) as engines:
+        for pid in engines.processes.values():
+            os.kill(pid, signal.SIGSTOP)
+    assert processes_in(used_data_dir) == {}
+    assert "database system is shut down" in (used_data_dir / "log" / "postgres.log").read_text().splitlines()[-1]
 
 
 async def test_an_engine_that_cannot_come_back_is_reported_and_data_is_not_replaced(

@@ -23,6 +23,7 @@ from sealpush.ids import SenderId, uuid7, uuid_text
 from sealpush.keys import ContentSigningKey, PrekeyKind, RootKey, SenderMode
 from sealpush.model import State
 from sealpush.publication import Accepted
+from sealpush.retry import RetryPolicy
 from sealpush.sender import Sender
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
@@ -573,6 +574,68 @@ async def test_a_service_that_hangs_is_started_again(up: Up) -> None:
     sent = await asyncio.to_thread(run, "send", PHONE, "after it hung", "--wait", "30s", "--data-dir", up.data_dir)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     assert f"fetch was restarted (hung); log: {up.data_dir / 'log' / 'fetch.log'}\n" in up.output
+
+
+async def test_a_postgres_that_was_told_to_wait_for_its_clients_is_started_again(up: Up) -> None:
+    """Our services are clients that never leave."""
+    before = up.children()["postgres"]
+    os.kill(before, signal.SIGTERM)
+    told = f"postgres was restarted (told to shut down by somebody else); log: {up.data_dir / 'log' / 'postgres.log'}\n"
+    await asyncio.to_thread(eventually, lambda: told in up.output, "PostgreSQL is started again")
+    sent = await asyncio.to_thread(run, "send", PHONE, "after the shutdown", "--wait", "30s", "--data-dir", up.data_dir)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
+
+
+async def test_an_outage_of_the_database_is_a_few_lines_in_each_log(up: Up) -> None:
+    """However many calls fail meanwhile: the line that says what is wrong must be found."""
+    logs = {service: up.data_dir / "log" / f"{service}.log" for service in SERVICES}
+    sizes = {service: path.stat().st_size for service, path in logs.items()}
+    postgres, moved = up.data_dir / "postgres", up.data_dir / "moved"
+    failed = 0
+
+    def lines(service: str) -> list[dict[str, Any]]:
+        with logs[service].open() as stream:
+            stream.seek(sizes[service])
+            return [json.loads(line) for line in stream.read().splitlines()]
+
+    def is_back(service: str) -> bool:
+        return any(line["event"] == "PostgreSQL is back" for line in lines(service))
+
+    async def keep_publishing(sender: Sender, turn: int) -> None:
+        nonlocal failed
+        content = Content(title="t", body="in an outage", content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL)
+        number = 0
+        while moved.exists():
+            number += 1
+            outcome = await sender.publish(SWITCHED_OFF_PHONE, content, request_id=f"outage-{turn}-{number}")
+            failed += not isinstance(outcome, Accepted)
+
+    async with asyncio.timeout(PATIENCE_S):
+        async with Channels(public_endpoints(up.endpoints)) as channels:
+            # One try each, so that every failure is a call of its own.
+            once = RetryPolicy(attempts_max=1)
+            sender = Sender(channels, up.endpoints.login, up.endpoints.password, sender_name="demo-bank", policy=once)
+            await sender.publish(SWITCHED_OFF_PHONE, Content(body="before", content_class=common_pb2.CONTENT_CLASS_INFORMATIONAL))
+            # It cannot be started again as long as its directory is away.
+            postgres.rename(moved)
+            try:
+                os.kill(up.children()["postgres"], signal.SIGKILL)
+                publishing = asyncio.ensure_future(asyncio.gather(*(keep_publishing(sender, turn) for turn in range(8))))
+                await asyncio.to_thread(eventually, lambda: failed >= 100, "calls have failed")
+            finally:
+                moved.rename(postgres)
+            await publishing
+        for service in ("fetch", "registration"):
+            await asyncio.to_thread(eventually, partial(is_back, service), f"{service} says that it is back")
+    for service in SERVICES:
+        said = lines(service)
+        assert len(said) <= 20, said
+        assert not [line for line in said if "exception" in line], said
+        assert all(line.get("error", "…").strip() for line in said)
+        for event in ("PostgreSQL is away: no connection", "PostgreSQL is back"):
+            assert sum(line["event"] == event for line in said) <= 1, said
+    sent = await asyncio.to_thread(run, "send", PHONE, "after the outage", "--wait", "30s", "--data-dir", up.data_dir)
+    assert sent.returncode == 0, sent.stdout + sent.stderr
 
 
 def test_killed_itself_it_leaves_no_process_and_the_next_run_keeps_what_was_accepted(own_data_dir: Path) -> None:

@@ -59,7 +59,8 @@ class AccountsServicer:
     def SignIn(self, request, context):
         """Exchanges login and password for a short-lived token that every service verifies offline.
         UNAUTHENTICATED: wrong login or password (never says which). PERMISSION_DENIED: the address is not one of the account's.
-        RESOURCE_EXHAUSTED: too many failures; RetryInfo says when.
+        RESOURCE_EXHAUSTED: too many failures (LIMIT_EXCEEDED), or too many passwords of this address are being checked (OVERLOADED);
+        RetryInfo says when. A token beside it is not looked at.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

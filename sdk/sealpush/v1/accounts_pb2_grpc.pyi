@@ -36,7 +36,8 @@ class AccountsStub:
     SignIn: _grpc.UnaryUnaryMultiCallable[_accounts_pb2.SignInRequest, _accounts_pb2.SignInResponse]
     """Exchanges login and password for a short-lived token that every service verifies offline.
     UNAUTHENTICATED: wrong login or password (never says which). PERMISSION_DENIED: the address is not one of the account's.
-    RESOURCE_EXHAUSTED: too many failures; RetryInfo says when.
+    RESOURCE_EXHAUSTED: too many failures (LIMIT_EXCEEDED), or too many passwords of this address are being checked (OVERLOADED);
+    RetryInfo says when. A token beside it is not looked at.
     """
     GetSenderProfile: _grpc.UnaryUnaryMultiCallable[_accounts_pb2.GetSenderProfileRequest, _accounts_pb2.GetSenderProfileResponse]
     """What a phone needs to know of a sender: certificate, name, brand. Needs no token. NOT_FOUND: no such sender."""
@@ -51,7 +52,8 @@ class AccountsAsyncStub(AccountsStub):
     SignIn: _aio.UnaryUnaryMultiCallable[_accounts_pb2.SignInRequest, _accounts_pb2.SignInResponse]  # type: ignore[assignment]
     """Exchanges login and password for a short-lived token that every service verifies offline.
     UNAUTHENTICATED: wrong login or password (never says which). PERMISSION_DENIED: the address is not one of the account's.
-    RESOURCE_EXHAUSTED: too many failures; RetryInfo says when.
+    RESOURCE_EXHAUSTED: too many failures (LIMIT_EXCEEDED), or too many passwords of this address are being checked (OVERLOADED);
+    RetryInfo says when. A token beside it is not looked at.
     """
     GetSenderProfile: _aio.UnaryUnaryMultiCallable[_accounts_pb2.GetSenderProfileRequest, _accounts_pb2.GetSenderProfileResponse]  # type: ignore[assignment]
     """What a phone needs to know of a sender: certificate, name, brand. Needs no token. NOT_FOUND: no such sender."""
@@ -69,7 +71,8 @@ class AccountsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_accounts_pb2.SignInResponse, _abc.Awaitable[_accounts_pb2.SignInResponse]]:
         """Exchanges login and password for a short-lived token that every service verifies offline.
         UNAUTHENTICATED: wrong login or password (never says which). PERMISSION_DENIED: the address is not one of the account's.
-        RESOURCE_EXHAUSTED: too many failures; RetryInfo says when.
+        RESOURCE_EXHAUSTED: too many failures (LIMIT_EXCEEDED), or too many passwords of this address are being checked (OVERLOADED);
+        RetryInfo says when. A token beside it is not looked at.
         """
 
     @_abc_1.abstractmethod

@@ -92,7 +92,8 @@ class RegistrationServicer:
     """
 
     def StartRegistration(self, request, context):
-        """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: too many codes for the number, the address or the prefix.
+        """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: the last code is younger than 30 s, or too many were sent to the
+        number, the prefix, or for the address. What is refused counts for nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

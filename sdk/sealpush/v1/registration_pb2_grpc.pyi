@@ -34,7 +34,9 @@ class RegistrationStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RegistrationAsyncStub: ...
     StartRegistration: _grpc.UnaryUnaryMultiCallable[_registration_pb2.StartRegistrationRequest, _registration_pb2.StartRegistrationResponse]
-    """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: too many codes for the number, the address or the prefix."""
+    """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: the last code is younger than 30 s, or too many were sent to the
+    number, the prefix, or for the address. What is refused counts for nothing.
+    """
     ConfirmRegistration: _grpc.UnaryUnaryMultiCallable[_registration_pb2.ConfirmRegistrationRequest, _registration_pb2.ConfirmRegistrationResponse]
     """Proves the number by the code and registers the installation. Repeating it with the same device id and identity key is safe.
     FAILED_PRECONDITION: code expired or used up; start again. INVALID_ARGUMENT: wrong code (ErrorInfo metadata `attempts_left`).
@@ -73,7 +75,9 @@ class RegistrationAsyncStub(RegistrationStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartRegistration: _aio.UnaryUnaryMultiCallable[_registration_pb2.StartRegistrationRequest, _registration_pb2.StartRegistrationResponse]  # type: ignore[assignment]
-    """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: too many codes for the number, the address or the prefix."""
+    """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: the last code is younger than 30 s, or too many were sent to the
+    number, the prefix, or for the address. What is refused counts for nothing.
+    """
     ConfirmRegistration: _aio.UnaryUnaryMultiCallable[_registration_pb2.ConfirmRegistrationRequest, _registration_pb2.ConfirmRegistrationResponse]  # type: ignore[assignment]
     """Proves the number by the code and registers the installation. Repeating it with the same device id and identity key is safe.
     FAILED_PRECONDITION: code expired or used up; start again. INVALID_ARGUMENT: wrong code (ErrorInfo metadata `attempts_left`).
@@ -115,7 +119,9 @@ class RegistrationServicer(metaclass=_abc_1.ABCMeta):
         request: _registration_pb2.StartRegistrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registration_pb2.StartRegistrationResponse, _abc.Awaitable[_registration_pb2.StartRegistrationResponse]]:
-        """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: too many codes for the number, the address or the prefix."""
+        """Sends a one-time code to the number. RESOURCE_EXHAUSTED with RetryInfo: the last code is younger than 30 s, or too many were sent to the
+        number, the prefix, or for the address. What is refused counts for nothing.
+        """
 
     @_abc_1.abstractmethod
     def ConfirmRegistration(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import ipaddress
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from sealpush.envelope import HEADER_BYTES, Header, content_public_key
@@ -17,9 +18,15 @@ from sealpush.ids import AppId, SenderId, is_app_id
 from sealpush.keys import TAG_ENTRY, EntryRole, SenderEntry, signed_body, verify_sender_entry
 from sealpush.receipts import verify_entry_then
 from sealpush.revocations import RevocationList, verify_revocations
-from sealpushd.platform.access import SCOPES
-from sealpushd.platform.clock import to_ms
+from sealpushd.platform.access import SCOPES, address_allowed
+from sealpushd.platform.clock import MOMENT_AHEAD_MAX, to_ms
 from sealpushd.platform.errors import InvalidRequest
+from sealpushd.platform.limits import (
+    SIGN_IN_FAILURES_PER_ADDRESS,
+    SIGN_IN_FAILURES_PER_LOGIN,
+    SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS,
+    Counted,
+)
 
 PASSWORD_BYTES_MIN: Final = 12
 PASSWORD_BYTES_MAX: Final = 256
@@ -364,10 +371,60 @@ def choose_sender(account: Account, name: str) -> AccountSender:
     return default[0]
 
 
-def failure_subject(login: str, *, inside: bool) -> str:
-    """Whose failed sign-ins are counted together.
+# Longer than any holidays: an application that signs in every two hours keeps its address known for good.
+ADDRESS_KNOWN_FOR: Final = timedelta(days=30)
+# A known address that signs in again is not written down each time.
+ADDRESS_RENEWED_AFTER: Final = timedelta(hours=1)
+# Of an organisation: more than applications have. Whoever changes addresses at will pushes out only their own.
+ADDRESSES_MAX: Final = 256
 
-    Those from outside the organisation's networks could not have succeeded: counted with the others, they would let anybody
-    lock an organisation out by its login alone.
+
+class Standing(enum.Enum):
+    """What an address is to the organisation that somebody signs in as."""
+
+    # It signed in from there lately, with the password of today.
+    PROVEN = "proven"
+    # One of its networks.
+    INSIDE = "inside"
+    STRANGE = "strange"
+
+    @property
+    def is_known(self) -> bool:
+        return self is not Standing.STRANGE
+
+
+def address_bytes(account: Account | None, origin: str) -> bytes:
+    """What is hashed to remember an address by. With the password's hash: who had an old password is known by no address."""
+    return origin.encode() + b"\0" + (b"" if account is None else account.organisation_id + account.password_hash)
+
+
+def standing(account: Account | None, address: str, signed_in_at: datetime | None, *, now: datetime) -> Standing:
+    """`signed_in_at`: when the organisation last signed in from this address, as far as is remembered."""
+    if account is None or not address_allowed(address, account.networks):
+        return Standing.STRANGE
+    # What a clock ahead has noted is not believed: it would be known for longer than anybody said.
+    if signed_in_at is not None and -MOMENT_AHEAD_MAX <= now - signed_in_at <= ADDRESS_KNOWN_FOR:
+        return Standing.PROVEN
+    return Standing.INSIDE if account.networks else Standing.STRANGE
+
+
+def is_worth_noting(signed_in_at: datetime | None, *, now: datetime) -> bool:
+    """Whether a sign-in is to be written down. A moment that has not come is none: a clock was ahead."""
+    return signed_in_at is None or not timedelta(0) <= now - signed_in_at <= ADDRESS_RENEWED_AFTER
+
+
+def failures_counted(login: str, origin: str, standing: Standing) -> tuple[Counted, ...]:
+    """What a wrong password counts for; before a password is looked at none of these may be used up.
+
+    Where somebody is proven, only what was tried for this login from there counts: nobody else locks them out. Failures from outside the
+    organisation's networks are counted apart from those inside: together they would let anybody lock it out by its login alone.
     """
-    return f"{login} {'inside' if inside else 'outside'}"
+    own = Counted(SIGN_IN_FAILURES_PER_LOGIN_AND_ADDRESS, f"{login} {origin}")
+    match standing:
+        case Standing.PROVEN:
+            return (own,)
+        case Standing.INSIDE:
+            return own, Counted(SIGN_IN_FAILURES_PER_LOGIN, f"{login} inside")
+        case Standing.STRANGE:
+            per_login = Counted(SIGN_IN_FAILURES_PER_LOGIN, f"{login} outside")
+            return Counted(SIGN_IN_FAILURES_PER_ADDRESS, origin), own, per_login

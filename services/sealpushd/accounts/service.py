@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -13,13 +12,14 @@ from sealpush.keys import EntryRole, is_usable_ed25519
 from sealpush.model import moment
 from sealpush.v1 import accounts_pb2, accounts_pb2_grpc
 from sealpushd.accounts import rules
-from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrganisation, NewSender
-from sealpushd.platform import rpc
+from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrganisation, NewSender, SignInAddress
+from sealpushd.platform import fields, rpc
 from sealpushd.platform.access import address_allowed
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
-from sealpushd.platform.clock import Clock
+from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
-from sealpushd.platform.limits import SIGN_IN_FAILURES_PER_ADDRESS, SIGN_IN_FAILURES_PER_LOGIN, Limiter, address_subject
+from sealpushd.platform.limits import Limiter
 from sealpushd.platform.passwords import Argon2, hash_password
 from sealpushd.platform.tokens import SenderCaller, ServiceKey
 from sealpushd.v1 import administration_pb2, administration_pb2_grpc
@@ -31,6 +31,10 @@ PROFILES_CACHED_MAX: Final = 64
 # Lists of 132 KiB at the most, 8 MiB. There are as many as roots; more are asked for only by somebody who makes them up.
 LISTS_CACHED: Final = timedelta(seconds=5)
 LISTS_CACHED_MAX: Final = 64
+
+# Under which no organisation stands.
+NOBODY: Final = bytes(ID_BYTES)
+ADDRESS_CONTEXT: Final = "address of a sign-in"
 
 # Envelopes whose entries one call asks for: each may cost a hundred signatures to check, of 60 µs, before the one that fits is found.
 HEADERS_MAX: Final = 16
@@ -53,16 +57,20 @@ class PasswordChecker(Argon2):
 class AccountsService(accounts_pb2_grpc.AccountsServicer):
     """Public: sign-in, sender profiles."""
 
-    def __init__(self, store: AccountStore, limiter: Limiter, key: ServiceKey, clock: Clock) -> None:
+    def __init__(self, store: AccountStore, limiter: Limiter, passwords: PasswordChecker, key: ServiceKey, clock: Clock) -> None:
         self._store = store
         self._limiter = limiter
+        self._passwords = passwords
         self._key = key
         self._clock = clock
-        self._passwords = PasswordChecker()
-        self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, datetime]] = {}
+        # Batched, so that callers who leave take no statement with them.
+        self._accounts: NaturalBatcher[str, rules.Account | None] = NaturalBatcher(store.accounts)
+        self._signed_in_at: NaturalBatcher[SignInAddress, datetime | None] = NaturalBatcher(store.signed_in_at)
+        # Until when, by the steady clock.
+        self._profiles: dict[SenderId, tuple[accounts_pb2.GetSenderProfileResponse, float]] = {}
         self._profile_batcher = NaturalBatcher(store.profiles)
-        # Root → its list's serial and bytes, 0 and nothing without one, and until when that is believed.
-        self._lists: dict[bytes, tuple[int, bytes, datetime]] = {}
+        # Root → its list's serial and bytes, 0 and nothing without one, and until when, by the steady clock, that is believed.
+        self._lists: dict[bytes, tuple[int, bytes, float]] = {}
         self._list_batcher = NaturalBatcher(store.signed_revocations)
 
     async def SignIn(self, request: accounts_pb2.SignInRequest, context: rpc.Context) -> accounts_pb2.SignInResponse:
@@ -76,27 +84,34 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
     async def _authenticated(self, login: str, password: str, address: str) -> rules.Account:
         """The organisation that login, password and address prove together."""
         possible = rules.is_login(login) and len(password.encode()) <= rules.PASSWORD_BYTES_MAX
-        async with self._passwords as passwords:
-            origin = address_subject(address)
-            await self._limiter.check(SIGN_IN_FAILURES_PER_ADDRESS, origin)
-            account = await self._store.account(login) if possible else None
-            inside = account is not None and address_allowed(address, account.networks)
-            subject = rules.failure_subject(login, inside=inside)
-            await self._limiter.check(SIGN_IN_FAILURES_PER_LOGIN, subject)
-            right = await passwords.is_password_of(account, password if possible else "")
+        account = await self._accounts.submit(login) if possible else None
+        origin = address_subject(address)
+        # Looked for without an account as well: the time says nothing.
+        address_hmac = self._key.keyed_hash(rules.address_bytes(account, origin), ADDRESS_CONTEXT)
+        from_there = SignInAddress(NOBODY if account is None else account.organisation_id, address_hmac)
+        signed_in_at = await self._signed_in_at.submit(from_there)
+        now = self._clock.now()
+        standing = rules.standing(account, address, signed_in_at, now=now)
+        failures = rules.failures_counted(login, origin, standing)
+        # Before a turn, so that who is over a limit takes none; in it once more, for what others that waited have counted meanwhile.
+        await self._limiter.check(*failures)
+        async with self._passwords.turn(origin, known=standing.is_known):
+            await self._limiter.check(*failures)
+            right = await self._passwords.is_password_of(account, password if possible else "")
             if account is None or not right:
-                await self._limiter.add(SIGN_IN_FAILURES_PER_ADDRESS, origin)
-                await self._limiter.add(SIGN_IN_FAILURES_PER_LOGIN, subject)
+                await self._limiter.add(*failures)
                 raise Unauthenticated("login or password is wrong")
-        if not inside:
+        if not address_allowed(address, account.networks):
             raise PermissionDenied(f"the address {address} is not one of the organisation's networks")
+        if rules.is_worth_noting(signed_in_at, now=now):
+            await self._store.put_sign_in_address(from_there, now)
         return account
 
     async def GetSenderProfile(
         self, request: accounts_pb2.GetSenderProfileRequest, context: rpc.Context
     ) -> accounts_pb2.GetSenderProfileResponse:
         sender_id = _sender_id(request.sender_id)
-        now = self._clock.now()
+        now = self._clock.monotonic()
         cached = self._profiles.get(sender_id)
         if cached is not None and now < cached[1]:
             return cached[0]
@@ -114,19 +129,19 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
         )
         if len(self._profiles) >= PROFILES_CACHED_MAX:
             del self._profiles[next(iter(self._profiles))]
-        self._profiles[sender_id] = response, now + PROFILE_CACHED
+        self._profiles[sender_id] = response, now + PROFILE_CACHED.total_seconds()
         return response
 
     async def GetRevocations(
         self, request: accounts_pb2.GetRevocationsRequest, context: rpc.Context
     ) -> accounts_pb2.GetRevocationsResponse:
         root_public_key = _root_public_key(request.root_public_key)
-        now = self._clock.now()
+        now = self._clock.monotonic()
         cached = self._lists.pop(root_public_key, None)
         if cached is None or cached[2] <= now:
             signed = await self._list_batcher.submit(root_public_key)
             serial = rules.stored_revocations(root_public_key, signed).serial if signed is not None else 0
-            cached = serial, signed or b"", now + LISTS_CACHED
+            cached = serial, signed or b"", now + LISTS_CACHED.total_seconds()
         if len(self._lists) >= LISTS_CACHED_MAX:
             del self._lists[next(iter(self._lists))]
         self._lists[root_public_key] = cached
@@ -136,8 +151,9 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
 class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     """Mesh: operators set up, services look up."""
 
-    def __init__(self, store: AccountStore, clock: Clock) -> None:
+    def __init__(self, store: AccountStore, passwords: PasswordChecker, clock: Clock) -> None:
         self._store = store
+        self._passwords = passwords
         self._clock = clock
 
     async def PutOrganisation(
@@ -148,10 +164,14 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         name = rules.check_name(request.name, rules.ORGANISATION_NAME_CHARACTERS_MAX)
         networks = rules.check_networks(request.networks)
         password = rules.check_new_password(request.password)
-        password_hash = None if password is None else await asyncio.to_thread(hash_password, password.encode())
+        password_hash = None if password is None else await self._hash(actor, password)
         new = NewOrganisation(login, password_hash, name, networks)
         organisation_id = await self._store.put_organisation(new, actor=actor, now=self._clock.now())
         return administration_pb2.PutOrganisationResponse(organisation_id=organisation_id)
+
+    async def _hash(self, actor: str, password: str) -> bytes:
+        async with self._passwords.turn(actor, known=True):
+            return await self._passwords.hash(password.encode())
 
     async def PutSender(self, request: administration_pb2.PutSenderRequest, context: rpc.Context) -> administration_pb2.PutSenderResponse:
         actor = rpc.require_service().name
@@ -231,7 +251,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     async def GetEndingEntries(
         self, request: administration_pb2.GetEndingEntriesRequest, context: rpc.Context
     ) -> administration_pb2.GetEndingEntriesResponse:
-        ending = rules.ending_entries(await self._store.entries_in_use(), request.before.ToMilliseconds())
+        before = fields.moment(request.before, "before")
+        ending = rules.ending_entries(await self._store.entries_in_use(), to_ms(before))
         return administration_pb2.GetEndingEntriesResponse(entries=map(_to_entry_in_use, ending))
 
     async def GetSenders(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 
@@ -15,6 +15,8 @@ from sealpush.ids import AppId, SenderId, uuid7
 from sealpush.keys import EntryRole, SenderEntry
 from sealpush.revocations import RevocationList, RevokedKey
 from sealpushd.accounts.rules import (
+    ADDRESS_KNOWN_FOR,
+    ADDRESSES_MAX,
     Account,
     AccountSender,
     App,
@@ -37,6 +39,8 @@ def _sql(name: str) -> str:
 
 
 ACCOUNT: Final = _sql("account")
+SIGN_IN_ADDRESS: Final = _sql("sign_in_address")
+PUT_SIGN_IN_ADDRESS: Final = _sql("put_sign_in_address")
 PROFILE: Final = _sql("profile")
 SENDERS: Final = _sql("senders")
 APPS: Final = _sql("apps")
@@ -79,6 +83,13 @@ class NewOrganisation:
         return f"NewOrganisation({self.login!r}, …)"
 
 
+class SignInAddress(NamedTuple):
+    """From where an organisation signs in: the address by its keyed hash."""
+
+    organisation_id: bytes
+    address_hmac: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class EntryQuery:
     """Whose entries, by which root (None: any), for a moment."""
@@ -107,26 +118,24 @@ class AccountStore:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    async def account(self, login: str) -> Account | None:
-        rows = await self._db.fetch("account", ACCOUNT, login)
-        if not rows:
-            return None
-        return Account(
-            organisation_id=rows[0]["organisation_id"],
-            password_hash=rows[0]["password_hash"].encode(),
-            networks=tuple(rows[0]["networks"]),
-            senders=tuple(
-                AccountSender(
-                    sender_id=SenderId(row["sender_id"]),
-                    name=row["name"],
-                    app_ids=tuple(row["app_ids"]),
-                    scopes=frozenset(row["scopes"]),
-                    is_default=row["is_default"],
-                )
-                for row in rows
-                if row["sender_id"] is not None
-            ),
-        )
+    async def accounts(self, logins: Sequence[str]) -> list[Account | None]:
+        """A result each, in their order."""
+        rows: dict[str, list[asyncpg.Record]] = {}
+        for row in await self._db.fetch("account", ACCOUNT, list(dict.fromkeys(logins))):
+            rows.setdefault(row["login"], []).append(row)
+        return [_account(rows[login]) if login in rows else None for login in logins]
+
+    async def signed_in_at(self, addresses: Sequence[SignInAddress]) -> list[datetime | None]:
+        """When each organisation last signed in from that address, as far as is remembered; in their order."""
+        asked = list(dict.fromkeys(addresses))
+        columns = [each.organisation_id for each in asked], [each.address_hmac for each in asked]
+        rows = await self._db.fetch("sign_in_address", SIGN_IN_ADDRESS, *columns)
+        found = {SignInAddress(row["organisation_id"], row["address_hmac"]): row["signed_in_at"] for row in rows}
+        return [found.get(each) for each in addresses]
+
+    async def put_sign_in_address(self, address: SignInAddress, now: datetime) -> None:
+        """The organisation signed in from there now."""
+        await self._db.execute("put_sign_in_address", PUT_SIGN_IN_ADDRESS, *address, now, now - ADDRESS_KNOWN_FOR, ADDRESSES_MAX)
 
     async def profiles(self, sender_ids: Sequence[SenderId]) -> list[Profile | None]:
         """A result each, in their order."""
@@ -300,6 +309,25 @@ class AccountStore:
             keys = sum(isinstance(item, RevokedKey) for item in revocations.items)
             detail = {"serial": revocations.serial, "senders": len(revocations.items) - keys, "keys": keys}
             await _journal(c, now, actor, "PutRevocations", root_public_key.hex(), detail)
+
+
+def _account(rows: Sequence[asyncpg.Record]) -> Account:
+    return Account(
+        organisation_id=rows[0]["organisation_id"],
+        password_hash=rows[0]["password_hash"].encode(),
+        networks=tuple(rows[0]["networks"]),
+        senders=tuple(
+            AccountSender(
+                sender_id=SenderId(row["sender_id"]),
+                name=row["name"],
+                app_ids=tuple(row["app_ids"]),
+                scopes=frozenset(row["scopes"]),
+                is_default=row["is_default"],
+            )
+            for row in rows
+            if row["sender_id"] is not None
+        ),
+    )
 
 
 async def _journal(c: Connection, now: datetime, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from sealpushd.platform.clock import CLOCK_SKEW_MAX
 
 if TYPE_CHECKING:
     from sealpushd.v1.administration_pb2 import EntryInUse
@@ -23,8 +27,8 @@ CERTIFICATE_DAYS_LEFT_MIN: Final = 14
 ENTRY_DAYS_LEFT_MIN: Final = 14
 # A new credential needs people at the vendor's console, and a second pair of eyes.
 CREDENTIAL_DAYS_LEFT_MIN: Final = 30
-# Tokens allow for 30 s, creation times for 5 min.
-CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
+# What was set so lately may be set again.
+CLOCK_MOVED_LATELY: Final = timedelta(hours=1)
 # `up` starts again within seconds what ends, not what hangs.
 _LOOK: Final = "what dies is started again; if it stays so, look into {}"
 
@@ -98,6 +102,49 @@ async def check_clock(url: str) -> Check:
     if skew > CLOCK_SKEW_MAX:
         return Check(False, "clock", f"differs from PostgreSQL's by {skew.total_seconds():.1f} s: set both by NTP")
     return Check(True, "clock", f"differs from PostgreSQL's by {skew.total_seconds() * 1000:.0f} ms")
+
+
+async def check_service_clock(service: str, address: str) -> Check:
+    """Is a service's clock this machine's, and was it left alone lately? `address` is where it shows its metrics."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    name = f"clock {service}"
+    began = time.monotonic()
+    try:
+        text = await asyncio.to_thread(_get_metrics, address)
+    except (OSError, http.client.HTTPException) as e:
+        return Check(False, name, f"{address} does not tell ({type(e).__name__})")
+    now = datetime.now(UTC).timestamp() - (time.monotonic() - began) / 2
+    found = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    return judge_clock(name, found, now)
+
+
+def _get_metrics(address: str) -> str:
+    connection = http.client.HTTPConnection(address, timeout=3)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+def judge_clock(name: str, metrics: Mapping[str, float], now: float) -> Check:
+    """By what a service's metrics say of its clock; `now` in epoch seconds."""
+    theirs = metrics.get("sealpush_clock_seconds")
+    if theirs is None:
+        return Check(False, name, "its metrics say nothing of its clock: it is of another version")
+    ahead = theirs - now
+    if abs(ahead) > CLOCK_SKEW_MAX.total_seconds():
+        return Check(False, name, f"differs from this machine's by {ahead:.1f} s: set both by NTP")
+    database_ahead = metrics.get("sealpush_clock_database_ahead_seconds", 0.0)
+    if abs(database_ahead) > CLOCK_SKEW_MAX.total_seconds():
+        return Check(False, name, f"differs from PostgreSQL's by {-database_ahead:.1f} s: set both by NTP")
+    since_s, moved_s = metrics.get("sealpush_clock_since_move_seconds", math.inf), metrics.get("sealpush_clock_moved_by_seconds", 0.0)
+    if since_s < CLOCK_MOVED_LATELY.total_seconds():
+        direction = "forward" if moved_s > 0 else "back"
+        moved = f"was set {direction} by {timedelta(seconds=round(abs(moved_s)))}, {timedelta(seconds=round(since_s))} ago"
+        return Check(False, name, f"{moved}: it is right now, so find out what set it, and let NTP run (docs/operations.md, Clocks)")
+    return Check(True, name, f"differs from this machine's by {ahead * 1000:.0f} ms")
 
 
 def check_certificate(path: Path, now: datetime | None = None) -> Check:

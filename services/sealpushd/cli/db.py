@@ -109,12 +109,16 @@ def restored(url: str | None, url_file: Path | None) -> None:
     """Run once when PostgreSQL came out of a back-up, after `migrate` and before services start.
 
     Forgets the one-time prekeys in it: phones have destroyed the private halves of some since, and messages sealed to those would be lost.
-    Phones send new ones within a day; until then senders use the signed prekeys. Safe to repeat.
+    Phones send new ones within a day; until then senders use the signed prekeys. And lets readers of the journal begin again: their
+    positions mean other events now, and are refused. Safe to repeat.
     """
-    from sealpushd.up.maintenance import forget_one_time_prekeys
+    from sealpushd.up.maintenance import begin_new_journal, forget_one_time_prekeys
 
-    asyncio.run(forget_one_time_prekeys(_chosen(url, url_file)))
+    chosen = _chosen(url, url_file)
+    asyncio.run(forget_one_time_prekeys(chosen))
     click.echo("forgot all one-time prekeys; phones send new ones within a day")
+    asyncio.run(begin_new_journal(chosen))
+    click.echo("began a new journal: positions given before are refused, and their readers begin again")
 
 
 @db.command()

@@ -13,8 +13,8 @@ from sealpushd.cli.options import data_dir_option
 @click.command(short_help="Say what is wrong with a running `sealpush up`.")
 @data_dir_option
 def doctor(data_dir: Path) -> None:
-    """Check a running `sealpush up`: engines, schemas, partitions, certificates, clock, ports, services, entries of senders, push
-    credentials and lanes.
+    """Check a running `sealpush up`: engines, schemas, partitions, certificates, the clocks of this machine, PostgreSQL and each service,
+    ports, services, entries of senders, push credentials and lanes.
 
     Exit code 0 if all is well. Every line that says FAIL says what to do.
     """
@@ -27,6 +27,7 @@ def doctor(data_dir: Path) -> None:
         check_port,
         check_postgres,
         check_push,
+        check_service_clock,
         check_valkey,
     )
     from sealpushd.up.endpoints import Endpoints
@@ -43,7 +44,10 @@ def doctor(data_dir: Path) -> None:
             check_valkey(endpoints.valkey_url, log / "valkey.log"),
             check_entries(endpoints.mesh["accounts"], Path(endpoints.operator_key), log_of("accounts")),
             check_push(endpoints.mesh["dispatch"], endpoints.mesh["fetch"], Path(endpoints.operator_key), log_of("dispatch")),
-            asyncio.gather(*(check_health(name, address, log_of(name)) for name, address in endpoints.mesh.items())),
+            asyncio.gather(
+                *(check_health(name, address, log_of(name)) for name, address in endpoints.mesh.items()),
+                *(check_service_clock(name, address) for name, address in endpoints.metrics.items()),
+            ),
             asyncio.gather(
                 *(check_port(f"port {name}", *_split(address), log_of(name)) for name, address in endpoints.listeners().items())
             ),

@@ -55,7 +55,7 @@ def as_lines(receipt: Receipt, verdict: ReceiptVerdict, root_public_key: bytes) 
         yield from _block(f"Device {uuid_text(delivery.device_id)}", claims)
     yield from _block("Message", [each for each in verdict.claims if each.name in _OF_THE_MESSAGE])
     yield ""
-    yield textwrap.fill(conclusion(verdict), _LINE_CHARACTERS)
+    yield textwrap.fill(conclusion(receipt, verdict), _LINE_CHARACTERS)
 
 
 def _block(title: str, claims: list[Claim]) -> Iterator[str]:
@@ -70,7 +70,7 @@ def _block(title: str, claims: list[Claim]) -> Iterator[str]:
         )
 
 
-def conclusion(verdict: ReceiptVerdict) -> str:
+def conclusion(receipt: Receipt, verdict: ReceiptVerdict) -> str:
     """What it comes to, in a line or two."""
     from sealpush.receipts import Finding
 
@@ -81,6 +81,11 @@ def conclusion(verdict: ReceiptVerdict) -> str:
         )
     if verdict.failed:
         return "It does NOT verify: the receipt was changed, or the root is not the one that the app pins. Believe none of it."
+    if receipt.nothing_sealed:
+        return (
+            "Nothing was ever sealed: the recipient had blocked the sender when the message came, says the platform. No device got "
+            "anything, and there is nothing that a receipt could prove."
+        )
     devices = len(verdict.delivered_to)
     delivery = {
         0: "No device has signed that it opened the message.",

@@ -26,6 +26,7 @@ async def build(runtime: Runtime) -> ServiceApp:
     db = await runtime.database()
     store, vault = LaneStore(db), await runtime.vault(db)
     lanes = LaneSet(settings.push_concurrency, clock, dice)
+    runtime.clock_watch.on_moved.append(lanes.clock_moved)
     credentials = Credentials(store, vault, lanes, services, settings.credentials, clock)
     runtime.closes.append(credentials.aclose)
     mailbox = runtime.channel("fetch")

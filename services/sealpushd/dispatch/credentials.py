@@ -80,8 +80,8 @@ class Credentials:
         self._folder = folder
         self._clock = clock
         self._sources: dict[LaneKey, _Source] = {}
-        # What a push service refused, and when it is asked again.
-        self._refused: dict[LaneKey, tuple[_Source, datetime]] = {}
+        # What a push service refused, and when, by the steady clock, it is asked again.
+        self._refused: dict[LaneKey, tuple[_Source, float]] = {}
         self._receipt_keys: dict[LaneKey, ReceiptKey] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._refreshing = asyncio.Lock()
@@ -209,8 +209,8 @@ class Credentials:
                 lane.problem = ""
                 _USABLE.labels(*labels).set(1)
                 return False
-            refused, until = self._refused.get(key, (None, self._clock.now()))
-            if refused == source and self._clock.now() < until:
+            refused, until = self._refused.get(key, (None, 0.0))
+            if refused == source and self._clock.monotonic() < until:
                 return False
             config = Config(row.kind, row.settings, self._read(row))
             if in_use is not None and in_use[:2] == source[:2] and lane.provider is not None:
@@ -244,7 +244,7 @@ class Credentials:
         finally:
             await provider.aclose()
         if not accepts(probes) and any(probed.is_good is False for probed in probes):
-            self._refused[key] = source, self._clock.now() + REFUSED_RETRY
+            self._refused[key] = source, self._clock.monotonic() + REFUSED_RETRY.total_seconds()
             raise CredentialError(f"{config.kind} does not take the new file. {_told(provider, probes)}")
 
     def _close_later(self, provider: Provider | None) -> None:

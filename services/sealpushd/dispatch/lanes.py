@@ -30,7 +30,7 @@ from sealpushd.dispatch.rules import (
 )
 from sealpushd.dispatch.store import LaneRow
 from sealpushd.dispatch.tally import Tally
-from sealpushd.platform.clock import Clock
+from sealpushd.platform.clock import Clock, Reading
 from sealpushd.platform.metrics import WAKE_UPS, platform_label
 
 log = structlog.get_logger()
@@ -73,9 +73,9 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give it back untried, to come again at this time."""
+    """Give it back untried, to come again after this."""
 
-    retry_at: datetime
+    delay: timedelta
     reason: str
 
 
@@ -169,6 +169,12 @@ class Lane:
         self._suspects.clear()
         self._strangers.clear()
 
+    def try_now(self) -> None:
+        """Begin anew, whatever broke the lane or stopped it: somebody repaired something, or the clock was set."""
+        if self.provider is not None:
+            self.provider.forget_failures()
+        self._forgive()
+
     def _forgive(self) -> None:
         self._probing = False
         self._breaker, self._misconfigured, self._broken_by = Breaker(), False, ""
@@ -212,7 +218,7 @@ class Lane:
     def _room(self) -> int:
         if self._paused or self.provider is None:
             return 0
-        match self._breaker.circuit(self._clock.now()):
+        match self._breaker.circuit(self._clock.monotonic()):
             case Circuit.CLOSED:
                 return self._window.size
             case Circuit.HALF_OPEN:
@@ -224,17 +230,17 @@ class Lane:
 
     def refusal(self) -> Release | None:
         """Why nothing can be sent now; None: it can."""
-        now = self._clock.now()
+        now = self._clock.monotonic()
         if self._paused:
-            return Release(now + PAUSED_RETRY, "lane-paused")
+            return Release(PAUSED_RETRY, "lane-paused")
         if self.provider is None:
-            return Release(now + PAUSED_RETRY, "lane-without-credential")
+            return Release(PAUSED_RETRY, "lane-without-credential")
         circuit = self._breaker.circuit(now)
         if circuit is Circuit.OPEN:
             assert self._breaker.open_until is not None  # noqa: S101 - that is what open means
-            return Release(min(self._breaker.open_until, now + PAUSED_RETRY), "lane-broken")
+            return Release(min(timedelta(seconds=self._breaker.open_until - now), PAUSED_RETRY), "lane-broken")
         if circuit is Circuit.HALF_OPEN and self._probing:
-            return Release(now + PROBING_RETRY, "lane-broken")
+            return Release(PROBING_RETRY, "lane-broken")
         return None
 
     def admit(self) -> Send | Release:
@@ -242,7 +248,7 @@ class Lane:
         refusal = self.refusal()
         if refusal is not None:
             return refusal
-        probe = self._breaker.circuit(self._clock.now()) is Circuit.HALF_OPEN
+        probe = self._breaker.circuit(self._clock.monotonic()) is Circuit.HALF_OPEN
         self._probing = self._probing or probe
         self.sending += 1
         assert self.provider is not None  # noqa: S101 - without one there is a refusal
@@ -258,12 +264,12 @@ class Lane:
         """Take the outcome of a send, as the provider gave it, into account."""
         self.abandon(send)
         before = self._breaker
-        now = self._clock.now()
+        now = self._clock.monotonic()
         if send.provider is not self.provider:
             # The credential was replaced meanwhile: what the old one brought says nothing of the new one.
             pass
         elif isinstance(decision, StopLane):
-            self._breaker = before.stopped(decision.retry_at)
+            self._breaker = before.stopped(now, decision.pause)
             self._misconfigured = True
         else:
             self._weigh(send, outcome, now)
@@ -277,9 +283,9 @@ class Lane:
             log.info("a lane works again", app=self.app_id, platform=self.platform)
         if isinstance(decision, Pushed):
             self._strangers.clear()
-        self.counts.take(decision, outcome.reason, now)
+        self.counts.take(decision, outcome.reason, Reading(self._clock.now(), now))
 
-    def _weigh(self, send: Send, outcome: Outcome, now: datetime) -> None:
+    def _weigh(self, send: Send, outcome: Outcome, now: float) -> None:
         """What the outcome says for or against the push service."""
         before = self._breaker
         match evidence(outcome):
@@ -306,7 +312,7 @@ class Lane:
         if row.resumed_at is not None and row.resumed_at != self._resumed_at:
             # The first row seen is history: nothing is broken yet that it could repair.
             self._resumed_at = row.resumed_at
-            self._forgive()
+            self.try_now()
             changed = True
         if row.paused != self._paused:
             self._paused = row.paused
@@ -318,9 +324,11 @@ class Lane:
     # What operators see
 
     @property
-    def closed_until(self) -> datetime | None:
-        """When a broken or stopped lane tries again; None: it is not, or it is paused."""
-        return None if self._paused else self._breaker.open_until
+    def closed_for(self) -> timedelta | None:
+        """In how long a broken or stopped lane tries again; None: it is not, or it is paused."""
+        if self._paused or self._breaker.open_until is None:
+            return None
+        return max(timedelta(seconds=self._breaker.open_until - self._clock.monotonic()), timedelta(0))
 
     @property
     def failures_in_a_row(self) -> int:
@@ -439,6 +447,15 @@ class LaneSet:
         provider = lane.lose("the credential was removed: put one with `sealpush providers add`")
         self.on_change()
         return provider
+
+    def clock_moved(self, by: timedelta) -> None:
+        """The wall clock was set: a lane that is stopped may have been stopped by nothing else, so it tries again at once."""
+        closed = [lane for lane in self._lanes.values() if lane.closed_for is not None]
+        for lane in closed:
+            log.info("a stopped lane tries again, because the clock was set", app=lane.app_id, platform=lane.platform)
+            lane.try_now()
+        if closed:
+            self.on_change()
 
     def apply(self, rows: Iterable[LaneRow]) -> None:
         """Take over what operators decided, at once."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final, cast
 
@@ -20,7 +19,7 @@ from prometheus_client import Counter
 from sealpushd.dispatch.credentials import Credentials
 from sealpushd.dispatch.lanes import LaneSet
 from sealpushd.dispatch.receipts import BODY_BYTES_MAX, BadSignature, MalformedReceipts, ReceiptKey, Signatures, parse_receipts
-from sealpushd.platform.clock import Clock
+from sealpushd.platform.clock import Clock, Reading
 from sealpushd.platform.metrics import platform_label
 from sealpushd.platform.settings import Settings, SettingsError
 
@@ -33,8 +32,6 @@ _CLOSE_S: Final = 1.0
 CONNECTIONS_MAX: Final = 64
 # For a handshake, a header and 2 MiB at the most, from a data centre.
 CONNECTION_S: Final = 15.0
-# A refused receipt is told once in so long an app: whoever sends them must not fill the log.
-TOLD_EVERY: Final = timedelta(minutes=1)
 
 _RECEIPTS = Counter("sealpush_push_receipts", "What a push service told of wake-ups afterwards, by its word.", ["app", "platform", "word"])
 _REFUSED = Counter("sealpush_push_receipts_refused", "Receipts that were refused: not signed, not readable or for nobody.")
@@ -86,7 +83,6 @@ class ReceiptsListener:
         self._credentials = credentials
         self._clock = clock
         self._signatures = Signatures()
-        self._told_at: dict[str, datetime] = {}
         self._runner: web.AppRunner | None = None
         self._listener: asyncio.Server | None = None
         self._open: set[_Brief] = set()
@@ -132,10 +128,10 @@ class ReceiptsListener:
         try:
             receipts = parse_receipts(await self._signed_body(request, receipt_key))
         except BadSignature as e:
-            self._tell(app_id, str(e))
+            log.warning("a receipt was refused", app=app_id, problem=str(e))
             return self._refuse(401, "not signed with the key of an app that expects receipts")
         except MalformedReceipts as e:
-            self._tell(app_id, str(e))
+            log.warning("a receipt was refused", app=app_id, problem=str(e))
             return self._refuse(400, str(e))
         lane = self._lanes.get(*lane_key)
         for receipt in receipts:
@@ -153,16 +149,10 @@ class ReceiptsListener:
         again as it was.
         """
         signature = request.headers.get("X-HUAWEI-CALLBACK-ID")
-        Signatures().verify(signature, [key], self._clock.now())
+        Signatures().verify(signature, [key], Reading.of(self._clock))
         body = await request.read()
-        self._signatures.verify(signature, [key], self._clock.now())
+        self._signatures.verify(signature, [key], Reading.of(self._clock))
         return body
-
-    def _tell(self, app_id: str, problem: str) -> None:
-        now = self._clock.now()
-        if now - self._told_at.get(app_id, now - TOLD_EVERY) >= TOLD_EVERY:
-            self._told_at[app_id] = now
-            log.warning("a receipt was refused; others like it are only counted for a minute", app=app_id, problem=problem)
 
     def _refuse(self, status: int, message: str) -> web.Response:
         _REFUSED.inc()

@@ -23,6 +23,7 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
 from sealpushd.dispatch.providers.base import WAKE_UP_ID_BYTES, clean_reason
+from sealpushd.platform.clock import Reading
 
 # How old or young a signature may be.
 SIGNATURE_AGE_MAX = timedelta(minutes=5)
@@ -101,28 +102,28 @@ class Signatures:
 
     def __init__(self, remembered_max: int = REMEMBERED_MAX) -> None:
         self._remembered_max = remembered_max
-        # Until when; in the order in which they came.
-        self._seen: OrderedDict[str, datetime] = OrderedDict()
+        # Until when, by the steady clock; in the order in which they came.
+        self._seen: OrderedDict[str, float] = OrderedDict()
 
-    def verify(self, header: str | None, keys: Iterable[ReceiptKey], now: datetime) -> ReceiptKey:
+    def verify(self, header: str | None, keys: Iterable[ReceiptKey], now: Reading) -> ReceiptKey:
         """The first of the keys that signed X-HUAWEI-CALLBACK-ID. Raises BadSignature.
 
         What is remembered is the signature, not the nonce: time, nonce and user are signed without anything between them, so
         that one signature fits a millisecond time as well as a time in seconds whose rest has moved into the nonce.
         """
         signature = _read_signature(header)
-        if abs(_time(signature.timestamp) - now) > SIGNATURE_AGE_MAX:
+        if abs(_time(signature.timestamp) - now.wall) > SIGNATURE_AGE_MAX:
             raise BadSignature("the signature is older or younger than 5 minutes: is this machine's clock right?")
         signers = [key for key in keys if _fits(signature, key)]
         if not signers:
             raise BadSignature("the signature does not fit: are receipt_user and receipt_key those of AppGallery Connect?")
-        self._forget(now)
+        self._forget(now.steady)
         if signature.value in self._seen:
             raise BadSignature("the callback was seen before")
-        self._seen[signature.value] = now + REMEMBERED_FOR
+        self._seen[signature.value] = now.steady + REMEMBERED_FOR.total_seconds()
         return signers[0]
 
-    def _forget(self, now: datetime) -> None:
+    def _forget(self, now: float) -> None:
         while self._seen and (len(self._seen) >= self._remembered_max or next(iter(self._seen.values())) < now):
             self._seen.popitem(last=False)
 

@@ -1,4 +1,7 @@
-"""What follows from a push service's answer: pure functions, `now` and the dice are arguments."""
+"""What follows from a push service's answer: pure functions, `now` and the dice are arguments.
+
+`now` is of the steady clock, in seconds, and what is to come is a delay: nothing here waits longer because somebody set the clock.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,9 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Send again, not earlier than this."""
+    """Send again, not earlier than after this."""
 
-    next_attempt_at: datetime
+    delay: timedelta
     reason: str
 
 
@@ -72,16 +75,16 @@ class Quarantine:
 
 @dataclass(frozen=True, slots=True)
 class StopLane:
-    """Alarm, and send nothing for this app and push service until `retry_at`; the delivery goes back to the queue."""
+    """Alarm, and send nothing for this app and push service for `pause`; the delivery goes back to the queue."""
 
     reason: str
-    retry_at: datetime
+    pause: timedelta
 
 
 Decision = Pushed | Retry | TokenDead | Quarantine | StopLane
 
 
-def decide(outcome: Outcome, attempt: int, now: datetime, random: Callable[[], float]) -> Decision:
+def decide(outcome: Outcome, attempt: int, random: Callable[[], float]) -> Decision:
     """What to do after the `attempt`-th send (the first is 1) of one wake-up. `random` gives [0, 1).
 
     After the eighth attempt nothing is tried again, also not what stops a lane: otherwise one installation with a
@@ -99,9 +102,9 @@ def decide(outcome: Outcome, attempt: int, now: datetime, random: Callable[[], f
         case RetryAt() | RefreshAuth() | Misconfigured() if attempt >= ATTEMPTS_MAX:
             return Quarantine(outcome.reason)
         case RetryAt(reason=reason, retry_after=retry_after):
-            return Retry(now + (retry_after or timedelta(0)) + backoff(attempt, random), reason)
+            return Retry((retry_after or timedelta(0)) + backoff(attempt, random), reason)
         case RefreshAuth(reason=reason) | Misconfigured(reason=reason):
-            return StopLane(reason, retry_at=now + LANE_RETRY)
+            return StopLane(reason, LANE_RETRY)
         case _:
             assert_never(outcome)
 
@@ -123,14 +126,14 @@ def excuse_lane(outcome: Outcome, *, topic_of_lane: bool) -> Outcome:
     return outcome
 
 
-def excuse_new_credential(decision: Decision, attempt: int, now: datetime) -> Decision:
+def excuse_new_credential(decision: Decision, attempt: int) -> Decision:
     """The decision, when the credential was replaced while the send was under way.
 
     That the old one was refused, or that a token is not the old one's, says nothing of the new one: it tries at once.
     """
     match decision:
         case StopLane(reason=reason) | TokenDead(certain=False, reason=reason) if attempt < ATTEMPTS_MAX:
-            return Retry(now, reason)
+            return Retry(timedelta(0), reason)
         case _:
             return decision
 
@@ -178,9 +181,10 @@ class Breaker:
 
     failures: int = 0
     openings: int = 0
-    open_until: datetime | None = None
+    # Of the steady clock.
+    open_until: float | None = None
 
-    def circuit(self, now: datetime) -> Circuit:
+    def circuit(self, now: float) -> Circuit:
         if self.open_until is None:
             return Circuit.CLOSED
         return Circuit.OPEN if now < self.open_until else Circuit.HALF_OPEN
@@ -192,7 +196,7 @@ class Breaker:
         """
         return Breaker() if probe or self.open_until is None else self
 
-    def failed(self, now: datetime, random: Callable[[], float], *, probe: bool, retry_after: timedelta | None = None) -> Breaker:
+    def failed(self, now: float, random: Callable[[], float], *, probe: bool, retry_after: timedelta | None = None) -> Breaker:
         """After a failure of the lane; see `succeeded`. `random` gives [0, 1).
 
         The breaker does not close before `retry_after`, what the push service asked for with this failure.
@@ -203,11 +207,11 @@ class Breaker:
             return replace(self, failures=self.failures + 1)
         openings = self.openings + 1
         ceiling = min(REOPEN_BASE * (1 << min(openings - 1, 16)), REOPEN_MAX)
-        return Breaker(0, openings, now + (retry_after or timedelta(0)) + ceiling * random())
+        return Breaker(0, openings, now + ((retry_after or timedelta(0)) + ceiling * random()).total_seconds())
 
-    def stopped(self, until: datetime) -> Breaker:
+    def stopped(self, now: float, pause: timedelta) -> Breaker:
         """Opened for a known time, whatever went before."""
-        return Breaker(0, self.openings, until)
+        return Breaker(0, self.openings, now + pause.total_seconds())
 
 
 # Slowing down
@@ -223,7 +227,8 @@ class Window:
 
     size: int
     capacity: int
-    halved_at: datetime | None = None
+    # Of the steady clock.
+    halved_at: float | None = None
 
     @classmethod
     def whole(cls, capacity: int) -> Window:
@@ -233,9 +238,9 @@ class Window:
         """After a success."""
         return self if self.size == self.capacity else replace(self, size=self.size + 1)
 
-    def halved(self, now: datetime) -> Window:
+    def halved(self, now: float) -> Window:
         """After a failure of the lane."""
-        if self.halved_at is not None and now - self.halved_at < HALVING_PERIOD:
+        if self.halved_at is not None and now - self.halved_at < HALVING_PERIOD.total_seconds():
             return self
         return replace(self, size=max(self.size // 2, 1), halved_at=now)
 

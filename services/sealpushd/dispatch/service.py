@@ -17,8 +17,9 @@ from sealpushd.dispatch.providers.base import Probed, Provider, accepts
 from sealpushd.dispatch.store import LaneStore
 from sealpushd.platform import rpc
 from sealpushd.platform.clients import MeshChannel
-from sealpushd.platform.clock import Clock
+from sealpushd.platform.clock import Clock, Reading
 from sealpushd.platform.errors import InvalidRequest, NotFound, StoreUnavailable
+from sealpushd.platform.outage import Outage
 from sealpushd.v1 import lanes_pb2, lanes_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc, providers_pb2, providers_pb2_grpc
 
 log = structlog.get_logger()
@@ -37,8 +38,8 @@ def _timestamp(moment: datetime) -> Timestamp:
     return stamp
 
 
-def to_lane(lane: Lane, now: datetime) -> lanes_pb2.Lane:
-    next_try_at = _timestamp(lane.closed_until) if lane.closed_until is not None else None
+def to_lane(lane: Lane, now: Reading) -> lanes_pb2.Lane:
+    closed_for = lane.closed_for
     return lanes_pb2.Lane(
         app_id=lane.app_id,
         platform=common_pb2.Platform.ValueType(lane.platform),
@@ -49,9 +50,9 @@ def to_lane(lane: Lane, now: datetime) -> lanes_pb2.Lane:
         retried=lane.counts.retried,
         dead_tokens=lane.counts.dead_tokens,
         quarantined=lane.counts.quarantined,
-        next_try_at=next_try_at,
+        next_try_at=_timestamp(now.wall + closed_for) if closed_for is not None else None,
         push_service=lane.provider.name if lane.provider is not None else "",
-        rate_per_second=lane.counts.rate.per_second(now),
+        rate_per_second=lane.counts.rate.per_second(now.steady),
         errors=[
             lanes_pb2.LaneError(reason=reason, count=seen.count, advice=lane.advise(reason), last_at=_timestamp(seen.last_at))
             for reason, seen in lane.counts.by_frequency()
@@ -73,9 +74,12 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
         self._mailbox = mailbox
         self._mailbox_stub = mailbox_pb2_grpc.MailboxStub(mailbox.channel)
         self._clock = clock
+        self._outage = Outage(
+            "lanes", gone="lanes and credentials could not be read; they stay as they are", back="lanes and credentials are read again"
+        )
 
     async def ListLanes(self, request: lanes_pb2.ListLanesRequest, context: Any) -> lanes_pb2.ListLanesResponse:
-        now = self._clock.now()
+        now = Reading.of(self._clock)
         return lanes_pb2.ListLanesResponse(lanes=[to_lane(lane, now) for lane in self._lanes])
 
     async def PauseLane(self, request: lanes_pb2.PauseLaneRequest, context: Any) -> lanes_pb2.PauseLaneResponse:
@@ -115,8 +119,9 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
             await asyncio.sleep(FOLLOW_PERIOD_S)
             try:
                 await self.refresh()
+                self._outage.worked()
             except StoreUnavailable as e:
-                log.warning("lanes and credentials could not be read; they stay as they are", error=e.message)
+                self._outage.failed(e)
 
     def _need(self, app_id: str, platform: int) -> Lane:
         lane = self._lanes.get(app_id, platform)

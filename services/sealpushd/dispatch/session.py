@@ -18,6 +18,7 @@ import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client import Counter
 
+from sealpush.keys import MESSAGE_LIFETIME_MS_MAX
 from sealpush.v1 import common_pb2
 from sealpushd.dispatch.lanes import PAUSED_RETRY, Lane, LaneSet, Release, Send
 from sealpushd.dispatch.providers.base import PushEnvironment, PushTarget, PushToken, WakeUp, WakeUpPriority
@@ -36,6 +37,7 @@ from sealpushd.dispatch.rules import (
 from sealpushd.platform.clients import BatchedCall, MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import ServiceError
+from sealpushd.platform.outage import Outage
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc, mailbox_pb2, mailbox_pb2_grpc
 
 log = structlog.get_logger()
@@ -59,6 +61,8 @@ BUG_PAUSE: Final = timedelta(seconds=30)
 # How long the mailbox may take to end a session after the last report of a drain.
 LAST_WORD_S: Final = 1.0
 DETAIL_CHARACTERS_MAX: Final = 100
+# No message lives longer.
+LIFETIME_MAX: Final = timedelta(milliseconds=MESSAGE_LIFETIME_MS_MAX)
 
 _EPOCH: Final = datetime.fromtimestamp(0, UTC)
 _SANDBOX: Final = common_pb2.PUSH_ENVIRONMENT_SANDBOX
@@ -92,11 +96,14 @@ class _Session:
 class _Held:
     """One wake-up in our hands, until it is settled."""
 
-    __slots__ = ("_session", "_settled", "lane", "wake_up")
+    __slots__ = ("_clock", "_expires_at", "_session", "_settled", "lane", "wake_up")
 
-    def __init__(self, session: _Session, lane: Lane, wake_up: mailbox_pb2.WakeUp) -> None:
+    def __init__(self, session: _Session, lane: Lane, wake_up: mailbox_pb2.WakeUp, clock: Clock) -> None:
         self.lane = lane
         self.wake_up = wake_up
+        self._clock = clock
+        # Of the steady clock.
+        self._expires_at = clock.monotonic() + lifetime_left(wake_up, clock.now()).total_seconds()
         self._session = session
         self._settled = False
         session.held += 1
@@ -108,6 +115,11 @@ class _Held:
         return self._session.live
 
     @property
+    def expires_at(self) -> datetime:
+        """The end of its lifetime as our own clock will show it: who subtracts `now` has what is left, however wrong that clock is."""
+        return self._clock.now() + timedelta(seconds=max(self._expires_at - self._clock.monotonic(), 0))
+
+    @property
     def attempt(self) -> int:
         """The number of the send that would be next; the first is 1."""
         return self.wake_up.attempts + 1
@@ -116,11 +128,11 @@ class _Held:
         self,
         outcome: mailbox_pb2.WakeUpOutcome.ValueType,
         *,
-        retry_at: datetime | None = None,
+        delay: timedelta | None = None,
         reason: common_pb2.ReasonCode.ValueType = common_pb2.REASON_CODE_UNSPECIFIED,
         detail: str = "",
     ) -> None:
-        """Tell the mailbox, with the next frame."""
+        """Tell the mailbox, with the next frame. `delay`: until it is tried again, by whatever clock the mailbox has."""
         if self._settled:
             return
         self.settle()
@@ -134,13 +146,15 @@ class _Held:
             reason_code=reason,
             detail=detail[:DETAIL_CHARACTERS_MAX],
         )
-        if retry_at is not None:
-            report.retry_at.CopyFrom(_timestamp(retry_at))
+        if delay is not None:
+            report.retry_in.FromTimedelta(delay)
+            # For a mailbox of the release before, which knows moments only.
+            report.retry_at.FromDatetime(self._clock.now() + delay)
         self._session.reports.append(report)
         self.lane.reported(_WORDS[outcome])
 
     def release(self, release: Release) -> None:
-        self.report(Outcome.WAKE_UP_OUTCOME_RELEASED, retry_at=release.retry_at, detail=release.reason)
+        self.report(Outcome.WAKE_UP_OUTCOME_RELEASED, delay=release.delay, detail=release.reason)
 
     def settle(self) -> None:
         """Let go of it, without a word if there was none."""
@@ -170,6 +184,18 @@ class Dispatcher:
         self._clock = clock
         self._random = random
         self._drain_limit = drain_limit
+        self._holding = Outage(
+            "session",
+            gone="the session with the mailbox ended and begins anew",
+            back="the session with the mailbox holds again",
+            steady_s=SESSION_STABLE_S,
+        )
+        self._resolving = Outage(
+            "directory", gone="registration does not answer: wake-ups go back to the queue", back="registration tells push tokens again"
+        )
+        self._reporting = Outage(
+            "dead tokens", gone="a dead token could not be reported; the next try will", back="dead tokens are reported again"
+        )
         directory = directory_pb2_grpc.DirectoryStub(registration.channel)
         self._targets: BatchedCall[bytes, directory_pb2.PushTarget] = BatchedCall(
             registration,
@@ -211,8 +237,7 @@ class Dispatcher:
                 try:
                     await self._hold(session)
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as e:
-                    code = e.code().name if isinstance(e, grpc.aio.AioRpcError) else "ended"
-                    log.warning("the session with the mailbox ended and begins anew", code=code, held=session.held)
+                    self._holding.failed(e, held=session.held)
                 if session.brought_something or asyncio.get_running_loop().time() - started_at > SESSION_STABLE_S:
                     failures = 0
                 pause = max(self._random() * min(RECONNECT_BASE_S * 2 ** min(failures, 10), RECONNECT_MAX_S), RECONNECT_MIN_S)
@@ -244,6 +269,8 @@ class Dispatcher:
     async def _hold(self, session: _Session) -> None:
         """One session until it ends; raises what ended it."""
         self._lanes.session_began()
+        # It is back when it has held for as long as a session does that is stable.
+        self._holding.worked()
         call = self._stub.WakeUpSession(metadata=self._mailbox.metadata())
         _RECONNECTS.inc()
         self._session = session
@@ -297,15 +324,12 @@ class Dispatcher:
 
     def _next_look_s(self) -> float | None:
         """Seconds until a broken lane may try again, at most `LOOK_PERIOD_S`; None: nothing waits for a time."""
-        waits = [lane.closed_until for lane in self._lanes if lane.closed_until is not None]
-        if not waits:
-            return None
-        return min(max((min(waits) - self._clock.now()).total_seconds(), LOOK_PERIOD_S / 10), LOOK_PERIOD_S)
+        waits = [closed_for for lane in self._lanes if (closed_for := lane.closed_for) is not None]
+        return min(max(min(waits).total_seconds(), LOOK_PERIOD_S / 10), LOOK_PERIOD_S) if waits else None
 
     # A frame
 
     def _accept(self, session: _Session, wake_ups: Iterable[mailbox_pb2.WakeUp]) -> None:
-        now = self._clock.now()
         to_push: list[_Held] = []
         # The mailbox chooses by priority and hands out in any order.
         for wake_up in sorted(wake_ups, key=lambda each: -each.priority):
@@ -313,14 +337,12 @@ class Dispatcher:
             if lane is None:
                 log.error("the mailbox sent a wake-up for a lane that got no credit", app=wake_up.app_id, platform=wake_up.platform)
                 continue
-            held = _Held(session, lane, wake_up)
+            held = _Held(session, lane, wake_up, self._clock)
             refusal = lane.refusal()
             if refusal is not None:
                 held.release(refusal)
-            elif wake_up.expires_at.seconds <= now.timestamp():
-                # The mailbox ends it when its own clock says so.
-                held.release(Release(_moment(wake_up.expires_at), "expired"))
             else:
+                # Whether it is over its time is the mailbox's to say, by its own clock: it hands out nothing that is.
                 to_push.append(held)
         if to_push:
             self._start(self._push(to_push))
@@ -336,18 +358,19 @@ class Dispatcher:
         try:
             device_ids = list(dict.fromkeys(held.wake_up.device_id for held in frame))
             targets = dict(zip(device_ids, await self._targets.submit_many(device_ids), strict=True))
+            self._resolving.worked()
             for held in frame:
                 self._push_one(held, targets[held.wake_up.device_id])
                 handed_on += 1
         except ServiceError as e:
-            log.warning("registration does not answer: wake-ups go back to the queue", count=len(frame), error=e.message)
-            retry_at = self._clock.now() + DIRECTORY_PAUSE * (1 + self._random())
+            self._resolving.failed(e, count=len(frame))
+            delay = DIRECTORY_PAUSE * (1 + self._random())
             for held in frame:
-                held.release(Release(retry_at, "directory-unavailable"))
+                held.release(Release(delay, "directory-unavailable"))
         except Exception as e:
             log.error("a frame of wake-ups failed by a bug", exc_info=e)
             for held in frame[handed_on:]:
-                held.release(Release(self._clock.now() + BUG_PAUSE, "internal-error"))
+                held.release(Release(BUG_PAUSE, "internal-error"))
         except asyncio.CancelledError:
             for held in frame[handed_on:]:
                 held.settle()
@@ -384,21 +407,22 @@ class Dispatcher:
         observed = False
         try:
             ours = target.topic == send.provider.topic or not send.provider.topic
-            outcome = await send.provider.send(target, to_wake_up(held.wake_up))
-            decision = decide(excuse_lane(outcome, topic_of_lane=ours), held.attempt, self._clock.now(), self._random)
+            outcome = await send.provider.send(target, to_wake_up(held.wake_up, held.expires_at))
+            decision = decide(excuse_lane(outcome, topic_of_lane=ours), held.attempt, self._random)
             if send.provider is not lane.provider:
-                decision = excuse_new_credential(decision, held.attempt, self._clock.now())
+                decision = excuse_new_credential(decision, held.attempt)
             observed = True
             lane.observe(send, outcome, decision)
             match decision:
                 case Pushed():
                     held.report(Outcome.WAKE_UP_OUTCOME_PUSHED)
-                case Retry(next_attempt_at=at, reason=reason):
-                    held.report(Outcome.WAKE_UP_OUTCOME_RETRY, retry_at=at, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
+                case Retry(delay=delay, reason=reason):
+                    held.report(Outcome.WAKE_UP_OUTCOME_RETRY, delay=delay, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
                 case StopLane(reason=reason):
                     # It waits for the lane and not for a time.
-                    at = self._clock.now() + PAUSED_RETRY
-                    held.report(Outcome.WAKE_UP_OUTCOME_RETRY, retry_at=at, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
+                    held.report(
+                        Outcome.WAKE_UP_OUTCOME_RETRY, delay=PAUSED_RETRY, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason
+                    )
                 case TokenDead(certain=True):
                     await self._forget(held, target, decision)
                 case TokenDead(reason=reason):
@@ -423,6 +447,7 @@ class Dispatcher:
             token.dead_at.CopyFrom(_timestamp(dead.gone_at))
         try:
             gone = await self._dead_tokens.submit(token)
+            self._reporting.worked()
             if not gone:
                 present = await self._targets.submit(held.wake_up.device_id)
                 if not present.push_token:
@@ -431,11 +456,11 @@ class Dispatcher:
                     return
                 if present.push_token != target.token.reveal():
                     # The device registered a newer one meanwhile: try that at once.
-                    self._retry(held, "new-token", self._clock.now())
+                    self._retry(held, "new-token", timedelta(0))
                     return
                 # The same token, still there: the device's word is newer than the push service's.
         except ServiceError as e:
-            log.warning("a dead token could not be reported; the next try will", error=e.message)
+            self._reporting.failed(e)
             gone = False
         if gone:
             held.report(Outcome.WAKE_UP_OUTCOME_TOKEN_GONE, reason=common_pb2.REASON_CODE_TOKEN_GONE, detail=dead.reason)
@@ -452,12 +477,13 @@ class Dispatcher:
                 Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_NO_PUSH_TOKEN, detail="the device has no push token"
             )
 
-    def _retry(self, held: _Held, reason: str, at: datetime | None = None) -> None:
+    def _retry(self, held: _Held, reason: str, delay: timedelta | None = None) -> None:
         if held.attempt >= ATTEMPTS_MAX:
             held.report(Outcome.WAKE_UP_OUTCOME_QUARANTINED, reason=common_pb2.REASON_CODE_PUSH_QUARANTINED, detail=reason)
             return
-        retry_at = at or self._clock.now() + backoff(held.attempt, self._random)
-        held.report(Outcome.WAKE_UP_OUTCOME_RETRY, retry_at=retry_at, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
+        if delay is None:
+            delay = backoff(held.attempt, self._random)
+        held.report(Outcome.WAKE_UP_OUTCOME_RETRY, delay=delay, reason=common_pb2.REASON_CODE_PROVIDER_ERROR, detail=reason)
 
 
 def to_target(found: directory_pb2.PushTarget, lane_topic: str) -> PushTarget:
@@ -466,10 +492,16 @@ def to_target(found: directory_pb2.PushTarget, lane_topic: str) -> PushTarget:
     return PushTarget(PushToken(found.push_token), environment, found.topic or lane_topic, _moment(found.registered_at))
 
 
-def to_wake_up(wake_up: mailbox_pb2.WakeUp) -> WakeUp:
+def lifetime_left(wake_up: mailbox_pb2.WakeUp, now: datetime) -> timedelta:
+    """What is left of its lifetime, as the mailbox says. One of the release before names the end only, and `now` has to do."""
+    left = wake_up.expires_in.ToTimedelta() if wake_up.HasField("expires_in") else _moment(wake_up.expires_at) - now
+    return min(max(left, timedelta(0)), LIFETIME_MAX)
+
+
+def to_wake_up(wake_up: mailbox_pb2.WakeUp, expires_at: datetime) -> WakeUp:
     """Only what is marked as low may wait until the phone is awake for another reason."""
     priority = WakeUpPriority.NORMAL if wake_up.priority == common_pb2.PRIORITY_LOW else WakeUpPriority.HIGH
-    return WakeUp(wake_up.wake_up_id, wake_up.muted, priority, _moment(wake_up.expires_at))
+    return WakeUp(wake_up.wake_up_id, wake_up.muted, priority, expires_at)
 
 
 def _moment(stamp: Timestamp) -> datetime:

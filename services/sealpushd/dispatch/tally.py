@@ -11,6 +11,7 @@ from typing import Final, assert_never
 from prometheus_client import Counter
 
 from sealpushd.dispatch.rules import Decision, Pushed, Quarantine, Retry, StopLane, TokenDead
+from sealpushd.platform.clock import Reading
 
 # Different reasons that are counted apart; vendors have about 30 each.
 ERRORS_MAX: Final = 32
@@ -21,21 +22,21 @@ _ERRORS = Counter("sealpush_lane_errors", "Wake-ups that were not accepted, by l
 
 
 class Rate:
-    """How many of something happened in the last minute, by the second."""
+    """How many of something happened in the last minute, by the second. `now` is of the steady clock."""
 
     def __init__(self) -> None:
         self._seconds: deque[list[int]] = deque()
 
-    def add(self, now: datetime) -> None:
-        second = int(now.timestamp())
+    def add(self, now: float) -> None:
+        second = int(now)
         if self._seconds and self._seconds[-1][0] == second:
             self._seconds[-1][1] += 1
         else:
             self._seconds.append([second, 1])
             self._forget(second)
 
-    def per_second(self, now: datetime) -> float:
-        self._forget(int(now.timestamp()))
+    def per_second(self, now: float) -> float:
+        self._forget(int(now))
         return sum(count for _, count in self._seconds) / RATE_SECONDS
 
     def _forget(self, second: int) -> None:
@@ -67,12 +68,12 @@ class Tally:
         # Label look-ups cost more than counting: remember the children.
         self._counters: dict[str, Counter] = {}
 
-    def take(self, decision: Decision, reason: str, now: datetime) -> None:
+    def take(self, decision: Decision, reason: str, now: Reading) -> None:
         """Count what became of one send, and why if it was not accepted."""
         match decision:
             case Pushed():
                 self.accepted += 1
-                self.rate.add(now)
+                self.rate.add(now.steady)
                 return
             case Retry() | StopLane():
                 self.retried += 1
@@ -84,8 +85,8 @@ class Tally:
                 assert_never(decision)
         if reason not in self.errors and len(self.errors) >= ERRORS_MAX:
             reason = OTHER_ERROR
-        seen = self.errors.setdefault(reason, SeenError(0, now))
-        seen.count, seen.last_at = seen.count + 1, now
+        seen = self.errors.setdefault(reason, SeenError(0, now.wall))
+        seen.count, seen.last_at = seen.count + 1, now.wall
         counter = self._counters.get(reason)
         if counter is None:
             counter = self._counters[reason] = _ERRORS.labels(*self._labels, reason)

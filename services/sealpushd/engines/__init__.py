@@ -7,9 +7,8 @@ Open it in the main thread's event loop: the servers end when the thread that st
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol, Self
@@ -20,56 +19,53 @@ from .datadir import DataDir
 from .errors import EngineError
 from .postgres import EmbeddedPostgres
 from .valkey import EmbeddedValkey
+from .watch import Liveness, Watched, restart_pause_s, until_ended
 
 __all__ = ["EmbeddedPostgres", "EmbeddedValkey", "EngineError", "Engines"]
 
 _log = structlog.get_logger()
 
-# The first restart is at once, because what died by accident comes back; then doubling, so that a server that cannot
-# live does not eat the machine.
-_BACKOFF_FIRST_S = 0.1
-_BACKOFF_MAX_S = 5.0
 # A server that lived this long had recovered: what happens next is another accident, and again restarted at once.
 _STABLE_S = 60.0
-# In a row, over 20 s and more. What cannot even start by then needs somebody to look.
+# In a row, over 10 s and more. What cannot even start by then needs somebody to look.
 FAILED_STARTS_MAX = 10
 
-# A log that grows by megabytes within this is a storm in itself.
-_LOG_CHECK_S = 30.0
+# Name, why ("killed", "hung" …), its log.
+Restarted = Callable[[str, str, Path], None]
 
 
-class _Engine(Protocol):
-    name: str
+class _Engine(Watched, Protocol):
+    log: Path
 
-    @property
-    def pid(self) -> int | None: ...
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
-    async def wait(self) -> int: ...
-    def bound_log(self) -> None: ...
+    async def probe(self) -> None: ...
 
 
 class Engines:
     """The running engines. `Engines.open` makes one."""
 
-    def __init__(self, postgres: EmbeddedPostgres | None, valkey: EmbeddedValkey | None) -> None:
+    def __init__(self, postgres: EmbeddedPostgres | None, valkey: EmbeddedValkey | None, restarted: Restarted | None) -> None:
         self._postgres = postgres
         self._valkey = valkey
+        self._restarted = restarted
         self._engines: list[_Engine] = [engine for engine in (postgres, valkey) if engine is not None]
         self._supervisors: list[asyncio.Task[None]] = []
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, data_dir: Path, *, postgres: bool = True, valkey: bool = True) -> AsyncIterator[Self]:
+    async def open(
+        cls, data_dir: Path, *, postgres: bool = True, valkey: bool = True, restarted: Restarted | None = None
+    ) -> AsyncIterator[Self]:
         """Starts the engines wanted, on `data_dir`, and keeps them running until the end of the block.
 
-        An engine that dies is started again with the same paths, so clients only reconnect; `wait` reports one that
-        cannot be. At the end of the block they are stopped; should this process be killed instead, they end by
-        themselves.
+        An engine that dies, hangs or is told by somebody else to shut down is started again with the same paths, so clients
+        only reconnect; `restarted` is told of it, and `wait` reports one that cannot be. At the end of the block they are
+        stopped; should this process be killed instead, they end by themselves.
         Raises EngineError when one cannot be started, and when another process uses the directory.
         """
         with DataDir.open(data_dir) as data:
-            engines = cls(EmbeddedPostgres(data) if postgres else None, EmbeddedValkey(data) if valkey else None)
+            engines = cls(EmbeddedPostgres(data) if postgres else None, EmbeddedValkey(data) if valkey else None, restarted)
             try:
                 await engines._start()
                 yield engines
@@ -130,19 +126,17 @@ class Engines:
                 raise result
 
     async def _supervise(self, engine: _Engine) -> None:
-        """Starts the engine again whenever it ends. Raises EngineError after FAILED_STARTS_MAX failures in a row."""
+        """Starts the engine again whenever it ends or hangs. Raises EngineError after FAILED_STARTS_MAX failures in a row."""
         attempts = 0
         while True:
             alive_since = time.monotonic()
-            returncode = await self._wait_and_bound_log(engine)
+            why = await until_ended(engine, Liveness(engine.probe))
             if time.monotonic() - alive_since > _STABLE_S:
                 attempts = 0
-            _log.warning("engine ended, starting it again", engine=engine.name, returncode=returncode)
+            _log.warning("engine ended, starting it again", engine=engine.name, why=why)
             failed = 0
             while True:
-                if attempts > 0:
-                    # The exponent is bounded as well: a float does not hold 2 to the power of a year's restarts.
-                    await asyncio.sleep(min(_BACKOFF_FIRST_S * 2 ** min(attempts - 1, 10), _BACKOFF_MAX_S))
+                await asyncio.sleep(restart_pause_s(attempts))
                 attempts += 1
                 try:
                     await engine.start()
@@ -154,12 +148,5 @@ class Engines:
                 else:
                     break
             _log.info("engine started again", engine=engine.name, pid=engine.pid)
-
-    async def _wait_and_bound_log(self, engine: _Engine) -> int:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOG_CHECK_S):
-                    return await engine.wait()
-            # A log that cannot be bounded, on a full disk for instance, is no reason to stop watching.
-            with contextlib.suppress(OSError):
-                await asyncio.to_thread(engine.bound_log)
+            if self._restarted is not None:
+                self._restarted(engine.name, why, engine.log)

@@ -14,6 +14,7 @@ from .binaries import PostgresBinaries, find_postgres
 from .datadir import DataDir
 from .errors import EngineError
 from .process import ServerProcess
+from .watch import GoingDown
 
 _SUPERUSER = "postgres"
 _DATABASE = "sealpush"
@@ -32,6 +33,9 @@ _PREDECESSOR_TIMEOUT_S = 20.0
 _POLL_S = 0.01
 _PREDECESSOR_POLL_S = 0.1
 _CONNECT_TIMEOUT_S = 5.0
+_PROBE_PAUSE_S = 0.1
+# <utils/pidfile.h>, LOCK_FILE_LINE_PM_STATUS
+_STATUS_LINE = 8
 
 # A fast shutdown writes out shared_buffers; then an immediate one, which the next start repairs from the log.
 _STOP_STEPS = ((signal.SIGINT, 20.0), (signal.SIGQUIT, 5.0))
@@ -115,10 +119,10 @@ class EmbeddedPostgres:
         self._binaries = binaries
         self._password = ""
         self._was_ready = False
-        self._log = data.log / "postgres.log"
+        self.log = data.log / "postgres.log"
         self._server = ServerProcess(
             "PostgreSQL",
-            log=self._log,
+            log=self.log,
             own=(data.postgres, data.sockets),
             own_top=data.passed_through,
             # Fast shutdown: sessions are ended, everything committed is kept.
@@ -162,6 +166,37 @@ class EmbeddedPostgres:
         """Ends the server: fast shutdown, then an immediate one, then SIGKILL. Safe to call at any time."""
         await self._server.stop(*_STOP_STEPS)
 
+    async def ready(self) -> None:
+        """At once: `start` returns when it is."""
+
+    async def probe(self) -> None:
+        """Returns once it answers, be it by a refusal; may wait for ever. Raises GoingDown."""
+        while True:
+            # A smart shutdown, which SIGTERM asks for, lets whoever is connected go on and nobody else in. Our services never leave: it
+            # would last for ever, and a service that is started meanwhile would not come up.
+            if self._is_going_down():
+                raise GoingDown
+            try:
+                connection = await asyncpg.connect(self.dsn)
+                try:
+                    await connection.fetchval("SELECT 1")
+                finally:
+                    connection.terminate()
+                return
+            except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
+                await asyncio.sleep(_PROBE_PAUSE_S)
+            except asyncpg.PostgresError:
+                if not self._is_going_down():
+                    return
+
+    async def finish(self) -> None:
+        """Ends a server that shuts down already."""
+        await self.stop()
+
+    def kill(self) -> None:
+        """SIGKILL, also for its backends; the next start repairs from the log."""
+        self._server.kill()
+
     async def wait(self) -> int:
         """Waits until the server has ended and gives its return code."""
         return await self._server.wait()
@@ -169,6 +204,14 @@ class EmbeddedPostgres:
     def bound_log(self) -> None:
         """Keeps the server's log within `process.LOG_BYTES_MAX`."""
         self._server.bound_log()
+
+    def _is_going_down(self) -> bool:
+        """What the postmaster writes into the eighth line of its pid file, for pg_ctl."""
+        try:
+            lines = (self._data.postgres / "postmaster.pid").read_text().splitlines()
+        except OSError:
+            return False
+        return len(lines) >= _STATUS_LINE and lines[_STATUS_LINE - 1].strip() == "stopping"
 
     def _dsn(self, database: str) -> str:
         user, password = quote(_SUPERUSER, safe=""), quote(self._password, safe="")
@@ -183,7 +226,7 @@ class EmbeddedPostgres:
             password_file.write_text(f"{self._password}\n", "ascii")
             initdb = ServerProcess(
                 "initdb",
-                log=self._log,
+                log=self.log,
                 own=(directory,),
                 own_top=self._data.passed_through,
                 # Its work is in a temporary directory, and its child ends when it finds the pipe closed.

@@ -116,15 +116,28 @@ class ServerProcess:
         try:
             for number, timeout_s in steps:
                 self._send(number)
+                # What somebody stopped hears of nothing else before it goes on.
+                self._send(signal.SIGCONT)
                 if await self.ends_within(timeout_s):
                     return
         finally:
-            if self.pid is not None:
-                self._send(signal.SIGKILL)
+            self.kill()
         if not await self.ends_within(_KILL_TIMEOUT_S):
             raise EngineError(
                 f"{self._name} (process {self.pid}) does not end even by SIGKILL: its disk may be gone. Look into the kernel's log."
             )
+
+    def kill(self) -> None:
+        """SIGKILL, for it and its children. Does nothing when the process has ended.
+
+        A child that somebody stopped would outlive its parent, and PostgreSQL refuses to start beside one.
+        """
+        if self.pid is not None:
+            children = _children(self.pid)
+            self._send(signal.SIGKILL)
+            for child in children:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(child, signal.SIGKILL)
 
     def tail(self) -> str:
         """The last lines the latest process wrote."""
@@ -141,22 +154,35 @@ class ServerProcess:
         return EngineError(f"{self._name} {what}. {advice} Its log, {self._log}, ends with:\n{self.tail() or '(nothing)'}")
 
     def bound_log(self) -> None:
-        """Moves the log aside once it is larger than LOG_BYTES_MAX. Blocks for some milliseconds then."""
-        try:
-            if self._log.stat().st_size <= LOG_BYTES_MAX:
-                return
-        except FileNotFoundError:
-            return
-        # The server holds the file open for appending, so it is copied and emptied, not renamed. A line written between
-        # the two is lost: the price of not standing between the server and its log, where we could block it.
-        shutil.copyfile(self._log, self._log.with_name(f"{self._log.name}.1"))
-        os.truncate(self._log, 0)
-        self._log_position = 0
+        """As the function. Blocks for some milliseconds."""
+        if bound_log(self._log):
+            self._log_position = 0
 
     def _send(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
+
+
+def bound_log(path: Path) -> bool:
+    """Move a log aside once it is larger than LOG_BYTES_MAX; whoever has it open goes on writing to the emptied one. Whether it was."""
+    try:
+        if path.stat().st_size <= LOG_BYTES_MAX:
+            return False
+    except FileNotFoundError:
+        return False
+    # A server holds the file open for appending, so it is copied and emptied, not renamed. A line written between
+    # the two is lost: the price of not standing between the server and its log, where we could block it.
+    shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+    os.truncate(path, 0)
+    return True
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except OSError:
+        return []
 
 
 def _environment(inherited: Mapping[str, str]) -> dict[str, str]:

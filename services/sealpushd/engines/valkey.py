@@ -18,6 +18,7 @@ from .process import ServerProcess
 _START_TIMEOUT_S = 15.0
 _POLL_S = 0.01
 _PING_TIMEOUT_S = 2.0
+_PROBE_PAUSE_S = 0.1
 
 # Nothing is to be written, so it ends at once or not at all.
 _STOP_STEPS = ((signal.SIGTERM, 5.0),)
@@ -34,9 +35,10 @@ class EmbeddedValkey:
         self._binary = binary
         self._socket = data.sockets / "valkey.sock"
         self._password = ""
+        self.log = data.log / "valkey.log"
         self._server = ServerProcess(
             "Valkey",
-            log=data.log / "valkey.log",
+            log=self.log,
             own=(data.valkey, data.sockets),
             own_top=data.passed_through,
             death_signal=signal.SIGTERM,
@@ -72,6 +74,32 @@ class EmbeddedValkey:
         """Ends the server: SIGTERM, then SIGKILL. Safe to call at any time."""
         await self._server.stop(*_STOP_STEPS)
 
+    async def ready(self) -> None:
+        """At once: `start` returns when it is."""
+
+    async def probe(self) -> None:
+        """Returns once it answers, be it by a refusal; may wait for ever."""
+        client = self._client()
+        try:
+            while True:
+                try:
+                    await client.ping()
+                    return
+                except (redis.exceptions.ResponseError, redis.exceptions.AuthenticationError, redis.exceptions.BusyLoadingError):
+                    return
+                except (redis.exceptions.RedisError, OSError):
+                    await asyncio.sleep(_PROBE_PAUSE_S)
+        finally:
+            await client.aclose()
+
+    async def finish(self) -> None:
+        """Ends a server that shuts down already."""
+        await self.stop()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._server.kill()
+
     async def wait(self) -> int:
         """Waits until the server has ended and gives its return code."""
         return await self._server.wait()
@@ -106,16 +134,19 @@ class EmbeddedValkey:
         }
         return "".join(f"{name} {value}\n" for name, value in settings.items())
 
-    async def _become_ready(self) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + _START_TIMEOUT_S
-        client = redis.asyncio.Redis.from_url(
+    def _client(self) -> redis.asyncio.Redis:
+        return redis.asyncio.Redis.from_url(
             self.url,
             # With one of its own, redis-py writes by asyncio.wait_for, which in Python 3.11 loses a cancellation that meets the result.
             socket_timeout=None,
             socket_connect_timeout=_PING_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
         )
+
+    async def _become_ready(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _START_TIMEOUT_S
+        client = self._client()
         try:
             while True:
                 try:

@@ -13,6 +13,7 @@ from sealpush.ids import uuid7
 from sealpushd.fetch.rules import Report, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.errors import StoreUnavailable, Unavailable
+from sealpushd.platform.outage import Outage
 from sealpushd.platform.valkey import CHANNEL_QUEUE, Valkey
 
 log = structlog.get_logger()
@@ -113,6 +114,11 @@ class Leases:
         self._valkey = valkey
         self._sessions: set[WakeUpSession] = set()
         self._ended: list[bytes] = []
+        self._outage = Outage(
+            "leases",
+            gone="the heartbeat of wake-up sessions failed and goes on later",
+            back="the heartbeat of wake-up sessions works again",
+        )
 
     async def open(self) -> WakeUpSession:
         """Raises StoreUnavailable."""
@@ -161,6 +167,7 @@ class Leases:
                     self._ended.clear()
                     log.info("released the leases of dispatchers that are gone", sessions=len(lost))
                     self.wake_local()
+                self._outage.worked()
             except StoreUnavailable as e:
-                log.warning("the heartbeat of wake-up sessions failed and goes on later", error=e.message)
+                self._outage.failed(e)
             await asyncio.sleep(HEARTBEAT_S)

@@ -19,6 +19,7 @@ from sealpushd.fetch.streams import StreamHub
 from sealpushd.platform.batching import NaturalBatcher
 from sealpushd.platform.errors import Overloaded, ServiceError, Unavailable
 from sealpushd.platform.metrics import DELIVERIES
+from sealpushd.platform.outage import Outage
 
 log = structlog.get_logger()
 
@@ -68,6 +69,11 @@ class Mailbox:
         self._looking_up: NaturalBatcher[AcceptedKey, Accepted | None] = NaturalBatcher(store.lookup_accepted)
         self._taking: NaturalBatcher[TakeQuery, list[Taken]] = NaturalBatcher(self._take_batch)
         self._acknowledging: NaturalBatcher[Ack, AckAnswer] = NaturalBatcher(self._acknowledge_batch)
+        self._outage = Outage(
+            "sweep of deliveries",
+            gone="the sweep of overdue deliveries failed and goes on later",
+            back="the sweep of overdue deliveries works again",
+        )
 
     async def lookup_accepted(self, keys: Sequence[AcceptedKey]) -> list[Accepted | None]:
         return await self._looking_up.submit_many(keys)
@@ -132,7 +138,7 @@ class Mailbox:
     async def _acknowledge_batch(self, acks: Sequence[Ack]) -> Sequence[AckAnswer]:
         answers = await self._store.acknowledge(acks)
         for answer in answers:
-            if answer.verdict is Verdict.ACCEPTED and answer.state is not None:
+            if answer.verdict is Verdict.ACCEPTED and answer.state is not None and answer.state.terminal:
                 DELIVERIES.labels(answer.state.name).inc()
         self.journal.written()
         return answers
@@ -152,6 +158,7 @@ class Mailbox:
                     self.journal.written()
                     for each in ended:
                         DELIVERIES.labels(each.state.name).inc()
+                self._outage.worked()
             except ServiceError as e:
-                log.warning("the sweep of overdue deliveries failed and goes on later", error=e.message)
+                self._outage.failed(e)
             await asyncio.sleep(SWEEP_PERIOD_S)

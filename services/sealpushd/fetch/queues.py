@@ -16,6 +16,7 @@ from sealpushd.fetch.store import REQUEUE_ROWS_MAX, MailboxStore
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import StoreUnavailable
 from sealpushd.platform.metrics import platform_label
+from sealpushd.platform.outage import Outage
 
 log = structlog.get_logger()
 
@@ -52,6 +53,9 @@ class Queues:
         self._refresh_period_s = refresh_period_s
         self._call_max = call_max
         self._batch_max = batch_max
+        self._outage = Outage(
+            "queues", gone="the queues could not be counted; their metrics stay as they are", back="the queues are counted again"
+        )
         # Lanes that the gauges tell of.
         self._told: set[tuple[str, str]] = set()
 
@@ -79,7 +83,8 @@ class Queues:
         return requeued, more
 
     async def refresh(self) -> None:
-        """Let the gauges tell what waits now. Raises StoreUnavailable."""
+        """Let the gauges tell what waits now, and nothing wait for a clock that was ahead. Raises StoreUnavailable."""
+        await self._store.pull_back()
         queues = await self._store.queues()
         now = self._clock.now()
         told: set[tuple[str, str]] = set()
@@ -93,12 +98,13 @@ class Queues:
         self._told |= told
 
     async def watch(self) -> None:
-        """Refresh the gauges, for ever."""
+        """Refresh, for ever."""
         while True:
             try:
                 await self.refresh()
+                self._outage.worked()
             except StoreUnavailable as e:
-                log.warning("the queues could not be counted; their metrics stay as they are", error=e.message)
+                self._outage.failed(e)
             await asyncio.sleep(self._refresh_period_s)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import IntEnum
+from itertools import pairwise
 from typing import Final
 
 from sealpush.ids import ContentId, DeviceId, MessageId, OrderId, SenderId, SubscriberId, WakeUpId
@@ -41,6 +44,8 @@ LIVE_STREAM_HEAD_START: Final = timedelta(seconds=2)
 DEAD_TOKEN_GRACE: Final = timedelta(seconds=60)
 # What a dispatcher reports of a dead token, as in `WakeUpOutcome`.
 OUTCOME_TOKEN_GONE: Final = 3
+# A push service may ask for 15 minutes, and dispatch adds 11 to the last try; a later one is of a clock that is wrong.
+RETRY_IN_MAX: Final = timedelta(minutes=30)
 # What one question may take at the most, less than a gRPC message with room for one more envelope and the rest.
 TAKE_BYTES_MAX: Final = 2 * 1024 * 1024
 # Sorts before every id.
@@ -246,11 +251,16 @@ class WakeUp:
     muted: bool
     expires_at: datetime
     attempts: int
+    # When it was handed out, by the database's clock.
+    expires_in: timedelta
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a dispatcher says of a wake-up; outcomes as in `WakeUpOutcome`."""
+    """What a dispatcher says of a wake-up; outcomes as in `WakeUpOutcome`.
+
+    `retry_at` is of a dispatcher's clock, and counts only without `retry_in`: dispatchers of the release before know nothing else.
+    """
 
     message_id: MessageId
     device_id: DeviceId
@@ -259,6 +269,7 @@ class Report:
     retry_at: datetime | None
     reason: int
     detail: str
+    retry_in: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,24 +371,84 @@ class Event:
     at: datetime
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Position:
-    """A place in the journal: transaction and number within."""
+# A snapshot that knows no transaction: before everything.
+NOTHING_READ: Final = "1:1:"
+_SNAPSHOT: Final = re.compile(r"(\d{1,19}):(\d{1,19}):((?:\d{1,19}(?:,\d{1,19})*)?)", re.ASCII)
+# Form of a position; the former one was 16 bytes long and had none.
+_POSITION_FORM: Final = 2
+_FORMER_POSITION_BYTES: Final = 16
+_POSITION_HEAD: Final = struct.Struct(">B16sQQQQQ")
+_BIGINT_MAX: Final = (1 << 63) - 1
+# How far a floor may lie behind before a new one is looked up: what a reader that comes back reads in vain, about a page.
+FLOOR_LAG_MAX: Final = 1_000
 
-    xid: int
-    seq: int
+
+def snapshot_bounds(snapshot: str) -> tuple[int, int]:
+    """The oldest transaction that ran, and the first that the snapshot does not know. Raises ValueError for what PostgreSQL refuses."""
+    match = _SNAPSHOT.fullmatch(snapshot)
+    if match is None:
+        raise ValueError("a snapshot is written oldest:next:running")
+    oldest, first_unknown = int(match[1]), int(match[2])
+    running = [int(each) for each in match[3].split(",")] if match[3] else []
+    ascending = all(one < other for one, other in pairwise(running))
+    if not 0 < oldest <= first_unknown <= _BIGINT_MAX or not ascending or any(not oldest <= each < first_unknown for each in running):
+        raise ValueError("the numbers of a snapshot ascend")
+    return oldest, first_unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in the journal: what `done` sees was read, and of a step that is under way (`up_to`) everything to the number `after`.
+
+    `floor`: transactions that `done` does not know have numbers above. `next_floor`: the same of every snapshot taken from now on.
+    `until`: no number that `up_to` sees is above. `dropped`: the newest transaction of which entries were past their retention when
+    the step began.
+    """
+
+    epoch: bytes
+    done: str
+    floor: int
+    next_floor: int
+    dropped: int
+    up_to: str = ""
+    after: int = 0
+    until: int = 0
+
+    def misses(self, dropped: int) -> bool:
+        """Whether entries were not read that are past their retention by now."""
+        return dropped > self.dropped and dropped >= snapshot_bounds(self.done)[0]
+
+    @property
+    def newest_known(self) -> int:
+        """The first transaction that a cluster need not have begun yet when it gave this position."""
+        return snapshot_bounds(self.up_to or self.done)[1]
+
+    def within(self, up_to: str, until: int, after: int) -> Position:
+        """In the middle of a step, after an event."""
+        return replace(self, up_to=up_to, until=until, after=after)
+
+    def step_done(self, up_to: str, dropped: int) -> Position:
+        return Position(self.epoch, up_to, self.next_floor, self.next_floor, dropped)
 
     def encode(self) -> bytes:
-        return self.xid.to_bytes(8, "big") + self.seq.to_bytes(8, "big")
+        head = _POSITION_HEAD.pack(_POSITION_FORM, self.epoch, self.floor, self.next_floor, self.dropped, self.after, self.until)
+        return head + f"{self.done} {self.up_to}".encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Position:
-        """Raises ValueError for anything but 16 bytes; nothing means the beginning."""
-        if not data:
-            return cls(0, 0)
-        if len(data) != 16:
-            raise ValueError("a position is 16 bytes, as given with the events")
-        xid, seq = int.from_bytes(data[:8], "big"), int.from_bytes(data[8:], "big")
-        if seq >= 1 << 63:
-            raise ValueError("a position as given with the events holds smaller numbers")
-        return cls(xid, seq)
+        """Raises ValueError for what is no position, with what its reader does instead."""
+        if len(data) == _FORMER_POSITION_BYTES:
+            raise ValueError(
+                "this position is of the version before, whose order was not always right: begin with an empty position or from_now,"
+                " and take the states that you keep from the events, or from GetStatuses"
+            )
+        try:
+            form, epoch, floor, next_floor, dropped, after, until = _POSITION_HEAD.unpack_from(data)
+            done, space, up_to = data[_POSITION_HEAD.size :].decode("ascii").partition(" ")
+            if form != _POSITION_FORM or not space or max(floor, next_floor, dropped, after, until) > _BIGINT_MAX:
+                raise ValueError("another form")
+            for snapshot in (done, up_to) if up_to else (done,):
+                snapshot_bounds(snapshot)
+        except (struct.error, ValueError):
+            raise ValueError("this is no position: give one as it came with the events, or none") from None
+        return cls(epoch, done, floor, next_floor, dropped, up_to, after, until)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from sealpush.ids import ID_BYTES, DeviceId, MessageId, SenderId, WakeUpId
+from sealpush.ids import ID_BYTES, MessageId, SenderId, WakeUpId
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc
 from sealpushd.fetch import rules
 from sealpushd.fetch.leases import Leases
@@ -19,8 +19,9 @@ from sealpushd.fetch.rules import AckAnswer, Position, Taken, TakeQuery, Verdict
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, LiveStream, StreamHub
 from sealpushd.fetch.wire import (
-    need_id,
     parse_ack,
+    parse_closed,
+    parse_credit,
     parse_key,
     parse_lane,
     parse_message,
@@ -36,7 +37,7 @@ from sealpushd.fetch.wire import (
     to_stopped,
     to_wake_up,
 )
-from sealpushd.platform import rpc
+from sealpushd.platform import admission, fields, rpc
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
@@ -60,7 +61,7 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
 
     async def Fetch(self, request: messages_pb2.FetchRequest, context: Any) -> messages_pb2.FetchResponse:
         caller = rpc.require_device()
-        wake_up_id = WakeUpId(need_id(request.wake_up_id, "wake_up_id"))
+        wake_up_id = WakeUpId(fields.id16(request.wake_up_id, "wake_up_id"))
         taken = await self._mailbox.take(TakeQuery(caller.device_id, wake_up_id=wake_up_id))
         if not taken:
             raise NotFound("no open delivery of this device has this wake-up id; drain instead")
@@ -70,7 +71,7 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         caller = rpc.require_device()
         if request.page_size > PAGE_MAX:
             raise InvalidRequest(f"page_size is at most {PAGE_MAX}", field="page_size")
-        after = MessageId(need_id(request.page_token, "page_token")) if request.page_token else rules.BEFORE_ALL
+        after = MessageId(fields.id16(request.page_token, "page_token")) if request.page_token else rules.BEFORE_ALL
         most = request.page_size or PAGE_DEFAULT
         taken = await self._mailbox.take(TakeQuery(caller.device_id, after_id=after, most=most))
         more = rules.is_full(taken, most)
@@ -121,7 +122,9 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
         """Acknowledgements come up while deliveries go down. An error ends the stream, and so does the device."""
         try:
             async for request in requests:
-                stream.answered(await self._acknowledge(request.acknowledgements))
+                async with admission.turn(request.ByteSize()):
+                    answers = await self._acknowledge(request.acknowledgements)
+                stream.answered(answers)
         except Exception as e:
             # Also a bug ends the stream: the device connects again, where a stream without a reader would hang.
             stream.end(e)
@@ -138,7 +141,8 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
             if not stream.room:
                 continue
             most = min(PAGE_DEFAULT, stream.room)
-            taken = await self._mailbox.take(TakeQuery(stream.device_id, after_id=after, most=most))
+            async with admission.turn():
+                taken = await self._mailbox.take(TakeQuery(stream.device_id, after_id=after, most=most))
             stream.sent(each.message_id for each in taken)
             for frame in _frames(taken):
                 yield _delivery_frame(frame)
@@ -221,7 +225,7 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
             try:
                 async for request in request_iterator:
                     for credit in request.credits:
-                        session.add_credit(credit.app_id, credit.platform, credit.credit)
+                        session.add_credit(*parse_credit(credit))
                     if request.reports:
                         session.add_reports([parse_report(report) for report in request.reports])
             except Exception as e:
@@ -250,10 +254,7 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
             await self._leases.close(session)
 
     async def ReadEvents(self, request: mailbox_pb2.ReadEventsRequest, context: Any) -> AsyncIterator[mailbox_pb2.ReadEventsResponse]:
-        try:
-            position = await self._store.now_position() if request.from_now else Position.decode(request.position)
-        except ValueError as e:
-            raise InvalidRequest(str(e), field="position") from e
+        position = await self._position(request)
         if request.page_size > EVENTS_PAGE_MAX:
             raise InvalidRequest(f"page_size is at most {EVENTS_PAGE_MAX}", field="page_size")
         most = request.page_size or EVENTS_PAGE_DEFAULT
@@ -271,21 +272,34 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
             if len(events) < most:
                 await self._mailbox.journal.wait()
 
+    async def _position(self, request: mailbox_pb2.ReadEventsRequest) -> Position:
+        """Where a reader begins."""
+        if request.from_now:
+            return await self._store.now_position()
+        if not request.position:
+            return await self._store.first_position()
+        try:
+            position = Position.decode(request.position)
+        except ValueError as e:
+            raise InvalidRequest(str(e), field="position") from e
+        await self._store.check_position(position)
+        return position
+
     async def GetStatuses(self, request: mailbox_pb2.MailboxGetStatusesRequest, context: Any) -> mailbox_pb2.MailboxGetStatusesResponse:
-        sender_id = SenderId(need_id(request.sender_id, "sender_id"))
-        ids = [MessageId(need_id(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
+        sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
+        ids = [MessageId(fields.id16(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
         records = await self._store.statuses(sender_id, ids)
         return mailbox_pb2.MailboxGetStatusesResponse(statuses=[to_status(record) for record in records])
 
     async def GetReceipts(self, request: mailbox_pb2.MailboxGetReceiptsRequest, context: Any) -> mailbox_pb2.MailboxGetReceiptsResponse:
-        sender_id = SenderId(need_id(request.sender_id, "sender_id"))
-        ids = [MessageId(need_id(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
+        sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
+        ids = [MessageId(fields.id16(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
         found = await self._store.evidence(sender_id, ids)
         return mailbox_pb2.MailboxGetReceiptsResponse(receipts=[to_receipt(each, sender_id) for each in found])
 
     async def Cancel(self, request: mailbox_pb2.MailboxCancelRequest, context: Any) -> mailbox_pb2.MailboxCancelResponse:
-        sender_id = SenderId(need_id(request.sender_id, "sender_id"))
-        ids = [MessageId(need_id(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
+        sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
+        ids = [MessageId(fields.id16(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
         ended = await self._store.cancel(sender_id, ids)
         self._mailbox.journal.written()
         results = []
@@ -300,15 +314,15 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
 
     async def Block(self, request: mailbox_pb2.BlockRequest, context: Any) -> mailbox_pb2.BlockResponse:
         ended = await self._store.block(
-            need_id(request.subscriber_id, "subscriber_id"),
-            SenderId(need_id(request.sender_id, "sender_id")),
+            fields.id16(request.subscriber_id, "subscriber_id"),
+            SenderId(fields.id16(request.sender_id, "sender_id")),
             advertising_only=request.advertising_only,
         )
         self._mailbox.journal.written()
         return mailbox_pb2.BlockResponse(deliveries=to_stopped(ended))
 
     async def CloseDevices(self, request: mailbox_pb2.CloseDevicesRequest, context: Any) -> mailbox_pb2.CloseDevicesResponse:
-        devices = {DeviceId(need_id(each.device_id, "device_id")): int(each.reason_code) for each in _bounded(request.devices, "devices")}
+        devices = dict(map(parse_closed, _bounded(request.devices, "devices")))
         ended = await self._mailbox.close_devices(devices)
         return mailbox_pb2.CloseDevicesResponse(closed=len(ended))
 

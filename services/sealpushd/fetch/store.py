@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from sealpushd.fetch.rules import (
     WakeUp,
 )
 from sealpushd.platform.db import Database, load_sql
-from sealpushd.platform.errors import StoreUnavailable
+from sealpushd.platform.errors import FailedPrecondition, StoreUnavailable
 
 Result = TypeVar("Result")
 
@@ -95,12 +96,16 @@ class MailboxStore:
 
         return await self._retrying(work)
 
-    async def _one_at_a_time(self, name: str, *arguments: Any) -> Sequence[asyncpg.Record]:
+    async def _one_at_a_time(self, keys: Iterable[tuple[bytes, bytes]], name: str, *arguments: Any) -> Sequence[asyncpg.Record]:
         """Rows of a statement that changes deliveries which have ended: those have no row in `open_deliveries` to lock, so that in all
-        processes together one such statement runs at a time. For the same reasons as `_locked`."""
+        processes together one such statement runs at a time. For the same reasons as `_locked`, of which come first the `keys` of what may
+        be open as well."""
+        columns = _columns(keys, 2)
 
         async def work() -> Sequence[asyncpg.Record]:
             async with self._db.transaction() as connection:
+                if columns[0]:
+                    await connection.fetch(self._sql["lock_keys"], *columns)
                 await connection.execute("SELECT pg_advisory_xact_lock($1)", ENDED_LOCK)
                 rows: Sequence[asyncpg.Record] = await connection.fetch(self._sql[name], *arguments)
                 return rows
@@ -162,7 +167,7 @@ class MailboxStore:
             24,
         )
         deliveries = []
-        for m, ids in ordered:
+        for number, (m, ids) in enumerate(ordered, start=1):
             for delivery, wake_up_id in zip(m.deliveries, ids, strict=True):
                 state, reason = rules.initial_state(m.blocked, delivery)
                 deliveries.append(
@@ -177,11 +182,13 @@ class MailboxStore:
                         wake_up_id,
                         rules.push_in(state, delivery, on_live_stream=delivery.device_id in live),
                         rules.grace(delivery),
+                        number,
                     )
                 )
         # A hash of the content: 1 µs a message of the smallest size, 80 µs of 64 KiB.
         evidence = [evidence_of(m.head, m.tail) if m.head else None for m, _ in ordered]
-        arguments = [*message_columns, *_columns(deliveries, 10), evidence]
+        *delivery_columns, numbers = _columns(deliveries, 11)
+        arguments = [*message_columns, *delivery_columns, evidence, numbers]
         replacing = [m for m, _ in ordered if m.replace_hash]
 
         async def work() -> set[MessageId]:
@@ -303,7 +310,7 @@ class MailboxStore:
         columns = _columns(
             ((a.message_id, a.device_id, a.content_id, a.outcome, a.reason, a.at_ms, a.signature, a.envelope_digest) for _, a in acks), 8
         )
-        rows = await self._one_at_a_time("late_ack", *columns)
+        rows = await self._one_at_a_time((), "late_ack", *columns)
         found = {(row["message_id"], row["device_id"]): row for row in rows}
         answers = {}
         overdue = []
@@ -322,7 +329,9 @@ class MailboxStore:
         distinct: dict[tuple[bytes | None, ...], tuple[int, bytes]] = {}
         for _, a in acks:
             distinct.setdefault((a.message_id, a.device_id, a.content_id, a.envelope_digest), (a.at_ms, a.signature))
-        rows = await self._one_at_a_time("read", *_columns(((*key, *signed) for key, signed in distinct.items()), 6))
+        rows = await self._one_at_a_time(
+            ((a.message_id, a.device_id) for _, a in acks), "read", *_columns(((*key, *signed) for key, signed in distinct.items()), 6)
+        )
         found = {(row["message_id"], row["device_id"]): State(row["state"]) for row in rows}
         answers = {}
         for n, a in acks:
@@ -330,7 +339,9 @@ class MailboxStore:
             if state is None:
                 answers[n] = AckAnswer(a.message_id, Verdict.UNKNOWN, None)
             else:
-                answers[n] = AckAnswer(a.message_id, Verdict.ACCEPTED if state is State.DELIVERED else Verdict.LATE, state)
+                # Of what is open it is kept, and counts once the delivery is acknowledged.
+                kept = state is State.DELIVERED or not state.terminal
+                answers[n] = AckAnswer(a.message_id, Verdict.ACCEPTED if kept else Verdict.LATE, state)
         return answers
 
     async def close(self, endings: Sequence[Ending]) -> list[Ended]:
@@ -358,22 +369,13 @@ class MailboxStore:
 
     async def block(self, subscriber_id: bytes, sender_id: SenderId, *, advertising_only: bool) -> list[Ended]:
         """End what is queued of a sender that the recipient blocks now."""
-        rows = await self._db.fetch(
-            "block",
-            "SELECT message_id, device_id FROM open_deliveries WHERE subscriber_id = $1 AND sender_id = $2"
-            " AND (NOT $3 OR content_class = 2)",
-            subscriber_id,
-            sender_id,
-            advertising_only,
-        )
+        rows = await self._fetch("block", subscriber_id, sender_id, advertising_only)
         reason = Reason.ADVERTISING_BLOCKED if advertising_only else Reason.SENDER_BLOCKED
         return await self.close([Ending(row["message_id"], row["device_id"], State.BLOCKED, reason) for row in rows])
 
     async def close_devices(self, devices: dict[DeviceId, int]) -> list[Ended]:
         """End everything open of installations that are gone, with the reason given for each."""
-        rows = await self._db.fetch(
-            "close_devices", "SELECT message_id, device_id FROM open_deliveries WHERE device_id = ANY ($1::uuid[])", list(devices)
-        )
+        rows = await self._fetch("open_of_devices", list(devices))
         return await self.close([Ending(r["message_id"], r["device_id"], State.UNDELIVERED, devices[r["device_id"]]) for r in rows])
 
     async def sweep(self) -> list[Ended]:
@@ -445,17 +447,13 @@ class MailboxStore:
 
     async def keep_sessions(self, session_ids: Sequence[bytes]) -> None:
         """Write down that these dispatchers are connected now."""
-        await self._db.execute(
-            "keep_sessions",
-            "INSERT INTO wake_up_sessions (session_id) SELECT unnest($1::uuid[]) ON CONFLICT (session_id) DO UPDATE SET seen_at = now()",
-            list(session_ids),
-        )
+        await self._fetch("keep_sessions", list(session_ids))
 
     async def end_sessions(self, session_ids: Sequence[bytes]) -> None:
         """Release the leases of dispatchers that are gone; their wake-ups can be claimed again at once."""
         ended = list(session_ids)
-        await self._db.execute("end_sessions", "UPDATE open_deliveries SET session_id = NULL WHERE session_id = ANY ($1::uuid[])", ended)
-        await self._db.execute("end_sessions", "DELETE FROM wake_up_sessions WHERE session_id = ANY ($1::uuid[])", ended)
+        await self._fetch("release_leases", ended)
+        await self._fetch("forget_sessions", ended)
 
     async def lost_sessions(self) -> list[bytes]:
         """Dispatchers that were not seen for a while, because their mailbox process is gone, and those that ended while a claim of theirs
@@ -477,10 +475,10 @@ class MailboxStore:
             # First: what fails in between is reported again, and goes on.
             await self._give_grace(session_id, dead)
         columns = _columns(
-            ((r.message_id, r.device_id, r.fence, r.outcome, r.retry_at, r.reason, r.detail[:100]) for r in distinct.values()),
-            7,
+            ((r.message_id, r.device_id, r.fence, r.outcome, r.retry_at, r.reason, r.detail[:100], r.retry_in) for r in distinct.values()),
+            8,
         )
-        await self._locked(distinct, "report", session_id, *columns)
+        await self._locked(distinct, "report", session_id, *columns, rules.RETRY_IN_MAX)
 
     async def _give_grace(self, session_id: bytes, dead: Sequence[Report]) -> None:
         """Let what is open and unfetched of these reports' devices end after a grace, in turns in the order of the keys."""
@@ -501,6 +499,10 @@ class MailboxStore:
             if len(locked) < GRACE_ROWS_MAX:
                 return
             last = locked[-1]["device_id"], locked[-1]["message_id"]
+
+    async def pull_back(self) -> None:
+        """Let what waits for its push longer than it can be due now: the database's clock was ahead when it was put off."""
+        await self._retrying(lambda: self._fetch("pull_back", rules.RETRY_IN_MAX))
 
     async def queues(self) -> list[Queue]:
         """What waits to be pushed, by lane; lanes without anything are left out."""
@@ -533,31 +535,99 @@ class MailboxStore:
 
     async def now_position(self) -> Position:
         """Where the journal's future begins: what is committed from now on comes after it."""
-        row = await self._db.fetch_one("now_position", "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::int8 AS xid")
-        if row is None:
-            raise StoreUnavailable("PostgreSQL gave no answer; try again")
-        return Position(row["xid"], 0)
+        floor = await self._journal_floor()
+        row = await self._journal_now()
+        return Position(row["epoch"], row["snapshot"], floor, floor, row["dropped_xid"])
+
+    async def first_position(self) -> Position:
+        """Before everything that the journal keeps."""
+        floor = await self._journal_floor()
+        row = await self._journal_now()
+        return Position(row["epoch"], rules.NOTHING_READ, 0, floor, row["dropped_xid"])
+
+    async def check_position(self, position: Position) -> None:
+        """Raises PositionLost where another cluster gave it, or one that a back-up has taken back since."""
+        row = await self._journal_now()
+        _check_position(position, row["epoch"], row["snapshot"])
+
+    async def _journal_now(self) -> asyncpg.Record:
+        (row,) = await self._fetch("journal_now")
+        return row
+
+    async def _journal_floor(self) -> int:
+        (row,) = await self._fetch("journal_floor")
+        return int(row["seq"])
 
     async def events(self, after: Position, most: int) -> tuple[list[Event], Position]:
-        """Journal entries after a position in commit order, and the position after them."""
-        rows = await self._fetch("read_events", str(after.xid), after.seq, most)
-        events = [
-            Event(
-                MessageId(row["message_id"]),
-                DeviceId(row["device_id"]),
-                SenderId(row["sender_id"]),
-                OrderId(row["order_id"]),
-                row["leg_no"],
-                row["group_id"],
-                row["channel"],
-                row["kind"],
-                State(row["state"]),
-                row["reason"],
-                row["at"],
+        """Journal entries after a position, and the position after them. Fewer than `most`: that is all that is committed by now.
+
+        The entries of a delivery come in the order of its changes, those of a transaction never before those of one that had committed when
+        it changed the same delivery; nothing is left out or comes twice. Raises PositionLost.
+        """
+        position, found, floor_is_new = after, list[Event](), False
+        while True:
+            begins, wanted = not position.up_to, most - len(found)
+            rows = await self._fetch(
+                "read_events",
+                position.done,
+                position.floor,
+                position.up_to or None,
+                position.after,
+                position.until if position.up_to else None,
+                wanted,
+                position.next_floor + rules.FLOOR_LAG_MAX if begins and not floor_is_new else None,
             )
-            for row in rows
-        ]
-        return events, Position(rows[-1]["xid"], rows[-1]["seq"]) if rows else after
+            step = rows[0]
+            _check_position(position, step["epoch"], step["up_to"])
+            if position.misses(step["dropped_xid"]):
+                raise PositionLost("entries after this position are past their retention: begin with an empty position")
+            if step["floor_is_old"]:
+                # Nothing was read: the step's snapshot has to be taken after its floor.
+                position, floor_is_new = replace(position, next_floor=await self._journal_floor()), True
+                continue
+            events = [_event(row) for row in rows if row["seq"] is not None]
+            found += events
+            if len(events) == wanted:
+                return found, position.within(step["up_to"], step["until_seq"], rows[-1]["seq"])
+            position, floor_is_new = position.step_done(step["up_to"], step["dropped_xid"]), False
+            if begins:
+                return found, position
+
+
+class PositionLost(FailedPrecondition):
+    """The journal does not go on after this position. Its reader begins with an empty one, which repeats, or from now on, and looks the
+    states up that it keeps."""
+
+    reason = "POSITION_LOST"
+
+
+def _check_position(position: Position, epoch: bytes, snapshot: str) -> None:
+    if position.epoch != epoch:
+        raise PositionLost(
+            "another database gave this position, or this one before it was restored: begin with an empty position, or from_now,"
+            " and look up the states that you keep"
+        )
+    if position.newest_known > rules.snapshot_bounds(snapshot)[1]:
+        raise PositionLost(
+            "this position is ahead of the database, which was restored without `sealpush db restored`: run that, then begin with an"
+            " empty position"
+        )
+
+
+def _event(row: asyncpg.Record) -> Event:
+    return Event(
+        MessageId(row["message_id"]),
+        DeviceId(row["device_id"]),
+        SenderId(row["sender_id"]),
+        OrderId(row["order_id"]),
+        row["leg_no"],
+        row["group_id"],
+        row["channel"],
+        row["kind"],
+        State(row["state"]),
+        row["reason"],
+        row["at"],
+    )
 
 
 def _accepted(row: asyncpg.Record | None) -> Accepted | None:

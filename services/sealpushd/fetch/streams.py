@@ -18,6 +18,7 @@ from sealpushd.fetch.rules import AckAnswer
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.errors import Aborted, Overloaded, ServiceError, Unauthenticated, Unavailable
 from sealpushd.platform.metrics import STREAMS_OPEN
+from sealpushd.platform.outage import Outage
 from sealpushd.platform.valkey import CHANNEL_DEVICES, CHANNEL_DISMISSED, CHANNEL_STREAMS, PRESENCE_TTL_S, Valkey
 
 log = structlog.get_logger()
@@ -141,6 +142,9 @@ class StreamHub:
         self._store = store
         self._worker_id = uuid7()
         self._streams: dict[DeviceId, LiveStream] = {}
+        self._outage = Outage(
+            "sweep of streams", gone="the sweep of live streams failed and goes on later", back="the sweep of live streams works again"
+        )
 
     async def open(self, device_id: DeviceId) -> LiveStream:
         """A stream for a device; one it had before ends with ABORTED, wherever it is."""
@@ -236,10 +240,12 @@ class StreamHub:
                 try:
                     waiting = await self._store.waiting_ids(list(part), UNACKNOWLEDGED_MAX * 2)
                 except ServiceError as e:
-                    log.warning("the sweep of live streams failed and goes on later", error=e.message)
+                    self._outage.failed(e)
                     break
                 for device_id, message_ids in waiting.items():
                     part[device_id].offer(message_ids)
+            else:
+                self._outage.worked()
 
 
 def _taken_over() -> ServiceError:

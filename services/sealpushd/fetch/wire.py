@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import Final
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush import proofs
@@ -32,16 +33,20 @@ from sealpushd.fetch.rules import (
     Taken,
     WakeUp,
 )
-from sealpushd.platform.clock import from_ms
+from sealpushd.platform import fields
 from sealpushd.platform.errors import InvalidRequest
 from sealpushd.v1 import mailbox_pb2
-
-# A device's time as the database holds it.
-AT_MS_MAX: Final = 2**63 - 1
 
 _REASON_CODES: Final = frozenset(common_pb2.ReasonCode.values())
 _PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {common_pb2.PLATFORM_UNSPECIFIED}
 APP_ID_CHARACTERS_MAX: Final = 64
+# As the protos say: what publishing lets in.
+REQUEST_ID_CHARACTERS_MAX: Final = 64
+TAG_CHARACTERS_MAX: Final = 50
+ORIGINATOR_CHARACTERS_MAX: Final = 32
+MAC_BYTES: Final = 32
+# A leg is numbered up to 100; this is what the column holds.
+LEG_NO_MAX: Final = fields.ENUM_MAX
 _OUTCOMES: Final = frozenset(mailbox_pb2.WakeUpOutcome.values()) - {mailbox_pb2.WAKE_UP_OUTCOME_UNSPECIFIED}
 
 
@@ -55,18 +60,11 @@ def optional_timestamp(moment: datetime | None) -> Timestamp | None:
     return None if moment is None else timestamp(moment)
 
 
-def need_id(value: bytes, field: str) -> bytes:
-    """A 16-byte id; raises InvalidRequest that names the field."""
-    if len(value) != ID_BYTES:
-        raise InvalidRequest(f"{field} must be 16 bytes, not {len(value)}", field=field)
-    return value
-
-
 def parse_ack(proto: messages_pb2.Acknowledgement, device_id: DeviceId, identity_public_key: bytes) -> Ack | None:
     """An acknowledgement whose fields and signature are right, else None."""
     if len(proto.message_id) != ID_BYTES or len(proto.content_id) != ID_BYTES:
         return None
-    if proto.reason_code not in _REASON_CODES or proto.at_ms > AT_MS_MAX:
+    if proto.reason_code not in _REASON_CODES or proto.at_ms > fields.I64_MAX:
         return None
     try:
         outcome = AckOutcome(proto.outcome)
@@ -110,40 +108,52 @@ def to_ack_result(answer: AckAnswer) -> messages_pb2.AckResult:
 
 
 def parse_key(proto: mailbox_pb2.AcceptedKey) -> AcceptedKey:
-    return AcceptedKey(SenderId(need_id(proto.sender_id, "sender_id")), proto.request_id, proto.request_mac)
+    return AcceptedKey(
+        SenderId(fields.id16(proto.sender_id, "sender_id")),
+        fields.text(proto.request_id, "request_id", REQUEST_ID_CHARACTERS_MAX, characters_min=1),
+        fields.octets(proto.request_mac, "request_mac", MAC_BYTES),
+    )
 
 
 def parse_message(proto: mailbox_pb2.NewMessage) -> NewMessage:
+    """Raises InvalidRequest that names the field."""
     if not proto.deliveries:
         raise InvalidRequest("a message has at least one delivery", field="deliveries")
+    if len(proto.deliveries) > fields.ENUM_MAX:
+        raise InvalidRequest(f"a message has at most {fields.ENUM_MAX} deliveries", field="deliveries")
     if len({each.device_id for each in proto.deliveries}) != len(proto.deliveries):
         raise InvalidRequest("a message has two deliveries for one device", field="deliveries")
-    message_id = MessageId(need_id(proto.message_id, "message_id"))
+    message_id = MessageId(fields.id16(proto.message_id, "message_id"))
     return NewMessage(
         key=parse_key(proto.key),
         message_id=message_id,
-        subscriber_id=SubscriberId(need_id(proto.subscriber_id, "subscriber_id")),
-        app_id=AppId(proto.app_id),
-        content_class=proto.content_class,
-        priority=proto.priority or common_pb2.PRIORITY_NORMAL,
-        created_at=from_ms(proto.created_at_ms),
-        expires_at=from_ms(proto.expires_at_ms),
-        replace_hash=proto.replace_hash,
-        order_id=OrderId(proto.order_id or message_id),
-        leg_no=proto.leg_no,
-        channel=proto.channel or common_pb2.CHANNEL_PUSH,
-        group_id=proto.group_id or None,
-        traffic_type=proto.traffic_type,
-        tag=proto.tag,
-        originator_requested=proto.originator_requested,
-        originator_effective=proto.originator_effective,
+        subscriber_id=SubscriberId(fields.id16(proto.subscriber_id, "subscriber_id")),
+        app_id=AppId(fields.text(proto.app_id, "app_id", APP_ID_CHARACTERS_MAX)),
+        content_class=fields.enum(proto.content_class, "content_class"),
+        priority=fields.enum(proto.priority, "priority") or common_pb2.PRIORITY_NORMAL,
+        created_at=fields.moment_ms(proto.created_at_ms, "created_at_ms"),
+        expires_at=fields.moment_ms(proto.expires_at_ms, "expires_at_ms"),
+        replace_hash=fields.octets(proto.replace_hash, "replace_hash", 0, MAC_BYTES),
+        order_id=OrderId(fields.optional_id16(proto.order_id, "order_id") or message_id),
+        leg_no=fields.number(proto.leg_no, "leg_no", LEG_NO_MAX),
+        channel=fields.enum(proto.channel, "channel") or common_pb2.CHANNEL_PUSH,
+        group_id=fields.optional_id16(proto.group_id, "group_id") or None,
+        traffic_type=fields.enum(proto.traffic_type, "traffic_type"),
+        tag=fields.text(proto.tag, "tag", TAG_CHARACTERS_MAX),
+        originator_requested=fields.text(proto.originator_requested, "originator_requested", ORIGINATOR_CHARACTERS_MAX),
+        originator_effective=fields.text(proto.originator_effective, "originator_effective", ORIGINATOR_CHARACTERS_MAX),
         muted=proto.muted,
-        blocked=proto.blocked,
+        blocked=fields.enum(proto.blocked, "blocked"),
         deliveries=tuple(
-            NewDelivery(DeviceId(need_id(each.device_id, "device_id")), each.stanza, each.platform, each.push_reason)
+            NewDelivery(
+                DeviceId(fields.id16(each.device_id, "deliveries.device_id")),
+                each.stanza,
+                fields.enum(each.platform, "deliveries.platform"),
+                fields.enum(each.push_reason, "deliveries.push_reason"),
+            )
             for each in proto.deliveries
         ),
-        content_id=ContentId(need_id(proto.content_id, "content_id")),
+        content_id=ContentId(fields.id16(proto.content_id, "content_id")),
         head=proto.head,
         tail=proto.tail,
     )
@@ -242,27 +252,38 @@ def to_receipt(evidence: MessageEvidence, sender_id: SenderId) -> publish_pb2.Re
 
 
 def parse_report(proto: mailbox_pb2.WakeUpReport) -> Report:
-    if proto.outcome not in _OUTCOMES:
-        raise InvalidRequest(f"outcome {proto.outcome} is unknown to this version", field="outcome")
-    if proto.reason_code not in _REASON_CODES:
-        raise InvalidRequest(f"reason_code {proto.reason_code} is unknown to this version", field="reason_code")
-    try:
-        retry_at = proto.retry_at.ToDatetime(UTC) if proto.HasField("retry_at") else None
-    except (ValueError, OverflowError) as e:
-        raise InvalidRequest("retry_at is no valid time", field="retry_at") from e
+    """Raises InvalidRequest that names the field."""
+    retry_in = fields.duration(proto.retry_in, "retry_in") if proto.HasField("retry_in") else None
     return Report(
-        MessageId(need_id(proto.message_id, "message_id")),
-        DeviceId(need_id(proto.device_id, "device_id")),
-        proto.fence,
-        proto.outcome,
-        retry_at,
-        proto.reason_code,
+        MessageId(fields.id16(proto.message_id, "message_id")),
+        DeviceId(fields.id16(proto.device_id, "device_id")),
+        fields.number(proto.fence, "fence", fields.I64_MAX),
+        fields.enum(proto.outcome, "outcome", _OUTCOMES),
+        fields.moment(proto.retry_at, "retry_at") if proto.HasField("retry_at") else None,
+        fields.enum(proto.reason_code, "reason_code", _REASON_CODES),
         # The provider's own words: PostgreSQL holds every character but this one.
         proto.detail.replace("\0", ""),
+        None if retry_in is None else min(max(retry_in, timedelta(0)), rules.RETRY_IN_MAX),
     )
 
 
+def parse_credit(proto: mailbox_pb2.LaneCredit) -> tuple[AppId, int, int]:
+    """A lane, and what its dispatcher can take."""
+    return (
+        AppId(fields.text(proto.app_id, "credits.app_id", APP_ID_CHARACTERS_MAX)),
+        fields.enum(proto.platform, "credits.platform"),
+        proto.credit,
+    )
+
+
+def parse_closed(proto: mailbox_pb2.ClosedDevice) -> tuple[DeviceId, int]:
+    """A device that is gone, and the reason."""
+    device_id = DeviceId(fields.id16(proto.device_id, "devices.device_id"))
+    return device_id, fields.enum(proto.reason_code, "devices.reason_code")
+
+
 def to_wake_up(each: WakeUp) -> mailbox_pb2.WakeUp:
+    left = each.expires_in
     return mailbox_pb2.WakeUp(
         message_id=each.message_id,
         device_id=each.device_id,
@@ -274,15 +295,13 @@ def to_wake_up(each: WakeUp) -> mailbox_pb2.WakeUp:
         muted=each.muted,
         expires_at=timestamp(each.expires_at),
         attempts=each.attempts,
+        expires_in=Duration(seconds=left.days * 86_400 + left.seconds, nanos=left.microseconds * 1000),
     )
 
 
 def parse_lane(app_id: str, platform: int) -> tuple[AppId, int]:
-    if not 0 < len(app_id) <= APP_ID_CHARACTERS_MAX or not app_id.isprintable():
-        raise InvalidRequest(f"an app id is 1 to {APP_ID_CHARACTERS_MAX} visible characters", field="app_id")
-    if platform not in _PLATFORMS:
-        raise InvalidRequest(f"platform {platform} is unknown to this version", field="platform")
-    return AppId(app_id), platform
+    name = fields.text(app_id, "app_id", APP_ID_CHARACTERS_MAX, characters_min=1)
+    return AppId(name), fields.enum(platform, "platform", _PLATFORMS)
 
 
 def to_queue(queue: Queue) -> mailbox_pb2.Queue:

@@ -24,7 +24,7 @@ from sealpushd.platform import rpc
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.clients import BatchedCall
 from sealpushd.platform.clock import Clock, to_ms
-from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied
+from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, Unauthenticated
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.platform.vault import Vault
 from sealpushd.v1 import directory_pb2, sealing_pb2, sealing_pb2_grpc
@@ -124,7 +124,7 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         """The device, if it is in a list. Whose it is, a token may say as it was a quarter of an hour ago: the row knows."""
         device = await self._store.device(device_id)
         if device is None or device.removed:
-            raise PermissionDenied("this device is not registered (any more); register again")
+            raise Unauthenticated("this device is not registered (any more); register again")
         return device
 
     async def GetDeviceLog(self, request: keys_pb2.GetDeviceLogRequest, context: Context) -> keys_pb2.GetDeviceLogResponse:
@@ -152,6 +152,9 @@ class KeysService(keys_pb2_grpc.KeysServicer):
     async def GetPrekeyState(self, request: keys_pb2.GetPrekeyStateRequest, context: Context) -> keys_pb2.GetPrekeyStateResponse:
         caller = rpc.require_device()
         keys = (await self._store.device_keys([caller.device_id])).get(caller.device_id)
+        if keys is None:
+            # Removed, or without prekeys.
+            await self._listed(caller.device_id)
         left, known = await self._store.one_time_prekeys(caller.device_id, self._clock.now())
         response = keys_pb2.GetPrekeyStateResponse(one_time_prekeys_left=left)
         if keys is not None:

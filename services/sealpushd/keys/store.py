@@ -31,7 +31,7 @@ from sealpushd.keys.rules import (
     Upload,
     Wanted,
 )
-from sealpushd.platform.clock import to_ms
+from sealpushd.platform.clock import MOMENT_AHEAD_MAX, to_ms
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted
 from sealpushd.platform.limits import ONE_TIME_PREKEYS_PER_SENDER
@@ -229,7 +229,9 @@ class KeyStore:
         missing = [each for each in wanted if each.name not in found]
         suites = {each.device_id: each.suite for each in missing}
         ends = now + timedelta(milliseconds=rules.HANDOUT_LIFETIME_MS)
-        rows = await connection.fetch(self._sql["count_handouts"], list(suites), sender_id, ends - ONE_TIME_PREKEYS_PER_SENDER.window)
+        rows = await connection.fetch(
+            self._sql["count_handouts"], list(suites), sender_id, ends - ONE_TIME_PREKEYS_PER_SENDER.window, ends + MOMENT_AHEAD_MAX
+        )
         handed_out = {row["device_id"]: row["handed_out"] for row in rows}
         counts = Counter(each.device_id for each in missing)
         windows = [(each, suite, rules.record_bytes(suite), counts[each] + rules.WINDOW_SPARE) for each, suite in suites.items()]

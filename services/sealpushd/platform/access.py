@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Final
 
 from sealpushd.platform.errors import PermissionDenied, Unauthenticated
-from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller
+from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,11 @@ ACCESS: Final[dict[str, Rule]] = {
     "/sealpushd.v1.Providers/ListProviders": _services(OPERATOR),
     "/sealpushd.v1.Providers/RemoveProvider": _services(OPERATOR),
 }
+# Methods of others' protos.
+OTHERS: Final[dict[str, Rule]] = {
+    # For load balancers and supervisors.
+    "/grpc.health.v1.Health/Check": Anyone(),
+}
 
 
 @lru_cache(maxsize=4096)
@@ -132,6 +137,19 @@ def address_allowed(address: str, networks: tuple[str, ...]) -> bool:
         # How a listener on all addresses sees a caller over IPv4.
         parsed = parsed.ipv4_mapped
     return any(parsed in ipaddress.ip_network(network) for network in networks)
+
+
+def admit(rule: Rule, authorization: str, address: str, verifier: TokenVerifier) -> tuple[Caller | None, float | None]:
+    """Who makes a call under this rule, by its header `authorization`, and the epoch second at which the token ends. Raises as `check`, and
+    Unauthenticated for a token that is not valid.
+
+    Where anyone may call, a token is not looked at: a phone or a sender whose token has ended calls to get another one.
+    """
+    if isinstance(rule, Anyone):
+        return None, None
+    caller, ends_at = verifier.verify_until(authorization[7:]) if authorization[:7].lower() == "bearer " else (None, None)
+    check(rule, caller, address)
+    return caller, ends_at
 
 
 def check(rule: Rule, caller: Caller | None, address: str) -> None:

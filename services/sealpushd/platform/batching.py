@@ -7,19 +7,36 @@ for statements to PostgreSQL.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
 
-from sealpushd.platform.errors import Overloaded
+from sealpushd.platform import admission
+from sealpushd.platform.admission import Place
+from sealpushd.platform.errors import DeadlineExceeded, Overloaded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # A mesh frame and a statement carry at most this many items; larger ones gain nothing (measured) and hold up the rest.
-BATCH_ITEMS_MAX = 512
-# Items that may wait before callers are refused: about a second's work at full speed.
-QUEUE_ITEMS_MAX = 20_000
+BATCH_ITEMS_MAX: Final = 512
+# What has waited for so long says that what joins it would not be worked on in time: a queue is long or short only in seconds.
+QUEUE_AGE_S_MAX: Final = 2.0
+# A bound on memory, not on time: what that many wait for takes a quarter of a second here and twenty there.
+QUEUE_ITEMS_MAX: Final = 20_000
+
+
+@dataclass(eq=False, slots=True)
+class _Submission(Generic[Item, Result]):
+    """Items that wait: whose place their work takes, until when it is of use, since when they wait."""
+
+    items: Sequence[Item]
+    future: asyncio.Future[list[Result]]
+    place: Place | None
+    deadline_at: float | None
+    since: float
 
 
 class NaturalBatcher(Generic[Item, Result]):
@@ -27,6 +44,9 @@ class NaturalBatcher(Generic[Item, Result]):
 
     `flush` takes a sequence of items and returns a result each, in their order; when it raises, every submission in that
     batch raises the same. A submission is never reordered behind a later one and, if it fits a batch, never split.
+
+    What nobody waits for any more, or whose deadline has ended, is dropped before it is flushed. `flush` has time until the latest
+    deadline of its batch, and works for everybody in it: their places at the door are kept until it has ended, also of those who left.
     """
 
     def __init__(
@@ -38,14 +58,16 @@ class NaturalBatcher(Generic[Item, Result]):
         queue_items_max: int = QUEUE_ITEMS_MAX,
         weigh: Callable[[Item], int] | None = None,
         bytes_max: int = 2 * 1024 * 1024,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._flush = flush
         self._items_max = items_max
         self._in_flight_max = in_flight_max
         self._queue_items_max = queue_items_max
         self._weigh = weigh
         self._bytes_max = bytes_max
-        self._waiting: deque[tuple[Sequence[Item], asyncio.Future[list[Result]]]] = deque()
+        self._waiting: deque[_Submission[Item, Result]] = deque()
         self._waiting_items = 0
         self._running: set[asyncio.Task[None]] = set()
 
@@ -54,16 +76,35 @@ class NaturalBatcher(Generic[Item, Result]):
         return (await self._submit((item,)))[0]
 
     async def submit_many(self, items: Sequence[Item]) -> list[Result]:
-        """Results for many items, in their order; more than a batch holds is split."""
+        """Results for many items, in their order; more than a batch holds is split. Raises what one of the parts raised: of the others
+        nothing is known then, see `submit_each`."""
+        parts = self._submit_parts(items)
+        if len(parts) == 1:
+            return await parts[0][1]
+        results = await asyncio.gather(*(future for _, future in parts))
+        return [result for part in results for result in part]
+
+    async def submit_each(self, items: Sequence[Item]) -> list[Result | Exception]:
+        """As `submit_many`; an item whose part failed has its error as result, so that what happened to the others is not lost."""
+        parts = self._submit_parts(items)
+        results = await asyncio.gather(*(future for _, future in parts), return_exceptions=True)
+        each: list[Result | Exception] = []
+        for (count, _), result in zip(parts, results, strict=True):
+            if isinstance(result, Exception):
+                each.extend([result] * count)
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                each.extend(result)
+        return each
+
+    def _submit_parts(self, items: Sequence[Item]) -> list[tuple[int, asyncio.Future[list[Result]]]]:
+        """How many items each part has, and its results to come."""
         if not items:
             return []
-        parts = list(self._split(items))
         # All of it or nothing: parts that went ahead would be worked on for a caller who was refused.
         self._need_room(len(items))
-        if len(parts) == 1:
-            return await self._submit(parts[0])
-        results = await asyncio.gather(*(self._submit(part) for part in parts))
-        return [result for part in results for result in part]
+        return [(len(part), self._submit(part)) for part in self._split(items)]
 
     def _split(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
         if self._weigh is None:
@@ -84,13 +125,15 @@ class NaturalBatcher(Generic[Item, Result]):
         return parts
 
     def _need_room(self, items: int) -> None:
-        if self._waiting_items + items > self._queue_items_max:
+        # The head alone: what is split and submitted at once waits behind itself.
+        is_old = self._waiting and self._clock() - self._waiting[0].since > QUEUE_AGE_S_MAX
+        if is_old or self._waiting_items + items > self._queue_items_max:
             raise Overloaded("too much is waiting here already; try again in a second")
 
     def _submit(self, items: Sequence[Item]) -> asyncio.Future[list[Result]]:
         self._need_room(len(items))
         future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((items, future))
+        self._waiting.append(_Submission(items, future, admission.place(), admission.deadline_at(), self._clock()))
         self._waiting_items += len(items)
         if len(self._running) < self._in_flight_max:
             self._start()
@@ -112,39 +155,54 @@ class NaturalBatcher(Generic[Item, Result]):
     async def _work(self) -> None:
         # Whoever submits in the same turn of the loop as the first still joins its batch.
         while self._waiting:
-            batch: list[Item] = []
-            submissions: list[tuple[int, asyncio.Future[list[Result]]]] = []
-            size = 0
-            while self._waiting:
-                items, future = self._waiting[0]
-                weight = sum(map(self._weigh, items)) if self._weigh is not None else 0
-                if batch and (len(batch) + len(items) > self._items_max or size + weight > self._bytes_max):
-                    break
-                self._waiting.popleft()
-                self._waiting_items -= len(items)
-                if future.cancelled():
-                    continue
-                batch.extend(items)
-                size += weight
-                submissions.append((len(items), future))
-            if not batch:
+            submissions = self._next()
+            if not submissions:
                 continue
+            batch = [item for each in submissions for item in each.items]
+            deadlines = [each.deadline_at for each in submissions]
+            # A worker is nobody's: it began in the context of whoever came first.
+            admission.working(None, max((each for each in deadlines if each is not None), default=None) if None not in deadlines else None)
+            places = [each.place for each in submissions if each.place is not None and each.place.hold()]
             try:
                 results = await self._flush(batch)
                 if len(results) != len(batch):
                     raise RuntimeError(f"flush answered {len(results)} results for {len(batch)} items")
             except BaseException as e:
-                for _, future in submissions:
-                    if not future.done():
-                        future.set_exception(e) if isinstance(e, Exception) else future.cancel()
+                for each in submissions:
+                    if not each.future.done():
+                        each.future.set_exception(e) if isinstance(e, Exception) else each.future.cancel()
                 if not isinstance(e, Exception):
                     raise
                 continue
+            finally:
+                for place in places:
+                    place.release()
             start = 0
-            for count, future in submissions:
-                if not future.done():
-                    future.set_result(list(results[start : start + count]))
-                start += count
+            for each in submissions:
+                if not each.future.done():
+                    each.future.set_result(list(results[start : start + len(each.items)]))
+                start += len(each.items)
+
+    def _next(self) -> list[_Submission[Item, Result]]:
+        """What goes into the next batch, taken out of the queue; what is of no use any more falls out."""
+        submissions: list[_Submission[Item, Result]] = []
+        items, size, now = 0, 0, self._clock()
+        while self._waiting:
+            first = self._waiting[0]
+            is_wanted = not first.future.done()
+            if is_wanted and first.deadline_at is not None and first.deadline_at <= now:
+                first.future.set_exception(DeadlineExceeded("the deadline ended before the work; try again with the same request id"))
+                is_wanted = False
+            weight = sum(map(self._weigh, first.items)) if is_wanted and self._weigh is not None else 0
+            if is_wanted and submissions and (items + len(first.items) > self._items_max or size + weight > self._bytes_max):
+                break
+            self._waiting.popleft()
+            self._waiting_items -= len(first.items)
+            if is_wanted:
+                submissions.append(first)
+                items += len(first.items)
+                size += weight
+        return submissions
 
     async def aclose(self) -> None:
         """Wait until nothing is in flight; nothing new may be submitted."""

@@ -8,11 +8,12 @@ from typing import Any, Final, Generic, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from sealpushd.platform import telemetry
+from sealpushd.platform import admission, telemetry
 from sealpushd.platform.batching import NaturalBatcher
-from sealpushd.platform.errors import from_mesh
+from sealpushd.platform.errors import DETAILS_KEY, from_mesh
 from sealpushd.platform.logging import REQUEST_IDS_MAX, request_ids
 from sealpushd.platform.metrics import MESH_BATCH_ITEMS
+from sealpushd.platform.outage import Outage
 from sealpushd.platform.rpc import DEADLINE_S_MAX, REQUEST_ID_KEY
 from sealpushd.platform.tokens import ServiceKey
 
@@ -29,9 +30,17 @@ CHANNEL_OPTIONS: Final = [
     ("grpc.http2.ping_timeout_ms", 5_000),
     # A peer that restarts is back within a second: do not wait longer than that to find out.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long one attempt to connect may take: on a busy machine longer than on a quick one. No pause where it fails at once.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+
+# Half of what a call from outside may take: what gathers behind a batch that a silent peer holds has its own turn within the time of its
+# callers. An answer takes milliseconds.
+BATCH_DEADLINE_S: Final = DEADLINE_S_MAX / 2
+
+# What gRPC says in the place of a peer that does not.
+_SILENCE: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,6 +53,7 @@ class MeshChannel:
         self.peer = peer
         self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._key = key
+        self._outage = Outage(f"mesh {peer}", gone="another service does not answer", back="another service answers again", peer=peer)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Credentials, request ids and trace context of the present work."""
@@ -56,11 +66,22 @@ class MeshChannel:
         return tuple(entries)
 
     async def call(self, method: Any, request: Message, timeout_s: float = DEADLINE_S_MAX) -> Any:
-        """The answer of a unary call; raises the ServiceError that the peer's answer stands for."""
+        """The answer of a unary call; raises the ServiceError that the peer's answer stands for.
+
+        Whoever this work is for waits no longer than its own deadline, and so does the peer.
+        """
+        timeout_s = admission.remaining_s(timeout_s)
         try:
-            return await method(request, timeout=timeout_s, metadata=self.metadata())
+            answer = await method(request, timeout=timeout_s, metadata=self.metadata())
         except grpc.aio.AioRpcError as e:
+            if e.code() in _SILENCE and not any(key == DETAILS_KEY for key, _ in e.trailing_metadata() or ()):
+                self._outage.failed(e)
+            else:
+                # An answer, and be it a refusal: what is wrong there is said there.
+                self._outage.worked()
             raise from_mesh(e, self.peer) from e
+        self._outage.worked()
+        return answer
 
     async def aclose(self) -> None:
         await self.channel.close()
@@ -86,7 +107,7 @@ class BatchedCall(Generic[Item, Result]):
             batch_items.observe(len(items))
             distinct = dict.fromkeys(one for _, ids in items for one in ids)
             request_ids.set(tuple(distinct)[:REQUEST_IDS_MAX])
-            return results(await channel.call(method, build([item for item, _ in items])))
+            return results(await channel.call(method, build([item for item, _ in items]), BATCH_DEADLINE_S))
 
         name = getattr(method, "_method", b"")
         batch_items = MESH_BATCH_ITEMS.labels(name.decode() if isinstance(name, bytes) else str(name))
@@ -100,6 +121,11 @@ class BatchedCall(Generic[Item, Result]):
     async def submit_many(self, items: Sequence[Item]) -> list[Result]:
         ids = request_ids.get()
         return await self._batcher.submit_many([(item, ids) for item in items])
+
+    async def submit_each(self, items: Sequence[Item]) -> list[Result | Exception]:
+        """As `submit_many`; an item whose part failed has its error as result."""
+        ids = request_ids.get()
+        return await self._batcher.submit_each([(item, ids) for item in items])
 
     async def aclose(self) -> None:
         await self._batcher.aclose()

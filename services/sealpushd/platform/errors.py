@@ -6,6 +6,7 @@ message and `google.rpc.Status` details that clients branch on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import ClassVar
@@ -90,14 +91,14 @@ class LimitExceeded(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """A bounded queue is full: refused before any work was done."""
+    """More work than is finished in time: refused before any was done."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
     retryable = True
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retry_after=timedelta(seconds=1))
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after=timedelta(seconds=retry_after_s))
 
 
 class Unavailable(ServiceError):
@@ -120,6 +121,15 @@ class DeadlineExceeded(ServiceError):
     retryable = True
 
 
+def wait_in_words(wait: timedelta) -> str:
+    """How long to wait, for people: never shorter than it is."""
+    seconds = max(1, math.ceil(wait.total_seconds()))
+    for unit, size, least in (("hour", 3600, 2 * 3600), ("minute", 60, 2 * 60)):
+        if seconds >= least:
+            return f"{-(-seconds // size)} {unit}s"
+    return f"{seconds} second{'' if seconds == 1 else 's'}"
+
+
 def _pack(
     message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
 ) -> AnyMessage:
@@ -128,7 +138,11 @@ def _pack(
     return packed
 
 
-def render(error: ServiceError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+# Code, message and trailing metadata.
+Rendered = tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]
+
+
+def render(error: ServiceError) -> Rendered:
     """Code, message and trailing metadata for an error, as `google.rpc.Status` with one ErrorInfo."""
     details = [_pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))]
     if error.field is not None:
@@ -159,12 +173,34 @@ _BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {
 }
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says, for logs and texts; its kind where it says nothing, as time-outs and broken connections do."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details() or 'no details'}"
+    said = error.message if isinstance(error, ServiceError) else str(error)
+    return said.strip() or type(error).__name__
+
+
+def _is_peers_word(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the peer's service answered, and not gRPC for it."""
+    info = error_details_pb2.ErrorInfo()
+    return any(
+        detail.Unpack(info) and info.domain == DOMAIN
+        for key, value in error.trailing_metadata() or ()
+        if key == DETAILS_KEY and isinstance(value, bytes)
+        for detail in status_pb2.Status.FromString(value).details
+    )
+
+
 def from_mesh(error: grpc.aio.AioRpcError, peer: str) -> ServiceError:
     """The error to give on when a call to another service failed.
 
-    What the peer decided about the request passes through with its details; everything else becomes UNAVAILABLE.
+    What the peer decided about the request passes through with its details; everything else becomes UNAVAILABLE: whether the peer did what
+    it was asked is unknown. So does what gRPC says by itself, such as RESOURCE_EXHAUSTED for an answer that is too large: the work is done.
     """
     kind = _BY_CODE.get(error.code())
+    if not _is_peers_word(error) and kind is not DeadlineExceeded:
+        kind = None
     if kind is None or kind in (Unauthenticated, PermissionDenied):
         # A peer that does not trust this service is a fault of the installation, never of the outside caller.
         return Unavailable(f"the {peer} service does not answer properly ({error.code().name}); try again")

@@ -17,6 +17,14 @@ RPC_SECONDS = Histogram(
 )
 RPC_ANSWERS = Counter("sealpush_rpc_answers", "Calls answered, by method and gRPC code.", ["method", "code"])
 RPC_IN_FLIGHT = Gauge("sealpush_rpc_in_flight", "Calls being served.", ["method"])
+ADMISSION_ADMITTED = Counter("sealpush_admission_admitted", "Calls, and pieces of streams, that were let in.")
+ADMISSION_REFUSED = Counter(
+    "sealpush_admission_refused",
+    "Calls refused at the door as OVERLOADED: full (more than is finished in time), share (the caller's), deadline (too short for now).",
+    ["reason", "caller"],
+)
+ADMISSION_LIMIT = Gauge("sealpush_admission_limit", "Units of work that may be in flight at present; one for each 4 KiB of a request.")
+ADMISSION_IN_FLIGHT = Gauge("sealpush_admission_in_flight", "Units of work in flight.")
 MESH_BATCH_ITEMS = Histogram(
     "sealpush_mesh_batch_items",
     "Items that one call to another service carried.",
@@ -30,12 +38,14 @@ DB_SECONDS = Histogram(
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
 )
 DB_RECONNECTS = Counter("sealpush_db_reconnects", "Connections to PostgreSQL that had to be made again.")
+AWAY = Gauge("sealpush_away", "1 while something that this process needs, or works at, does not answer, by what it is.", ["what"])
 DELIVERIES = Counter("sealpush_deliveries", "Deliveries that entered a state.", ["state"])
 WAKE_UPS = Counter("sealpush_wake_ups", "Wake-ups by lane and outcome.", ["app", "platform", "outcome"])
 VALKEY_ERRORS = Counter("sealpush_valkey_errors", "Calls to Valkey that failed and were gone on without.", ["use"])
 # From the beginning, so that an alert on it does not miss the first.
 for _use in ("publish", "presence", "limit", "listen"):
     VALKEY_ERRORS.labels(_use)
+LIMITS_EXCEEDED = Counter("sealpush_limits_exceeded", "Calls refused because a rate limit was used up, by limit.", ["limit"])
 STREAMS_OPEN = Gauge("sealpush_streams_open", "Device streams that are open.")
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final, ParamSpec, Self, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from typing import Final, TypeVar
 
 from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 
-from sealpushd.platform.errors import Overloaded
+from sealpushd.platform.turns import FairTurns
 
-Work = ParamSpec("Work")
 Result = TypeVar("Result")
 
 # Each hash takes 64 MiB and a core for a twentieth of a second. As few at once also bound by how much parallel guesses overshoot a limit.
 HASHES_AT_ONCE: Final = 2
 # About two seconds of work: who comes later is better off coming again.
 HASHES_WAITING_MAX: Final = 64
+# Of one address: enough for an organisation's applications that all begin at once, an eighth of what may wait.
+HASHES_WAITING_EACH_MAX: Final = 8
 
 
 def hash_password(password: bytes) -> bytes:
@@ -34,36 +37,37 @@ def is_password(password_hash: bytes, password: bytes) -> bool:
 
 
 class Argon2:
-    """Turns at hashing: `async with argon2: await argon2.is_password(...)`. Entering raises Overloaded when too many wait already."""
+    """Turns at hashing, round the addresses that ask: `async with argon2.turn(subject): await argon2.is_password(...)`.
+
+    Everything that needs no hash is looked at before, limits first: a turn is for who may have it. One for each process: what is scarce
+    is its memory and its cores.
+    """
 
     def __init__(self) -> None:
-        self._turns = asyncio.Semaphore(HASHES_AT_ONCE)
-        self._waiting = 0
+        self._turns = FairTurns(
+            at_once=HASHES_AT_ONCE,
+            waiting_max=HASHES_WAITING_MAX,
+            waiting_each_max=HASHES_WAITING_EACH_MAX,
+            refusal="too many passwords are being checked at once; try again in a second",
+        )
+        # Threads of its own: a hash never waits behind other work, nor other work behind hashes, so a turn lasts as long as its hash.
+        self._threads = ThreadPoolExecutor(HASHES_AT_ONCE, thread_name_prefix="argon2")
 
-    async def __aenter__(self) -> Self:
-        if self._waiting >= HASHES_WAITING_MAX:
-            raise Overloaded("too many passwords are being checked at once; try again in a second")
-        self._waiting += 1
-        try:
-            await self._turns.acquire()
-        finally:
-            self._waiting -= 1
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._turns.release()
+    def turn(self, subject: str, *, known: bool = False) -> AbstractAsyncContextManager[None]:
+        """A turn for an address; `known`: one that has proven something before (FairTurns). Entering raises Overloaded."""
+        return self._turns.turn(subject, known=known)
 
     async def hash(self, password: bytes) -> bytes:
-        return await self._in_thread(hash_password, password)
+        return await self._in_thread(lambda: hash_password(password))
 
     async def is_password(self, password_hash: bytes, password: bytes) -> bool:
-        return await self._in_thread(is_password, password_hash, password)
+        return await self._in_thread(lambda: is_password(password_hash, password))
 
-    async def _in_thread(self, work: Callable[Work, Result], *arguments: Work.args, **named: Work.kwargs) -> Result:
-        running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        running = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            # The thread cannot be stopped: callers that come and leave would otherwise run as many as there are threads.
+            # The thread cannot be stopped: callers that come and leave would otherwise run more than two. The turn ends with the hash.
             await asyncio.wait((running,))
             raise

@@ -21,8 +21,10 @@ from google.protobuf.message import DecodeError, Message
 from prometheus_client import Counter
 
 from sealpush.ids import uuid7
-from sealpushd.platform import access, telemetry
-from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, Unauthenticated, render
+from sealpushd.platform import access, admission, telemetry
+from sealpushd.platform.admission import Door, End, Pace, Party, Place
+from sealpushd.platform.arrivals import Arrivals
+from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, Overloaded, Rendered, ServiceError, Unauthenticated, render
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.metrics import RPC_ANSWERS, RPC_IN_FLIGHT, RPC_SECONDS
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
@@ -31,6 +33,8 @@ log = structlog.get_logger()
 
 # No call is worth more of a server's time than this, whatever deadline its caller names.
 DEADLINE_S_MAX: Final = 10.0
+# A call that is cancelled so shortly before its deadline has met it.
+_DEADLINE_SLACK_S: Final = 0.02
 REQUEST_ID_KEY: Final = "x-request-id"
 _STREAM_OVER: Final = "the access token of this stream has expired; sign in again and go on in a new stream"
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._,:+-]{1,600}")
@@ -82,9 +86,13 @@ def address_of(peer: str) -> str:
 class GuardedServer:
     """Stands between generated registration code and a gRPC server, and guards every method on the way."""
 
-    def __init__(self, server: grpc.aio.Server, verifier: TokenVerifier) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, verifier: TokenVerifier, door: Door | None = None, arrivals: Arrivals | None = None
+    ) -> None:
         self._server = server
         self._verifier = verifier
+        self._door = door or Door()
+        self._arrivals = arrivals or Arrivals()
         self.services: list[str] = []
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
@@ -95,13 +103,31 @@ class GuardedServer:
         guarded: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, handler in handlers.items():
             method = f"/{service}/{name}"
-            if method not in access.ACCESS:
+            rule = access.ACCESS.get(method) or access.OTHERS.get(method)
+            if rule is None:
                 raise RuntimeError(f"{method} has no rule in the access table")
-            guarded[name] = _guard(handler, method, access.ACCESS[method], self._verifier)
+            # Whether a process is alive must be heard also when it has too much to do.
+            door = self._door if method in access.ACCESS else None
+            guarded[name] = _guard(handler, method, rule, self._verifier, door, self._arrivals)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
 
 
-def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier) -> grpc.RpcMethodHandler[Any, Any]:
+async def _abort(context: Context, code: grpc.StatusCode, message: str, trailing: tuple[tuple[str, bytes], ...]) -> None:
+    """End the call with an error. Always raises."""
+    try:
+        await context.abort(code, message, trailing)
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError as e:
+        # Its caller has gone in this moment, and there is nobody to tell. gRPC would print a stack; a cancelled call it lets be.
+        raise asyncio.CancelledError from e
+
+
+def _guard(
+    handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier, door: Door | None, arrivals: Arrivals
+) -> grpc.RpcMethodHandler[Any, Any]:
+    is_mesh = isinstance(rule, access.Services)
+    pace = Pace()
     in_flight = RPC_IN_FLIGHT.labels(method)
     # Label look-ups cost more than the counting: remember the children, which are made when first needed.
     seconds = RPC_SECONDS.labels(method)
@@ -123,20 +149,27 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
         async for raw in requests:
             yield parse(raw)
 
-    def enter(context: Context) -> tuple[Mapping[str, str], float | None]:
-        """The call's metadata, and how many seconds a sender's token still lasts."""
+    def enter(context: Context) -> tuple[Mapping[str, str], Party, float | None]:
+        """The call's metadata, for whom it counts, and how many seconds a sender's token still lasts."""
+        if door is not None:
+            door.check_full(is_mesh=is_mesh)
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         given = metadata.get(REQUEST_ID_KEY, "")
         request_ids.set(tuple(given.split(",")) if _REQUEST_ID.fullmatch(given) else (uuid7().hex(),))
         address = address_of(context.peer())
         _address.set(address)
-        authorization = metadata.get("authorization", "")
-        caller, ends_at = verifier.verify_until(authorization[7:]) if authorization[:7].lower() == "bearer " else (None, None)
-        access.check(rule, caller, address)
+        caller, ends_at = access.admit(rule, metadata.get("authorization", ""), address, verifier)
         _caller.set(caller)
-        return metadata, ends_at - time.time() if isinstance(caller, SenderCaller) and ends_at is not None else None
+        party = admission.party_of(caller, address)
+        if door is not None:
+            # Before the request is received; a place is taken when it is whole.
+            door.check(party)
+            admission.visiting(door, party)
+        return metadata, party, ends_at - time.time() if isinstance(caller, SenderCaller) and ends_at is not None else None
 
-    def answer(error: BaseException) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    def answer(error: BaseException) -> Rendered:
+        if isinstance(error, admission.Refused):
+            return error.rendered
         if isinstance(error, TimeoutError):
             error = DeadlineExceeded("the deadline ended before the work; try again with the same request id")
         if not isinstance(error, ServiceError):
@@ -144,28 +177,49 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             error = ServiceError("internal error; the log has it under this request id")
         return render(error)
 
-    async def unary(raw: bytes, context: Context) -> Any:
+    async def received(context: Context) -> bytes:
+        """The request of a call that `enter` has let in."""
+        return await arrivals.receive(context.read, _address.get())
+
+    async def unary(_: object, context: Context) -> Any:
         start = time.perf_counter()
         code = grpc.StatusCode.OK
+        place: Place | None = None
+        end = End.FAILED
+        ends_at = 0.0
         in_flight.inc()
         try:
-            metadata, _ = enter(context)
-            request = parse(raw)
+            metadata, party, _ = enter(context)
+            raw = await received(context)
             remaining = context.time_remaining()
             limit = DEADLINE_S_MAX if remaining is None else min(remaining, DEADLINE_S_MAX)
+            if door is not None:
+                place = door.enter(party, limit, pace)
+                place.weigh(len(raw))
+            ends_at = time.monotonic() + limit
+            admission.working(place, ends_at)
+            request = parse(raw)
             async with asyncio.timeout(limit):
-                if telemetry.enabled():
-                    with telemetry.server_span(method, metadata):
-                        return await handler.unary_unary(request, context)
-                return await handler.unary_unary(request, context)
+                with telemetry.server_span(method, metadata) if telemetry.enabled() else contextlib.nullcontext():
+                    response = await handler.unary_unary(request, context)
+            end = End.DONE
+            return response
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
+            # gRPC cancels at the deadline, too.
+            end = End.LATE if time.monotonic() >= ends_at - _DEADLINE_SLACK_S else End.RESET
             raise
         except Exception as e:
+            if isinstance(e, TimeoutError | DeadlineExceeded):
+                end = End.LATE
+            elif isinstance(e, Overloaded):
+                end = End.SHED
             code, message, trailing = answer(e)
-            await context.abort(code, message, trailing)
+            await _abort(context, code, message, trailing)
             raise
         finally:
+            if place is not None:
+                place.leave(end)
             in_flight.dec()
             count(code, start)
 
@@ -178,7 +232,8 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             # A sender's stream ends with its token: what was taken from the sender meanwhile, it must not go on using. Devices' streams
             # outlive theirs of 15 minutes, because signing in so often would cost more than the stream saves; what they get is sealed to
             # the device and ends with its registration. Services' tokens are about the moment of the call.
-            _, lifetime_s = enter(context)
+            # A stream takes no place of its own (`admission.turn`); where there is none, `enter` refuses it: it would only wait.
+            _, _, lifetime_s = enter(context)
             ends_at = None if lifetime_s is None else asyncio.get_running_loop().time() + lifetime_s
             # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
             async with contextlib.aclosing(call()) as responses:
@@ -200,14 +255,20 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             if isinstance(e, TimeoutError) and life is not None and life.expired():
                 e = Unauthenticated(_STREAM_OVER)
             code, message, trailing = answer(e)
-            await context.abort(code, message, trailing)
+            await _abort(context, code, message, trailing)
         finally:
             in_flight.dec()
             count(code, start)
 
     # gRPC looks at the function itself: only an asynchronous generator runs in the event loop.
-    async def unary_stream(raw: bytes, context: Context) -> AsyncGenerator[Message, None]:
-        async with contextlib.aclosing(streaming(lambda: handler.unary_stream(parse(raw), context), context)) as responses:
+    async def unary_stream(_: object, context: Context) -> AsyncGenerator[Message, None]:
+        async def call() -> AsyncGenerator[Message, None]:
+            request = parse(await received(context))
+            async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        async with contextlib.aclosing(streaming(call, context)) as responses:
             async for response in responses:
                 yield response
 
@@ -216,12 +277,14 @@ def _guard(handler: Any, method: str, rule: access.Rule, verifier: TokenVerifier
             async for response in responses:
                 yield response
 
-    # Requests stay bytes until the caller is known: a stranger's are never parsed, and what cannot be parsed gets a proper answer.
+    # To gRPC every method streams its requests, which look the same on the wire: it calls a method that streams them before the first has
+    # come, and one that does not when that is whole. So a stranger is refused by the metadata, whatever it sends behind them, and nothing
+    # of it is kept. Requests stay bytes until then: a stranger's are never parsed, and what cannot be parsed gets a proper answer.
     serializers = {"request_deserializer": None, "response_serializer": handler.response_serializer}
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(stream_stream, **serializers)
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(unary_stream, **serializers)
+        return grpc.stream_stream_rpc_method_handler(unary_stream, **serializers)
     if handler.request_streaming:
         raise RuntimeError(f"{method}: client streaming is not used in this suite")
-    return grpc.unary_unary_rpc_method_handler(unary, **serializers)
+    return grpc.stream_unary_rpc_method_handler(unary, **serializers)

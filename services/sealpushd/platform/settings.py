@@ -44,7 +44,12 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(None, ge=0, le=65535, description="Metrics listener; default by service (7301 …). 0: any free one.")
     tls_certificate: Path | None = Field(None, description="PEM chain of the public listener. Needed where there is one.")
     tls_private_key: Path | None = Field(None, description="PEM key of the public listener.")
-    reflection: bool = Field(False, description="Offer gRPC server reflection on the public listener.")
+    public_connections: int = Field(
+        10_000, ge=1, le=1_000_000, description="Connections to the public listener at once: 40 kB each, 70 kB with a live stream."
+    )
+    reflection: bool = Field(
+        False, description="Offer gRPC server reflection on the public listener. For development: its streams are anybody's, without end."
+    )
     drain_seconds: float = Field(8.0, gt=0, le=300, description="How long calls may finish after SIGTERM.")
 
     # Trust between services.
@@ -58,7 +63,9 @@ class Settings(BaseSettings):
     vault_key: Path | None = Field(None, description="File with the key outside PostgreSQL that wraps the data keys (64 hex digits).")
 
     # Where the other services' mesh listeners are.
-    accounts_mesh: str = Field("127.0.0.1:7201", description="Mesh address of accounts. Several addresses: dns:///name:port.")
+    accounts_mesh: str = Field(
+        "127.0.0.1:7201", description="Mesh address of accounts. Several processes: dns:///name:port, or ipv4:address:port,address:port."
+    )
     registration_mesh: str = Field("127.0.0.1:7202", description="Mesh address of registration.")
     keys_mesh: str = Field("127.0.0.1:7203", description="Mesh address of keys.")
     publishing_mesh: str = Field("127.0.0.1:7204", description="Mesh address of publishing (health only).")

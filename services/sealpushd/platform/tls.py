@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from sealpushd.platform.clock import Clock, SystemClock
 
 CA_LIFETIME = timedelta(days=3650)
 # Browsers and Apple's stacks refuse server certificates that live longer than 398 days.
@@ -51,24 +53,32 @@ def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
-class LocalAuthority:
-    """A certificate authority in a folder: `ca.pem` to hand out, `ca.key` to keep. Made when it is not there."""
+def _in_force(certificate: x509.Certificate, now: datetime) -> bool:
+    """Not one that begins in the future, because the clock was ahead when it was made: nobody would take it until then."""
+    return certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc
 
-    def __init__(self, folder: Path) -> None:
+
+class LocalAuthority:
+    """A certificate authority in a folder: `ca.pem` to hand out, `ca.key` to keep. Made when it is not there, or not in force."""
+
+    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
         self.certificate_path = folder / "ca.pem"
         self._folder = folder
         key_path = folder / "ca.key"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The key is written before the certificate: a certificate on disk always has its key.
-        if self.certificate_path.exists():
+        now = self._clock.now()
+        present = x509.load_pem_x509_certificate(self.certificate_path.read_bytes()) if self.certificate_path.exists() else None
+        if present is not None and _in_force(present, now):
             loaded = load_pem_private_key(key_path.read_bytes(), None)
             if not isinstance(loaded, ec.EllipticCurvePrivateKey):
                 raise ValueError(f"{key_path} is not the key of this authority; remove {folder} to make a new one")
             self._key = loaded
-            self._certificate = x509.load_pem_x509_certificate(self.certificate_path.read_bytes())
+            self._certificate = present
             return
+        self.certificate_path.unlink(missing_ok=True)
         self._key = ec.generate_private_key(ec.SECP256R1())
-        now = datetime.now(UTC)
         name = _name(_AUTHORITY_NAME)
         self._certificate = (
             x509.CertificateBuilder()
@@ -114,13 +124,13 @@ class LocalAuthority:
         whatever it says. Raises ValueError for a certificate without its key, and for a key that no certificate can have.
         """
         certificate_path, key_path = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        now = datetime.now(UTC)
+        now = self._clock.now()
         if certificate_path.exists():
             if not key_path.exists():
                 raise ValueError(f"{certificate_path} has no {key_path.name} beside it")
             present = x509.load_pem_x509_certificate(certificate_path.read_bytes())
             is_ours = present.issuer == _name(_AUTHORITY_NAME)
-            if not is_ours or (self._issued(present) and present.not_valid_after_utc - now > RENEW_BEFORE):
+            if not is_ours or (self._issued(present) and _in_force(present, now) and present.not_valid_after_utc - now > RENEW_BEFORE):
                 return certificate_path, key_path
         key = self._key_of(key_path)
         names = [

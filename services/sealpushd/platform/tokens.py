@@ -7,8 +7,9 @@ A token is a JWT signed with Ed25519 (RFC 8037) by the service that vouches for 
 from __future__ import annotations
 
 import base64
+import hmac
 import json
-import time
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from sealpush.ids import DeviceId, SenderId, SubscriberId
+from sealpushd.platform.clock import Clock, Reading, SystemClock
 from sealpushd.platform.errors import Unauthenticated
 
 SENDER_TOKEN_LIFETIME_S: Final = 2 * 3600
@@ -63,16 +65,19 @@ Caller = SenderCaller | DeviceCaller | ServiceCaller
 
 # Audience → the service that may issue such tokens. Mesh tokens are issued by each service for itself.
 ISSUERS: Final = {"sender": "accounts", "device": "registration"}
+LIFETIMES_S: Final = {"sender": SENDER_TOKEN_LIFETIME_S, "device": DEVICE_TOKEN_LIFETIME_S, "mesh": MESH_TOKEN_LIFETIME_S}
 
 
 class ServiceKey:
     """The Ed25519 key a service signs its tokens with. Never prints itself."""
 
-    def __init__(self, name: str, private_key: Ed25519PrivateKey) -> None:
+    def __init__(self, name: str, private_key: Ed25519PrivateKey, clock: Clock | None = None) -> None:
         self.name = name
         self._private_key = private_key
+        self._clock = clock or SystemClock()
+        self._hash_key: bytes | None = None
         self._mesh_token = ""
-        self._mesh_token_renew_at = 0.0
+        self._mesh_token_made: Reading | None = None
 
     def __repr__(self) -> str:
         return f"ServiceKey({self.name}, …)"
@@ -89,18 +94,24 @@ class ServiceKey:
     def public_key(self) -> bytes:
         return self._private_key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
 
+    def keyed_hash(self, value: bytes, context: str) -> bytes:
+        """32 bytes that only processes with this key can make of the value: whoever has the database alone has nothing to guess by."""
+        if self._hash_key is None:
+            self._hash_key = hmac.digest(self._private_key.private_bytes_raw(), b"sealpush keyed hash", "sha256")
+        return hmac.digest(self._hash_key, len(context).to_bytes(1, "big") + context.encode() + value, "sha256")
+
     def sign(self, audience: str, subject: str, lifetime_s: int, claims: dict[str, Any]) -> tuple[str, int]:
         """A token and the epoch second it ends at."""
-        now = int(time.time())
+        now = int(self._clock.now().timestamp())
         payload = {"iss": self.name, "aud": audience, "sub": subject, "iat": now, "exp": now + lifetime_s, **claims}
         return jwt.encode(payload, self._private_key, algorithm="EdDSA"), now + lifetime_s
 
     def mesh_token(self) -> str:
-        """This service's token towards the others, renewed at half its life."""
-        now = time.monotonic()
-        if now >= self._mesh_token_renew_at:
+        """This service's token towards the others, renewed at half its life, and when the clock was set: nobody takes one of the future."""
+        made = self._mesh_token_made
+        if made is None or self._clock.monotonic() - made.steady >= MESH_TOKEN_LIFETIME_S / 2 or made.was_set(self._clock):
+            self._mesh_token_made = Reading.of(self._clock)
             self._mesh_token, _ = self.sign("mesh", self.name, MESH_TOKEN_LIFETIME_S, {})
-            self._mesh_token_renew_at = now + MESH_TOKEN_LIFETIME_S / 2
         return self._mesh_token
 
     def sender_token(self, caller: SenderCaller) -> tuple[str, int]:
@@ -129,12 +140,26 @@ class ServiceKey:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """What a token said when it was looked at. It counts for `lasts_s`, and not once the clock was set: then it is looked at again."""
+
+    caller: Caller
+    ends_at: float
+    lasts_s: float
+    looked_at: Reading
+
+    def counts(self, clock: Clock) -> bool:
+        return clock.monotonic() - self.looked_at.steady < self.lasts_s and not self.looked_at.was_set(clock)
+
+
 class TokenVerifier:
     """Verifies tokens against the trust file: `{"accounts": ["<hex public key>", …], …}`, several keys while one is rotated."""
 
-    def __init__(self, trusted: dict[str, list[bytes]]) -> None:
+    def __init__(self, trusted: dict[str, list[bytes]], clock: Clock | None = None) -> None:
         self._keys = {name: [Ed25519PublicKey.from_public_bytes(key) for key in keys] for name, keys in trusted.items()}
-        self._cache: OrderedDict[str, tuple[Caller, float]] = OrderedDict()
+        self._clock = clock or SystemClock()
+        self._cache: OrderedDict[str, _Verified] = OrderedDict()
 
     @classmethod
     def load(cls, path: Path) -> TokenVerifier:
@@ -151,17 +176,15 @@ class TokenVerifier:
 
     def verify_until(self, token: str) -> tuple[Caller, float]:
         """As `verify`, and the epoch second from which the token is no longer taken."""
-        cached = self._cache.get(token)
-        if cached is not None:
-            if time.time() < cached[1]:
-                return cached
-            del self._cache[token]
-        verified = self._cache[token] = self._verify(token)
-        if len(self._cache) > CACHE_TOKENS_MAX:
-            self._cache.popitem(last=False)
-        return verified
+        verified = self._cache.get(token)
+        if verified is None or not verified.counts(self._clock):
+            self._cache.pop(token, None)
+            verified = self._cache[token] = self._verify(token)
+            if len(self._cache) > CACHE_TOKENS_MAX:
+                self._cache.popitem(last=False)
+        return verified.caller, verified.ends_at
 
-    def _verify(self, token: str) -> tuple[Caller, float]:
+    def _verify(self, token: str) -> _Verified:
         try:
             claimed = jwt.decode(token, options={"verify_signature": False})
             issuer, audience = str(claimed.get("iss")), str(claimed.get("aud"))
@@ -177,17 +200,34 @@ class TokenVerifier:
                     algorithms=["EdDSA"],
                     audience=audience,
                     issuer=issuer,
-                    leeway=LEEWAY_S,
-                    options={"require": ["exp", "iat", "sub", "aud", "iss"]},
+                    # Its times are looked at below, by the clock that is handed in.
+                    options={"require": ["exp", "iat", "sub", "aud", "iss"], "verify_exp": False, "verify_iat": False},
                 )
-                return _to_caller(audience, claims), float(claims["exp"]) + LEEWAY_S
+                looked_at = Reading.of(self._clock)
+                ends_at = _end(audience, claims, looked_at.wall.timestamp())
+                return _Verified(_to_caller(audience, claims), ends_at, ends_at - looked_at.wall.timestamp(), looked_at)
             except jwt.InvalidSignatureError:
                 continue
-            except jwt.ExpiredSignatureError as e:
-                raise Unauthenticated("the access token has expired; sign in again") from e
             except (jwt.PyJWTError, KeyError, ValueError, TypeError) as e:
                 raise Unauthenticated("the access token is not valid; sign in again") from e
         raise Unauthenticated("the access token is not signed by a key this installation trusts; sign in again")
+
+
+def _end(audience: str, claims: dict[str, Any], now: float) -> float:
+    """The epoch second from which the token is no longer taken. Raises Unauthenticated where it is not taken now, ValueError for no time.
+
+    A token of the future is refused, and one that lasts longer than any that is made ends like them: what a wrong clock signs, or
+    anybody with a key, is bounded by the right one.
+    """
+    made_at, ends_at = float(claims["iat"]), float(claims["exp"])
+    if not (math.isfinite(made_at) and math.isfinite(ends_at)):
+        raise ValueError("iat and exp are no times")
+    if made_at > now + LEEWAY_S:
+        raise Unauthenticated("the access token was made in the future: the clock of its issuer or of this service is wrong; sign in again")
+    ends_at = min(ends_at, made_at + LIFETIMES_S[audience]) + LEEWAY_S
+    if ends_at <= now:
+        raise Unauthenticated("the access token has expired; sign in again")
+    return ends_at
 
 
 def _to_caller(audience: str, claims: dict[str, Any]) -> Caller:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
 
-import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from sealpushd.platform.metrics import VALKEY_ERRORS
-
-log = structlog.get_logger()
+from sealpushd.platform.outage import Outage
 
 # Of a whole call, a new connection and a second try included. Valkey is on the same machine or rack: what takes longer is not worth
 # waiting for.
@@ -44,6 +42,8 @@ def limit_key(name: str, subject: str, window: int) -> str:
     return f"sealpush:limit:{name}:{digest}:{window}"
 
 
+_Answer = TypeVar("_Answer")
+
 _FAILURES = (RedisError, OSError, TimeoutError)
 
 
@@ -61,9 +61,32 @@ class Valkey:
             health_check_interval=0,
         )
         self._url = url
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._outage = Outage("valkey", gone="Valkey is away: everything goes on without it", back="Valkey is back")
 
     async def aclose(self) -> None:
+        await asyncio.gather(*self._calls, return_exceptions=True)
         await self._client.aclose()
+
+    async def _go_on_without(self, use: str, call: Callable[[], Awaitable[_Answer]], otherwise: _Answer) -> _Answer:
+        """What the call answers, or `otherwise`. It runs to its end, or its time-out, also when who waits for it is cancelled: a
+        connection that is left in the middle of an answer is of no use to anybody, and another one costs more than the answer."""
+
+        async def answer() -> _Answer:
+            try:
+                async with asyncio.timeout(TIMEOUT_S):
+                    answered = await call()
+            except _FAILURES as e:
+                VALKEY_ERRORS.labels(use).inc()
+                self._outage.failed(e)
+                return otherwise
+            self._outage.worked()
+            return answered
+
+        task = asyncio.create_task(answer())
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return await asyncio.shield(task)
 
     async def ping(self) -> bool:
         try:
@@ -74,63 +97,68 @@ class Valkey:
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Tell whoever listens; lost when nobody does."""
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                await self._client.publish(channel, message)
-        except _FAILURES:
-            VALKEY_ERRORS.labels("publish").inc()
+
+        async def publish() -> None:
+            await self._client.publish(channel, message)
+
+        await self._go_on_without("publish", publish, None)
 
     async def present(self, device_ids: Sequence[bytes]) -> list[bool]:
         """Which devices hold a live stream, as far as is known; all False when Valkey is away."""
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                values: list[Any] = await self._client.mget([presence_key(device_id) for device_id in device_ids])
-        except _FAILURES:
-            VALKEY_ERRORS.labels("presence").inc()
-            return [False] * len(device_ids)
-        return [value is not None for value in values]
+
+        async def look() -> list[bool]:
+            values: list[Any] = await self._client.mget([presence_key(device_id) for device_id in device_ids])
+            return [value is not None for value in values]
+
+        return await self._go_on_without("presence", look, [False] * len(device_ids))
 
     async def set_present(self, device_ids: Sequence[bytes], stream_id: bytes) -> None:
-        try:
-            async with asyncio.timeout(TIMEOUT_S), self._client.pipeline(transaction=False) as pipe:
+        async def set_all() -> None:
+            async with self._client.pipeline(transaction=False) as pipe:
                 for device_id in device_ids:
                     pipe.set(presence_key(device_id), stream_id, ex=PRESENCE_TTL_S)
                 await pipe.execute()
-        except _FAILURES:
-            VALKEY_ERRORS.labels("presence").inc()
+
+        await self._go_on_without("presence", set_all, None)
 
     async def clear_present(self, device_id: bytes) -> None:
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                await self._client.delete(presence_key(device_id))
-        except _FAILURES:
-            VALKEY_ERRORS.labels("presence").inc()
+        async def delete() -> None:
+            await self._client.delete(presence_key(device_id))
 
-    async def count(self, key: str, ttl_s: int, add: int = 1) -> int | None:
-        """The sum of what was added to this key so far, this call included; 0 reads it. None when Valkey is away."""
-        try:
-            async with asyncio.timeout(TIMEOUT_S), self._client.pipeline(transaction=True) as pipe:
-                pipe.incrby(key, add)
-                pipe.expire(key, ttl_s, nx=True)
-                counted, _ = await pipe.execute()
-        except _FAILURES:
-            VALKEY_ERRORS.labels("limit").inc()
-            return None
-        return int(counted)
+        await self._go_on_without("presence", delete, None)
+
+    async def count(self, keys: Sequence[tuple[str, int]], add: int = 1) -> list[int] | None:
+        """Add to each key, which lives for so many seconds; what was added to each so far, in order, this call included. 0 reads.
+
+        None when Valkey is away.
+        """
+
+        async def count() -> list[int] | None:
+            async with self._client.pipeline(transaction=True) as pipe:
+                for key, ttl_s in keys:
+                    pipe.incrby(key, add)
+                    pipe.expire(key, ttl_s, nx=True)
+                answers = await pipe.execute()
+            return [int(counted) for counted in answers[::2]]
+
+        return await self._go_on_without("limit", count, None)
 
     async def listen(self, *channels: str) -> AsyncIterator[tuple[str, bytes]]:
         """Messages of channels, for ever; connects again when the connection is lost. What came meanwhile is lost."""
+        outage = Outage("valkey channels", gone="no channel of Valkey: notices are lost", back="Valkey's channels are heard again")
         while True:
             # A subscription is quiet for long: its reads must not end by the short time-out of the other calls.
             client: Redis = Redis.from_url(self._url, socket_timeout=None, socket_connect_timeout=TIMEOUT_S)
             try:
                 async with client.pubsub() as pubsub:
                     await pubsub.subscribe(*channels)
+                    outage.worked()
                     async for message in pubsub.listen():
                         if message["type"] == "message":
                             yield message["channel"].decode(), message["data"]
-            except _FAILURES:
+            except _FAILURES as e:
                 VALKEY_ERRORS.labels("listen").inc()
+                outage.failed(e)
             finally:
                 await client.aclose()
             await asyncio.sleep(RECONNECT_PAUSE_S)

@@ -237,8 +237,13 @@ class Acceptance:
 
     async def _store(self, caller: SenderCaller, candidates: Sequence[_Candidate]) -> None:
         messages = [self._message(caller, candidate) for candidate in candidates]
-        for candidate, result in zip(candidates, await self._peers.store.submit_many(messages), strict=True):
-            if not result.stored_now:
+        # Each for itself: what one part stored is not refused because another part was.
+        for candidate, result in zip(candidates, await self._peers.store.submit_each(messages), strict=True):
+            if isinstance(result, ServiceError):
+                candidate.outcome = result
+            elif isinstance(result, Exception):
+                raise result
+            elif not result.stored_now:
                 candidate.outcome = _repeated(candidate, result.accepted)
             else:
                 candidate.outcome = _accepted(candidate, result.accepted, repeated=False)

@@ -55,6 +55,12 @@ _PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {common_pb2.PLATFO
 _REQUEST_LIMITS: Final = {"app_id": 64, "replace_key": 64, "tag": 50, "originator": 32}
 
 
+class EnvelopeExpired(InvalidRequest):
+    """The lifetime of what the sender sealed ended before it was accepted: it waited, or was retried, for too long."""
+
+    reason = "ENVELOPE_EXPIRED"
+
+
 @dataclass(frozen=True, slots=True)
 class Publication:
     """A request that could be right: everything that can be known without asking anybody was checked."""
@@ -230,7 +236,9 @@ def _sealed(sealed: publish_pb2.SealedContent, sender_id: SenderId, lifetime: ti
     if lifetime is not None and abs(own - lifetime) > LIFETIME_DIFFERENCE_MAX:
         raise InvalidRequest("lifetime differs from the envelope's own; leave it out or make them equal", field="lifetime")
     if header.expires_at_ms <= to_ms(now):
-        raise InvalidRequest("the envelope has expired already", field="sealed.envelope")
+        raise EnvelopeExpired(
+            "the envelope has expired, and nothing is stored; if its content is still of use, seal it again", field="sealed.envelope"
+        )
     if len({stanza.device_id for stanza in envelope.stanzas}) != len(envelope.stanzas):
         raise InvalidRequest("the envelope has two stanzas for one device", field="sealed.envelope")
     return envelope

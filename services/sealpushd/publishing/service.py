@@ -10,7 +10,7 @@ from typing import Any, Final
 from sealpush.envelope import HEADER_BYTES
 from sealpush.ids import ID_BYTES, MessageId, SenderId
 from sealpush.v1 import publish_pb2, publish_pb2_grpc
-from sealpushd.platform import rpc
+from sealpushd.platform import admission, rpc
 from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.publishing import rules
@@ -54,7 +54,9 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
 
         async def work(frame: publish_pb2.PublishStreamRequest) -> None:
             try:
-                results = await self._accept_all(caller, frame.requests, frame.ByteSize())
+                size = frame.ByteSize()
+                async with admission.turn(size):
+                    results = await self._accept_all(caller, frame.requests, size)
                 done.put_nowait(publish_pb2.PublishStreamResponse(frame=frame.frame, results=results))
             except Exception as e:
                 done.put_nowait(e)
@@ -107,6 +109,8 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
             found = await self._watch.statuses(sender_id, [message_id])
             last = found[0] if found else None
         else:
+            # From here on it waits for what others do.
+            admission.rest()
             try:
                 async with asyncio.timeout(wait.total_seconds()):
                     async for statuses in self._watch.watch(sender_id, [message_id]):

@@ -15,6 +15,7 @@ import structlog
 from sealpush.ids import MessageId, SenderId
 from sealpush.v1 import publish_pb2
 from sealpushd.platform.errors import Unavailable
+from sealpushd.platform.outage import Outage
 from sealpushd.publishing import rules
 from sealpushd.publishing.peers import Peers
 from sealpushd.v1 import mailbox_pb2
@@ -60,6 +61,7 @@ class StatusWatch:
         self._followed = asyncio.Event()
         self._followed_at = 0.0
         self._draining = False
+        self._outage = Outage("journal", gone="the journal's tail ended and is taken up again", back="the journal's tail is read again")
 
     async def drain(self) -> None:
         """End the watchers: they would hold up a server that is going away."""
@@ -135,6 +137,7 @@ class StatusWatch:
                 )
                 async for frame in call:
                     pause = 0.1
+                    self._outage.worked()
                     if not frame.events:
                         # Connected: what happened before is looked up by everybody.
                         self._notice_all()
@@ -147,6 +150,6 @@ class StatusWatch:
                         call.cancel()
                         break
             except grpc.aio.AioRpcError as e:
-                log.info("the journal's tail ended and is taken up again", error=e.details())
+                self._outage.failed(e)
             await asyncio.sleep(random.uniform(0, pause))  # noqa: S311 - jitter
             pause = min(pause * 2, RECONNECT_MAX_S)

@@ -17,6 +17,19 @@ CODE_LENGTH: Final = 6
 SEND_TIMEOUT_S: Final = 5.0
 SENDER_NAME: Final = "Sealpush"
 
+# What a gateway answers that took nothing, or that nobody reached.
+_NOTHING_SENT: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+
 _TEXTS: Final = {
     "en": "{app}: {code} is your code. Tell it to nobody.",
     "ru": "{app}: {code} — ваш код. Никому его не сообщайте.",
@@ -45,11 +58,16 @@ class Code:
         return _TEXTS.get(language, _TEXTS["en"]).format(app=app_name, code=self.digits)
 
 
+class CodeUnconfirmed(Unavailable):
+    """The gateway did not say whether it sent the code."""
+
+
 class CodeChannel(Protocol):
     """Something that brings a text to a number."""
 
     async def send(self, phone: PhoneNumber, text: str) -> None:
-        """Returns when the channel took it. Raises Unavailable (nothing was sent, or unknown), FailedPrecondition (set up first)."""
+        """Returns when the channel took it. Raises CodeUnconfirmed (it may be on its way), and where nothing was sent Unavailable, or
+        FailedPrecondition (set up first)."""
         ...
 
     async def aclose(self) -> None: ...
@@ -77,8 +95,9 @@ class SimulatedSms:
         try:
             await self._stub.Deliver(request, timeout=SEND_TIMEOUT_S)
         except grpc.aio.AioRpcError as e:
+            kind = Unavailable if e.code() in _NOTHING_SENT else CodeUnconfirmed
             # Not the message: a gateway's may repeat number or text.
-            raise Unavailable(f"the code could not be sent ({e.code().name}); ask for another in a moment") from None
+            raise kind(f"the code could not be sent ({e.code().name}); ask for another in a moment") from None
 
     async def aclose(self) -> None:
         await self._channel.close()

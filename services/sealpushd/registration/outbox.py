@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Final, NamedTuple
 
-import structlog
 from prometheus_client import Counter
 
 from sealpush.ids import DeviceId
@@ -20,11 +19,10 @@ from sealpush.v1 import common_pb2
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import Clock
 from sealpushd.platform.errors import ServiceError, StoreUnavailable, Unavailable
+from sealpushd.platform.outage import Outage
 from sealpushd.registration.rules import REGISTRATIONS_KEPT, Closure, ClosureKind
 from sealpushd.registration.store import CLOSURES_MAX, RegistrationStore
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc, sealing_pb2, sealing_pb2_grpc
-
-log = structlog.get_logger()
 
 # A call right after a commit must leave the caller's deadline time for the answer.
 TELL_TIMEOUT_S: Final = 2.0
@@ -32,6 +30,10 @@ POLL_PAUSE_S: Final = 1.0
 PURGE_EVERY: Final = timedelta(hours=1)
 
 FAILED = Counter("sealpush_registration_closures_failed", "Attempts to tell another service that failed and are repeated.", ["kind"])
+
+
+def _name(kind: ClosureKind) -> str:
+    return kind.name.lower()
 
 
 class Stopped(NamedTuple):
@@ -49,6 +51,18 @@ class Outbox:
         self._mailbox = mailbox
         self._sealing = sealing
         self._clock = clock
+        self._noting = Outage(
+            "outbox", gone="peers were told, but that could not be noted; they are told again", back="what peers were told is noted"
+        )
+        self._telling = {
+            kind: Outage(
+                f"telling {_name(kind)}",
+                gone="another service was not told, and is told later",
+                back="another service was told at last",
+                kind=_name(kind),
+            )
+            for kind in ClosureKind
+        }
         self._close_devices = mailbox_pb2_grpc.MailboxStub(mailbox.channel).CloseDevices
         self._block = mailbox_pb2_grpc.MailboxStub(mailbox.channel).Block
         self._remove_devices = sealing_pb2_grpc.SealingStub(sealing.channel).RemoveDevices
@@ -76,8 +90,9 @@ class Outbox:
         if told:
             try:
                 await self._store.closures_done(told)
+                self._noting.worked()
             except StoreUnavailable as e:
-                log.warning("peers were told, but that could not be noted; they will be told again", error=e.message)
+                self._noting.failed(e)
         return stopped
 
     async def _attempt(self, closures: Sequence[Closure], tell: Callable[[Sequence[Closure]], Awaitable[None]], size: int) -> list[int]:
@@ -88,15 +103,15 @@ class Outbox:
             try:
                 await tell(batch)
             except ServiceError as e:
-                kind = batch[0].kind.name.lower()
-                FAILED.labels(kind).inc(len(batch))
-                log.warning("another service was not told and will be", kind=kind, closures=len(batch), reason=e.reason, error=e.message)
+                FAILED.labels(_name(batch[0].kind)).inc(len(batch))
+                self._telling[batch[0].kind].failed(e, reason=e.reason)
                 if isinstance(e, Unavailable):
                     break
                 if len(batch) > 1:
                     # One that the peer refuses must not hold up the others.
                     told.extend(await self._attempt(batch, tell, 1))
             else:
+                self._telling[batch[0].kind].worked()
                 told.extend(closure.closure_id for closure in batch)
         return told
 
@@ -139,10 +154,11 @@ class Outbox:
 
     async def run(self) -> None:
         """For ever: tell what is due, and purge registrations that ended long ago."""
-        purge_at = self._clock.now()
+        purge_at = self._clock.monotonic()
         while True:
-            if self._clock.now() >= purge_at:
-                await self._store.purge_registrations(self._clock.now() - REGISTRATIONS_KEPT)
-                purge_at = self._clock.now() + PURGE_EVERY
+            if self._clock.monotonic() >= purge_at:
+                now = self._clock.now()
+                await self._store.purge_registrations(now - REGISTRATIONS_KEPT, now + REGISTRATIONS_KEPT)
+                purge_at = self._clock.monotonic() + PURGE_EVERY.total_seconds()
             if await self.run_once() < CLOSURES_MAX:
                 await asyncio.sleep(POLL_PAUSE_S)

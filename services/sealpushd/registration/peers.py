@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 from sealpush.ids import AppId, DeviceId, SubscriberId
@@ -34,13 +34,14 @@ class Apps:
     def __init__(self, accounts: MeshChannel, clock: Clock) -> None:
         stub = administration_pb2_grpc.AdministrationStub(accounts.channel)
         self._clock = clock
-        self._cache: dict[AppId, tuple[App | None, datetime]] = {}
+        # Until when, by the steady clock.
+        self._cache: dict[AppId, tuple[App | None, float]] = {}
         self._accounts = accounts
         self._get_apps = stub.GetApps
 
     async def get(self, app_id: AppId) -> App | None:
         """Raises Unavailable when accounts is away and the app was never seen."""
-        now = self._clock.now()
+        now = self._clock.monotonic()
         app, until = self._cache.get(app_id, (None, now))
         if now < until:
             return app
@@ -55,7 +56,7 @@ class Apps:
         app = found[0] if found else None
         if len(self._cache) >= APPS_CACHED_MAX and app_id not in self._cache:
             del self._cache[next(iter(self._cache))]
-        self._cache[app_id] = app, now + (UNKNOWN_FOR if app is None else KNOWN_FOR)
+        self._cache[app_id] = app, now + (UNKNOWN_FOR if app is None else KNOWN_FOR).total_seconds()
         return app
 
 

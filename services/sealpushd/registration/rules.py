@@ -51,7 +51,15 @@ from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
-from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, LimitExceeded, NotFound, PermissionDenied
+from sealpushd.platform.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    PermissionDenied,
+    wait_in_words,
+)
 
 RECYCLED_AFTER: Final = timedelta(days=90)
 LOCK_LAPSES_AFTER: Final = timedelta(days=30)
@@ -73,7 +81,8 @@ REPEAT_AFTER: Final = timedelta(seconds=15)
 
 CHALLENGE_LIFETIME: Final = timedelta(seconds=60)
 # Two processes of this service may differ by this much.
-CHALLENGE_SKEW: Final = timedelta(seconds=5)
+CLOCK_SKEW: Final = timedelta(seconds=5)
+CHALLENGE_SKEW: Final = CLOCK_SKEW
 CHALLENGE_RANDOM_BYTES: Final = 16
 _CHALLENGE_VERSION: Final = b"\x01"
 _CHALLENGE_BYTES: Final = 1 + 8 + 16 + CHALLENGE_RANDOM_BYTES + 32
@@ -267,6 +276,11 @@ class Closure:
     closure_id: int = 0
 
 
+def resend_in(newest: datetime | None, *, now: datetime) -> timedelta:
+    """How long until another code may be made, after one that was made then; None: it is gone by now."""
+    return max(timedelta(seconds=1), (newest or now - RESEND_AFTER) + RESEND_AFTER - now)
+
+
 def check_identity(own: OwnInstallation | None, identity_public_key: bytes, app_id: AppId) -> None:
     """Raises AlreadyExists when the device id belongs to another identity key, or to another app."""
     if own is None:
@@ -403,6 +417,14 @@ def check_new_pin(pin: Pin) -> Pin:
     return pin
 
 
+def lies_ahead(facts: Facts, latest: datetime) -> bool:
+    """Whether any moment in it is later than can be: a clock that was ahead wrote it, and what is reckoned from it would not end."""
+    moments = [device.last_seen_at for device in facts.owner_devices]
+    if facts.lock is not None and facts.lock.last_wrong_at is not None:
+        moments.append(facts.lock.last_wrong_at)
+    return any(moment > latest for moment in moments)
+
+
 def locked_until(facts: Facts, *, now: datetime) -> datetime | None:
     """Until when the lock keeps this device out without the PIN, should nobody use the number's devices; None: it does not."""
     if facts.lock is None or facts.is_own:
@@ -424,9 +446,10 @@ def take_pin_attempt(lock: Lock, *, now: datetime) -> Lock:
     """
     left = pin_attempts_left(lock, now=now)
     if left <= 0:
+        wait = _attempts_return_in(lock, now)
         raise LimitExceeded(
-            "too many wrong PINs; wait before the next, or change the PIN on a phone that is registered",
-            retry_after=_attempts_return_in(lock, now),
+            f"too many wrong PINs; try again in {wait_in_words(wait)}, or change the PIN on a phone that is registered",
+            retry_after=wait,
             metadata={"limit": "registration_lock"},
         )
     return replace(lock, wrong_pins=PIN_ATTEMPTS - left + 1, last_wrong_at=now)

@@ -17,6 +17,7 @@ from sealpush.proofs import challenge_proof, registration_proof, verify_proof
 from sealpush.suites import SUITE_X25519
 from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
 from sealpushd.platform import rpc
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.batching import NaturalBatcher
 from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import (
@@ -26,6 +27,7 @@ from sealpushd.platform.errors import (
     LimitExceeded,
     ServiceError,
     Unauthenticated,
+    wait_in_words,
 )
 from sealpushd.platform.limits import (
     CODES_PER_ADDRESS,
@@ -34,13 +36,14 @@ from sealpushd.platform.limits import (
     CODES_PER_PREFIX,
     LOCK_CHANGES_PER_DEVICE,
     RIGHT_PINS_PER_LOCK,
+    Counted,
     Limiter,
-    address_subject,
+    Taken,
 )
 from sealpushd.platform.passwords import Argon2
 from sealpushd.platform.tokens import DeviceCaller, ServiceKey
 from sealpushd.registration import parsing, rules
-from sealpushd.registration.codes import CODE_LENGTH, Code, CodeChannel
+from sealpushd.registration.codes import CODE_LENGTH, Code, CodeChannel, CodeUnconfirmed
 from sealpushd.registration.outbox import Outbox
 from sealpushd.registration.peers import App, Apps, DeviceLog, LoggedDevice
 from sealpushd.registration.phones import PhoneNumber, parse_phone
@@ -102,17 +105,15 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             raise InvalidRequest(parsing.PHONE_HELP, field="phone")
         locale = rules.check_locale(request.locale)
         app = await self._known_app(request.app_id)
-        await self._take_limits(phone)
+        counted = self._codes_counted(phone)
+        # First, and counting nothing: who is over a limit costs no row.
+        await self._limiter.check(*counted)
         started, code = self._new_registration(app, phone)
         wait = await self._store.start(started)
         if wait is not None:
-            raise LimitExceeded("a code was sent to this number a moment ago; wait before asking for another", retry_after=wait)
-        try:
-            await self._codes.send(phone, code.text(app.name, locale))
-        except ServiceError:
-            # No code is on its way: the number need not wait for another.
-            await self._store.drop_registration(started.registration_id)
-            raise
+            message = f"a code was sent to this number a moment ago; ask for another in {wait_in_words(wait)}"
+            raise LimitExceeded(message, retry_after=wait)
+        await self._send(started, code.text(app.name, locale), counted)
         response = registration_pb2.StartRegistrationResponse(registration_id=started.registration_id, code_length=CODE_LENGTH)
         response.expires_at.FromDatetime(started.expires_at)
         response.resend_at.FromDatetime(started.created_at + rules.RESEND_AFTER)
@@ -125,14 +126,29 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             raise InvalidRequest("no such app", field="app_id")
         return app
 
-    async def _take_limits(self, phone: PhoneNumber) -> None:
+    def _codes_counted(self, phone: PhoneNumber) -> tuple[Counted, ...]:
+        """What a code counts for, once it was sent."""
         # Keyed hashes: numbers are few enough to be guessed from a plain hash.
         number, prefix = self._store.phone_lookup(phone).hex(), self._store.identifier_lookup(phone.prefix, "phone prefix").hex()
-        await self._limiter.take(CODES_PER_ADDRESS, address_subject(rpc.caller_address()))
-        await self._limiter.take(CODES_PER_NUMBER, number)
-        await self._limiter.take(CODES_PER_NUMBER_DAY, number)
-        # Last: a number that gets no more codes must not use up those of ten thousand others.
-        await self._limiter.take(CODES_PER_PREFIX, prefix)
+        return (
+            Counted(CODES_PER_ADDRESS, address_subject(rpc.caller_address())),
+            Counted(CODES_PER_NUMBER, number),
+            Counted(CODES_PER_NUMBER_DAY, number),
+            Counted(CODES_PER_PREFIX, prefix),
+        )
+
+    async def _send(self, started: StartedRegistration, text: str, counted: Sequence[Counted]) -> None:
+        """Count the code and send it. Where none is on its way, the number need not wait for another; where certainly none is, nothing was
+        counted. A code of which nobody knows counts: else a gateway that answers too late would let a number be flooded."""
+        taken: list[Taken] = []
+        try:
+            taken = await self._limiter.take(*counted)
+            await self._codes.send(started.phone, text)
+        except ServiceError as e:
+            await self._store.drop_registration(started.registration_id)
+            if not isinstance(e, CodeUnconfirmed):
+                await self._limiter.give_back(taken)
+            raise
 
     def _new_registration(self, app: App, phone: PhoneNumber) -> tuple[StartedRegistration, Code]:
         code, now = Code.fresh(), self._clock.now()
@@ -171,7 +187,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
 
     async def _proven(self, registration_id: RegistrationId, digits: str, now: datetime) -> PendingRegistration:
         """The registration whose code this is."""
-        pending = await self._store.take_attempt(registration_id, now)
+        pending = await self._store.take_attempt(registration_id, now, now + self._code_lifetime)
         if pending is None:
             raise FailedPrecondition("the code has expired or was tried too often; start again")
         if not hmac.compare_digest(self._store.code_hash(registration_id, digits), pending.code_hash):
@@ -193,7 +209,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         """The subscriber the device belongs to from now on: in its device log, then here, then told to whom it concerns."""
         opened: Lock | None = None
         for _ in range(BIND_ATTEMPTS):
-            facts = await self._store.facts(pending.phone_lookup, device.device_id)
+            facts = await self._store.facts(pending.phone_lookup, device.device_id, now)
             rules.check_identity(facts.own, device.identity_public_key, pending.app_id)
             repeated = rules.bound_before(facts.own, registration_id)
             if repeated is not None:
@@ -208,7 +224,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
             binding = rules.decide_binding(facts, device.device_id, pending.new_subscriber_id, now=now)
             # The log keeps what is entered even if the caller leaves before it is bound: else one code would fill it with devices.
             if not await self._store.claim_registration(registration_id, device.device_id):
-                facts = await self._store.facts(pending.phone_lookup, device.device_id)
+                facts = await self._store.facts(pending.phone_lookup, device.device_id, now)
                 repeated = rules.bound_before(facts.own, registration_id)
                 if repeated is not None:
                     return repeated
@@ -228,9 +244,12 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         if pin is None:
             LOCKED.labels("no_pin").inc()
             raise rules.locked(lock, until, pin_given=False, now=now)
-        # A turn first: who waits for one in vain has lost no attempt.
-        async with self._argon2 as argon2:
-            await self._limiter.check(RIGHT_PINS_PER_LOCK, lock.subscriber_id.hex())
+        right_pins = Counted(RIGHT_PINS_PER_LOCK, lock.subscriber_id.hex())
+        # Who has none left takes no turn; then the turn, so that who waits for one in vain has lost no attempt.
+        await self._limiter.check(right_pins)
+        self._check_pin_attempts(lock, now)
+        async with self._argon2.turn(address_subject(rpc.caller_address())):
+            await self._limiter.check(right_pins)
             try:
                 taken = await self._store.take_pin_attempt(lock, now)
             except LimitExceeded:
@@ -238,12 +257,20 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
                 raise
             if taken is None:
                 raise Aborted("the registration lock was changed just now; try again")
-            if await argon2.is_password(lock.pin_hash, self._store.pin_secret(pin)):
-                await self._limiter.add(RIGHT_PINS_PER_LOCK, lock.subscriber_id.hex())
+            if await self._argon2.is_password(lock.pin_hash, self._store.pin_secret(pin)):
+                await self._limiter.add(right_pins)
                 await self._store.forget_pin_attempts(lock)
                 return
         LOCKED.labels("wrong_pin").inc()
         raise rules.locked(taken, until, pin_given=True, now=now)
+
+    @staticmethod
+    def _check_pin_attempts(lock: Lock, now: datetime) -> None:
+        try:
+            rules.take_pin_attempt(lock, now=now)
+        except LimitExceeded:
+            LOCKED.labels("too_many").inc()
+            raise
 
     # --- authenticating ---
 
@@ -361,9 +388,12 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         pin = parsing.new_pin(parsing.signed_change(registration_pb2.RegistrationLock, request.change))
         pin_hash = None
         if pin is not None:
-            await self._limiter.take(LOCK_CHANGES_PER_DEVICE, caller.device_id.hex())
-            async with self._argon2 as argon2:
-                pin_hash = await argon2.hash(self._store.pin_secret(pin))
+            changes = Counted(LOCK_CHANGES_PER_DEVICE, caller.device_id.hex())
+            await self._limiter.check(changes)
+            # A device that has proven itself waits for no stranger's PINs.
+            async with self._argon2.turn(address_subject(rpc.caller_address()), known=True):
+                await self._limiter.take(changes)
+                pin_hash = await self._argon2.hash(self._store.pin_secret(pin))
         await self._store.set_lock(caller.device_id, counter, pin_hash, self._clock.now())
         return registration_pb2.SetRegistrationLockResponse()
 

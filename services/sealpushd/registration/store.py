@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
+from sealpushd.platform.clock import MOMENT_AHEAD_MAX
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted, Unauthenticated
 from sealpushd.platform.tokens import DeviceCaller
@@ -38,6 +39,8 @@ from sealpushd.registration.rules import (
 
 _FOLDER: Final = Path(__file__).parent
 
+_ENDED: Final = "this installation has ended; register again"
+
 # The attempt right after the commit has this long before the background task tries as well.
 CLOSURE_LEASE: Final = timedelta(seconds=5)
 CLOSURE_BACKOFF_S_MAX: Final = 60.0
@@ -52,6 +55,7 @@ def _sql(name: str) -> str:
 RESOLVE: Final = _sql("resolve")
 PUSH_TARGETS: Final = _sql("push_targets")
 FORGET_TOKENS: Final = _sql("forget_tokens")
+PULL_BACK_MOMENTS: Final = _sql("pull_back_moments")
 IDENTITIES: Final = _sql("identities")
 TAKE_CHALLENGES: Final = _sql("take_challenges")
 START_REGISTRATION: Final = _sql("start_registration")
@@ -182,34 +186,36 @@ class RegistrationStore:
 
     async def start(self, new: StartedRegistration) -> timedelta | None:
         """None: stored. Else how long until another code for the number may be made."""
-        row = await self._db.fetch_one(
-            "start_registration",
-            START_REGISTRATION,
-            new.registration_id,
-            new.app_id,
-            self.phone_lookup(new.phone),
-            self._vault.encrypt(new.phone.e164.encode(), "phone"),
-            new.code_hash,
-            rules.CODE_ATTEMPTS,
-            new.new_subscriber_id,
-            new.created_at,
-            new.expires_at,
-            new.created_at - rules.RESEND_AFTER,
-        )
-        if row is not None:
-            return None
-        newest = await self._db.fetch_one("newest_code", NEWEST_CODE, new.app_id, self.phone_lookup(new.phone))
-        if newest is None or newest["created_at"] is None:
-            return rules.RESEND_AFTER
-        wait: timedelta = newest["created_at"] + rules.RESEND_AFTER - new.created_at
-        return max(wait, timedelta(seconds=1))
+        lookup = self.phone_lookup(new.phone)
+        async with self._db.transaction() as c:
+            # Of two that ask at once, the second sees the first one's code.
+            await c.execute(LOCK, _lock_number(lookup))
+            row = await c.fetchrow(
+                START_REGISTRATION,
+                new.registration_id,
+                new.app_id,
+                lookup,
+                self._vault.encrypt(new.phone.e164.encode(), "phone"),
+                new.code_hash,
+                rules.CODE_ATTEMPTS,
+                new.new_subscriber_id,
+                new.created_at,
+                new.expires_at,
+                new.created_at - rules.RESEND_AFTER,
+                new.created_at + rules.CLOCK_SKEW,
+            )
+            if row is not None:
+                return None
+            newest = await c.fetchval(NEWEST_CODE, new.app_id, lookup)
+        # It may have gone meanwhile, because it was not sent.
+        return rules.resend_in(newest, now=new.created_at)
 
     async def drop_registration(self, registration_id: RegistrationId) -> None:
         await self._db.execute("drop_registration", DROP_REGISTRATION, registration_id)
 
-    async def take_attempt(self, registration_id: RegistrationId, now: datetime) -> PendingRegistration | None:
-        """The registration, with one attempt less; None: unknown, expired or used up."""
-        row = await self._db.fetch_one("take_attempt", TAKE_ATTEMPT, registration_id, now)
+    async def take_attempt(self, registration_id: RegistrationId, now: datetime, expires_max: datetime) -> PendingRegistration | None:
+        """The registration, with one attempt less; None: unknown, expired or used up. No code is good after `expires_max`."""
+        row = await self._db.fetch_one("take_attempt", TAKE_ATTEMPT, registration_id, now, expires_max)
         if row is None:
             return None
         return PendingRegistration(
@@ -229,13 +235,20 @@ class RegistrationStore:
         """Keep the registration for this device. False: it is another one's, or was used. Safe to repeat."""
         return await self._db.fetch_one("claim_registration", CLAIM_REGISTRATION, registration_id, device_id) is not None
 
-    async def purge_registrations(self, expired_before: datetime) -> None:
-        await self._db.execute("purge_registrations", PURGE_REGISTRATIONS, expired_before)
+    async def purge_registrations(self, expired_before: datetime, expiring_after: datetime) -> None:
+        """Those that expired long ago, and those that expire later than any can: a clock that was ahead made them."""
+        await self._db.execute("purge_registrations", PURGE_REGISTRATIONS, expired_before, expiring_after)
 
     # --- binding ---
 
-    async def facts(self, phone_lookup: bytes, device_id: DeviceId) -> Facts:
+    async def facts(self, phone_lookup: bytes, device_id: DeviceId, now: datetime) -> Facts:
+        """What is known of a number and a device. Moments of a clock that was ahead are set to `now` first, and age from there."""
+        latest = now + MOMENT_AHEAD_MAX
         async with self._db.connection() as c:
+            facts = await _facts(c, phone_lookup, device_id)
+            if not rules.lies_ahead(facts, latest):
+                return facts
+            await c.execute(PULL_BACK_MOMENTS, facts.owner, now, latest)
             return await _facts(c, phone_lookup, device_id)
 
     async def bind(
@@ -434,7 +447,11 @@ class RegistrationStore:
                 await c.execute(PUT_REGISTRATION_LOCK, subscriber_id, pin_hash, now)
 
     async def has_lock(self, device_id: DeviceId) -> bool:
-        return await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id) is not None
+        """Raises Unauthenticated when the installation has ended."""
+        row = await self._db.fetch_one("has_registration_lock", HAS_REGISTRATION_LOCK, device_id)
+        if row is None:
+            raise Unauthenticated(_ENDED)
+        return bool(row["has_lock"])
 
     async def take_pin_attempt(self, lock: Lock, now: datetime) -> Lock | None:
         """The lock after the attempt that was noted; None: it is another one by now. Raises LimitExceeded when none is left."""
@@ -483,7 +500,9 @@ class RegistrationStore:
         """Whether each token was forgotten, in order, from one statement. A report that stands twice is true twice."""
         device_ids = [one.device_id for one in dead]
         lookups = [self._vault.lookup(one.push_token.value.encode(), "push token") for one in dead]
-        rows = await self._db.fetch("forget_tokens", FORGET_TOKENS, device_ids, lookups, [one.dead_at for one in dead], now)
+        rows = await self._db.fetch(
+            "forget_tokens", FORGET_TOKENS, device_ids, lookups, [one.dead_at for one in dead], now, now + MOMENT_AHEAD_MAX
+        )
         forgotten = {(row[0], row[1]) for row in rows}
         return [pair in forgotten for pair in zip(device_ids, lookups, strict=True)]
 
@@ -540,7 +559,7 @@ async def _take_counter(c: Connection, device_id: DeviceId, counter: int, now: d
 async def _refuse_change(c: Connection, device_id: DeviceId) -> NoReturn:
     stored = await c.fetchrow(COUNTER, device_id)
     if stored is None or stored["state"] != InstallState.ACTIVE:
-        raise Unauthenticated("this installation has ended; register again")
+        raise Unauthenticated(_ENDED)
     raise Aborted("the counter was used: a replay, or another process of the device was faster; take the next counter")
 
 

@@ -8,56 +8,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from sealpushd.engines import launcher
+from sealpushd.engines import Restarted, launcher
+from sealpushd.engines.process import bound_log
+from sealpushd.engines.watch import Liveness, restart_pause_s, until_ended
 from sealpushd.up.errors import UpError
 
 log = structlog.get_logger()
 
-# Of one log; the one before is kept, so twice this on disk.
-LOG_BYTES_MAX: Final = 8 * 1024 * 1024
-_LOG_CHECK_S: Final = 30.0
-# The first restart is at once, because what died by accident comes back; then doubling.
-_BACKOFF_FIRST_S: Final = 0.1
-_BACKOFF_MAX_S: Final = 5.0
 _STABLE_S: Final = 30.0
 # A child that is set up wrongly says so with this code, and does not get better by trying.
 _WRONGLY_SET_UP: Final = 2
 # A child that ends so often before it ever answered will not come to it.
 _FAILED_STARTS_MAX: Final = 5
 _TAIL_BYTES: Final = 4096
-# A probe costs both sides a millisecond or two; seldomer would only be added to the time for which a hung child is not noticed.
-_PROBE_EVERY_S: Final = 3.0
-# An answer takes milliseconds; a machine that is busy with something else may take a thousand times that.
-_PROBE_PATIENCE_S: Final = 5.0
-# One may be lost to a moment in which everything stood still, us included. Three are 15 s without a single answer, while calls
-# last at most 10 s: whoever waited for this child has been refused already.
-_PROBES_UNANSWERED_MAX: Final = 3
-
-# Name, why ("killed", "hung" …), its log.
-Restarted = Callable[[str, str, Path], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Liveness:
-    """How a child that hangs is told from one that is slow: so many probes in a row that nobody answered."""
-
-    # Returns once the process answers, whatever it says; it may wait for ever. Called only after the process was ready.
-    probe: Callable[[], Awaitable[None]]
-    every_s: float = _PROBE_EVERY_S
-    patience_s: float = _PROBE_PATIENCE_S
-    unanswered_max: int = _PROBES_UNANSWERED_MAX
 
 
 class Child:
@@ -85,7 +58,6 @@ class Child:
         self._process: Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._was_ready = asyncio.Event()
-        self._hung = False
 
     @property
     def pid(self) -> int | None:
@@ -123,6 +95,8 @@ class Child:
             return
         try:
             self._send(signal.SIGTERM)
+            # What somebody stopped hears of nothing else before it goes on.
+            self._send(signal.SIGCONT)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
                     await process.wait()
@@ -133,7 +107,7 @@ class Child:
         await process.wait()
 
     def _send(self, number: signal.Signals) -> None:
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
@@ -159,20 +133,20 @@ class Child:
             raise UpError(f"cannot start {self.name}: {e.strerror or e}. Make room (memory, disk, processes) and try again.") from e
 
     async def _supervise(self) -> None:
-        """Start the process again whenever it ends. Raises UpError when it never comes to answer."""
+        """Start the process again whenever it ends or hangs. Raises UpError when it never comes to answer."""
         attempts = 0
         while True:
             alive_since = time.monotonic()
-            code = await self._wait_and_watch()
+            why = await until_ended(self, self._liveness)
+            code = self._process.returncode if self._process is not None else None
             if not self._was_ready.is_set() and (code == _WRONGLY_SET_UP or self.restarts + 1 >= _FAILED_STARTS_MAX):
                 raise UpError(f"{self.name} cannot run. {self._words()}")
             if time.monotonic() - alive_since > _STABLE_S:
                 attempts = 0
-            log.warning("ended, starting it again", child=self.name, code=code)
+            log.warning("ended, starting it again", child=self.name, why=why)
             started = False
             while not started:
-                if attempts:
-                    await asyncio.sleep(min(_BACKOFF_FIRST_S * 2 ** min(attempts - 1, 10), _BACKOFF_MAX_S))
+                await asyncio.sleep(restart_pause_s(attempts))
                 attempts += 1
                 try:
                     await self._spawn()
@@ -180,49 +154,27 @@ class Child:
                 except UpError as e:
                     log.error("did not start again", child=self.name, error=str(e))
             self.restarts += 1
-            self._restarted(self.name, "hung" if self._hung else _why(code), self._log)
+            self._restarted(self.name, why, self._log)
 
-    async def _wait_and_watch(self) -> int:
-        assert self._process is not None  # noqa: S101 - there was one to supervise
-        self._hung = False
-        watch = asyncio.create_task(self._kill_when_hung(self._process), name=f"watch {self.name}")
-        try:
-            return await self._wait_and_bound_log()
-        finally:
-            # Also when `stop` ends the supervisor: who drains is not probed.
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+    # What `until_ended` asks for.
 
-    async def _kill_when_hung(self, process: Process) -> None:
-        """Return once the process was found hanging and sent SIGKILL; that it ended and what follows is for the supervisor."""
+    async def ready(self) -> None:
         await self._was_ready.wait()
         # One that was started again has its own start before it.
         await self._ready()
-        unanswered = 0
-        while unanswered < self._liveness.unanswered_max:
-            if not unanswered:
-                await asyncio.sleep(self._liveness.every_s)
-            try:
-                async with asyncio.timeout(self._liveness.patience_s):
-                    await self._liveness.probe()
-                unanswered = 0
-            except TimeoutError:
-                unanswered += 1
-                log.warning("does not answer", child=self.name, pid=process.pid, probes=unanswered)
-        if process.returncode is None:
-            log.error("killed, because it hangs", child=self.name, pid=process.pid)
-            self._hung = True
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
 
-    async def _wait_and_bound_log(self) -> int:
+    async def wait(self) -> int:
         assert self._process is not None  # noqa: S101 - there was one to supervise
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOG_CHECK_S):
-                    return await self._process.wait()
-            with contextlib.suppress(OSError):
-                bound_log(self._log)
+        return await self._process.wait()
+
+    async def finish(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def bound_log(self) -> None:
+        bound_log(self._log)
 
     def _words(self) -> str:
         try:
@@ -233,23 +185,6 @@ class Child:
         except OSError:
             lines = []
         return f"Its log, {self._log}, ends with:\n" + ("\n".join(lines[-8:]) or "(nothing)")
-
-
-def _why(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "killed"
-    return f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-
-
-def bound_log(path: Path) -> None:
-    """Move a log aside once it is larger than LOG_BYTES_MAX; whoever has it open goes on writing to the emptied one."""
-    try:
-        if path.stat().st_size <= LOG_BYTES_MAX:
-            return
-    except FileNotFoundError:
-        return
-    shutil.copyfile(path, path.with_name(f"{path.name}.1"))
-    os.truncate(path, 0)
 
 
 async def stop_in_order(groups: Sequence[Sequence[Child]], patience_s: float) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 from sealpushd.platform.tls import write_secret
 from sealpushd.up.errors import UpError
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _FILE: Final = Path("run") / "endpoints.json"
 
 
@@ -28,6 +28,7 @@ class Endpoints:
     ca: str
     public: Mapping[str, str]
     mesh: Mapping[str, str]
+    metrics: Mapping[str, str]
     simulators: str
     push_services: Mapping[str, str]
     """The simulated ones, by name."""
@@ -77,7 +78,12 @@ class Endpoints:
 
     def listeners(self) -> dict[str, str]:
         """What listens besides the mesh: public listeners and simulators."""
-        return {**self.public, "simulators": self.simulators, **self.push_services}
+        public = {
+            name if number == 0 else f"{name}-{number + 1}": address
+            for name, target in self.public.items()
+            for number, address in enumerate(target.removeprefix("ipv4:").split(","))
+        }
+        return {**public, "simulators": self.simulators, **self.push_services}
 
 
 def _is_running(pid: int) -> bool:

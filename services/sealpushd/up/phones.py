@@ -28,6 +28,7 @@ from sealpush.model import PushEnvironment
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels, cancellation_kept
+from sealpushd.platform.outage import Outage
 from sealpushd.up.demo import OFFLINE_PHONE
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
@@ -227,16 +228,18 @@ async def _code(sms: SimulatedSmsAsyncStub, number: str, before: set[str]) -> st
 async def _stream(phone: Handset, caught_up: asyncio.Event) -> None:
     """The open app: messages as they come."""
     pause = _RETRY_FIRST_S
+    outage = Outage("stream", gone="the stream ended and begins anew", back="the stream goes on", phone=phone.name)
     while True:
         try:
             async with phone.device.stream(retake=True) as messages:
                 await messages.caught_up()
                 caught_up.set()
                 pause = _RETRY_FIRST_S
+                outage.worked()
                 async for message in messages:
                     await phone.show([message], "live stream")
         except (SealpushError, grpc.aio.AioRpcError) as e:
-            log.warning("the stream ended and begins anew", phone=phone.name, error=repr(e))
+            outage.failed(e)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RETRY_MAX_S)
 
@@ -251,6 +254,12 @@ class _Pushed:
         self._token = ""
         # Whether the registration service has this token.
         self._registered = True
+        self._pushes = Outage(
+            "push service", gone="the push service went away; the phone connects again", back="the push service is back", phone=phone.name
+        )
+        self._asking = Outage(
+            "asking", gone="could not ask for messages; tries again", back="messages are answered for again", phone=phone.name
+        )
 
     async def new_token(self) -> str:
         request = simulator.CreateDeviceRequest(push_service=self._push_service, topic=self.phone.vendor.topic)
@@ -270,7 +279,7 @@ class _Pushed:
                     pause = _RETRY_FIRST_S
                 self._registered = await self._connected()
             except (grpc.aio.AioRpcError, SealpushError) as e:
-                log.warning("the push service went away; the phone connects again", phone=self.phone.name, error=repr(e)[:200])
+                self._pushes.failed(e)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RETRY_MAX_S)
 
@@ -286,6 +295,7 @@ class _Pushed:
                         if response.presence.unknown_device_tokens:
                             return False
                         self.phone.online.set()
+                        self._pushes.worked()
                         # What was pushed while nobody listened is not pushed again: an app looks when it starts.
                         work = asyncio.create_task(self._catch_up())
                         wakes.add(work)
@@ -308,7 +318,7 @@ class _Pushed:
             messages = await self.phone.device.on_wake(json.loads(payload).get("id"))
             await self.phone.show(messages, "push")
         except SealpushError as e:
-            log.warning("woken in vain; tries again", phone=self.phone.name, error=repr(e)[:200])
+            self._asking.failed(e)
         if not messages:
             await self._catch_up()
 
@@ -318,8 +328,9 @@ class _Pushed:
         while True:
             try:
                 await self.phone.show(await self.phone.device.drain(), "asking")
+                self._asking.worked()
                 return
             except SealpushError as e:
-                log.info("could not ask for messages; tries again", phone=self.phone.name, error=repr(e)[:200])
+                self._asking.failed(e)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _RETRY_MAX_S)

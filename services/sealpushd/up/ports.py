@@ -16,15 +16,21 @@ SERVICES: Final = ("accounts", "registration", "keys", "publishing", "dispatch",
 # Services that outsiders call.
 PUBLIC: Final = ("accounts", "registration", "keys", "publishing", "fetch")
 LISTENERS: Final[tuple[Literal["public", "mesh", "metrics"], ...]] = ("public", "mesh", "metrics")
+# Of one service, side by side; each has ports of its own, this far apart.
+PROCESSES_MAX: Final = 4
+_PROCESS_STEP: Final = 10
+# The last port, counted from the base.
+HIGHEST: Final = 206 + _PROCESS_STEP * (PROCESSES_MAX - 1)
 # The processes of a run that was killed end within moments; only then their ports are free.
 _PATIENCE_S: Final = 3.0
 
 
 class Ports:
-    """Every port of one `up`, counted from a base."""
+    """Every port of one `up`, counted from a base, with so many processes of each service."""
 
-    def __init__(self, base: int) -> None:
+    def __init__(self, base: int, processes: int = 1) -> None:
         self.base = base
+        self.processes = processes
         self.control = base + 90
         self.apns = base + 91
         self.fcm = base + 92
@@ -32,12 +38,23 @@ class Ports:
         # Where dispatch takes Huawei's delivery receipts.
         self.receipts = base + 94
 
-    def of(self, service: str, listener: Literal["public", "mesh", "metrics"]) -> int:
-        return default_port(service, listener, self.base)
+    def of(self, service: str, listener: Literal["public", "mesh", "metrics"], process: int = 0) -> int:
+        return default_port(service, listener, self.base) + _PROCESS_STEP * process
+
+    def target(self, service: str, listener: Literal["public", "mesh"], host: str = HOST) -> str:
+        """What a client connects to: the address of the one process, or the list of all."""
+        if self.processes == 1:
+            return f"{host}:{self.of(service, listener)}"
+        return "ipv4:" + ",".join(f"{HOST}:{self.of(service, listener, process)}" for process in range(self.processes))
 
     def all(self) -> Mapping[int, str]:
         """Port to what it is for."""
-        ports = {self.of(service, listener): f"{service}, {listener}" for listener in LISTENERS for service in SERVICES}
+        ports = {
+            self.of(service, listener, process): f"{service}, {listener}"
+            for process in range(self.processes)
+            for listener in LISTENERS
+            for service in SERVICES
+        }
         return ports | {
             self.control: "simulators, control",
             self.apns: "simulated APNs",
@@ -54,7 +71,7 @@ class Ports:
                 if time.monotonic() > deadline:
                     raise UpError(
                         f"port {port} ({purpose}) is taken by another program. "
-                        f"Choose other ports with --base-port: {self.base} uses {self.base + 1} to {self.base + 206}."
+                        f"Choose other ports with --base-port: {self.base} uses {self.base + 1} to {max(self.all())}."
                     )
                 time.sleep(0.05)
 

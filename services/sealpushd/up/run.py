@@ -18,11 +18,11 @@ import structlog
 
 from sealpushd.engines import Engines
 from sealpushd.engines.datadir import DataDir
+from sealpushd.engines.process import bound_log
 from sealpushd.platform import logging
 from sealpushd.platform.errors import ServiceError
 from sealpushd.platform.migrate import migrate
 from sealpushd.up import demo, secrets, vendors
-from sealpushd.up.children import bound_log
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.maintenance import maintain
 from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
@@ -37,6 +37,7 @@ _MAINTENANCE_EVERY_S: Final = 3600.0
 class Options:
     data_dir: Path
     base_port: int
+    processes: int
     then_exit: bool
     quiet: bool
     show: bool
@@ -74,7 +75,7 @@ async def run(options: Options) -> int:
 
 
 async def _run(options: Options, started_at: float, say: Callable[..., None]) -> int:
-    ports = Ports(options.base_port)
+    ports = Ports(options.base_port, options.processes)
     # Under the lock that the engines take again right afterwards: who is second must hear of that, not of its ports.
     with DataDir.open(options.data_dir) as data:
         _log_to(data.log / "up.log", options.log_level)
@@ -88,7 +89,7 @@ async def _run(options: Options, started_at: float, say: Callable[..., None]) ->
         say(f"{name} was restarted ({why}); log: {log_path}")
 
     say(f"Sealpush starts in {options.data_dir}" + (" (the first time: this takes a few seconds more)" if first_time else ""))
-    async with Engines.open(options.data_dir) as engines:
+    async with Engines.open(options.data_dir, restarted=restarted) as engines:
         passwords = made.role_passwords
         applied = await migrate(engines.postgres_dsn, passwords)
         if applied:
@@ -143,8 +144,9 @@ def _endpoints(data_dir: Path, ports: Ports, made: secrets.Secrets, engines: Eng
     return Endpoints(
         pid=os.getpid(),
         ca=str(made.ca),
-        public={service: f"localhost:{ports.of(service, 'public')}" for service in PUBLIC},
-        mesh={service: f"{HOST}:{ports.of(service, 'mesh')}" for service in SERVICES},
+        public={service: ports.target(service, "public", "localhost") for service in PUBLIC},
+        mesh={service: ports.target(service, "mesh") for service in SERVICES},
+        metrics={service: f"{HOST}:{ports.of(service, 'metrics')}" for service in SERVICES},
         simulators=f"{HOST}:{ports.control}",
         push_services={"APNs": f"{HOST}:{ports.apns}", "FCM": f"{HOST}:{ports.fcm}", "HMS": f"{HOST}:{ports.hms}"},
         postgres_url=engines.postgres_dsn,

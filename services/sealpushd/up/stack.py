@@ -13,9 +13,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import grpc
 
+from sealpushd.engines import Restarted
+from sealpushd.engines.watch import Liveness
 from sealpushd.platform.migrate import MAINTENANCE_ROLE
 from sealpushd.up import health
-from sealpushd.up.children import Child, Liveness, Restarted, stop_in_order
+from sealpushd.up.children import Child, stop_in_order
 from sealpushd.up.ports import HOST, PUBLIC, SERVICES, Ports
 from sealpushd.up.secrets import Secrets
 from sealpushd.up.vendors import APNS_KEY_ID, APNS_TEAM_ID, FCM, HMS, Accounts
@@ -46,9 +48,9 @@ def maintenance_url(admin_url: str, secrets: Secrets) -> str:
 
 
 def environment(
-    service: str, ports: Ports, secrets: Secrets, accounts: Accounts, postgres_url: str, valkey_url: str, log_level: str
+    service: str, ports: Ports, secrets: Secrets, accounts: Accounts, postgres_url: str, valkey_url: str, log_level: str, process: int = 0
 ) -> dict[str, str]:
-    """The settings of a service, as environment. Each gets its own secrets and no other's."""
+    """The settings of a process of a service, as environment. Each gets its own secrets and no other's."""
     certificate, private_key = secrets.certificate("services")
     own = {
         "SERVICE_KEY": secrets.service_key(service),
@@ -58,14 +60,14 @@ def environment(
         "VALKEY_URL": valkey_url,
         "VAULT_KEY": secrets.vault_key,
         "HOST": HOST,
-        "MESH_PORT": ports.of(service, "mesh"),
-        "METRICS_PORT": ports.of(service, "metrics"),
+        "MESH_PORT": ports.of(service, "mesh", process),
+        "METRICS_PORT": ports.of(service, "metrics", process),
         "DRAIN_SECONDS": _DRAIN_S,
         "LOG_LEVEL": log_level,
     }
-    own |= {f"{peer.upper()}_MESH": f"{HOST}:{ports.of(peer, 'mesh')}" for peer in SERVICES}
+    own |= {f"{peer.upper()}_MESH": ports.target(peer, "mesh") for peer in SERVICES}
     if service in PUBLIC:
-        own |= {"PUBLIC_PORT": ports.of(service, "public"), "TLS_CERTIFICATE": certificate, "TLS_PRIVATE_KEY": private_key}
+        own |= {"PUBLIC_PORT": ports.of(service, "public", process), "TLS_CERTIFICATE": certificate, "TLS_PRIVATE_KEY": private_key}
     if service == "registration":
         own |= {"CODE_CHANNEL": "simulated", "CODE_CHANNEL_ADDRESS": f"{HOST}:{ports.control}"}
     if service == "keys":
@@ -79,10 +81,11 @@ def environment(
             "HMS_URL": f"https://localhost:{ports.hms}",
             "HMS_TOKEN_URL": f"https://localhost:{ports.hms}/oauth2/v3/token",
             "PUSH_CA": secrets.ca,
-            "RECEIPTS_PORT": ports.receipts,
             "TLS_CERTIFICATE": certificate,
             "TLS_PRIVATE_KEY": private_key,
         }
+        if process == 0:  # the simulated Huawei knows one address
+            own |= {"RECEIPTS_PORT": ports.receipts}
     return {**_inherited(os.environ), **{f"SEALPUSH_{name}": str(value) for name, value in own.items()}}
 
 
@@ -144,15 +147,21 @@ class Stack:
             *("--service-account", str(accounts.of(FCM)), "--client", str(accounts.of(HMS))),
             *("--receipt-url", f"https://localhost:{ports.receipts}/hms/{APP_ID}", "--receipt-ca", str(secrets.ca)),
         ]
-        for service in SERVICES:
-            settings = environment(service, ports, secrets, accounts, postgres_url, valkey_url, log_level)
-            children[service] = child(service, [*python, "serve", service], settings, f"{HOST}:{ports.of(service, 'mesh')}")
+        services: dict[str, list[Child]] = {service: [] for service in SERVICES}
+        for process in range(ports.processes):
+            for service in SERVICES:
+                name = service if process == 0 else f"{service}-{process + 1}"
+                settings = environment(service, ports, secrets, accounts, postgres_url, valkey_url, log_level, process)
+                address = f"{HOST}:{ports.of(service, 'mesh', process)}"
+                children[name] = child(name, [*python, "serve", service], settings, address)
+                services[service].append(children[name])
         children["simulators"] = child("simulators", simulators, _inherited(os.environ), f"{HOST}:{ports.control}")
         try:
             await asyncio.gather(*(each.start() for each in children.values()))
             yield cls(children)
         finally:
-            await stop_in_order([[children[name] for name in group] for group in _STOP_ORDER], _STOP_PATIENCE_S)
+            of = {**services, "simulators": [children["simulators"]]}
+            await stop_in_order([[child for name in group for child in of[name]] for group in _STOP_ORDER], _STOP_PATIENCE_S)
 
     async def wait_ready(self) -> None:
         """Return once every child answers. Raises UpError with the last words of the one that does not."""

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -491,6 +492,7 @@ class WakeUpReport(_message.Message):
     RETRY_AT_FIELD_NUMBER: _builtins.int
     REASON_CODE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    RETRY_IN_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
     """16 bytes, as handed out."""
     device_id: _builtins.bytes
@@ -505,7 +507,13 @@ class WakeUpReport(_message.Message):
     """The provider's word for it, ≤ 100 characters, for operators."""
     @_builtins.property
     def retry_at(self) -> _timestamp_pb2.Timestamp:
-        """With RETRY and RELEASED: not before this moment; absent: at once."""
+        """With RETRY and RELEASED: not before this moment; absent: at once. Only where `retry_in` is absent, as from a dispatcher that does not
+        know it: it is of the dispatcher's clock. One more than 30 minutes ahead counts as now.
+        """
+
+    @_builtins.property
+    def retry_in(self) -> _duration_pb2.Duration:
+        """With RETRY and RELEASED: not before so long from now, by the mailbox's clock; more than 30 minutes count as 30."""
 
     def __init__(
         self,
@@ -517,10 +525,11 @@ class WakeUpReport(_message.Message):
         retry_at: _timestamp_pb2.Timestamp | None = ...,
         reason_code: _common_pb2.ReasonCode.ValueType = ...,
         detail: _builtins.str = ...,
+        retry_in: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_at", b"retry_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_at", b"retry_at", "retry_in", b"retry_in"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "device_id", b"device_id", "fence", b"fence", "message_id", b"message_id", "outcome", b"outcome", "reason_code", b"reason_code", "retry_at", b"retry_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "device_id", b"device_id", "fence", b"fence", "message_id", b"message_id", "outcome", b"outcome", "reason_code", b"reason_code", "retry_at", b"retry_at", "retry_in", b"retry_in"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -564,6 +573,7 @@ class WakeUp(_message.Message):
     MUTED_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    EXPIRES_IN_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
     """16 bytes."""
     device_id: _builtins.bytes
@@ -586,6 +596,10 @@ class WakeUp(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """End of the message's lifetime: no push after it."""
 
+    @_builtins.property
+    def expires_in(self) -> _duration_pb2.Duration:
+        """What is left of its lifetime when it is handed out, by the mailbox's clock. Absent: a mailbox that does not know it."""
+
     def __init__(
         self,
         *,
@@ -599,10 +613,11 @@ class WakeUp(_message.Message):
         muted: _builtins.bool = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         attempts: _builtins.int = ...,
+        expires_in: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "expires_in", b"expires_in"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "attempts", b"attempts", "device_id", b"device_id", "expires_at", b"expires_at", "fence", b"fence", "message_id", b"message_id", "muted", b"muted", "platform", b"platform", "priority", b"priority", "wake_up_id", b"wake_up_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app_id", b"app_id", "attempts", b"attempts", "device_id", b"device_id", "expires_at", b"expires_at", "expires_in", b"expires_in", "fence", b"fence", "message_id", b"message_id", "muted", b"muted", "platform", b"platform", "priority", b"priority", "wake_up_id", b"wake_up_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -619,7 +634,9 @@ class ReadEventsRequest(_message.Message):
     consumer: _builtins.str
     """Who reads, for metrics; ≤ 64 characters."""
     position: _builtins.bytes
-    """As given with the events; empty: from the oldest kept."""
+    """As given with the events, ≤ 64 KiB; empty: from the oldest kept. Opaque. One of another release may be refused: INVALID_ARGUMENT; then as
+    for POSITION_LOST.
+    """
     from_now: _builtins.bool
     """Ignore `position` and begin with the next change."""
     page_size: _builtins.int
@@ -648,12 +665,12 @@ class ReadEventsResponse(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     CAUGHT_UP_FIELD_NUMBER: _builtins.int
     position: _builtins.bytes
-    """To go on after these events."""
+    """To go on after these events. Kept with what they did, in one transaction, each does it once."""
     caught_up: _builtins.bool
     """Everything committed before this frame was made has been sent."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusEvent]:
-        """In commit order; empty in the first frame, which only says where the reader stands."""
+        """In the order that `ReadEvents` promises; empty in the first frame, which only says where the reader stands."""
 
     def __init__(
         self,

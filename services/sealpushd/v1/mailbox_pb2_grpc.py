@@ -118,7 +118,14 @@ class MailboxServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReadEvents(self, request, context):
-        """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators.
+        """The journal of state changes from a position on, then every change as it comes. Publishing, operators.
+
+        What a reader may rely on: every change that is committed comes once, also of a transaction that took long, and as soon as it is
+        committed, whatever else runs. The events of a delivery come in the order of its changes, the last one tells its present state. What had
+        committed before something else was begun comes before it. Nothing is said of the order of changes of different deliveries that
+        were made at the same time.
+        FAILED_PRECONDITION, POSITION_LOST: the position is of another database or from before a restore, or what came after it is past
+        its retention. The reader begins with an empty position or `from_now`, and looks up the states that it keeps.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,15 @@ class MailboxStub:
     WakeUpSession: _grpc.StreamStreamMultiCallable[_mailbox_pb2.WakeUpSessionRequest, _mailbox_pb2.WakeUpSessionResponse]
     """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch."""
     ReadEvents: _grpc.UnaryStreamMultiCallable[_mailbox_pb2.ReadEventsRequest, _mailbox_pb2.ReadEventsResponse]
-    """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
+    """The journal of state changes from a position on, then every change as it comes. Publishing, operators.
+
+    What a reader may rely on: every change that is committed comes once, also of a transaction that took long, and as soon as it is
+    committed, whatever else runs. The events of a delivery come in the order of its changes, the last one tells its present state. What had
+    committed before something else was begun comes before it. Nothing is said of the order of changes of different deliveries that
+    were made at the same time.
+    FAILED_PRECONDITION, POSITION_LOST: the position is of another database or from before a restore, or what came after it is past
+    its retention. The reader begins with an empty position or `from_now`, and looks up the states that it keeps.
+    """
     GetStatuses: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetStatusesRequest, _mailbox_pb2.MailboxGetStatusesResponse]
     """States of messages of one sender each; unknown ones are left out. Publishing."""
     GetReceipts: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetReceiptsRequest, _mailbox_pb2.MailboxGetReceiptsResponse]
@@ -70,7 +78,15 @@ class MailboxAsyncStub(MailboxStub):
     WakeUpSession: _aio.StreamStreamMultiCallable[_mailbox_pb2.WakeUpSessionRequest, _mailbox_pb2.WakeUpSessionResponse]  # type: ignore[assignment]
     """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch."""
     ReadEvents: _aio.UnaryStreamMultiCallable[_mailbox_pb2.ReadEventsRequest, _mailbox_pb2.ReadEventsResponse]  # type: ignore[assignment]
-    """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
+    """The journal of state changes from a position on, then every change as it comes. Publishing, operators.
+
+    What a reader may rely on: every change that is committed comes once, also of a transaction that took long, and as soon as it is
+    committed, whatever else runs. The events of a delivery come in the order of its changes, the last one tells its present state. What had
+    committed before something else was begun comes before it. Nothing is said of the order of changes of different deliveries that
+    were made at the same time.
+    FAILED_PRECONDITION, POSITION_LOST: the position is of another database or from before a restore, or what came after it is past
+    its retention. The reader begins with an empty position or `from_now`, and looks up the states that it keeps.
+    """
     GetStatuses: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetStatusesRequest, _mailbox_pb2.MailboxGetStatusesResponse]  # type: ignore[assignment]
     """States of messages of one sender each; unknown ones are left out. Publishing."""
     GetReceipts: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.MailboxGetReceiptsRequest, _mailbox_pb2.MailboxGetReceiptsResponse]  # type: ignore[assignment]
@@ -121,7 +137,15 @@ class MailboxServicer(metaclass=_abc_1.ABCMeta):
         request: _mailbox_pb2.ReadEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_mailbox_pb2.ReadEventsResponse], _abc.AsyncIterator[_mailbox_pb2.ReadEventsResponse]]:
-        """The journal of state changes from a position on, in commit order, then every change as it comes. Publishing, operators."""
+        """The journal of state changes from a position on, then every change as it comes. Publishing, operators.
+
+        What a reader may rely on: every change that is committed comes once, also of a transaction that took long, and as soon as it is
+        committed, whatever else runs. The events of a delivery come in the order of its changes, the last one tells its present state. What had
+        committed before something else was begun comes before it. Nothing is said of the order of changes of different deliveries that
+        were made at the same time.
+        FAILED_PRECONDITION, POSITION_LOST: the position is of another database or from before a restore, or what came after it is past
+        its retention. The reader begins with an empty position or `from_now`, and looks up the states that it keeps.
+        """
 
     @_abc_1.abstractmethod
     def GetStatuses(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from sealpush.envelope import FLAG_SERVER_SEALED, Header
 from sealpush.ids import AppId, ContentId, RecipientRef, SenderId, uuid7
 from sealpush.keys import DAY_MS, ContentSigningKey, EntryKey, EntryRole, RootKey, SenderEntry, SenderMode, sign_sender_entry
 from sealpushd.accounts import rules
-from sealpushd.accounts.rules import Account, AccountSender, App, SignedEntry
+from sealpushd.accounts.rules import Account, AccountSender, App, SignedEntry, Standing
 from sealpushd.platform.access import SCOPES, address_allowed
 from sealpushd.platform.errors import InvalidRequest
 
@@ -115,8 +117,35 @@ def test_a_password_outside_its_bounds_is_refused_without_repeating_it(password:
     assert password not in str(caught.value)
 
 
-def test_failures_from_outside_are_counted_apart() -> None:
-    assert rules.failure_subject("bank", inside=True) != rules.failure_subject("bank", inside=False)
+NOW = datetime(2026, 12, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("networks", "address", "signed_in_at", "expected"),
+    [
+        ((), "192.0.2.7", None, Standing.STRANGE),
+        ((), "192.0.2.7", NOW - timedelta(days=30), Standing.PROVEN),
+        ((), "192.0.2.7", NOW - timedelta(days=30, seconds=1), Standing.STRANGE),
+        (("192.0.2.0/24",), "192.0.2.7", None, Standing.INSIDE),
+        (("192.0.2.0/24",), "192.0.2.7", NOW, Standing.PROVEN),
+        (("192.0.2.0/24",), "192.0.2.7", NOW - timedelta(days=31), Standing.INSIDE),
+        # Its networks were changed since.
+        (("198.51.100.0/24",), "192.0.2.7", NOW, Standing.STRANGE),
+    ],
+)
+def test_what_an_address_is_to_an_organisation(
+    networks: tuple[str, ...], address: str, signed_in_at: datetime | None, expected: Standing
+) -> None:
+    assert rules.standing(replace(account(), networks=networks), address, signed_in_at, now=NOW) is expected
+    assert rules.standing(None, address, signed_in_at, now=NOW) is Standing.STRANGE
+
+
+def test_a_failure_counts_for_nobody_who_is_proven_elsewhere() -> None:
+    counted = {each: set(rules.failures_counted("bank", "192.0.2.7", each)) for each in Standing}
+    others = set(rules.failures_counted("bank", "198.51.100.1", Standing.STRANGE))
+    assert not others & counted[Standing.PROVEN]
+    assert not others & counted[Standing.INSIDE]
+    assert others & counted[Standing.STRANGE]
 
 
 def test_an_account_does_not_print_its_password_hash() -> None:

@@ -1,3 +1,4 @@
+import math
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ from sealpushd.cli.checks import (
     check_health,
     check_port,
     check_push,
+    check_service_clock,
+    judge_clock,
     judge_credential,
     judge_entry,
     judge_lane,
     judge_partitions,
 )
+from sealpushd.platform.clockwatch import ClockWatch
+from sealpushd.platform.metrics import serve_metrics
 from sealpushd.platform.tls import CERTIFICATE_LIFETIME, LocalAuthority
 from sealpushd.up.ports import Ports
 from sealpushd.v1 import lanes_pb2, mailbox_pb2
 from sealpushd.v1.administration_pb2 import EntryInUse, GetEndingEntriesResponse
 from sealpushd.v1.providers_pb2 import ListProvidersResponse, StoredProvider
+from tests.clocks import FakeClock
 from tests.unit.cli.answering import answering
 
 NOW = datetime(2026, 11, 18, 12, tzinfo=UTC)  # in ISO week 47
@@ -159,3 +165,39 @@ async def test_entries_are_asked_for_two_weeks_ahead(tmp_path: Path, free_base_p
     [away] = await check_entries(f"127.0.0.1:{free_base_port}", installation.key, Path("data/log/accounts.log"), NOW)
     assert not away.ok
     assert "data/log/accounts.log" in away.text
+
+
+@pytest.mark.parametrize(
+    ("metrics", "ok", "text"),
+    [
+        ({"seconds": 1000.2, "since_move_seconds": math.inf}, True, "200 ms"),
+        ({"seconds": 1011, "since_move_seconds": math.inf}, False, "by 11.0 s: set both by NTP"),
+        ({"seconds": 989, "since_move_seconds": math.inf}, False, "by -11.0 s"),
+        ({"seconds": 1000, "since_move_seconds": math.inf, "database_ahead_seconds": -2400}, False, "PostgreSQL's by 2400.0 s"),
+        ({"seconds": 1000, "since_move_seconds": 90, "moved_by_seconds": -2400}, False, "was set back by 0:40:00, 0:01:30 ago"),
+        ({"seconds": 1000, "since_move_seconds": 90, "moved_by_seconds": 86400}, False, "was set forward by 1 day, 0:00:00"),
+        ({"seconds": 1000, "since_move_seconds": 7200, "moved_by_seconds": 2400}, True, "0 ms"),
+        ({}, False, "another version"),
+    ],
+)
+def test_a_clock_that_differs_or_was_set_lately_is_told(metrics: dict[str, float], ok: bool, text: str) -> None:
+    check = judge_clock("clock fetch", {f"sealpush_clock_{name}": value for name, value in metrics.items()}, 1000)
+    assert check.ok is ok
+    assert text in check.text
+
+
+async def test_the_clock_of_a_running_service_is_read_from_its_metrics() -> None:
+    clock = FakeClock()
+    watch = ClockWatch(clock)
+    port = serve_metrics("127.0.0.1", 0)
+    assert (await check_service_clock("fetch", f"127.0.0.1:{port}")).ok
+    clock.jump(timedelta(minutes=40))
+    assert "differs from this machine's by 2" in (await check_service_clock("fetch", f"127.0.0.1:{port}")).text
+    watch.look()
+    clock.jump(timedelta(minutes=-40))
+    watch.look()
+    assert "was set back by 0:40:00" in (await check_service_clock("fetch", f"127.0.0.1:{port}")).text
+
+
+async def test_a_service_whose_metrics_cannot_be_asked_fails_the_check_of_its_clock(free_base_port: int) -> None:
+    assert not (await check_service_clock("fetch", f"127.0.0.1:{free_base_port}")).ok

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from sealpushd.cli.app import run
+from sealpushd.platform.arrivals import WAITING_MAX
 from sealpushd.platform.migrate import SERVICES
+from sealpushd.platform.server import PUBLIC_REQUEST_BYTES_MAX
 from sealpushd.platform.settings import CONFIG_VARIABLE, Settings, default_port
 from sealpushd.up.ports import PUBLIC
 
@@ -64,6 +66,19 @@ def test_images_are_pinned_and_nothing_runs_as_root_with_all_powers() -> None:
         assert name == "postgres" or container["user"] == "${SEALPUSH_UID:-1000}"
     assert CONTAINERS["postgres"]["image"].startswith("postgres:18")
     assert CONTAINERS["valkey"]["image"].startswith("valkey/valkey:9")
+
+
+def _bytes(size: str) -> int:
+    return int(size[:-1]) * {"m": 1024**2, "g": 1024**3}[size[-1]]
+
+
+def test_every_container_has_a_bound_on_its_memory_that_its_connections_fit_into() -> None:
+    bounds = {name: _bytes(container["mem_limit"]) for name, container in CONTAINERS.items()}
+    connections = Settings.model_fields["public_connections"].default
+    at_rest = 100_000_000
+    for service in PUBLIC:
+        each = 70_000 if service == "fetch" else 40_000
+        assert bounds[service] > at_rest + connections * each + WAITING_MAX * PUBLIC_REQUEST_BYTES_MAX[service], service
 
 
 def test_prepare_makes_every_secret_that_compose_mounts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sealpushd.up.children import Child, Liveness
+from sealpushd.engines.watch import Liveness
+from sealpushd.up.children import Child
 
 PATIENCE_S = 40.0
 PROBE_S = 0.05

@@ -18,10 +18,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from sealpushd.cli.prepare import prepare
+from sealpushd.engines import process
 from sealpushd.platform.migrate import SERVICES
 from sealpushd.platform.settings import Settings
 from sealpushd.platform.tokens import ServiceKey, TokenVerifier
-from sealpushd.up import children, ports, secrets, stack, vendors
+from sealpushd.up import ports, secrets, stack, vendors
 from sealpushd.up.endpoints import Endpoints
 from sealpushd.up.errors import UpError
 from sealpushd.up.ports import Ports
@@ -146,9 +147,19 @@ def test_the_root_key_stays_the_same(tmp_path: Path) -> None:
         secrets.load_root(path)
 
 
-def test_no_two_listeners_share_a_port() -> None:
-    assert len(Ports(7100).all()) == 3 * len(SERVICES) + 5
+@pytest.mark.parametrize("processes", range(1, ports.PROCESSES_MAX + 1))
+def test_no_two_listeners_share_a_port(processes: int) -> None:
+    assert len(Ports(7100, processes).all()) == 3 * len(SERVICES) * processes + 5
+    assert max(Ports(7100, processes).all()) <= 7100 + ports.HIGHEST
     assert ports.SERVICES == SERVICES
+
+
+def test_several_processes_are_one_target_of_which_each_listener_is_told_by_itself() -> None:
+    assert Ports(7100).target("keys", "public", "localhost") == "localhost:7103"
+    target = Ports(7100, 2).target("keys", "public", "localhost")
+    assert target == "ipv4:127.0.0.1:7103,127.0.0.1:7113"
+    listeners = dataclasses.replace(endpoints(), public={"keys": target}).listeners()
+    assert (listeners["keys"], listeners["keys-2"]) == ("127.0.0.1:7103", "127.0.0.1:7113")
 
 
 def test_a_taken_port_is_named_with_what_to_do(free_base_port: int) -> None:
@@ -167,6 +178,7 @@ def endpoints() -> Endpoints:
         ca="/ca.pem",
         public={"accounts": "localhost:1"},
         mesh={"accounts": "127.0.0.1:2"},
+        metrics={"accounts": "127.0.0.1:5"},
         simulators="127.0.0.1:3",
         push_services={"APNs": "127.0.0.1:4"},
         postgres_url="postgresql://hidden",
@@ -202,7 +214,7 @@ def test_endpoints_of_a_killed_run_say_so(tmp_path: Path) -> None:
         Endpoints.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 2}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 3}'])
 def test_damaged_endpoints_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "endpoints.json").write_text(content)
@@ -234,12 +246,12 @@ def test_each_service_gets_settings_that_exist_and_only_its_own_secrets(
 
 
 def test_a_log_is_bounded_while_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(children, "LOG_BYTES_MAX", 10)
+    monkeypatch.setattr(process, "LOG_BYTES_MAX", 10)
     path = tmp_path / "x.log"
-    children.bound_log(path)
+    process.bound_log(path)
     with path.open("ab", buffering=0) as stream:
         stream.write(b"01234567890")
-        children.bound_log(path)
+        process.bound_log(path)
         stream.write(b"new")
     assert path.read_bytes() == b"new"
     assert (tmp_path / "x.log.1").read_bytes() == b"01234567890"

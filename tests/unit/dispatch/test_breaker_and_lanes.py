@@ -40,22 +40,17 @@ from sealpushd.dispatch.rules import (
 )
 from sealpushd.dispatch.store import LaneRow
 from sealpushd.platform.metrics import platform_label
+from tests.clocks import FakeClock
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+STEADY = 1_000.0
 dice = st.floats(0, 1, exclude_max=True)
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.time = NOW
-
-    def now(self) -> datetime:
-        return self.time
 
 
 class NoProvider:
     name = "apns"
     topic = "ua.bank"
+    asked_anew = 0
 
     async def send(self, target: PushTarget, wake_up: WakeUp) -> Outcome:
         raise NotImplementedError
@@ -65,6 +60,9 @@ class NoProvider:
 
     def advise(self, reason: str) -> str:
         return f"advice on {reason}"
+
+    def forget_failures(self) -> None:
+        self.asked_anew += 1
 
     async def aclose(self) -> None:
         """Nothing is open."""
@@ -78,7 +76,7 @@ def new_lane(clock: FakeClock, capacity: int = 256, die: float = 0.5) -> Lane:
 
 def settle(lane: Lane, send: Send, outcome: Outcome, clock: FakeClock, *, attempt: int = 1, topic_of_lane: bool = True) -> None:
     excused = excuse_lane(outcome, topic_of_lane=topic_of_lane)
-    lane.observe(send, outcome, decide(excused, attempt, clock.now(), lambda: 0.5))
+    lane.observe(send, outcome, decide(excused, attempt, lambda: 0.5))
     lane.settled()
 
 
@@ -97,25 +95,25 @@ def break_(lane: Lane, clock: FakeClock) -> None:
 def test_closed_breaker_opens_exactly_after_so_many_failures_in_a_row(results: list[bool]) -> None:
     breaker, in_a_row = Breaker(), 0
     for good in results:
-        if breaker.circuit(NOW) is not Circuit.CLOSED:
+        if breaker.circuit(STEADY) is not Circuit.CLOSED:
             break
-        breaker = breaker.succeeded(probe=False) if good else breaker.failed(NOW, lambda: 0.5, probe=False)
+        breaker = breaker.succeeded(probe=False) if good else breaker.failed(STEADY, lambda: 0.5, probe=False)
         in_a_row = 0 if good else in_a_row + 1
-        assert (breaker.circuit(NOW) is Circuit.OPEN) is (in_a_row == FAILURES_MAX)
+        assert (breaker.circuit(STEADY) is Circuit.OPEN) is (in_a_row == FAILURES_MAX)
 
 
 @given(openings=st.integers(0, 10_000), random=dice)
 def test_reopening_is_spaced_out_with_a_bound(openings: int, random: float) -> None:
-    breaker = Breaker(0, openings, NOW).failed(NOW, lambda: random, probe=True)
+    breaker = Breaker(0, openings, STEADY).failed(STEADY, lambda: random, probe=True)
     assert breaker.open_until is not None
-    assert NOW <= breaker.open_until <= NOW + REOPEN_MAX
+    assert STEADY <= breaker.open_until <= STEADY + REOPEN_MAX.total_seconds()
     assert breaker.openings == openings + 1
 
 
 @given(good=st.booleans(), later=st.timedeltas(timedelta(0), timedelta(days=1)))
 def test_only_the_probe_decides_while_the_circuit_is_not_closed(good: bool, later: timedelta) -> None:
-    breaker = Breaker(0, 3, NOW)
-    after = breaker.succeeded(probe=False) if good else breaker.failed(NOW + later, lambda: 0.5, probe=False)
+    breaker = Breaker(0, 3, STEADY)
+    after = breaker.succeeded(probe=False) if good else breaker.failed(STEADY + later.total_seconds(), lambda: 0.5, probe=False)
     assert after == breaker
     assert breaker.succeeded(probe=True) == Breaker()
 
@@ -125,7 +123,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     @initialize(capacity=st.integers(1, 20), die=dice)
     def begin(self, capacity: int, die: float) -> None:
-        self.clock, self.capacity = FakeClock(), capacity
+        self.clock, self.capacity = FakeClock(NOW), capacity
         self.lane = new_lane(self.clock, capacity, die)
         self.credit = self.waiting = 0
         self.sending: list[Send] = []
@@ -186,7 +184,7 @@ class LaneMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.integers(0, 400))
     def wait(self, seconds: int) -> None:
-        self.clock.time += timedelta(seconds=seconds)
+        self.clock.advance(timedelta(seconds=seconds))
 
     @invariant()
     def holds_no_more_than_its_capacity(self) -> None:
@@ -204,7 +202,7 @@ class LaneMachine(RuleBasedStateMachine):
             self.lane.settled()
         for _ in range(self.waiting):
             self.lane.settled()
-        self.clock.time += timedelta(seconds=1)
+        self.clock.advance(timedelta(seconds=1))
         self.lane.apply(LaneRow("bank", 1, False, "", self.clock.now()))
         self.lane.session_began()
         assert self.lane.state is LaneState.OPEN
@@ -221,7 +219,7 @@ TestLane = LaneMachine.TestCase
 
 
 def test_credit_never_exceeds_what_the_lane_may_hold() -> None:
-    lane = new_lane(FakeClock(), capacity=3)
+    lane = new_lane(FakeClock(NOW), capacity=3)
     assert lane.take_credit() == 3
     assert lane.take_credit() == 0
     lane.took()
@@ -231,15 +229,15 @@ def test_credit_never_exceeds_what_the_lane_may_hold() -> None:
 
 
 def test_broken_lane_gets_no_credit_and_releases_until_one_try_succeeds() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     break_(lane, clock)
     assert lane.state is LaneState.BROKEN
     assert "ServiceUnavailable" in lane.detail
     assert lane.take_credit() == 0
-    assert lane.closed_until is not None
-    assert lane.admit() == Release(lane.closed_until, "lane-broken")
-    clock.time = lane.closed_until
+    assert lane.closed_for is not None
+    assert lane.admit() == Release(lane.closed_for, "lane-broken")
+    clock.advance(lane.closed_for)
     assert lane.take_credit() == 1
     lane.took()
     probe = lane.admit()
@@ -252,11 +250,11 @@ def test_broken_lane_gets_no_credit_and_releases_until_one_try_succeeds() -> Non
 
 
 def test_lost_try_makes_room_for_another() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     break_(lane, clock)
-    assert lane.closed_until is not None
-    clock.time = lane.closed_until
+    assert lane.closed_for is not None
+    clock.advance(lane.closed_for)
     probe = lane.admit()
     assert isinstance(probe, Send)
     lane.abandon(probe)
@@ -266,7 +264,7 @@ def test_lost_try_makes_room_for_another() -> None:
 
 
 def test_wrong_credentials_stop_the_lane_until_resumed_or_tried_again() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     lane.took()
     send = lane.admit()
@@ -274,14 +272,14 @@ def test_wrong_credentials_stop_the_lane_until_resumed_or_tried_again() -> None:
     settle(lane, send, Misconfigured("InvalidProviderToken"), clock)
     assert lane.state is LaneState.MISCONFIGURED
     assert "InvalidProviderToken" in lane.detail
-    assert lane.closed_until == clock.now() + LANE_RETRY
+    assert lane.closed_for == LANE_RETRY
     assert lane.take_credit() == 0
     assert lane.apply(LaneRow("bank", 1, False, "resumed", clock.now()))
     assert lane.take_credit() == 256
 
 
 def test_installation_with_a_topic_of_its_own_cannot_stop_the_lane() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     for _ in range(3 * FAILURES_MAX):
         lane.took()
@@ -299,7 +297,7 @@ def test_what_concerns_one_device_never_breaks_the_lane(outcome: Outcome) -> Non
 
 
 def test_pause_is_taken_over_at_once_and_only_changes_are_told() -> None:
-    lanes = LaneSet(256, FakeClock(), lambda: 0.5)
+    lanes = LaneSet(256, FakeClock(NOW), lambda: 0.5)
     lane = lanes.put("bank", 1)
     lane.use(NoProvider())
     told: list[None] = []
@@ -317,7 +315,7 @@ def test_pause_is_taken_over_at_once_and_only_changes_are_told() -> None:
 
 
 def test_counts_tell_what_became_of_sends() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     for outcome in (Accepted(), RetryAt("timeout"), TokenGone("Unregistered"), Bug("PayloadTooLarge")):
         lane.took()
@@ -330,7 +328,7 @@ def test_counts_tell_what_became_of_sends() -> None:
 
 
 def test_credit_gathers_to_a_quarter_before_it_is_given_back() -> None:
-    lane = new_lane(FakeClock(), capacity=8)
+    lane = new_lane(FakeClock(NOW), capacity=8)
     assert lane.take_credit() == 8
     lane.took()
     lane.took()
@@ -354,36 +352,37 @@ def test_metrics_name_platforms_also_those_of_the_future() -> None:
 def test_window_stays_between_one_and_the_capacity_and_is_halved_once_a_period(
     results: list[tuple[bool, timedelta]], capacity: int
 ) -> None:
-    window, now, halved_at = Window.whole(capacity), NOW, NOW - HALVING_PERIOD
+    period = HALVING_PERIOD.total_seconds()
+    window, now, halved_at = Window.whole(capacity), STEADY, STEADY - period
     for good, later in results:
-        now += later
+        now += later.total_seconds()
         before = window.size
         window = window.grown() if good else window.halved(now)
         assert 1 <= window.size <= capacity
         if not good:
-            due = now - halved_at >= HALVING_PERIOD
+            due = now - halved_at >= period
             assert window.size == (max(before // 2, 1) if due else before)
             halved_at = now if due else halved_at
 
 
 def test_asked_pause_keeps_the_breaker_open_as_long() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     for _ in range(FAILURES_MAX):
         lane.took()
         send = lane.admit()
         assert isinstance(send, Send)
         settle(lane, send, RetryAt("QUOTA_EXCEEDED", timedelta(seconds=90)), clock)
-    assert lane.closed_until is not None
-    assert lane.closed_until >= clock.now() + timedelta(seconds=90)
+    assert lane.closed_for is not None
+    assert lane.closed_for >= timedelta(seconds=90)
 
 
 def test_success_after_an_outage_opens_the_window_again() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock, capacity=16)
     break_(lane, clock)
-    assert lane.closed_until is not None
-    clock.time = lane.closed_until
+    assert lane.closed_for is not None
+    clock.advance(lane.closed_for)
     for _ in range(20):
         lane.took()
         send = lane.admit()
@@ -396,7 +395,7 @@ def test_success_after_an_outage_opens_the_window_again() -> None:
 
 
 def test_lane_without_a_credential_says_so_takes_nothing_and_sends_nothing() -> None:
-    lane = Lane("bank", 1, capacity=8, clock=FakeClock(), random=lambda: 0.5)
+    lane = Lane("bank", 1, capacity=8, clock=FakeClock(NOW), random=lambda: 0.5)
     lane.lose("the credential file is missing")
     assert lane.take_credit() == 0
     assert isinstance(lane.admit(), Release)
@@ -405,7 +404,7 @@ def test_lane_without_a_credential_says_so_takes_nothing_and_sends_nothing() -> 
 
 
 def test_new_credential_repairs_a_stopped_lane_and_late_words_of_the_old_one_do_not_stop_it_again() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     sends = []
     for _ in range(3):
@@ -414,7 +413,7 @@ def test_new_credential_repairs_a_stopped_lane_and_late_words_of_the_old_one_do_
         assert isinstance(send, Send)
         sends.append(send)
     settle(lane, sends[0], Misconfigured("InvalidProviderToken"), clock)
-    assert lane.closed_until is not None
+    assert lane.closed_for is not None
     lane.use(NoProvider())
     settle(lane, sends[1], Misconfigured("InvalidProviderToken"), clock)
     settle(lane, sends[2], RetryAt("timeout"), clock)
@@ -424,7 +423,7 @@ def test_new_credential_repairs_a_stopped_lane_and_late_words_of_the_old_one_do_
 
 
 def test_removed_lane_takes_back_what_comes_on_old_credit_and_lives_again_with_a_new_credential() -> None:
-    lanes = LaneSet(8, FakeClock(), lambda: 0.5)
+    lanes = LaneSet(8, FakeClock(NOW), lambda: 0.5)
     lane = lanes.put("bank", 1)
     lane.use(NoProvider())
     assert lane.take_credit() == 8
@@ -443,7 +442,7 @@ def test_removed_lane_takes_back_what_comes_on_old_credit_and_lives_again_with_a
 
 
 def test_many_strangers_in_a_row_are_told_and_one_good_token_ends_the_suspicion() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     for number in range(STRANGERS_MAX):
         assert lane.detail == "takes wake-ups"
@@ -466,7 +465,7 @@ NOT_ASKED = [TokenSuspect("malformed-token", asked=False), Bug("malformed-reques
 
 @pytest.mark.parametrize("nothing", [*NOT_ASKED, Misconfigured("TopicDisallowed")])
 def test_what_a_registration_brings_about_neither_mends_a_broken_lane_nor_spares_one(nothing: Outcome) -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
 
     def send_one(outcome: Outcome) -> None:
@@ -479,18 +478,18 @@ def test_what_a_registration_brings_about_neither_mends_a_broken_lane_nor_spares
         assert lane.state is LaneState.OPEN
         send_one(nothing)
         send_one(RetryAt("ServiceUnavailable"))
-    assert lane.closed_until is not None
-    clock.time = lane.closed_until
+    assert lane.closed_for is not None
+    clock.advance(lane.closed_for)
     # Half-open: these decide nothing, and the next one is tried at once.
     for _ in range(3):
         send_one(nothing)
-        assert lane.closed_until is not None
+        assert lane.closed_for is not None
     send_one(Accepted())
-    assert lane.closed_until is None
+    assert lane.closed_for is None
 
 
 def test_tokens_that_were_set_aside_are_tried_again_after_a_resume() -> None:
-    lane = new_lane(FakeClock())
+    lane = new_lane(FakeClock(NOW))
     lane.set_aside(b"device", NOW, "BadDeviceToken", asked=True)
     assert lane.set_aside_for(b"device", NOW) == "BadDeviceToken"
     assert lane.set_aside_for(b"device", NOW + timedelta(seconds=1)) is None
@@ -502,22 +501,22 @@ def test_tokens_that_were_set_aside_are_tried_again_after_a_resume() -> None:
 
 
 def test_rate_is_that_of_the_last_minute() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     for _ in range(120):
-        lane.counts.rate.add(clock.now())
-    assert lane.counts.rate.per_second(clock.now()) == 2.0
-    clock.time += timedelta(seconds=59)
-    lane.counts.rate.add(clock.now())
-    assert lane.counts.rate.per_second(clock.now()) == 121 / 60
-    clock.time += timedelta(seconds=1)
-    assert lane.counts.rate.per_second(clock.now()) == 1 / 60
-    clock.time += timedelta(minutes=2)
-    assert lane.counts.rate.per_second(clock.now()) == 0
+        lane.counts.rate.add(clock.monotonic())
+    assert lane.counts.rate.per_second(clock.monotonic()) == 2.0
+    clock.advance(timedelta(seconds=59))
+    lane.counts.rate.add(clock.monotonic())
+    assert lane.counts.rate.per_second(clock.monotonic()) == 121 / 60
+    clock.advance(timedelta(seconds=1))
+    assert lane.counts.rate.per_second(clock.monotonic()) == 1 / 60
+    clock.advance(timedelta(minutes=2))
+    assert lane.counts.rate.per_second(clock.monotonic()) == 0
 
 
 def test_error_reasons_are_bounded() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock, capacity=1000)
     for number in range(100):
         lane.took()
@@ -530,21 +529,21 @@ def test_error_reasons_are_bounded() -> None:
 
 def test_what_a_broken_lane_gives_back_waits_for_the_lane_and_not_for_its_time() -> None:
     """A push service may ask for a day; whoever repairs it, or resumes the lane, has it all pushed at once."""
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     for _ in range(FAILURES_MAX):
         lane.took()
         send = lane.admit()
         assert isinstance(send, Send)
         settle(lane, send, RetryAt("ServiceUnavailable", timedelta(days=1)), clock)
-    assert lane.closed_until is not None
-    assert lane.closed_until > NOW + timedelta(minutes=14)
-    assert lane.admit() == Release(NOW + PAUSED_RETRY, "lane-broken")
+    assert lane.closed_for is not None
+    assert lane.closed_for > timedelta(minutes=14)
+    assert lane.admit() == Release(PAUSED_RETRY, "lane-broken")
     assert lane.take_credit() == 0
 
 
 def test_resume_through_a_process_whose_clock_is_behind_counts() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     lane = new_lane(clock)
     assert lane.apply(LaneRow("bank", 1, False, "resumed", clock.now()))
     break_(lane, clock)

@@ -14,15 +14,11 @@ from sealpushd.dispatch.makers import KINDS, Config, CredentialError, PushServic
 from sealpushd.dispatch.receipts import ReceiptKey
 from sealpushd.platform.settings import SettingsError, load
 from sealpushd.platform.tls import LocalAuthority
+from tests.clocks import FakeClock
 
 PEM = ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 APNS = {"key_id": "KEY1234567", "team_id": "TEAM123456", "topic": "ua.bank.app"}
 HMS = {"app_id": "104000001", "client_secret": "hunter2"}
-
-
-class FakeClock:
-    def now(self) -> datetime:
-        return datetime(2026, 3, 1, tzinfo=UTC)
 
 
 def services(**changes: Any) -> PushServices:
@@ -35,7 +31,7 @@ def hms(**changes: Any) -> Config:
 
 async def test_each_kind_makes_its_provider() -> None:
     for config, topic in ((Config("apns", APNS, PEM), "ua.bank.app"), (hms(), "104000001")):
-        provider = make(config, services(), FakeClock())
+        provider = make(config, services(), FakeClock(datetime(2026, 3, 1, tzinfo=UTC)))
         assert (provider.name, provider.topic) == (config.kind, topic)
         await provider.aclose()
     assert set(KINDS) == {"apns", "fcm", "hms"}
@@ -68,7 +64,7 @@ async def test_each_kind_makes_its_provider() -> None:
 )
 async def test_what_cannot_be_used_says_why_and_never_the_secret(config: Config, field: str, words: str) -> None:
     with pytest.raises(CredentialError) as caught:
-        make(config, services(), FakeClock())
+        make(config, services(), FakeClock(datetime(2026, 3, 1, tzinfo=UTC)))
     assert caught.value.field == field
     assert words in str(caught.value)
     assert "hunter2" not in str(caught.value)
@@ -128,5 +124,5 @@ async def test_proxy_and_authority_reach_the_provider(tmp_path: Path) -> None:
         7,
     )
     assert services(fcm_url="https://localhost:8443/").fcm_url == "https://localhost:8443"
-    provider = make(hms(), found, FakeClock())
+    provider = make(hms(), found, FakeClock(datetime(2026, 3, 1, tzinfo=UTC)))
     await provider.aclose()

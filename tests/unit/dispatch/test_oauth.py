@@ -24,18 +24,11 @@ from sealpushd.dispatch.providers.oauth import (
     of_token_endpoint,
     read_grant,
 )
+from tests.clocks import FakeClock
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
 DOWN = RetryAt("oauth-status-503")
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.time = NOW
-
-    def now(self) -> datetime:
-        return self.time
 
 
 class Endpoint:
@@ -56,7 +49,7 @@ class Endpoint:
 
 @pytest.fixture
 def clock() -> FakeClock:
-    return FakeClock()
+    return FakeClock(NOW)
 
 
 @pytest.fixture
@@ -90,7 +83,7 @@ async def test_a_hundred_sends_at_once_ask_the_endpoint_once(tokens: AccessToken
 
 async def test_token_is_kept_until_shortly_before_its_end(tokens: AccessTokens, endpoint: Endpoint, clock: FakeClock) -> None:
     assert await tokens.current() == "token-1"
-    clock.time += HOUR - RENEW_BEFORE - timedelta(seconds=1)
+    clock.advance(HOUR - RENEW_BEFORE - timedelta(seconds=1))
     assert await tokens.current() == "token-1"
     await settled()
     assert endpoint.asked == 1
@@ -99,7 +92,7 @@ async def test_token_is_kept_until_shortly_before_its_end(tokens: AccessTokens, 
 async def test_renewal_comes_early_and_the_old_token_serves_meanwhile(tokens: AccessTokens, endpoint: Endpoint, clock: FakeClock) -> None:
     await tokens.current()
     endpoint.gate.clear()
-    clock.time += HOUR - RENEW_BEFORE
+    clock.advance(HOUR - RENEW_BEFORE)
     for _ in range(5):
         assert await tokens.current() == "token-1"
     await settled()
@@ -112,13 +105,13 @@ async def test_renewal_comes_early_and_the_old_token_serves_meanwhile(tokens: Ac
 async def test_failed_renewal_harms_nobody_while_the_old_token_serves(tokens: AccessTokens, endpoint: Endpoint, clock: FakeClock) -> None:
     await tokens.current()
     endpoint.answer = lambda _: Misconfigured("oauth-invalid_grant")
-    clock.time += HOUR - RENEW_BEFORE
+    clock.advance(HOUR - RENEW_BEFORE)
     assert await tokens.current() == "token-1"
     await settled()
-    clock.time += RENEW_BEFORE - timedelta(seconds=1)
+    clock.advance(RENEW_BEFORE - timedelta(seconds=1))
     assert await tokens.current() == "token-1"
     await settled()
-    clock.time += FAILURE_KEPT
+    clock.advance(FAILURE_KEPT)
     assert await tokens.current() == Misconfigured("oauth-invalid_grant")
 
 
@@ -126,7 +119,7 @@ async def test_failure_answers_all_for_a_while_and_is_then_tried_again(tokens: A
     endpoint.answer = lambda _: DOWN
     assert [await tokens.current() for _ in range(50)] == [DOWN] * 50
     assert endpoint.asked == 1
-    clock.time += FAILURE_KEPT
+    clock.advance(FAILURE_KEPT)
     endpoint.answer = lambda number: Grant(f"token-{number}", HOUR)
     assert await tokens.current() == "token-2"
 
@@ -144,10 +137,10 @@ async def test_patience_that_the_endpoint_asks_for_is_had_within_bounds(
 ) -> None:
     endpoint.answer = lambda _: RetryAt("oauth-status-503", asked_for)
     await tokens.current()
-    clock.time += kept - timedelta(milliseconds=1)
+    clock.advance(kept - timedelta(milliseconds=1))
     assert await tokens.current() == RetryAt("oauth-status-503", asked_for)
     assert endpoint.asked == 1
-    clock.time += timedelta(milliseconds=1)
+    clock.advance(timedelta(milliseconds=1))
     await tokens.current()
     assert endpoint.asked == 2
 
@@ -193,7 +186,7 @@ async def test_fresh_token_that_is_refused_too_is_not_replaced_at_once(tokens: A
     assert await tokens.replace("token-1") == "token-2"
     assert await tokens.replace("token-2") == RefreshAuth("oauth-token-refused-again")
     assert endpoint.asked == 2
-    clock.time += REPLACE_MIN
+    clock.advance(REPLACE_MIN)
     assert await tokens.replace("token-2") == "token-3"
 
 
@@ -241,17 +234,17 @@ def test_senseless_lifetime_is_a_minute_and_a_long_one_a_day(expires_in: object,
 @given(st.integers(1, 10_000_000))
 def test_token_is_renewed_within_its_lifetime_and_not_at_once(seconds: int) -> None:
     async def scenario() -> None:
-        clock, endpoint = FakeClock(), Endpoint()
+        clock, endpoint = FakeClock(NOW), Endpoint()
         granted_here = read_grant(granted(expires_in=seconds), NOW, signed=True)
         assert isinstance(granted_here, Grant)
         endpoint.answer = lambda number: Grant(f"token-{number}", granted_here.lifetime)
         tokens = AccessTokens(endpoint.fetch, clock)
         assert await tokens.current() == "token-1"
-        clock.time += granted_here.lifetime * 0.49
+        clock.advance(granted_here.lifetime * 0.49)
         await tokens.current()
         await settled()
         assert endpoint.asked == 1
-        clock.time = NOW + granted_here.lifetime - timedelta(microseconds=1)
+        clock.advance(granted_here.lifetime * 0.51 - timedelta(microseconds=1))
         assert await tokens.current() == "token-1"
         await settled()
         assert endpoint.asked == 2

@@ -39,20 +39,13 @@ from sealpushd.dispatch.providers.base import (
     advise_common,
 )
 from sealpushd.dispatch.providers.http import HttpSettings
+from tests.clocks import FakeClock
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = PushTarget(PushToken("3f" * 32), PushEnvironment.PRODUCTION, "ua.bank.app", NOW)
 # A narrow alphabet: the whole of Unicode costs a second to set up and finds nothing more.
 texts = st.text(st.characters(max_codepoint=0x2FF), max_size=100)
 REQUEST_ID = "00010203-0405-4607-8809-0a0b0c0d0e0f"
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.time = NOW
-
-    def now(self) -> datetime:
-        return self.time
 
 
 def wake_up(*, muted: bool = False, priority: WakeUpPriority = WakeUpPriority.HIGH) -> WakeUp:
@@ -138,12 +131,12 @@ def test_reasons_that_apple_adds_later_fall_to_the_row_of_their_status(status: i
 
 
 def test_provider_token_is_reused_for_45_minutes_and_then_renewed() -> None:
-    clock, private_key = FakeClock(), ec.generate_private_key(ec.SECP256R1())
+    clock, private_key = FakeClock(NOW), ec.generate_private_key(ec.SECP256R1())
     tokens = ProviderTokens(settings(private_key), clock)
     first = tokens.current()
-    clock.time += timedelta(minutes=44, seconds=59)
+    clock.advance(timedelta(minutes=44, seconds=59))
     assert tokens.current() == first
-    clock.time += timedelta(seconds=1)
+    clock.advance(timedelta(seconds=1))
     assert tokens.current() != first
     claims = jwt.decode(first, private_key.public_key(), algorithms=["ES256"], options={"verify_iat": False})
     assert claims == {"iss": "TEAM123456", "iat": int(NOW.timestamp())}
@@ -151,7 +144,7 @@ def test_provider_token_is_reused_for_45_minutes_and_then_renewed() -> None:
 
 
 def test_expired_provider_token_is_renewed_once_for_all_who_learn_of_it() -> None:
-    clock = FakeClock()
+    clock = FakeClock(NOW)
     tokens = ProviderTokens(settings(ec.generate_private_key(ec.SECP256R1())), clock)
     first = tokens.current()
     second = tokens.replace_expired(first)
@@ -159,7 +152,7 @@ def test_expired_provider_token_is_renewed_once_for_all_who_learn_of_it() -> Non
     assert tokens.replace_expired(first) == second
     assert second is not None
     assert tokens.replace_expired(second) is None, "a second renewal within 20 minutes would anger APNs"
-    clock.time += timedelta(minutes=20)
+    clock.advance(timedelta(minutes=20))
     assert tokens.replace_expired(second) not in (None, second)
 
 
@@ -172,7 +165,7 @@ def test_key_of_another_kind_is_refused_at_the_start(
     private_key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey,
 ) -> None:
     with pytest.raises(ValueError, match="P-256"):
-        ApnsProvider(settings(private_key), FakeClock())
+        ApnsProvider(settings(private_key), FakeClock(NOW))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +180,7 @@ def test_key_of_another_kind_is_refused_at_the_start(
 )
 def test_garbage_instead_of_a_key_is_refused_without_quoting_it(content: bytes) -> None:
     with pytest.raises(ValueError, match="P-256") as refusal:
-        ApnsProvider(ApnsSettings("KEY1234567", "TEAM123456", content), FakeClock())
+        ApnsProvider(ApnsSettings("KEY1234567", "TEAM123456", content), FakeClock(NOW))
     told = "".join(str(error) for error in (refusal.value, refusal.value.__cause__, refusal.value.__context__) if error is not None)
     assert "hunter2" not in told
 
@@ -195,7 +188,7 @@ def test_garbage_instead_of_a_key_is_refused_without_quoting_it(content: bytes) 
 def test_every_reason_of_the_table_has_advice() -> None:
     reasons = {reason for _, reason in ERRORS if reason != "*"} | {"accepted-without-echo", "gone-before-registration"}
     assert reasons <= ADVICE.keys()
-    provider = ApnsProvider(settings(ec.generate_private_key(ec.SECP256R1())), FakeClock())
+    provider = ApnsProvider(settings(ec.generate_private_key(ec.SECP256R1())), FakeClock(NOW))
     for reason in (*ADVICE, *COMMON_ADVICE, *RARE_ADVICE, "status-403", "network-PoolTimeoutError"):
         assert provider.advise(reason) != advise_common("SomethingNew"), reason
     assert "sealpush providers rotate" in provider.advise("InvalidProviderToken")

@@ -50,17 +50,13 @@ from sealpushd.dispatch.providers.fcm import (
     parse_service_account,
 )
 from sealpushd.dispatch.providers.http import HttpSettings
+from tests.clocks import FakeClock
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TARGET = PushTarget(PushToken("d" * 22 + ":APA91b" + "x" * 134), PushEnvironment.PRODUCTION, "bank-app", NOW)
 # A narrow alphabet: the whole of Unicode costs a second to set up and finds nothing more.
 texts = st.text(st.characters(max_codepoint=0x2FF), max_size=100)
 SUCCESS = b'{"name":"projects/bank-app/messages/0:1500415314455276%31bd1c9631bd1c96"}'
-
-
-class FakeClock:
-    def now(self) -> datetime:
-        return NOW
 
 
 def wake_up(*, muted: bool = False, priority: WakeUpPriority = WakeUpPriority.HIGH, expires_at: datetime | None = None) -> WakeUp:
@@ -252,7 +248,7 @@ def test_every_reason_of_the_tables_has_advice() -> None:
     reasons = {outcome.reason for _, outcome in ANSWERS.values() if outcome.reason} | {word for _, word in ERRORS if word != "*"} | DENIALS
     unexplained = {"SOMETHING_NEW", "DEADLINE_EXCEEDED", "ABORTED"}
     assert reasons - unexplained <= ADVICE.keys()
-    provider = FcmProvider(FcmSettings(account_file()), FakeClock())
+    provider = FcmProvider(FcmSettings(account_file()), FakeClock(NOW))
     for reason in (
         *reasons,
         *COMMON_ADVICE,
@@ -344,8 +340,8 @@ def test_service_account_is_read_from_googles_file() -> None:
     account = parse_service_account(account_file())
     assert (account.project_id, account.client_email) == ("bank-app", "push@bank-app.iam.gserviceaccount.com")
     assert (account.private_key_id, account.token_uri) == ("0123456789abcdef", "https://oauth2.googleapis.com/token")
-    assert FcmProvider(FcmSettings(account_file()), FakeClock()).topic == "bank-app"
-    assert FcmProvider(FcmSettings(account_file(), project="other"), FakeClock()).topic == "other"
+    assert FcmProvider(FcmSettings(account_file()), FakeClock(NOW)).topic == "bank-app"
+    assert FcmProvider(FcmSettings(account_file(), project="other"), FakeClock(NOW)).topic == "other"
 
 
 SECRET = "hunter2hunter2"
@@ -374,7 +370,7 @@ BAD_ACCOUNTS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize(("content", "word"), BAD_ACCOUNTS.values(), ids=list(BAD_ACCOUNTS))
 def test_unusable_service_account_is_refused_at_the_start_without_quoting_it(content: bytes, word: str) -> None:
     with pytest.raises(ValueError, match=word) as refusal:
-        FcmProvider(FcmSettings(content), FakeClock())
+        FcmProvider(FcmSettings(content), FakeClock(NOW))
     told = "".join(str(error) for error in (refusal.value, refusal.value.__cause__, refusal.value.__context__) if error is not None)
     assert SECRET not in told
 
@@ -387,7 +383,7 @@ def test_parsing_a_service_account_raises_nothing_but_value_errors(content: dict
 
 def test_project_that_cannot_stand_in_a_path_is_refused() -> None:
     with pytest.raises(ValueError, match="project id"):
-        FcmProvider(FcmSettings(account_file(), project="a/b"), FakeClock())
+        FcmProvider(FcmSettings(account_file(), project="a/b"), FakeClock(NOW))
 
 
 def test_assertion_is_googles() -> None:
@@ -414,7 +410,7 @@ def test_settings_and_account_never_print_the_key_or_the_proxys_password() -> No
 
 
 async def test_target_of_another_project_is_not_asked_about() -> None:
-    provider = FcmProvider(FcmSettings(account_file(), base_url="https://nowhere.invalid"), FakeClock())
+    provider = FcmProvider(FcmSettings(account_file(), base_url="https://nowhere.invalid"), FakeClock(NOW))
     target = PushTarget(TARGET.token, PushEnvironment.PRODUCTION, "other-app", NOW)
     assert await provider.send(target, wake_up()) == TokenSuspect("other-topic")
     await provider.aclose()

@@ -42,17 +42,13 @@ from sealpushd.dispatch.providers.hms import (
     parse_credential,
 )
 from sealpushd.dispatch.providers.http import HttpSettings
+from tests.clocks import FakeClock
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 APP = "101234567"
 TARGET = PushTarget(PushToken("I" + "Q" * 129), PushEnvironment.PRODUCTION, APP, NOW)
 # A narrow alphabet: the whole of Unicode costs a second to set up and finds nothing more.
 texts = st.text(st.characters(max_codepoint=0x2FF), max_size=100)
-
-
-class FakeClock:
-    def now(self) -> datetime:
-        return NOW
 
 
 def wake_up(*, muted: bool = False, priority: WakeUpPriority = WakeUpPriority.HIGH, expires_at: datetime | None = None) -> WakeUp:
@@ -212,7 +208,7 @@ def test_a_wrong_clock_is_not_what_huawei_refuses() -> None:
 def test_every_reason_of_the_tables_has_advice() -> None:
     reasons = ERRORS.keys() - {"*"} | {"accepted-without-request-id", "status-503", "oauth-1101"}
     assert reasons <= ADVICE.keys()
-    provider = HmsProvider(HmsSettings(APP, "secret"), FakeClock())
+    provider = HmsProvider(HmsSettings(APP, "secret"), FakeClock(NOW))
     for reason in (*reasons, *COMMON_ADVICE, *RARE_ADVICE, "status-403", "oauth-network-dns", "oauth-timeout", "oauth-status-500"):
         assert provider.advise(reason) != advise_common("89999999"), reason
     assert "AppGallery Connect" in provider.advise("80300002")
@@ -228,7 +224,7 @@ def test_credential_is_read_from_our_file() -> None:
     assert parse_credential(b'{"app_id":101234567,"client_secret":"hunter2"}') == HmsCredential(APP, "hunter2")
     settings = HmsSettings.parse(json.dumps(full).encode())
     assert settings == HmsSettings(APP, "hunter2")
-    assert HmsProvider(settings, FakeClock()).topic == APP
+    assert HmsProvider(settings, FakeClock(NOW)).topic == APP
 
 
 SECRET = "hunter2hunter2"
@@ -260,9 +256,9 @@ def test_unusable_credential_is_refused_without_quoting_it(content: bytes, word:
 
 def test_settings_that_cannot_be_used_are_refused_at_the_start() -> None:
     with pytest.raises(ValueError, match="app_id"):
-        HmsProvider(HmsSettings("../1", "secret"), FakeClock())
+        HmsProvider(HmsSettings("../1", "secret"), FakeClock(NOW))
     with pytest.raises(ValueError, match="https"):
-        HmsProvider(HmsSettings(APP, "secret", token_url="http://huawei.example/token"), FakeClock())
+        HmsProvider(HmsSettings(APP, "secret", token_url="http://huawei.example/token"), FakeClock(NOW))
 
 
 def test_settings_and_credential_never_print_secrets_or_the_proxys_password() -> None:
@@ -272,7 +268,7 @@ def test_settings_and_credential_never_print_secrets_or_the_proxys_password() ->
 
 
 async def test_target_of_another_app_is_not_asked_about() -> None:
-    provider = HmsProvider(HmsSettings(APP, "secret", base_url="https://nowhere.invalid"), FakeClock())
+    provider = HmsProvider(HmsSettings(APP, "secret", base_url="https://nowhere.invalid"), FakeClock(NOW))
     target = PushTarget(TARGET.token, PushEnvironment.PRODUCTION, "109999999", NOW)
     assert await provider.send(target, wake_up()) == TokenSuspect("other-topic")
     await provider.aclose()

@@ -9,14 +9,10 @@ import pytest
 
 from sealpushd.dispatch.providers.base import Accepted, HttpAnswer, Outcome, RetryAt
 from sealpushd.dispatch.providers.http import Connection, HttpClient, HttpSettings, clock_is_wrong
+from tests.clocks import FakeClock
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 PATIENT = HttpSettings(total_timeout=timedelta(hours=1))
-
-
-class FakeClock:
-    def now(self) -> datetime:
-        return NOW
 
 
 async def until_cancelled() -> Outcome:
@@ -66,7 +62,7 @@ async def test_outer_deadline_that_the_http_client_loses_is_kept() -> None:
 
 
 async def test_first_exchange_of_a_connection_goes_alone() -> None:
-    connection = Connection("https://localhost", 100, FakeClock(), lambda answer: answer.status == 200)
+    connection = Connection("https://localhost", 100, FakeClock(NOW), lambda answer: answer.status == 200)
     gate, under_way, most = asyncio.Event(), 0, 0
 
     async def exchange() -> HttpAnswer:

@@ -20,6 +20,7 @@ from sealpushd.dispatch.receipts import (
     Signatures,
     parse_receipts,
 )
+from sealpushd.platform.clock import Reading
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 KEY = ReceiptKey("bank", "swordfish, not base64!")
@@ -32,6 +33,11 @@ texts = st.text(st.characters(max_codepoint=0x2FF), max_size=100)
 
 def value(timestamp: str, nonce: str = NONCE, user: str = "bank", secret: bytes = KEY.key.encode()) -> str:
     return base64.b64encode(hmac.digest(secret, f"{timestamp}{nonce}{user}".encode(), "sha256")).decode()
+
+
+def reading(now: datetime) -> Reading:
+    """Of two clocks that go together."""
+    return Reading(now, now.timestamp())
 
 
 def milliseconds(at: datetime) -> str:
@@ -48,14 +54,14 @@ def header(at: datetime = NOW, nonce: str = NONCE, separator: str = "; ") -> str
 
 @pytest.mark.parametrize("separator", ["; ", ";", " ;  "])
 def test_signature_is_taken_however_it_is_spaced_and_ordered(separator: str) -> None:
-    assert Signatures().verify(header(separator=separator), [KEY], NOW) is KEY
+    assert Signatures().verify(header(separator=separator), [KEY], reading(NOW)) is KEY
     backwards = separator.join(reversed(header().split("; "))) + ";"
-    assert Signatures().verify(backwards, [KEY], NOW) is KEY
+    assert Signatures().verify(backwards, [KEY], reading(NOW)) is KEY
 
 
 def test_time_in_seconds_is_taken_too() -> None:
     timestamp = str(int(NOW.timestamp()))
-    assert Signatures().verify(f"timestamp={timestamp}; nonce={NONCE}; value={value(timestamp)}", [KEY], NOW) is KEY
+    assert Signatures().verify(f"timestamp={timestamp}; nonce={NONCE}; value={value(timestamp)}", [KEY], reading(NOW)) is KEY
 
 
 def test_key_is_text_or_base64() -> None:
@@ -64,75 +70,75 @@ def test_key_is_text_or_base64() -> None:
     timestamp = milliseconds(NOW)
     as_bytes = f"timestamp={timestamp}; nonce={NONCE}; value={value(timestamp, secret=secret)}"
     as_text = f"timestamp={timestamp}; nonce={NONCE}; value={value(timestamp, secret=newer.key.encode())}"
-    assert Signatures().verify(as_bytes, [newer], NOW) is newer
-    assert Signatures().verify(as_text, [newer], NOW) is newer
+    assert Signatures().verify(as_bytes, [newer], reading(NOW)) is newer
+    assert Signatures().verify(as_text, [newer], reading(NOW)) is newer
 
 
 def test_the_credential_that_signed_is_found_among_many() -> None:
     others = [ReceiptKey("other", KEY.key), ReceiptKey("bank", "other"), ReceiptKey("bank", "c3dvcmRmaXNo")]
-    assert Signatures().verify(header(), [*others, KEY], NOW) is KEY
+    assert Signatures().verify(header(), [*others, KEY], reading(NOW)) is KEY
     with pytest.raises(BadSignature, match="does not fit"):
-        Signatures().verify(header(), others, NOW)
+        Signatures().verify(header(), others, reading(NOW))
     with pytest.raises(BadSignature, match="does not fit"):
-        Signatures().verify(header(), [], NOW)
+        Signatures().verify(header(), [], reading(NOW))
 
 
 def test_empty_key_signs_nothing() -> None:
     timestamp = milliseconds(NOW)
     forged = f"timestamp={timestamp}; nonce={NONCE}; value={value(timestamp, secret=b'')}"
     with pytest.raises(BadSignature, match="does not fit"):
-        Signatures().verify(forged, [ReceiptKey("bank", "")], NOW)
+        Signatures().verify(forged, [ReceiptKey("bank", "")], reading(NOW))
 
 
 @pytest.mark.parametrize("minutes", [-5, 5])
 def test_signature_may_be_five_minutes_off_and_no_more(minutes: int) -> None:
     at = NOW + timedelta(minutes=minutes)
-    assert Signatures().verify(header(at), [KEY], NOW) is KEY
+    assert Signatures().verify(header(at), [KEY], reading(NOW)) is KEY
     beyond = at + timedelta(seconds=1 if minutes > 0 else -1)
     with pytest.raises(BadSignature, match="5 minutes"):
-        Signatures().verify(header(beyond), [KEY], NOW)
+        Signatures().verify(header(beyond), [KEY], reading(NOW))
 
 
 def test_callback_that_was_seen_is_refused() -> None:
     signatures = Signatures()
-    signatures.verify(header(), [KEY], NOW)
+    signatures.verify(header(), [KEY], reading(NOW))
     with pytest.raises(BadSignature, match="seen"):
-        signatures.verify(header(separator=";"), [KEY], NOW + timedelta(minutes=4))
-    signatures.verify(header(nonce="another"), [KEY], NOW)
+        signatures.verify(header(separator=";"), [KEY], reading(NOW + timedelta(minutes=4)))
+    signatures.verify(header(nonce="another"), [KEY], reading(NOW))
 
 
 def test_replay_with_the_time_split_differently_is_refused() -> None:
     signatures = Signatures()
     timestamp = milliseconds(NOW)
-    signatures.verify(header(), [KEY], NOW)
+    signatures.verify(header(), [KEY], reading(NOW))
     replay = f"timestamp={timestamp[:10]}; nonce={timestamp[10:]}{NONCE}; value={value(timestamp)}"
     with pytest.raises(BadSignature, match="seen"):
-        signatures.verify(replay, [KEY], NOW)
+        signatures.verify(replay, [KEY], reading(NOW))
 
 
 def test_signature_from_the_future_is_remembered_until_it_has_aged() -> None:
     signatures = Signatures()
     early = header(NOW + timedelta(minutes=5))
-    signatures.verify(early, [KEY], NOW)
+    signatures.verify(early, [KEY], reading(NOW))
     for minutes in (1, 5, 9, 10):
         with pytest.raises(BadSignature, match="seen"):
-            signatures.verify(early, [KEY], NOW + timedelta(minutes=minutes))
+            signatures.verify(early, [KEY], reading(NOW + timedelta(minutes=minutes)))
     with pytest.raises(BadSignature, match="5 minutes"):
-        signatures.verify(early, [KEY], NOW + timedelta(minutes=11))
+        signatures.verify(early, [KEY], reading(NOW + timedelta(minutes=11)))
 
 
 def test_memory_is_bounded_and_forgets_the_oldest() -> None:
     signatures = Signatures(remembered_max=3)
     for number in range(10):
-        signatures.verify(header(nonce=f"n{number}"), [KEY], NOW)
+        signatures.verify(header(nonce=f"n{number}"), [KEY], reading(NOW))
     with pytest.raises(BadSignature, match="seen"):
-        signatures.verify(header(nonce="n9"), [KEY], NOW)
-    assert signatures.verify(header(nonce="n0"), [KEY], NOW) is KEY
+        signatures.verify(header(nonce="n9"), [KEY], reading(NOW))
+    assert signatures.verify(header(nonce="n0"), [KEY], reading(NOW)) is KEY
 
 
 def test_unsigned_callback_is_refused() -> None:
     with pytest.raises(BadSignature, match="not signed"):
-        Signatures().verify(None, [KEY], NOW)
+        Signatures().verify(None, [KEY], reading(NOW))
 
 
 @pytest.mark.parametrize(
@@ -152,13 +158,13 @@ def test_unsigned_callback_is_refused() -> None:
 )
 def test_header_of_another_form_is_refused(odd: str) -> None:
     with pytest.raises(BadSignature, match="form"):
-        Signatures().verify(odd, [KEY], NOW)
+        Signatures().verify(odd, [KEY], reading(NOW))
 
 
 @given(texts | st.tuples(texts, texts, texts).map(lambda parts: f"timestamp={parts[0]}; nonce={parts[1]}; value={parts[2]}"))
 def test_no_header_does_more_than_be_refused(odd: str) -> None:
     with pytest.raises(BadSignature) as refusal:
-        Signatures().verify(odd, [KEY], NOW)
+        Signatures().verify(odd, [KEY], reading(NOW))
     assert KEY.key not in str(refusal.value)
 
 
@@ -168,10 +174,10 @@ def test_signature_that_differs_anywhere_is_refused(changed: int, character: str
     forged = good[:changed] + character + good[changed + 1 :]
     signed = f"timestamp={milliseconds(NOW)}; nonce={NONCE}; value={forged}"
     if forged == good:
-        assert Signatures().verify(signed, [KEY], NOW) is KEY
+        assert Signatures().verify(signed, [KEY], reading(NOW)) is KEY
     else:
         with pytest.raises(BadSignature, match="does not fit"):
-            Signatures().verify(signed, [KEY], NOW)
+            Signatures().verify(signed, [KEY], reading(NOW))
 
 
 def test_key_is_never_printed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -138,20 +139,59 @@ def test_bounds_are_those_of_the_semantics() -> None:
     assert UNACKNOWLEDGED_MAX == 256
 
 
-@given(st.binary(max_size=20))
-def test_a_position_reads_back_as_it_was_written_and_anything_else_is_refused(data: bytes) -> None:
+def snapshots() -> st.SearchStrategy[str]:
+    numbers = st.lists(st.integers(1, 2**63 - 1), min_size=2, max_size=6, unique=True).map(sorted)
+    return numbers.map(lambda each: f"{each[0]}:{each[-1]}:{','.join(map(str, each[:-1]))}") | st.just(rules.NOTHING_READ)
+
+
+BIGINTS = st.integers(0, 2**63 - 1)
+POSITIONS = st.builds(
+    Position,
+    epoch=st.binary(min_size=16, max_size=16),
+    done=snapshots(),
+    floor=BIGINTS,
+    next_floor=BIGINTS,
+    dropped=BIGINTS,
+    up_to=st.just("") | snapshots(),
+    after=BIGINTS,
+    until=BIGINTS,
+)
+
+
+@given(POSITIONS)
+def test_a_position_reads_back_as_it_was_written(position: Position) -> None:
+    assert Position.decode(position.encode()) == position
+
+
+@given(POSITIONS, st.integers(0, 200), st.integers(0, 255))
+def test_what_is_changed_in_a_position_is_refused_or_another_position_that_postgres_takes(position: Position, at: int, byte: int) -> None:
+    data = bytearray(position.encode())
+    data[at % len(data)] = byte
     try:
-        position = Position.decode(data)
+        changed = Position.decode(bytes(data))
     except ValueError:
-        assert len(data) != 16 or data[8] >= 0x80
         return
-    assert position.encode() == (data or bytes(16))
+    for snapshot in (changed.done, changed.up_to or rules.NOTHING_READ):
+        oldest, unknown = rules.snapshot_bounds(snapshot)
+        assert 0 < oldest <= unknown < 2**63
 
 
-@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
-def test_positions_sort_as_their_bytes_do(xid: int, seq: int, other_xid: int, other_seq: int) -> None:
-    one, other = Position(xid, seq), Position(other_xid, other_seq)
-    assert (one < other) == (one.encode() < other.encode())
+@pytest.mark.parametrize("data", [b"short", bytes(64), b"\xff" * 90, b"\x02" + bytes(56) + b"1:1: 5:4:", b"\x02" + bytes(56) + b"1:9:3,2 "])
+def test_what_is_no_position_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="as it came with the events"):
+        Position.decode(data)
+
+
+def test_a_position_of_the_version_before_is_refused_with_what_its_reader_does() -> None:
+    with pytest.raises(ValueError, match=r"version before.*begin with an empty position or from_now"):
+        Position.decode(bytes(16))
+
+
+def test_entries_past_their_retention_are_missed_by_whoever_had_not_read_them() -> None:
+    position = Position(bytes(16), "50:60:50,55", 0, 0, dropped=10)
+    assert [position.misses(dropped) for dropped in (0, 10, 49, 50, 70)] == [False, False, False, True, True]
+    beginning = replace(position, done=rules.NOTHING_READ)
+    assert [beginning.misses(dropped) for dropped in (10, 11)] == [False, True], "what was gone when it began is not missed"
 
 
 @pytest.mark.parametrize("outcome", [0, 6, -1])

@@ -20,11 +20,12 @@ from sealpushd.platform.access import (
     SenderWith,
     Services,
     address_allowed,
+    admit,
     check,
 )
 from sealpushd.platform.errors import PermissionDenied, Unauthenticated
 from sealpushd.platform.migrate import SERVICES
-from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller
+from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
 
 # The simulators are no service of the suite: they stand for the outside world and know no tokens.
 OUTSIDE = "simulator_pb2"
@@ -107,3 +108,13 @@ def test_a_sender_from_outside_its_networks_is_refused() -> None:
 )
 def test_an_address_is_allowed_if_it_lies_in_a_network(address: str, networks: tuple[str, ...], allowed: bool) -> None:
     assert address_allowed(address, networks) is allowed
+
+
+@pytest.mark.parametrize("method", ACCESS)
+@pytest.mark.parametrize("authorization", ["Bearer nonsense", "bearer ", "Basic dTpw", ""])
+def test_a_token_that_is_none_fails_the_calls_that_need_one_and_no_other(method: str, authorization: str) -> None:
+    if isinstance(ACCESS[method], Anyone):
+        assert admit(ACCESS[method], authorization, "192.0.2.7", TokenVerifier({})) == (None, None)
+    else:
+        with pytest.raises(Unauthenticated):
+            admit(ACCESS[method], authorization, "192.0.2.7", TokenVerifier({}))

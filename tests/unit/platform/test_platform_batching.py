@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sealpushd.platform.batching import NaturalBatcher
-from sealpushd.platform.errors import Overloaded
+from sealpushd.platform import admission
+from sealpushd.platform.admission import Door, End, party_of
+from sealpushd.platform.batching import QUEUE_AGE_S_MAX, NaturalBatcher
+from sealpushd.platform.errors import DeadlineExceeded, Overloaded
 
 # Bounds a hang; it claims nothing about time.
 LIMIT_S = 30
@@ -123,6 +125,94 @@ async def test_more_than_may_wait_is_refused_before_any_of_it_is_worked_on() -> 
     assert await batcher.submit_many([2, 3, 4]) == [20, 30, 40]
 
 
+async def test_what_has_waited_beyond_its_deadline_is_never_flushed() -> None:
+    gate, time = Gate(), [100.0]
+    batcher = NaturalBatcher[int, int](gate.flush, clock=lambda: time[0])
+
+    async def submit(item: int, deadline_at: float | None) -> int:
+        admission.working(None, deadline_at)
+        return await batcher.submit(item)
+
+    first = asyncio.create_task(submit(1, None))
+    await gate.entered.wait()
+    late, in_time, unbound = (asyncio.create_task(submit(item, at)) for item, at in ((2, 110.0), (3, 110.5), (4, None)))
+    await asyncio.sleep(0)
+    time[0] = 110.0
+    gate.open.set()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert list(await asyncio.gather(first, in_time, unbound)) == [10, 30, 40]
+    assert gate.batches == [[1], [3, 4]]
+
+
+async def test_a_flush_has_time_until_the_latest_deadline_of_its_batch_and_is_nobodys_own() -> None:
+    seen: list[tuple[list[int], float | None, object]] = []
+    gate = Gate()
+
+    async def flush(items: Sequence[int]) -> Sequence[int]:
+        seen.append((list(items), admission.deadline_at(), admission.place()))
+        return await gate.flush(items)
+
+    batcher = NaturalBatcher[int, int](flush, items_max=2, clock=lambda: 0.0)
+    at = Door()
+    place = at.enter(party_of(None, "192.0.2.1"))
+
+    async def submit(item: int, deadline_at: float | None) -> int:
+        admission.working(place, deadline_at)
+        return await batcher.submit(item)
+
+    gate.open.set()
+    await asyncio.gather(*(submit(item, ends_at) for item, ends_at in ((1, 5.0), (2, 9.0), (3, 5.0), (4, None))))
+    assert seen == [([1, 2], 9.0, None), ([3, 4], None, None)]
+
+
+async def test_work_in_a_batch_holds_the_place_of_who_left_until_it_has_ended() -> None:
+    gate, at = Gate(), Door(later=lambda _, then: then())
+    batcher = NaturalBatcher[int, int](gate.flush)
+    caller = party_of(None, "192.0.2.1")
+
+    async def call(item: int) -> int:
+        place = at.enter(caller)
+        admission.working(place, None)
+        try:
+            return await batcher.submit(item)
+        except asyncio.CancelledError:
+            place.leave(End.RESET)
+            raise
+
+    leaves = asyncio.create_task(call(1))
+    await gate.entered.wait()
+    waits = asyncio.create_task(call(2))
+    await asyncio.sleep(0)
+    for task in (leaves, waits):
+        task.cancel()
+    await asyncio.gather(leaves, waits, return_exceptions=True)
+    # What waited is not worked on any more; what was on its way is.
+    assert at.held(caller) == 1
+    gate.open.set()
+    await batcher.aclose()
+    assert at.in_flight == 0
+    assert gate.batches == [[1]]
+
+
+async def test_a_queue_that_moves_too_slowly_is_full_however_short_it_is() -> None:
+    gate, time = Gate(), [0.0]
+    batcher = NaturalBatcher[int, int](gate.flush, clock=lambda: time[0])
+    first = asyncio.create_task(batcher.submit(0))
+    await gate.entered.wait()
+    waiting = asyncio.create_task(batcher.submit(1))
+    await asyncio.sleep(0)
+    time[0] = QUEUE_AGE_S_MAX
+    also = asyncio.create_task(batcher.submit(2))
+    await asyncio.sleep(0)
+    time[0] += 0.1
+    with pytest.raises(Overloaded):
+        await batcher.submit(3)
+    gate.open.set()
+    assert list(await asyncio.gather(first, waiting, also)) == [0, 10, 20]
+    assert await batcher.submit(3) == 30
+
+
 async def test_closing_waits_for_what_is_in_flight() -> None:
     gate = Gate()
     batcher = NaturalBatcher[int, int](gate.flush)
@@ -184,3 +274,14 @@ def test_everybody_gets_their_own_results_in_order_within_the_bounds(
                 assert sum(item[2] for item in batch) <= bytes_max
 
     asyncio.run(run())
+
+
+async def test_of_a_submission_that_was_split_each_part_has_its_own_result_or_error() -> None:
+    """What one part stored must not be told as refused because another part was."""
+    gate = Gate()
+    gate.fail_on = {3}
+    gate.open.set()
+    batcher = NaturalBatcher[int, int](gate.flush, items_max=2)
+    results = await batcher.submit_each([1, 2, 3, 4, 5])
+    assert [result if isinstance(result, int) else type(result) for result in results] == [10, 20, ValueError, ValueError, 50]
+    assert await batcher.submit_each([]) == []

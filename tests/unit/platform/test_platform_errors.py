@@ -77,3 +77,11 @@ def test_a_fault_of_the_installation_is_unavailable_and_hides_the_peers_words(ki
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_every_status_without_details_becomes_a_service_error(code: grpc.StatusCode) -> None:
     assert isinstance(from_mesh(AioRpcError(code, Metadata(), Metadata(), None), "fetch"), ServiceError)
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED)])
+def test_what_grpc_says_by_itself_leaves_unknown_what_the_peer_did(code: grpc.StatusCode) -> None:
+    """A RESOURCE_EXHAUSTED of gRPC's own may be about an answer that was too large, after the peer stored what it was given."""
+    assert from_mesh(AioRpcError(code, Metadata(), Metadata(), "CLIENT: Received message larger than max"), "fetch").code is (
+        grpc.StatusCode.UNAVAILABLE
+    )

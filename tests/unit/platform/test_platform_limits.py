@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
-from sealpushd.platform.limits import address_subject
+from sealpushd.platform.addresses import address_subject
+from sealpushd.platform.errors import wait_in_words
 
 
 @pytest.mark.parametrize(
@@ -21,3 +24,18 @@ from sealpushd.platform.limits import address_subject
 )
 def test_addresses_that_one_machine_can_choose_among_count_as_one(address: str, subject: str) -> None:
     assert address_subject(address) == subject
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"),
+    [
+        (timedelta(0), "1 second"),
+        (timedelta(seconds=1.2), "2 seconds"),
+        (timedelta(seconds=119), "119 seconds"),
+        (timedelta(seconds=121), "3 minutes"),
+        (timedelta(minutes=119), "119 minutes"),
+        (timedelta(hours=23, minutes=1), "24 hours"),
+    ],
+)
+def test_a_wait_in_words_is_never_shorter_than_it_is(wait: timedelta, words: str) -> None:
+    assert wait_in_words(wait) == words

@@ -1,7 +1,9 @@
 """sealpush.ids: UUIDv7 and their text."""
 
 import threading
+import time
 import uuid
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -38,12 +40,23 @@ def test_ids_by_the_clock_rise_over_threads_without_repeats() -> None:
     assert len({each for mine in made for each in mine}) == 2000
 
 
-def test_a_clock_set_back_does_not_set_ids_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_set_back_by_less_than_a_minute_does_not_set_ids_back(monkeypatch: pytest.MonkeyPatch) -> None:
     first = uuid7()
-    monkeypatch.setattr("sealpush.ids.time.time_ns", lambda: 1_000_000_000)
+    back_ns = (uuid7_ms(first) - 59_000) * 1_000_000
+    monkeypatch.setattr("sealpush.ids.time.time_ns", lambda: back_ns)
     second = uuid7()
     assert second > first
     assert uuid7_ms(second) >= uuid7_ms(first)
+
+
+@pytest.mark.parametrize("ahead", [timedelta(minutes=40), timedelta(days=3), timedelta(days=365)])
+def test_ids_of_a_clock_that_was_ahead_carry_the_present_once_it_is_back(monkeypatch: pytest.MonkeyPatch, ahead: timedelta) -> None:
+    """A message's id says in which partition it lies: one of next year lies in none."""
+    now_ms = time.time_ns() // 1_000_000
+    monkeypatch.setattr("sealpush.ids.time.time_ns", lambda: (now_ms + ahead // timedelta(milliseconds=1)) * 1_000_000)
+    assert uuid7_ms(uuid7()) > now_ms
+    monkeypatch.setattr("sealpush.ids.time.time_ns", lambda: now_ms * 1_000_000)
+    assert uuid7_ms(uuid7()) == now_ms
 
 
 @pytest.mark.parametrize("now_ms", [-1, 1 << 48])

@@ -83,6 +83,12 @@ def commit(store: Keystore, message: InboxMessage, prekey: PrekeyPrivate | None 
     return store.commit_message(message, acknowledgement=make_acknowledgement(message), used_prekey=used).outcome
 
 
+def show(store: Keystore, message: InboxMessage, *, at_ms: int = NOW_MS) -> frozenset[int]:
+    stored = store.message(message.message_id)
+    assert stored is not None
+    return store.mark_shown([stored.local_id], at_ms)
+
+
 def test_an_empty_store_knows_nothing(store: Keystore) -> None:
     assert store.identity() is None
     assert store.registration() is None
@@ -355,7 +361,7 @@ def test_a_deleted_message_stays_known_until_expiry_and_margin(store: Keystore) 
 def test_a_replace_key_takes_the_predecessor_of_the_same_sender_even_if_shown(store: Keystore) -> None:
     first, second = make_message(1, replace_key=b"k"), make_message(2, replace_key=b"k")
     commit(store, first)
-    store.mark_shown(first.message_id, NOW_MS)
+    show(store, first)
     bystanders = [
         make_message(3, replace_key=b"other"),
         make_message(4),
@@ -367,7 +373,9 @@ def test_a_replace_key_takes_the_predecessor_of_the_same_sender_even_if_shown(st
         assert commit(store, each) is CommitOutcome.STORED
     result = store.commit_message(second, acknowledgement=make_acknowledgement(second))
     assert result
-    assert result.replaced == (first.message_id,)
+    stored = store.message(second.message_id)
+    assert stored is not None
+    assert stored.replaces == (first.message_id,)
     assert {each.message_id for each in store.inbox()} == {each.message_id for each in [second, *bystanders]}
     assert commit(store, first) is CommitOutcome.DUPLICATE
 
@@ -420,15 +428,15 @@ def test_a_process_that_came_too_late_does_not_deny_a_delivery(store: Keystore) 
 def test_shown_and_read_are_noted_once(store: Keystore) -> None:
     message = make_message(1)
     commit(store, message)
-    assert store.mark_shown(message.message_id, 1)
-    assert not store.mark_shown(message.message_id, 2)
+    (local_id,) = show(store, message, at_ms=1)
+    assert store.mark_shown([local_id], 2) == frozenset()
     assert store.mark_read(message.message_id, 3, acknowledge=True)
     assert not store.mark_read(message.message_id, 4, acknowledge=True)
     stored = store.message(message.message_id)
     assert stored is not None
     assert (stored.shown_at_ms, stored.read_at_ms) == (1, 3)
     assert store.pending_acknowledgements()[1] == make_acknowledgement(message, AckOutcome.READ, 3)
-    assert not store.mark_shown(MessageId(b"x" * 16), 1)
+    assert store.mark_shown([local_id + 1000], 1) == frozenset()
     assert not store.mark_read(MessageId(b"x" * 16), 1, acknowledge=True)
     quiet = make_message(2)
     commit(store, quiet)
@@ -447,6 +455,75 @@ def test_the_inbox_pages_newest_first(store: Keystore) -> None:
     store.delete_message(make_message(4).message_id)
     commit(store, make_message(9))
     assert store.inbox(limit=1)[0].content == b"plaintext 9"
+
+
+def test_what_has_run_out_takes_no_place_in_a_page_of_the_inbox(store: Keystore) -> None:
+    for number in range(6):
+        commit(store, make_message(number, created_at_ms=NOW_MS if number % 2 else NOW_MS - 2 * DAY_MS))
+    page = store.inbox(alive_at_ms=NOW_MS, limit=2)
+    assert [each.content for each in page] == [b"plaintext 5", b"plaintext 3"]
+    assert [each.content for each in store.inbox(alive_at_ms=NOW_MS, before=page[-1].local_id, limit=2)] == [b"plaintext 1"]
+
+
+def test_what_was_not_shown_pages_oldest_first(store: Keystore) -> None:
+    for number in range(7):
+        commit(store, make_message(number, created_at_ms=NOW_MS - 2 * DAY_MS if number == 3 else NOW_MS))
+    show(store, make_message(1))
+    pages, after = [], 0
+    while page := store.unshown(alive_at_ms=NOW_MS, after=after, limit=2):
+        pages.append([each.content for each in page])
+        after = page[-1].local_id
+    assert pages == [[b"plaintext 0", b"plaintext 2"], [b"plaintext 4", b"plaintext 5"], [b"plaintext 6"]]
+    assert [each.content for each in store.unshown(alive_at_ms=NOW_MS - 3 * DAY_MS)][2] == b"plaintext 3"
+    assert store.unshown(alive_at_ms=make_message(0).expires_at_ms) == []
+    store.delete_message(make_message(0).message_id)
+    assert [each.content for each in store.unshown(alive_at_ms=NOW_MS, limit=1)] == [b"plaintext 2"]
+
+
+def test_of_those_marked_together_each_is_whose_call_marked_it_first(store: Keystore) -> None:
+    for number in range(4):
+        commit(store, make_message(number))
+    ids = [each.local_id for each in store.unshown(alive_at_ms=NOW_MS)]
+    store.delete_message(make_message(3).message_id)
+    assert store.mark_shown(ids[:2], 1) == frozenset(ids[:2])
+    assert store.mark_shown(ids, 2) == frozenset({ids[2]})
+    assert store.mark_shown([], 3) == frozenset()
+    assert store.unshown(alive_at_ms=NOW_MS) == []
+    assert [each.shown_at_ms for each in reversed(store.inbox())] == [1, 1, 2]
+
+
+def test_two_messages_under_one_id_are_shown_each(store: Keystore) -> None:
+    # The server chooses the id of a message.
+    same = replace(make_message(2), message_id=make_message(1).message_id)
+    commit(store, make_message(1))
+    commit(store, same)
+    ids = [each.local_id for each in store.unshown(alive_at_ms=NOW_MS)]
+    assert store.mark_shown(ids, 1) == frozenset(ids)
+    assert len(ids) == 2
+
+
+def test_what_was_never_shown_hands_on_what_it_replaced(store: Keystore) -> None:
+    messages = [make_message(number, replace_key=b"k") for number in range(5)]
+    commit(store, messages[0])
+    show(store, messages[0])
+    commit(store, messages[1])
+    commit(store, messages[2])
+    assert [each.replaces for each in store.unshown(alive_at_ms=NOW_MS)] == [(messages[0].message_id,)]
+    show(store, messages[2])
+    commit(store, messages[3])
+    assert [each.replaces for each in store.unshown(alive_at_ms=NOW_MS)] == [(messages[2].message_id,)]
+
+
+def test_what_is_handed_over_next_is_found_by_an_index(path: Path) -> None:
+    with SqliteKeystore(path) as store:
+        seen: list[str] = []
+        connection = store._connection
+        assert connection is not None
+        connection.set_trace_callback(seen.append)
+        store.unshown(alive_at_ms=NOW_MS)
+        connection.set_trace_callback(None)
+        (plan,) = connection.execute(f"EXPLAIN QUERY PLAN {seen[-1]}").fetchall()
+        assert "INDEX messages_unshown" in plan[3]
 
 
 def test_an_acknowledgement_of_another_message_is_refused(store: Keystore) -> None:
@@ -620,6 +697,8 @@ def test_a_store_of_the_release_before_is_taken_over_with_everything_in_it(path:
         connection.execute(f"DROP TABLE {table}")
     for table in ("seen", "messages", "acknowledgements"):
         connection.execute(f"ALTER TABLE {table} DROP COLUMN envelope_digest")
+    connection.execute("DROP INDEX messages_unshown")
+    connection.execute("ALTER TABLE messages DROP COLUMN replaces")
     connection.execute("PRAGMA user_version = 1")
     connection.commit()
     connection.close()

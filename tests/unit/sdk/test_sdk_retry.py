@@ -1,11 +1,14 @@
 """sealpush.retry: pauses, deadlines and the loop."""
 
+import itertools
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sealpush.errors import CallFailed, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
-from sealpush.retry import Deadline, RetryPolicy, SystemClock, jitter, retrying
+from sealpush.retry import ATTEMPT_S_MIN, LAST_ATTEMPT_S, Deadline, RetryPolicy, SystemClock, jitter, retrying
 
 
 class FakeClock:
@@ -80,6 +83,48 @@ async def test_no_pause_goes_beyond_the_deadline() -> None:
     with pytest.raises(Overloaded):
         await retrying(attempt, deadline=Deadline.after(clock, 60), policy=RetryPolicy())
     assert clock.pauses == []
+
+
+@given(st.floats(0.05, 60), st.lists(st.floats(0.01, 0.99), min_size=1, max_size=20), st.floats(0, 1))
+async def test_what_only_fails_is_tried_until_just_before_its_deadline(total_s: float, dice: list[float], answer_s: float) -> None:
+    clock = FakeClock()
+    started: list[float] = []
+    deadline = Deadline.after(clock, total_s)
+
+    async def attempt() -> str:
+        started.append(deadline.remaining_s())
+        clock.time += min(answer_s * 0.05, deadline.remaining_s())
+        raise Unavailable("nobody there")
+
+    rolled = itertools.cycle(dice)
+    with pytest.raises(Unavailable):
+        await retrying(attempt, deadline=deadline, policy=RetryPolicy(attempts_max=10_000), random=lambda: next(rolled))
+    assert deadline.remaining_s() <= max(ATTEMPT_S_MIN, LAST_ATTEMPT_S)
+    assert all(remaining_s > 0 for remaining_s in started)
+    if total_s > 2 * LAST_ATTEMPT_S:
+        assert any(remaining_s >= LAST_ATTEMPT_S / 2 for remaining_s in started[1:])
+
+
+async def test_unlucky_dice_do_not_end_a_call_long_before_its_deadline() -> None:
+    """With the default policy, whatever the dice say: an attempt in the last second of ten, when the service is back."""
+    for seed in range(200):
+        clock, dice = FakeClock(), random.Random(seed)  # noqa: S311 - dice of a test
+        began, deadline = clock.time, Deadline.after(clock, 10)
+
+        async def attempt(clock: FakeClock = clock, began: float = began) -> str:
+            if clock.time - began < 9:
+                raise Unavailable("restarting")
+            return "answer"
+
+        assert await retrying(attempt, deadline=deadline, policy=RetryPolicy(), random=dice.random) == "answer"
+
+
+async def test_after_an_attempt_without_an_answer_a_refusal_does_not_say_that_nothing_was_done() -> None:
+    clock, attempt = FakeClock(), Failing(DeadlineExceeded("lost", code="DEADLINE_EXCEEDED"), Overloaded("full", retry_after_s=61))
+    with pytest.raises(DeadlineExceeded, match="lost") as caught:
+        await retrying(attempt, deadline=Deadline.after(clock, 60), policy=RetryPolicy())
+    assert caught.value.retry_after_s == 61
+    assert isinstance(caught.value.__cause__, Overloaded)
 
 
 async def test_attempts_are_bounded() -> None:

@@ -42,6 +42,7 @@ from sealpushd.dispatch.providers.base import (
     retry,
 )
 from sealpushd.dispatch.providers.http import Connection, HttpClient, HttpSettings, clock_is_wrong
+from sealpushd.platform.clock import MOMENT_AHEAD_MAX, Reading
 
 # Apple: reuse one for 20 to 60 minutes.
 PROVIDER_TOKEN_LIFETIME = timedelta(minutes=45)
@@ -80,7 +81,7 @@ def _gone(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
 
 
 def _patience(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
-    return RetryAt(reason, parse_retry_after(answer.headers.get("retry-after"), now), of_device=True)
+    return RetryAt(reason, parse_retry_after(answer, now), of_device=True)
 
 
 def _pause(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
@@ -221,7 +222,10 @@ def build_headers(target: PushTarget, wake_up: WakeUp, now: datetime) -> dict[st
 
 
 class ProviderTokens:
-    """The ES256 JWT that all sends share: renewed after 45 minutes, and out of turn at most once in 20 minutes."""
+    """The ES256 JWT that all sends share: renewed after 45 minutes, and out of turn at most once in 20 minutes.
+
+    It carries the time of its making, so one that was made before the clock was set is made anew: Apple refuses a token of the future.
+    """
 
     def __init__(self, settings: ApnsSettings, clock: Clock) -> None:
         """Raises ValueError when the key is not a PEM private key on P-256."""
@@ -235,12 +239,18 @@ class ProviderTokens:
         self._settings = settings
         self._clock = clock
         self._token = ""
-        self._issued_at = datetime.min.replace(tzinfo=UTC)
-        self._renewed_out_of_turn_at = datetime.min.replace(tzinfo=UTC)
+        self._issued: Reading | None = None
+        # Of the steady clock; None: not yet.
+        self._renewed_out_of_turn_at: float | None = None
 
     def current(self) -> str:
         """The token to use now."""
-        if self._clock.now() - self._issued_at >= PROVIDER_TOKEN_LIFETIME:
+        issued = self._issued
+        if (
+            issued is None
+            or issued.was_set(self._clock)
+            or self._clock.monotonic() - issued.steady >= PROVIDER_TOKEN_LIFETIME.total_seconds()
+        ):
             self._issue()
         return self._token
 
@@ -251,15 +261,20 @@ class ProviderTokens:
         """
         if refused != self._token:
             return self._token
-        if self._clock.now() - self._renewed_out_of_turn_at < PROVIDER_TOKEN_RENEWAL_MIN:
+        now = self._clock.monotonic()
+        if self._renewed_out_of_turn_at is not None and now - self._renewed_out_of_turn_at < PROVIDER_TOKEN_RENEWAL_MIN.total_seconds():
             return None
-        self._renewed_out_of_turn_at = self._clock.now()
+        self._renewed_out_of_turn_at = now
         self._issue()
         return self._token
 
+    def forget_failures(self) -> None:
+        """The next refusal renews, also within the 20 minutes."""
+        self._renewed_out_of_turn_at = None
+
     def _issue(self) -> None:
-        self._issued_at = self._clock.now()
-        claims = {"iss": self._settings.team_id, "iat": int(self._issued_at.timestamp())}
+        self._issued = Reading.of(self._clock)
+        claims = {"iss": self._settings.team_id, "iat": int(self._issued.wall.timestamp())}
         headers = {"kid": self._settings.key_id}
         self._token = jwt.encode(claims, self._private_key, algorithm="ES256", headers=headers)
 
@@ -302,6 +317,10 @@ class ApnsProvider:
         """See `Provider.advise`."""
         return ADVICE.get(reason) or advise_common(reason)
 
+    def forget_failures(self) -> None:
+        """See `Provider.forget_failures`."""
+        self._tokens.forget_failures()
+
     async def aclose(self) -> None:
         """See `Provider.aclose`."""
         await self._client.aclose()
@@ -313,8 +332,12 @@ class ApnsProvider:
             renewed = self._tokens.replace_expired(bearer)
             if renewed is not None:
                 outcome = await self._exchange(target, wake_up, renewed)
-        if isinstance(outcome, TokenGone) and outcome.at is not None and outcome.at <= target.registered_at:
-            # The device registered again after APNs saw it gone: the newer word counts.
+        if (
+            isinstance(outcome, TokenGone)
+            and outcome.at is not None
+            and outcome.at <= target.registered_at <= self._clock.now() + MOMENT_AHEAD_MAX
+        ):
+            # The device registered again after APNs saw it gone: the newer word counts. A registration of the future is no word at all.
             return RetryAt("gone-before-registration", of_device=True)
         return outcome
 

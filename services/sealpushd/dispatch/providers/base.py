@@ -27,10 +27,13 @@ PUSH_TOKEN_CHARACTERS_MAX = 4096
 
 
 class Clock(Protocol):
-    """Gives the time; tests move it by hand."""
+    """Gives the time; tests move it by hand. See `platform.clock`: durations are measured by `monotonic` alone."""
 
     def now(self) -> datetime:
-        """The time now, aware, in UTC."""
+        """The time now, aware, in UTC. Whoever sets the clock moves it."""
+
+    def monotonic(self) -> float:
+        """Seconds since some moment, which no setting of the clock changes."""
 
 
 class PushToken:
@@ -259,6 +262,9 @@ class Provider(Protocol):
     def advise(self, reason: str) -> str:
         """What the reason of an outcome means and what to do about it: a sentence for an operator."""
 
+    def forget_failures(self) -> None:
+        """Ask the push service anew with the next send, also where an earlier failure says not yet: somebody repaired something."""
+
     async def aclose(self) -> None:
         """Close connections; sends under way end as `RetryAt`. Idempotent."""
 
@@ -336,18 +342,28 @@ def plain(outcome: type[TokenSuspect] | type[TokenGone] | type[RefreshAuth] | ty
 
 def retry(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
     """Again later, as late as the answer asks for."""
-    return RetryAt(reason, parse_retry_after(answer.headers.get("retry-after"), now))
+    return RetryAt(reason, parse_retry_after(answer, now))
 
 
-def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
-    """The Retry-After header, seconds or an HTTP date; None: absent or unreadable. Bounded by `RETRY_AFTER_MAX`."""
-    if value is None:
-        return None
-    if re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        return min(timedelta(seconds=int(value)), RETRY_AFTER_MAX)
+def parse_http_date(value: str | None) -> datetime | None:
+    """The moment of an HTTP date; None: absent, unreadable, without its zone, or no moment that there is."""
     try:
-        at = parsedate_to_datetime(value)
-    except ValueError:
+        at = parsedate_to_datetime(value or "")
+        return at.astimezone(UTC) if at.tzinfo else None
+    except (ValueError, OverflowError, TypeError, IndexError):
+        # Of a year such as 99999999999; and the parser of the standard library lets more than one kind through.
         return None
-    delay = (at if at.tzinfo else at.replace(tzinfo=UTC)) - now
-    return min(max(delay, timedelta(0)), RETRY_AFTER_MAX)
+
+
+def parse_retry_after(answer: HttpAnswer, now: datetime) -> timedelta | None:
+    """The Retry-After header, seconds or an HTTP date; None: absent, unreadable or too large. Bounded by `RETRY_AFTER_MAX`.
+
+    A date is the push service's, so it counts from the answer's own Date; `now` stands in where that is missing.
+    """
+    value = answer.headers.get("retry-after", "")
+    if re.fullmatch(r"\s*[0-9]{1,9}\s*", value, re.ASCII):
+        return min(timedelta(seconds=int(value)), RETRY_AFTER_MAX)
+    at = parse_http_date(value)
+    if at is None:
+        return None
+    return min(max(at - (parse_http_date(answer.headers.get("date")) or now), timedelta(0)), RETRY_AFTER_MAX)

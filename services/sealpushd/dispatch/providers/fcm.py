@@ -211,7 +211,7 @@ def _quota(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
     error = read_error(answer)
     violations = error.items(QUOTA_FAILURE, "violations") if error is not None else []
     of_device = any("device" in str(one.get(word, "")).lower() for one in violations for word in ("subject", "description"))
-    return RetryAt(reason, parse_retry_after(answer.headers.get("retry-after"), now) or QUOTA_PAUSE, of_device=of_device)
+    return RetryAt(reason, parse_retry_after(answer, now) or QUOTA_PAUSE, of_device=of_device)
 
 
 def _unauthenticated(reason: str, answer: HttpAnswer, now: datetime) -> Outcome:
@@ -416,6 +416,10 @@ class FcmProvider:
     def advise(self, reason: str) -> str:
         """See `Provider.advise`."""
         return ADVICE.get(reason) or advise_common(reason)
+
+    def forget_failures(self) -> None:
+        """See `Provider.forget_failures`."""
+        self._sends.tokens.forget_failures()
 
     async def aclose(self) -> None:
         """See `Provider.aclose`."""

@@ -318,6 +318,10 @@ class HmsProvider:
         """See `Provider.advise`."""
         return ADVICE.get(reason) or advise_common(reason)
 
+    def forget_failures(self) -> None:
+        """See `Provider.forget_failures`."""
+        self._sends.tokens.forget_failures()
+
     async def aclose(self) -> None:
         """See `Provider.aclose`."""
         await self._sends.aclose()

@@ -13,7 +13,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from pyreqwest.exceptions import ClientClosedError, DecodeError, DetailedPyreqwe
 from pyreqwest.proxy import ProxyBuilder
 from pyreqwest.response import Response
 
-from sealpushd.dispatch.providers.base import Clock, HttpAnswer, RetryAt
+from sealpushd.dispatch.providers.base import Clock, HttpAnswer, RetryAt, parse_http_date
 
 # Push services answer in tens of bytes; whoever sends more is none, and his answer must not eat memory.
 ANSWER_BYTES_MAX = 64 * 1024
@@ -111,7 +110,8 @@ class Connection:
         self.streams = asyncio.Semaphore(streams_max)
         self._clock = clock
         self._proves = proves
-        self._proved_at: datetime | None = None
+        # Of the steady clock.
+        self._proved_at: float | None = None
         self._probe = asyncio.Lock()
 
     async def run(self, exchange: Callable[[], Awaitable[HttpAnswer]]) -> HttpAnswer:
@@ -124,7 +124,7 @@ class Connection:
             return await self._observe(exchange)
 
     def _is_proved(self) -> bool:
-        return self._proved_at is not None and self._clock.now() - self._proved_at < IDLE_BEFORE_PROBE
+        return self._proved_at is not None and self._clock.monotonic() - self._proved_at < IDLE_BEFORE_PROBE.total_seconds()
 
     async def _observe(self, exchange: Callable[[], Awaitable[HttpAnswer]]) -> HttpAnswer:
         try:
@@ -135,17 +135,14 @@ class Connection:
         except BaseException:
             self._proved_at = None
             raise
-        self._proved_at = self._clock.now() if self._proves is None or self._proves(answer) else None
+        self._proved_at = self._clock.monotonic() if self._proves is None or self._proves(answer) else None
         return answer
 
 
 def clock_is_wrong(answer: HttpAnswer, now: datetime) -> bool:
     """Whether the answer's Date differs from our clock by more than tokens bear; no Date: no."""
-    try:
-        theirs = parsedate_to_datetime(answer.headers["date"])
-        return abs(theirs - now) > CLOCK_SKEW_MAX
-    except (KeyError, ValueError, TypeError):
-        return False
+    theirs = parse_http_date(answer.headers.get("date"))
+    return theirs is not None and abs(theirs - now) > CLOCK_SKEW_MAX
 
 
 def network_reason(error: PyreqwestError) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from urllib.parse import urlencode, urlsplit
 
 from sealpushd.dispatch.providers.base import (
@@ -43,7 +43,8 @@ TOKEN_CHARACTERS_MAX = 8192
 # How much of a send's time the token endpoint may take: less than all, so that a send can say what it waited for.
 TOKEN_SHARE = 2 / 3
 
-EPOCH = datetime.min.replace(tzinfo=UTC)
+# Before every moment of the steady clock.
+NEVER = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +76,23 @@ def read_grant(answer: HttpAnswer, now: datetime, *, signed: bool) -> Grant | Ou
 
 
 class AccessTokens:
-    """The access token that all sends of a provider share."""
+    """The access token that all sends of a provider share. All its times are of the steady clock: how long it serves is all that counts."""
 
     def __init__(self, fetch: Callable[[], Awaitable[Grant | Outcome]], clock: Clock) -> None:
         """`fetch` asks the token endpoint, with a deadline of its own, and does not raise."""
         self._fetch = fetch
         self._clock = clock
         self._token = ""
-        self._ends_at = EPOCH
-        self._renew_at = EPOCH
-        self._replaced_at = EPOCH
+        self._ends_at = NEVER
+        self._renew_at = NEVER
+        self._replaced_at = NEVER
         self._failure: Outcome | None = None
-        self._failure_until = EPOCH
+        self._failure_until = NEVER
         self._fetching: asyncio.Task[None] | None = None
 
     async def current(self) -> str | Outcome:
         """The token to use now, or why there is none."""
-        now = self._clock.now()
+        now = self._clock.monotonic()
         if now >= self._renew_at and now >= self._failure_until:
             fetching = self._start()
             if now >= self._ends_at:
@@ -99,22 +100,26 @@ class AccessTokens:
                 await asyncio.wait([fetching])
                 if fetching.cancelled():
                     return RetryAt("closed", asked=False)
-        return self._token if self._clock.now() < self._ends_at else (self._failure or RetryAt("oauth-no-token"))
+        return self._token if self._clock.monotonic() < self._ends_at else (self._failure or RetryAt("oauth-no-token"))
 
     async def replace(self, refused: str) -> str | Outcome:
         """The token to use instead of one that was refused; RefreshAuth: a new one was refused as well just now.
 
         Many sends learn of it at once: the first renews, the others find the new one.
         """
-        now = self._clock.now()
+        now = self._clock.monotonic()
         if refused == self._token:
-            if now - self._replaced_at < REPLACE_MIN:
+            if now - self._replaced_at < REPLACE_MIN.total_seconds():
                 return RefreshAuth("oauth-token-refused-again")
             self._replaced_at = now
             # Forgotten at once: who learns of it while the new one is on its way waits for it.
             self._token = ""
-            self._ends_at = self._renew_at = self._failure_until = EPOCH
+            self._ends_at = self._renew_at = self._failure_until = NEVER
         return await self.current()
+
+    def forget_failures(self) -> None:
+        """The token endpoint is asked with the next send, whatever it answered the last one; a refused token is replaced at once."""
+        self._failure_until = self._replaced_at = NEVER
 
     async def aclose(self) -> None:
         """End a renewal under way. Idempotent."""
@@ -129,15 +134,15 @@ class AccessTokens:
 
     async def _renew(self) -> None:
         granted = await self._fetch()
-        now = self._clock.now()
+        now = self._clock.monotonic()
         if isinstance(granted, Grant):
-            self._failure, self._failure_until = None, EPOCH
+            self._failure, self._failure_until = None, NEVER
             self._token = granted.token
-            self._ends_at = now + granted.lifetime
-            self._renew_at = now + max(granted.lifetime - RENEW_BEFORE, granted.lifetime / 2)
+            self._ends_at = now + granted.lifetime.total_seconds()
+            self._renew_at = now + max(granted.lifetime - RENEW_BEFORE, granted.lifetime / 2).total_seconds()
             return
         patience = granted.retry_after if isinstance(granted, RetryAt) and granted.retry_after is not None else FAILURE_KEPT
-        self._failure, self._failure_until = granted, now + min(max(patience, FAILURE_KEPT), FAILURE_KEPT_MAX)
+        self._failure, self._failure_until = granted, now + min(max(patience, FAILURE_KEPT), FAILURE_KEPT_MAX).total_seconds()
 
 
 class AuthorizedSends:

@@ -6,7 +6,9 @@ WITH lanes AS (
     SELECT o.device_id, o.message_id
     FROM lanes l CROSS JOIN LATERAL (
         SELECT device_id, message_id FROM open_deliveries
-        WHERE app_id = l.app_id AND platform = l.platform AND session_id IS NULL AND next_attempt_at <= now() AND closes_at > now()
+        WHERE app_id = l.app_id AND platform = l.platform AND session_id IS NULL AND next_attempt_at <= now()
+          -- Nothing to look up by.
+          AND (closes_at > now()) IS TRUE
         ORDER BY priority DESC, next_attempt_at
         LIMIT l.most
         FOR UPDATE SKIP LOCKED
@@ -14,4 +16,5 @@ WITH lanes AS (
 )
 UPDATE open_deliveries o SET session_id = $1, fence = o.fence + 1
 FROM due WHERE o.device_id = due.device_id AND o.message_id = due.message_id
-RETURNING o.message_id, o.device_id, o.wake_up_id, o.fence, o.app_id, o.platform, o.priority, o.muted, o.expires_at, o.attempts
+RETURNING o.message_id, o.device_id, o.wake_up_id, o.fence, o.app_id, o.platform, o.priority, o.muted, o.expires_at, o.attempts,
+          o.expires_at - now()

@@ -8,6 +8,7 @@ WITH given AS (
         AS t (message_id, device_id, state, reason, content_id, outcome, at_ms, signature, envelope_digest)
 ), fitting AS MATERIALIZED (
     SELECT g.*, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, d.state AS state_before,
+           d.read_ack_signature IS NOT NULL AS read_before,
            -- No push can have left what was never handed to a dispatcher, and no device has what is QUEUED.
            CASE WHEN o.fence = 0 AND d.state = 1 THEN 1 ELSE 2 END AS stop_point
     FROM given g
@@ -18,40 +19,47 @@ WITH given AS (
         o.expires_at > now() AND m.content_id = g.content_id
         AND (g.envelope_digest IS NULL OR m.evidence IS NULL OR g.envelope_digest = sha256(m.evidence))
     )
-), removed AS (
+), closed AS (
+    -- Everything else follows from what this removed and so has locked, also the numbers in the journal.
     DELETE FROM open_deliveries o USING fitting f
     WHERE o.device_id = f.device_id AND o.message_id = f.message_id
-    RETURNING o.device_id, o.message_id
+    RETURNING f.*
 ), changed AS (
     UPDATE deliveries d
-    SET state = f.state, reason = f.reason, changed_at = now(),
-        fetched_at = CASE WHEN f.outcome IS NULL THEN d.fetched_at ELSE coalesce(d.fetched_at, now()) END,
-        ack_outcome = f.outcome, ack_reason = CASE WHEN f.outcome IS NULL THEN NULL ELSE f.reason END,
-        ack_at_ms = f.at_ms, ack_signature = f.signature, stop_point = CASE WHEN f.outcome IS NULL THEN f.stop_point END
-    FROM fitting f
-    WHERE d.message_id = f.message_id AND d.device_id = f.device_id
-    RETURNING d.message_id, d.device_id
+    SET state = c.state, reason = c.reason, changed_at = now(),
+        fetched_at = CASE WHEN c.outcome IS NULL THEN d.fetched_at ELSE coalesce(d.fetched_at, now()) END,
+        ack_outcome = c.outcome, ack_reason = CASE WHEN c.outcome IS NULL THEN NULL ELSE c.reason END,
+        ack_at_ms = c.at_ms, ack_signature = c.signature,
+        -- Its user had read it before it was acknowledged (`read`).
+        read_at = CASE WHEN c.state = 4 AND c.read_before THEN now() ELSE d.read_at END,
+        stop_point = CASE WHEN c.outcome IS NULL THEN c.stop_point END
+    FROM closed c
+    WHERE d.message_id = c.message_id AND d.device_id = c.device_id
 ), fetched AS (
     -- A device that acknowledges has fetched; where that was not written yet, it is written now.
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
-    SELECT f.message_id, f.device_id, f.sender_id, f.order_id, f.leg_no, f.group_id, f.channel, 3, 0
-    FROM fitting f
-    WHERE f.outcome IS NOT NULL AND f.state_before < 3
+    SELECT c.message_id, c.device_id, c.sender_id, c.order_id, c.leg_no, c.group_id, c.channel, 3, 0
+    FROM closed c
+    WHERE c.outcome IS NOT NULL AND c.state_before < 3
     RETURNING seq
 ), journal AS (
     -- Counting `fetched` makes its events come first.
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
-    SELECT f.message_id, f.device_id, f.sender_id, f.order_id, f.leg_no, f.group_id, f.channel, f.state, f.reason
-    FROM fitting f WHERE (SELECT count(*) FROM fetched) >= 0
+    SELECT c.message_id, c.device_id, c.sender_id, c.order_id, c.leg_no, c.group_id, c.channel, c.state, c.reason
+    FROM closed c WHERE (SELECT count(*) FROM fetched) >= 0
+    RETURNING seq
+), reading AS (
+    INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, kind, state, reason)
+    SELECT c.message_id, c.device_id, c.sender_id, c.order_id, c.leg_no, c.group_id, c.channel, 2, c.state, c.reason
+    FROM closed c WHERE c.state = 4 AND c.read_before AND (SELECT count(*) FROM journal) >= 0
 ), content AS (
-    DELETE FROM contents c USING (
-        SELECT DISTINCT f.message_id FROM fitting f
+    DELETE FROM contents t USING (
+        SELECT DISTINCT c.message_id FROM closed c
         WHERE NOT EXISTS (
             SELECT FROM deliveries d
-            WHERE d.message_id = f.message_id AND d.state < 4
-              AND NOT EXISTS (SELECT FROM fitting o WHERE o.message_id = d.message_id AND o.device_id = d.device_id)
+            WHERE d.message_id = c.message_id AND d.state < 4
+              AND (d.message_id, d.device_id) NOT IN (SELECT message_id, device_id FROM closed)
         )
-    ) done WHERE c.message_id = done.message_id
+    ) done WHERE t.message_id = done.message_id
 )
-SELECT f.message_id, f.device_id, f.state, f.stop_point
-FROM fitting f JOIN removed r USING (message_id, device_id)
+SELECT message_id, device_id, state, stop_point FROM closed

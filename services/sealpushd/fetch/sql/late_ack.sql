@@ -19,10 +19,9 @@ WITH given AS (
         late_ack_signature = f.signature
     FROM found f
     WHERE d.message_id = f.message_id AND d.device_id = f.device_id AND NOT f.repeated AND d.state >= 4 AND d.late_ack_at IS NULL
-    RETURNING d.message_id, d.device_id
+    RETURNING f.*
 ), journal AS (
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, kind, state, reason)
-    SELECT f.message_id, f.device_id, f.sender_id, f.order_id, f.leg_no, f.group_id, f.channel, 3, f.state, f.reason
-    FROM late JOIN found f USING (message_id, device_id)
+    SELECT message_id, device_id, sender_id, order_id, leg_no, group_id, channel, 3, state, reason FROM late
 )
 SELECT message_id, device_id, state, repeated FROM found

@@ -1,4 +1,4 @@
--- The user read them. In: $1 message ids, $2 device ids, $3 content ids, $4 envelopes' digests, $5 device times (ms), $6 signatures.
+-- The user read them. This transaction has locked those that are open, and the ended ones all together. In: $1 message ids, $2 device ids, $3 content ids, $4 envelopes' digests, $5 device times (ms), $6 signatures.
 -- Out: a row for each delivery that exists with this content id and digest.
 WITH given AS (
     SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::bytea[], $5::int8[], $6::bytea[])
@@ -12,12 +12,17 @@ WITH given AS (
         AND (m.evidence IS NULL OR g.envelope_digest = sha256(m.evidence))
     JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
 ), marked AS (
-    UPDATE deliveries d SET read_at = now(), read_ack_at_ms = f.at_ms, read_ack_signature = f.signature
-    FROM found f WHERE d.message_id = f.message_id AND d.device_id = f.device_id AND d.state = 4 AND d.read_at IS NULL
-    RETURNING d.message_id, d.device_id
+    -- Of a delivery that is open, the first one is kept and counts when it is acknowledged (`close`).
+    UPDATE deliveries d SET
+        read_at = CASE WHEN d.state = 4 THEN now() END,
+        read_ack_at_ms = CASE WHEN d.read_ack_signature IS NULL THEN f.at_ms ELSE d.read_ack_at_ms END,
+        read_ack_signature = coalesce(d.read_ack_signature, f.signature)
+    FROM found f
+    WHERE d.message_id = f.message_id AND d.device_id = f.device_id AND d.read_at IS NULL
+      AND (d.state = 4 OR (d.state < 4 AND d.read_ack_signature IS NULL))
+    RETURNING f.*
 ), journal AS (
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, kind, state, reason)
-    SELECT f.message_id, f.device_id, f.sender_id, f.order_id, f.leg_no, f.group_id, f.channel, 2, f.state, f.reason
-    FROM marked JOIN found f USING (message_id, device_id)
+    SELECT message_id, device_id, sender_id, order_id, leg_no, group_id, channel, 2, state, reason FROM marked WHERE state = 4
 )
 SELECT message_id, device_id, state FROM found

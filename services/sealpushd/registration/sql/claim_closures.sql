@@ -1,7 +1,8 @@
 -- $1 now, $2 rows at most, $3 seconds between attempts at the most. Takes those that are due; one that is not done comes again, later
--- each time.
+-- each time. One that is due later than any can be was put by a clock that was ahead, and is due now.
 WITH due AS (
-    SELECT closure_id FROM pending_closures WHERE next_attempt_at <= $1 ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED
+    SELECT closure_id FROM pending_closures WHERE next_attempt_at <= $1 OR next_attempt_at > $1::timestamptz + make_interval(secs => $3::double precision)
+    ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED
 )
 UPDATE pending_closures c
 SET attempts = c.attempts + 1,
