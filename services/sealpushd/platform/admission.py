@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from sealpushd.platform.addresses import address_subject
@@ -108,12 +109,16 @@ def party_of(caller: Caller | None, address: str) -> Party:
     """Whom to count a call for: the device, sender or service that makes it; a stranger by the address."""
     match caller:
         case SenderCaller():
-            return Party(caller.sender_id, "sender", LIMIT_MAX)
+            return _party(caller.sender_id, "sender", LIMIT_MAX)
         case DeviceCaller():
-            return Party(caller.device_id, "device", DEVICE_IN_FLIGHT_MAX)
+            return _party(caller.device_id, "device", DEVICE_IN_FLIGHT_MAX)
         case ServiceCaller():
-            return Party(caller.name, "service", LIMIT_MAX, is_mesh=True)
-    return Party(address_subject(address), "address", ADDRESS_IN_FLIGHT_MAX)
+            return _party(caller.name, "service", LIMIT_MAX, is_mesh=True)
+    return _party(address_subject(address), "address", ADDRESS_IN_FLIGHT_MAX)
+
+
+# Made for each call anew they are a tenth of what the door costs.
+_party = lru_cache(maxsize=4_096)(Party)
 
 
 def allowance_s(cost: int) -> float:
@@ -198,8 +203,9 @@ class Place:
         """The request turned out to have so many bytes. Never more than a quarter of the limit: the largest must get in, too."""
         if self._holds:
             more = int(min(max(1, size // UNIT_BYTES), self._door.limit.units / 4)) - self._cost
-            self._cost += more
-            self._door.count(self.party, more)
+            if more:
+                self._cost += more
+                self._door.count(self.party, more)
 
     def hold(self) -> bool:
         """Work for this call begins that may outlast it: its place is kept until `release`. False: it has given its place back."""
@@ -247,7 +253,9 @@ class Door:
         self._later = later
         self._held: dict[Hashable, int] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
-        ADMISSION_LIMIT.set(self.limit.units)
+        # Asked when somebody looks: setting them cost more than all else here.
+        ADMISSION_LIMIT.set_function(lambda: self.limit.units)
+        ADMISSION_IN_FLIGHT.set_function(lambda: self.in_flight)
 
     def later(self, seconds: float, then: Callable[[], None]) -> None:
         (self._later or asyncio.get_running_loop().call_later)(seconds, then)
@@ -312,7 +320,6 @@ class Door:
         else:
             self._held.pop(party.key, None)
         self.limit.filled(self.in_flight)
-        ADMISSION_IN_FLIGHT.set(self.in_flight)
 
     def left(self, began: float, cost: int, pace: Pace | None, end: End) -> None:
         """Learn from a call that ended."""
@@ -327,7 +334,6 @@ class Door:
         if end is not End.SHED and pace is not None:
             pace.took(took_s)
         self.limit.ended(lateness, now)
-        ADMISSION_LIMIT.set(self.limit.units)
 
     def _take(self, party: Party, cost: int, pace: Pace | None) -> Place:
         self.count(party, cost)
@@ -349,7 +355,7 @@ class Door:
         return Refused(reason)
 
 
-# Where the present call or stream came in, and for whom.
+# Where the present stream came in, and for whom.
 _visit: ContextVar[tuple[Door, Party]] = ContextVar("visit")
 # The present call's, or that of the present piece of a stream. None outside of calls: what runs beside them bounds itself.
 _place: ContextVar[Place | None] = ContextVar("place", default=None)
@@ -366,7 +372,7 @@ def deadline_at() -> float | None:
 
 
 def visiting(door: Door, party: Party) -> None:
-    """The present task answers a call or a stream of this caller."""
+    """The present task answers a stream of this caller."""
     _visit.set((door, party))
 
 

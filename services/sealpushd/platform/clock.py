@@ -27,6 +27,10 @@ class Clock(Protocol):
         """The present moment, aware, in UTC. Whoever sets the clock moves it."""
         ...
 
+    def epoch_s(self) -> float:
+        """`now` in seconds since 1970: a tenth of its cost, for what every call asks."""
+        ...
+
     def monotonic(self) -> float:
         """Seconds since some moment, which no setting of the clock changes: the only measure of how long something lasts."""
         ...
@@ -35,6 +39,9 @@ class Clock(Protocol):
 class SystemClock:
     def now(self) -> datetime:
         return datetime.now(UTC)
+
+    def epoch_s(self) -> float:
+        return time.time()
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -57,11 +64,10 @@ class Reading:
 
     def was_set(self, clock: Clock) -> bool:
         """Whether the wall clock was set since: what was reckoned from it does not hold any more."""
-        # In numbers: every call with a token that is known already comes here.
         return abs(self._moved_s(clock)) > _CLOCK_MOVED_S
 
     def _moved_s(self, clock: Clock) -> float:
-        return (clock.now() - self.wall).total_seconds() - (clock.monotonic() - self.steady)
+        return clock.epoch_s() - self.wall.timestamp() - (clock.monotonic() - self.steady)
 
 
 def to_ms(moment: datetime) -> int:

@@ -227,6 +227,7 @@ def configure(service: str, level: str, *, human: bool = False) -> None:
         event["service"] = service
         return event
 
+    writer = structlog.WriteLogger(sys.stderr)
     structlog.configure(
         processors=[
             # First: what it drops costs nothing more.
@@ -240,7 +241,8 @@ def configure(service: str, level: str, *, human: bool = False) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        # One for all lines: structlog asks for a logger with each, also with one that is not written.
+        logger_factory=lambda *_: writer,
     )
     # Warnings of libraries, and worse.
     logging.basicConfig(level=logging.WARNING, handlers=[_Libraries()], force=True)

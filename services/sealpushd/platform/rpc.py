@@ -37,6 +37,7 @@ DEADLINE_S_MAX: Final = 10.0
 _DEADLINE_SLACK_S: Final = 0.02
 REQUEST_ID_KEY: Final = "x-request-id"
 _STREAM_OVER: Final = "the access token of this stream has expired; sign in again and go on in a new stream"
+_NO_SPAN: Final = contextlib.nullcontext()
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._,:+-]{1,600}")
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -149,11 +150,11 @@ def _guard(
         async for raw in requests:
             yield parse(raw)
 
-    def enter(context: Context) -> tuple[Mapping[str, str], Party, float | None]:
-        """The call's metadata, for whom it counts, and how many seconds a sender's token still lasts."""
+    def enter(context: Context) -> tuple[Mapping[str, Any], Party, str, float | None]:
+        """The call's metadata, for whom it counts, where it comes from, and how many seconds a sender's token still lasts."""
         if door is not None:
             door.check_full(is_mesh=is_mesh)
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
         given = metadata.get(REQUEST_ID_KEY, "")
         request_ids.set(tuple(given.split(",")) if _REQUEST_ID.fullmatch(given) else (uuid7().hex(),))
         address = address_of(context.peer())
@@ -164,8 +165,7 @@ def _guard(
         if door is not None:
             # Before the request is received; a place is taken when it is whole.
             door.check(party)
-            admission.visiting(door, party)
-        return metadata, party, ends_at - time.time() if isinstance(caller, SenderCaller) and ends_at is not None else None
+        return metadata, party, address, ends_at - time.time() if isinstance(caller, SenderCaller) and ends_at is not None else None
 
     def answer(error: BaseException) -> Rendered:
         if isinstance(error, admission.Refused):
@@ -177,10 +177,6 @@ def _guard(
             error = ServiceError("internal error; the log has it under this request id")
         return render(error)
 
-    async def received(context: Context) -> bytes:
-        """The request of a call that `enter` has let in."""
-        return await arrivals.receive(context.read, _address.get())
-
     async def unary(_: object, context: Context) -> Any:
         start = time.perf_counter()
         code = grpc.StatusCode.OK
@@ -189,8 +185,8 @@ def _guard(
         ends_at = 0.0
         in_flight.inc()
         try:
-            metadata, party, _ = enter(context)
-            raw = await received(context)
+            metadata, party, address, _ = enter(context)
+            raw = await arrivals.receive(context.read, address)
             remaining = context.time_remaining()
             limit = DEADLINE_S_MAX if remaining is None else min(remaining, DEADLINE_S_MAX)
             if door is not None:
@@ -200,7 +196,7 @@ def _guard(
             admission.working(place, ends_at)
             request = parse(raw)
             async with asyncio.timeout(limit):
-                with telemetry.server_span(method, metadata) if telemetry.enabled() else contextlib.nullcontext():
+                with telemetry.server_span(method, metadata) if telemetry.enabled() else _NO_SPAN:
                     response = await handler.unary_unary(request, context)
             end = End.DONE
             return response
@@ -233,7 +229,9 @@ def _guard(
             # outlive theirs of 15 minutes, because signing in so often would cost more than the stream saves; what they get is sealed to
             # the device and ends with its registration. Services' tokens are about the moment of the call.
             # A stream takes no place of its own (`admission.turn`); where there is none, `enter` refuses it: it would only wait.
-            _, _, lifetime_s = enter(context)
+            _, party, _, lifetime_s = enter(context)
+            if door is not None:
+                admission.visiting(door, party)
             ends_at = None if lifetime_s is None else asyncio.get_running_loop().time() + lifetime_s
             # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
             async with contextlib.aclosing(call()) as responses:
@@ -263,7 +261,7 @@ def _guard(
     # gRPC looks at the function itself: only an asynchronous generator runs in the event loop.
     async def unary_stream(_: object, context: Context) -> AsyncGenerator[Message, None]:
         async def call() -> AsyncGenerator[Message, None]:
-            request = parse(await received(context))
+            request = parse(await arrivals.receive(context.read, _address.get()))
             async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
                 async for response in responses:
                     yield response
