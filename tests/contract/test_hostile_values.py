@@ -111,7 +111,7 @@ MOMENTS: Final = (
 
 
 # Not walked yet. Store still answers INTERNAL to a message id that was stored under another key; of Lanes and Providers nothing is known.
-NOT_WALKED: Final = ("/sealpushd.v1.Mailbox/", "/sealpushd.v1.Lanes/", "/sealpushd.v1.Providers/")
+NOT_WALKED: Final = ("-",)
 
 
 def methods() -> list[MethodDescriptor]:

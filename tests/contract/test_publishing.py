@@ -329,7 +329,7 @@ async def test_what_a_batch_stored_before_the_mailbox_was_overloaded_is_told_as_
     world.person()
     stored, calls = Mailbox.store, []
 
-    async def store(self: Mailbox, messages: Sequence[NewMessage]) -> list[tuple[Stored, bool]]:
+    async def store(self: Mailbox, messages: Sequence[NewMessage]) -> list[tuple[Stored, bool] | Exception]:
         calls.append(len(messages))
         if len(calls) > 1:
             raise Overloaded("full")

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from google.protobuf.duration_pb2 import Duration
-
 from sealpush.ids import MessageId, uuid7
 from sealpush.v1 import common_pb2, keys_pb2, publish_pb2
+from sealpushd.platform import errors
 from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, ServiceError
 from sealpushd.platform.tokens import SenderCaller
@@ -356,10 +355,4 @@ def _repeated(candidate: _Candidate, accepted: mailbox_pb2.AcceptedResult) -> pu
 
 def to_refusal(request: publish_pb2.PublishRequest, error: ServiceError) -> publish_pb2.PublishResult:
     """How an error looks inside a batch."""
-    refusal = publish_pb2.Refusal(code=error.code.value[0], reason=error.reason, message=error.message, field=error.field or "")
-    if error.retryable:
-        delay = Duration()
-        if error.retry_after is not None:
-            delay.FromTimedelta(error.retry_after)
-        refusal.retry_after.CopyFrom(delay)
-    return publish_pb2.PublishResult(request_id=request.request_id, refusal=refusal)
+    return publish_pb2.PublishResult(request_id=request.request_id, refusal=errors.to_refusal(error))

@@ -206,6 +206,11 @@ class StoreRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    ITEM_ERRORS_FIELD_NUMBER: _builtins.int
+    item_errors: _builtins.bool
+    """A message that cannot be stored is refused in its own result, and the others are stored. False: it fails the call, as a caller of an
+    earlier release expects.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewMessage]:
         """≤ 512."""
@@ -214,10 +219,11 @@ class StoreRequest(_message.Message):
         self,
         *,
         messages: _abc.Iterable[Global___NewMessage] | None = ...,
+        item_errors: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_errors", b"item_errors", "messages", b"messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -401,21 +407,27 @@ class StoreResult(_message.Message):
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
     STORED_NOW_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     stored_now: _builtins.bool
-    """This message was stored by this call; false: the key was accepted before."""
+    """This message was stored by this call; false: the key was accepted before, or it is refused."""
     @_builtins.property
     def accepted(self) -> Global___AcceptedResult:
         """The stored message, or the one the key was accepted for before."""
+
+    @_builtins.property
+    def refused(self) -> _publish_pb2.Refusal:
+        """Present: nothing of this message was stored, and `accepted` is absent. Only with `item_errors`."""
 
     def __init__(
         self,
         *,
         accepted: Global___AcceptedResult | None = ...,
         stored_now: _builtins.bool = ...,
+        refused: _publish_pb2.Refusal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "stored_now", b"stored_now"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "refused", b"refused", "stored_now", b"stored_now"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -104,7 +104,8 @@ class MailboxServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Store(self, request, context):
-        """Stores messages with their deliveries, journal and idempotency keys: one commit, durable before the answer. A result each. Publishing.
+        """Stores messages with their deliveries, journal and idempotency keys: durable before the answer. A result each, in their order.
+        ABORTED for a message whose id is taken by another key: nothing of it is stored, and it may come again with a fresh id. Publishing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
