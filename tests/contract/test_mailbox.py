@@ -24,6 +24,7 @@ from sealpushd.fetch import rules
 from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, SignedAck, Taken, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection, Database, connect
 from sealpushd.platform.errors import Aborted, DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
@@ -1498,6 +1499,18 @@ async def test_a_message_id_that_another_key_has_taken_is_refused_alone_and_may_
     assert [each.stored_now for each in await world.store(proto(again))] == [True]
 
 
+@pytest.mark.parametrize("far", [timedelta(days=-400), timedelta(days=400)])
+async def test_a_message_id_of_a_time_far_off_is_refused_alone(world: World, store: MailboxStore, far: timedelta) -> None:
+    """As of a publishing whose clock is wrong: what others store goes on."""
+    good = message()
+    at_ms = to_ms(datetime.now(UTC) + far)
+    wrong = replace(message(), message_id=MessageId(at_ms.to_bytes(6, "big") + uuid7()[6:]))
+    one, two = (await world.publishing.call(world.stub.Store, store_each(proto(wrong), proto(good)))).results
+    assert (one.refused.code, one.refused.field) == (grpc.StatusCode.ABORTED.value[0], "message_id")
+    assert two.stored_now
+    assert await store.lookup_accepted([wrong.key]) == [None]
+
+
 async def test_of_one_message_id_under_two_keys_in_a_batch_one_is_stored(world: World, store: MailboxStore) -> None:
     one = message()
     other = replace(message(), message_id=one.message_id, deliveries=one.deliveries)
@@ -1612,6 +1625,7 @@ async def test_a_report_that_means_nothing_fails_alone_and_its_wake_up_goes_out_
         ]
         reports[1].message_id = b"short"
         reports[2].reason_code = 999  # type: ignore[assignment]  # of a dispatcher of a later release
+        reports[2].retry_in.seconds = 60
         await session.write(mailbox_pb2.WakeUpSessionRequest(reports=reports))
         # The session goes on, and what it reported is written.
         more = replace(message(), app_id=good.app_id)
@@ -1630,7 +1644,7 @@ async def test_a_report_that_means_nothing_fails_alone_and_its_wake_up_goes_out_
     assert {row["message_id"]: (row["attempts"], row["later"]) for row in rows} == {
         wrong.message_id: (1, True),
         nobody.message_id: (0, False),
-        newer.message_id: (1, False),
+        newer.message_id: (1, True),
     }
 
 

@@ -132,7 +132,7 @@ class MailboxStore:
         """Store messages, one wake-up id a delivery; returns the ids stored now. A key accepted before stores nothing.
 
         Messages are sorted by key, so that batches with the same keys cannot deadlock. Keys must differ within the call. Raises Aborted,
-        and stores nothing, where a message's id is that of a message under another key.
+        and stores nothing, where a message's id is that of a message under another key, or of a time without partitions.
         """
         ordered = sorted(zip(messages, wake_up_ids, strict=True), key=lambda pair: (pair[0].key.sender_id, pair[0].key.request_id))
         message_columns = _columns(
@@ -211,6 +211,13 @@ class MailboxStore:
             # Not a repeated request, whose key would have been found. Its caller makes another id with the next try.
             raise Aborted(
                 "a message with this id is stored under another request id; try again with a fresh one", field="message_id"
+            ) from e
+        except asyncpg.CheckViolationError as e:
+            # The only check is that of partitions: weeks of which everything is dropped, or that are far ahead.
+            raise Aborted(
+                "the time of this message id is far off, and nothing is kept for it; set the clock of publishing, and try again with a"
+                " fresh id",
+                field="message_id",
             ) from e
 
     async def take(self, queries: Sequence[TakeQuery], *, contents: bool = True) -> list[list[Taken]]:

@@ -46,6 +46,8 @@ REQUEST_ID_CHARACTERS_MAX: Final = 64
 TAG_CHARACTERS_MAX: Final = 50
 ORIGINATOR_CHARACTERS_MAX: Final = 32
 MAC_BYTES: Final = 32
+# What fits a row of PostgreSQL beside the rest: stanzas are kept in line. Those of the largest suite have 1.2 kB.
+STANZA_BYTES_MAX: Final = 7 * 1024
 # A leg is numbered up to 100; this is what the column holds.
 LEG_NO_MAX: Final = fields.ENUM_MAX
 _OUTCOMES: Final = frozenset(mailbox_pb2.WakeUpOutcome.values()) - {mailbox_pb2.WAKE_UP_OUTCOME_UNSPECIFIED}
@@ -153,7 +155,7 @@ def parse_message(proto: mailbox_pb2.NewMessage) -> NewMessage:
 def parse_delivery(proto: mailbox_pb2.NewDelivery) -> NewDelivery:
     return NewDelivery(
         DeviceId(fields.id16(proto.device_id, "device_id")),
-        proto.stanza,
+        fields.octets_to(proto.stanza, "stanza", STANZA_BYTES_MAX),
         fields.enum(proto.platform, "platform"),
         fields.enum(proto.push_reason, "push_reason"),
     )

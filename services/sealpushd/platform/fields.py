@@ -23,6 +23,8 @@ I64_MAX: Final = 2**63 - 1
 ENUM_MAX: Final = 2**15 - 1
 # 9999-12-31 less a day: no time zone or allowance that is added makes another year of it.
 MOMENT_MS_MAX: Final = 253_402_214_400_000
+# Ten thousand years.
+DURATION_S_MAX: Final = 315_576_000_000
 
 Item = TypeVar("Item")
 Parsed = TypeVar("Parsed")
@@ -46,6 +48,13 @@ def octets(value: bytes, field: str, *sizes: int) -> bytes:
     """Bytes of one of these lengths."""
     if len(value) not in sizes:
         raise InvalidRequest(f"{field} must be {' or '.join(map(str, sizes))} bytes, not {len(value)}", field=field)
+    return value
+
+
+def octets_to(value: bytes, field: str, most: int) -> bytes:
+    """Bytes up to a length."""
+    if len(value) > most:
+        raise InvalidRequest(f"{field} must be at most {most} bytes, not {len(value)}", field=field)
     return value
 
 
@@ -82,6 +91,9 @@ def moment_ms(value: int, field: str) -> datetime:
 def duration(value: Duration, field: str, most: timedelta | None = None, *, least: timedelta = timedelta(0)) -> timedelta:
     """How long something takes or lasts, within its bounds; without `most` up to ten thousand years either way."""
     try:
+        # As duration.proto bounds it; not every implementation does.
+        if abs(value.seconds) > DURATION_S_MAX:
+            raise ValueError("too long")
         parsed = value.ToTimedelta()
     except (ValueError, OverflowError) as e:
         raise InvalidRequest(f"{field} must be a duration within ten thousand years", field=field) from e

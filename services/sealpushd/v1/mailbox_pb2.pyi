@@ -30,7 +30,7 @@ class _WakeUpOutcome:
 class _WakeUpOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WakeUpOutcome.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WAKE_UP_OUTCOME_UNSPECIFIED: _WakeUpOutcome.ValueType  # 0
-    """Refused."""
+    """Means nothing."""
     WAKE_UP_OUTCOME_PUSHED: _WakeUpOutcome.ValueType  # 1
     """The push service took it."""
     WAKE_UP_OUTCOME_RETRY: _WakeUpOutcome.ValueType  # 2
@@ -48,7 +48,7 @@ class WakeUpOutcome(_WakeUpOutcome, metaclass=_WakeUpOutcomeEnumTypeWrapper):
     """What became of a wake-up."""
 
 WAKE_UP_OUTCOME_UNSPECIFIED: WakeUpOutcome.ValueType  # 0
-"""Refused."""
+"""Means nothing."""
 WAKE_UP_OUTCOME_PUSHED: WakeUpOutcome.ValueType  # 1
 """The push service took it."""
 WAKE_UP_OUTCOME_RETRY: WakeUpOutcome.ValueType  # 2
@@ -356,7 +356,7 @@ class NewDelivery(_message.Message):
     device_id: _builtins.bytes
     """16 bytes."""
     stanza: _builtins.bytes
-    """Empty: nothing could be sealed for this device; it ends as UNDELIVERED with the reason below."""
+    """≤ 7 KiB. Empty: nothing could be sealed for this device; it ends as UNDELIVERED with the reason below."""
     platform: _common_pb2.Platform.ValueType
     """With the app id, the lane."""
     push_reason: _common_pb2.ReasonCode.ValueType
