@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.errors import KeyRefused
-from sealpush.ids import ID_BYTES, DeviceId, SenderId, is_app_id
+from sealpush.ids import DeviceId, SenderId
 from sealpush.keys import PrekeyKind, SignedPrekey, is_usable_ed25519, verify_prekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2
@@ -124,32 +124,31 @@ def new_pin(said: registration_pb2.RegistrationLock) -> Pin | None:
     return None if pin is None else rules.check_new_pin(pin)
 
 
-def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query | str:
-    """One recipient to resolve; a text where it is malformed."""
+def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query:
+    """One recipient to resolve. Raises InvalidRequest."""
     recipient = asked.recipient
     kind = recipient.WhichOneof("kind")
     scope = ""
-    if len(asked.sender_id) != ID_BYTES:
-        return "sender_id must be 16 bytes"
-    if not is_app_id(asked.app_id):
-        return "app_id is not an app id"
+    fields.id16(asked.sender_id, "sender_id")
+    fields.app_id(asked.app_id)
     if kind == "phone":
         phone = parse_phone(recipient.phone)
         if phone is None:
-            return PHONE_HELP
+            raise InvalidRequest(PHONE_HELP, field="recipient.phone")
         number, lookup = IdentifierKind.PHONE, store.phone_lookup(phone)
     elif kind == "rnokpp":
         if not 1 <= len(recipient.rnokpp) <= rules.RNOKPP_CHARACTERS_MAX:
-            return f"an rnokpp has 1 to {rules.RNOKPP_CHARACTERS_MAX} characters"
+            raise InvalidRequest(f"an rnokpp has 1 to {rules.RNOKPP_CHARACTERS_MAX} characters", field="recipient.rnokpp")
         number, lookup = IdentifierKind.RNOKPP, store.identifier_lookup(recipient.rnokpp.strip(), "rnokpp")
     elif kind == "external_user_id":
         if not 1 <= len(recipient.external_user_id) <= rules.EXTERNAL_ID_CHARACTERS_MAX:
-            return f"an external user id has 1 to {rules.EXTERNAL_ID_CHARACTERS_MAX} characters"
+            most = rules.EXTERNAL_ID_CHARACTERS_MAX
+            raise InvalidRequest(f"an external user id has 1 to {most} characters", field="recipient.external_user_id")
         # The sender's own names of its users mean nothing to another sender.
         scope = asked.sender_id.hex()
         number, lookup = IdentifierKind.EXTERNAL_USER, store.identifier_lookup(recipient.external_user_id, "external user")
     else:
-        return "name a recipient: phone, rnokpp or external_user_id"
+        raise InvalidRequest("name a recipient: phone, rnokpp or external_user_id", field="recipient")
     if not (asked.primary_only or asked.subscriptions or asked.platforms):
         return Query(number, scope, lookup, asked.app_id, asked.sender_id)
     return Query(

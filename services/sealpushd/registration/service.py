@@ -406,11 +406,11 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
         self._resolving: NaturalBatcher[Query, Resolved | Reason] = NaturalBatcher(store.resolve, in_flight_max=2)
 
     async def Resolve(self, request: directory_pb2.ResolveRequest, context: rpc.Context) -> directory_pb2.ResolveResponse:
-        parsed = [parsing.query(query, self._store) for query in fields.bounded(request.queries, "queries")]
-        answers = iter(await self._resolving.submit_many([query for query in parsed if not isinstance(query, str)]))
+        parsed = fields.each_alone(request.queries, "queries", lambda query: parsing.query(query, self._store))
+        answers = iter(await self._resolving.submit_many([query for query in parsed if not isinstance(query, InvalidRequest)]))
         response = directory_pb2.ResolveResponse()
         for query in parsed:
-            _add_result(response.results.add(), query if isinstance(query, str) else next(answers))
+            _add_result(response.results.add(), query if isinstance(query, InvalidRequest) else next(answers))
         return response
 
     async def GetPushTargets(
@@ -439,9 +439,9 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
         return directory_pb2.ReportDeadTokensResponse(forgotten=await self._store.forget_tokens(dead, now))
 
 
-def _add_result(result: directory_pb2.ResolveResult, answer: Resolved | Reason | str) -> None:
-    if isinstance(answer, str):
-        result.invalid = answer
+def _add_result(result: directory_pb2.ResolveResult, answer: Resolved | Reason | InvalidRequest) -> None:
+    if isinstance(answer, InvalidRequest):
+        result.invalid = answer.message
     elif isinstance(answer, Reason):
         result.not_registered = common_pb2.ReasonCode.ValueType(answer)
     else:
