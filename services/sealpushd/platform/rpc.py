@@ -21,10 +21,20 @@ from google.protobuf.message import DecodeError, Message
 from prometheus_client import Counter
 
 from sealpush.ids import uuid7
+from sealpush.v1 import publish_pb2
 from sealpushd.platform import access, admission, telemetry
 from sealpushd.platform.admission import Door, End, Pace, Party, Place
 from sealpushd.platform.arrivals import Arrivals
-from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, Overloaded, Rendered, ServiceError, Unauthenticated, render
+from sealpushd.platform.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    Rendered,
+    ServiceError,
+    Unauthenticated,
+    render,
+    to_refusal,
+)
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.metrics import RPC_ANSWERS, RPC_IN_FLIGHT, RPC_SECONDS
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
@@ -38,6 +48,7 @@ _DEADLINE_SLACK_S: Final = 0.02
 REQUEST_ID_KEY: Final = "x-request-id"
 _STREAM_OVER: Final = "the access token of this stream has expired; sign in again and go on in a new stream"
 _NO_SPAN: Final = contextlib.nullcontext()
+_INTERNAL: Final = "internal error; the log has it under this request id"
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._,:+-]{1,600}")
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -82,6 +93,14 @@ def address_of(peer: str) -> str:
         return ""
     host, _, _ = unquote(rest).rpartition(":")
     return host.strip("[]")
+
+
+def refused(error: Exception) -> publish_pb2.Refusal:
+    """The error of one item, for its result, as a call would have been answered."""
+    if not isinstance(error, ServiceError):
+        log.error("an item failed by a bug", exc_info=error)
+        error = ServiceError(_INTERNAL)
+    return to_refusal(error)
 
 
 class GuardedServer:
@@ -174,7 +193,7 @@ def _guard(
             error = DeadlineExceeded("the deadline ended before the work; try again with the same request id")
         if not isinstance(error, ServiceError):
             log.error("call failed by a bug", method=method, exc_info=error)
-            error = ServiceError("internal error; the log has it under this request id")
+            error = ServiceError(_INTERNAL)
         return render(error)
 
     async def unary(_: object, context: Context) -> Any:
