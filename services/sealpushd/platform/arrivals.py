@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import grpc
 
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, Overloaded
 
 # The SDK gives a whole attempt as much: nobody waits any more for the answer to what came later.
@@ -27,7 +28,7 @@ class Arrivals:
     def __init__(self, *, seconds_max: float = ARRIVAL_S_MAX, waiting_max: int = WAITING_MAX) -> None:
         self._seconds_max = seconds_max
         self._waiting_max = waiting_max
-        # By address, and in the order they began: the time-out of each.
+        # By whom an address stands for, and in the order they began: the time-out of each.
         self._waiting: dict[str, dict[asyncio.Timeout, None]] = {}
         self._count = 0
 
@@ -37,6 +38,7 @@ class Arrivals:
         Raises DeadlineExceeded where it does not come in time, Overloaded where others came that are waited for instead, InvalidRequest
         where the caller ended without one.
         """
+        address = address_subject(address)
         ends_at = asyncio.get_running_loop().time() + self._seconds_max
         try:
             async with asyncio.timeout_at(ends_at) as waiting:
