@@ -422,3 +422,28 @@ async def test_a_reader_that_missed_dropped_entries_is_told_and_one_that_read_th
     assert event.message_id == made.message_id
     await read_all(store, await store.first_position(), 500)
     assert await store.close_devices({made.deliveries[0].device_id: Reason.UNREGISTERED})
+
+
+async def test_entries_of_a_dump_that_go_make_nobody_begin_again(store: MailboxStore, sql: Connection, urls: dict[str, str]) -> None:
+    # Their transactions are another cluster's, with more of them than this one will have.
+    await sql.execute(
+        "CREATE TABLE status_events_2020w03 PARTITION OF status_events FOR VALUES FROM ('2020-01-13+00') TO ('2020-01-20+00')"
+    )
+    old = an_id()
+    await sql.execute(
+        "INSERT INTO status_events (at, xid, message_id, device_id, sender_id, order_id, leg_no, channel, state, reason)"
+        " VALUES ('2020-01-14+00', '1000000000000', $1, $1, $1, $1, 0, 1, 1, 0)",
+        old,
+    )
+    await sql.execute("ALTER TABLE status_events_2020w03 OWNER TO fetch_owner")
+    await begin_new_journal(urls["admin"])
+    behind = await store.first_position()
+    _, ahead = await read_all(store, behind, 500)
+    assert await sql.fetchval("SELECT drop_partitions()") == 1
+    made = message()
+    await put(store, made)
+    (event,), _ = await store.events(ahead, 100)
+    assert event.message_id == made.message_id
+    with pytest.raises(PositionLost, match="past their retention"):
+        await store.events(behind, 100)
+    assert await store.close_devices({made.deliveries[0].device_id: Reason.UNREGISTERED})

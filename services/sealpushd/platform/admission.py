@@ -238,6 +238,10 @@ class Place:
             self.release()
 
 
+# Callers who wait, whose turn it is first; and of each its turns with the sizes of the requests, in the order they came.
+_Waiting = dict[Hashable, tuple[Party, deque[tuple[asyncio.Future[Place], int]]]]
+
+
 class Door:
     """Lets calls in, or refuses them. One a process: whatever listens there shares its event loop."""
 
@@ -252,7 +256,8 @@ class Door:
         self._clock = clock
         self._later = later
         self._held: dict[Hashable, int] = {}
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        # Of the mesh and of others, who may fill less.
+        self._waiting: dict[bool, _Waiting] = {True: {}, False: {}}
         # Asked when somebody looks: setting them cost more than all else here.
         ADMISSION_LIMIT.set_function(lambda: self.limit.units)
         ADMISSION_IN_FLIGHT.set_function(lambda: self.in_flight)
@@ -287,29 +292,41 @@ class Door:
 
     async def wait(self, party: Party, size: int = 0) -> Place:
         """A place for a piece of a stream's work, as soon as there is one: who streams is slowed down and not refused."""
-        while self._reason(party) is not None:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    # It was this one's turn: the next one's, then.
-                    self.wake()
-                raise
-        place = self._take(party, 1, None)
-        place.weigh(size)
-        # There may be room for more than one.
-        self.wake()
-        return place
+        if self._reason(party) is None:
+            return self._take(party, 1, None, size)
+        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        _, turns = self._waiting[party.is_mesh].setdefault(party.key, (party, deque()))
+        turns.append((turn, size))
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                # It was this one's turn: the next one's, then.
+                turn.result().release()
+            raise
 
     def wake(self) -> None:
-        """There may be room: whose turn it is looks again."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+        """There may be room: give it to those who wait, a place each in turn. Whose share is used up holds up nobody behind it."""
+        for is_mesh, waiting in self._waiting.items():
+            while waiting and self._free(is_mesh) >= 1 and self._give_one(waiting):
+                pass
+
+    def _give_one(self, waiting: _Waiting) -> bool:
+        first = next((each for each in waiting.values() if self._reason(each[0]) is None), None)
+        if first is None:
+            return False
+        party, turns = first
+        # To the end: so callers take turns.
+        del waiting[party.key]
+        while turns:
+            turn, size = turns.popleft()
+            if not turn.done():  # else cancelled
+                # Now, and not when it runs: who comes meanwhile would take it.
+                turn.set_result(self._take(party, 1, None, size))
+                break
+        if turns:
+            waiting[party.key] = party, turns
+        return True
 
     def count(self, party: Party, units: int) -> None:
         """The caller has so many more in flight."""
@@ -335,10 +352,12 @@ class Door:
             pace.took(took_s)
         self.limit.ended(lateness, now)
 
-    def _take(self, party: Party, cost: int, pace: Pace | None) -> Place:
+    def _take(self, party: Party, cost: int, pace: Pace | None, size: int = 0) -> Place:
         self.count(party, cost)
         ADMISSION_ADMITTED.inc()
-        return Place(self, party, cost, pace, self._clock())
+        place = Place(self, party, cost, pace, self._clock())
+        place.weigh(size)
+        return place
 
     def _free(self, is_mesh: bool) -> float:
         return self.limit.units * (1.0 if is_mesh else OUTSIDE_PART) - self.in_flight

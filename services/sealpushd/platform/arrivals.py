@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import grpc
 
+from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, Overloaded
 
 # The SDK gives a whole attempt as much: nobody waits any more for the answer to what came later.
@@ -29,7 +30,7 @@ class Arrivals:
     def __init__(self, *, seconds_max: float = ARRIVAL_S_MAX, waiting_max: int = WAITING_MAX) -> None:
         self._seconds_max = seconds_max
         self._waiting_max = waiting_max
-        # By address, and in the order they began: the time-out of each, and when it ends.
+        # By whom an address stands for, and in the order they began: the time-out of each, and when it ends.
         self._waiting: dict[str, dict[asyncio.Timeout, float]] = {}
         self._count = 0
         # One for all: a timer for each call costs more than all else here, and nearly none would ever ring.
@@ -41,6 +42,7 @@ class Arrivals:
         Raises DeadlineExceeded where it does not come in time, Overloaded where others came that are waited for instead, InvalidRequest
         where the caller ended without one.
         """
+        address = address_subject(address)
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + self._seconds_max
         if self._timer is None:

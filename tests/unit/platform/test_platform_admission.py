@@ -42,6 +42,7 @@ LIMIT_S = 30
 BANK, OTHER = (party_of(SenderCaller(SenderId(name * 16), b"o" * 16, ("app",), frozenset(), ()), "") for name in (b"b", b"c"))
 PHONE = party_of(DeviceCaller(DeviceId(b"d" * 16), SubscriberId(b"u" * 16), "app", b"k" * 32), "")
 MESH = party_of(ServiceCaller("publishing"), "")
+MOBILE = party_of(None, "192.0.2.1")
 
 
 class Time:
@@ -331,6 +332,37 @@ async def test_a_turn_that_is_lost_with_its_waiter_goes_to_the_next() -> None:
     async with asyncio.timeout(LIMIT_S):
         await second
     assert first.cancelled()
+
+
+async def test_whose_share_is_used_up_does_not_hold_up_those_behind_it() -> None:
+    at, _ = door()
+    fill(at, BANK)
+    places = fill(at, OTHER)
+    greedy = [asyncio.create_task(at.wait(BANK)) for _ in range(5)]
+    await asyncio.sleep(0)
+    newcomer = asyncio.create_task(at.wait(PHONE))
+    await asyncio.sleep(0)
+    assert not newcomer.done()
+    places.pop().leave(End.DONE)
+    async with asyncio.timeout(LIMIT_S):
+        (await newcomer).leave(End.DONE)
+    assert not any(task.done() for task in greedy)
+    for task in greedy:
+        task.cancel()
+
+
+async def test_a_place_that_was_waited_for_is_nobody_elses_meanwhile() -> None:
+    at, _ = door()
+    fill(at, BANK)
+    places = fill(at, OTHER)
+    waiting = asyncio.create_task(at.wait(PHONE))
+    await asyncio.sleep(0)
+    places.pop().leave(End.DONE)
+    # A call that comes before the one that waits has run.
+    with pytest.raises(Refused):
+        at.enter(MOBILE)
+    async with asyncio.timeout(LIMIT_S):
+        await waiting
 
 
 async def test_work_outside_of_calls_has_no_place_and_no_deadline() -> None:

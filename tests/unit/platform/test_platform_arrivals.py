@@ -46,6 +46,17 @@ async def test_whoever_floods_loses_its_own_oldest_and_others_keep_theirs() -> N
 
 
 @pytest.mark.asyncio
+async def test_a_flood_from_ever_new_addresses_of_an_ipv6_network_is_one_flood() -> None:
+    arrivals = Arrivals(waiting_max=3)
+    phone, *flood = await begun(arrivals, "2001:db8:1::1", *(f"2001:db8:2::{n}" for n in range(1, 5)))
+    for lost in flood[:2]:
+        with pytest.raises(Overloaded):
+            await lost.task
+    phone.arrive()
+    assert await phone.task == b"request"
+
+
+@pytest.mark.asyncio
 async def test_what_has_come_or_been_cancelled_is_not_counted_any_more() -> None:
     arrivals = Arrivals(waiting_max=1)
     for _ in range(3):
