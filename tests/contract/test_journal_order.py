@@ -3,8 +3,8 @@
 Transactions are real ones, each on a connection of its own, and take their turns as a test says. A change is what every statement of the
 mailbox does: have the lock of the delivery, then write the entry. The delivery counts its changes, and the entry holds the count.
 
-By default the largest walk takes every fourth interleaving, and chance gets fewer tries; with SEALPUSH_TESTS=thorough in the environment all
-of it runs. docs/architecture.md says how many that is.
+By default the largest walk takes every fourth interleaving, and chance gets fewer tries; with SEALPUSH_TESTS=thorough in the environment
+all of it runs. docs/architecture.md says how many that is.
 """
 
 from __future__ import annotations
