@@ -306,6 +306,24 @@ async def test_every_statement_looks_rows_up_by_key_whatever_the_tables_held_whe
     assert not wrong, "\n".join(f"{fault} ({', '.join(sorted(when))})" for fault, when in sorted(wrong.items()))
 
 
+async def test_a_join_by_plain_equality_reads_a_table_whole_until_statistics_are_taken_after_it_has_grown(world: World) -> None:
+    """Why no statement has one, and how long what is left of that lasts (`TIES`): a kept plan goes with the statistics that follow."""
+    keys, name = world.connections["keys"], "keys/a join"
+    await analyse(world.admin)
+    await keys.execute("PREPARE kept AS SELECT h.* FROM unnest($1::uuid[]) AS t (device_id) JOIN devices h ON h.device_id = t.device_id")
+
+    async def kept() -> set[str]:
+        found = await keys.fetchval("EXPLAIN (FORMAT JSON) EXECUTE kept (NULL)")
+        return faults(name, json.loads(found)[0]["Plan"], world.indexes)
+
+    whole = {"reads all of devices by devices_pkey"}
+    assert await kept() == whole
+    await fill(world.admin, ROWS)
+    assert await kept() == whole
+    await analyse(world.admin)
+    assert not await kept()
+
+
 async def analyse(admin: Connection) -> None:
     """Every table, as a plain ANALYZE does: partitions of weeks to come are empty."""
     for row in await admin.fetch(
