@@ -69,7 +69,11 @@ _BUSY = (
 # join over partitions again for each call costs more than running it; and indexes whatever the statistics say, so
 # that a table's first rows, or its emptiness, never turn a look-up into a scan. Halved the server's CPU for small batches. Nor joins that
 # read a side whole, which look cheap while a table is small.
-# Statements therefore never join two batches with each other, row by row (tests/contract/test_plans.py).
+# Statements therefore never join two batches with each other, row by row (tests/contract/test_plans.py). Nor do the settings keep an index
+# from being read whole, which costs no more than ten look-ups while a table is a page or empty, and is much worse when the plan is used
+# later. So a join with the first column of an index is written `= ANY (ARRAY[…])`: by a plain equality PostgreSQL may also go through the
+# index in order, in hope of a merge. Ordering is by what was given, not by the column itself, for the same reason; where that does not
+# do, `OFFSET 0` in a subquery keeps what is looked up apart.
 _LOOK_UPS: Final = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
