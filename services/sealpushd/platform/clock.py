@@ -21,6 +21,9 @@ CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 # A stored moment that one machine wrote and another reads lies further ahead than this only because a clock was wrong.
 MOMENT_AHEAD_MAX: Final = timedelta(minutes=5)
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
 
 class Clock(Protocol):
     def now(self) -> datetime:
@@ -71,13 +74,13 @@ class Reading:
 
 
 def to_ms(moment: datetime) -> int:
-    """Milliseconds since 1970-01-01 UTC."""
-    return int(moment.timestamp() * 1000)
+    """Whole milliseconds since 1970-01-01 UTC. In integers: by way of a float, one millisecond in a few would be the one before."""
+    return (moment - _EPOCH) // _MILLISECOND
 
 
 def from_ms(milliseconds: int) -> datetime:
     """The moment for milliseconds since 1970-01-01 UTC; raises ValueError beyond the year 9999."""
     try:
-        return datetime.fromtimestamp(milliseconds / 1000, UTC)
-    except (OverflowError, OSError) as e:
+        return _EPOCH + timedelta(milliseconds=milliseconds)
+    except OverflowError as e:
         raise ValueError(f"{milliseconds} ms is not a moment") from e
