@@ -342,8 +342,8 @@ async def run(order: Order) -> Outcome:
                 connections[sent % len(connections)].call(began + sent / order.rate)
                 sent += 1
         while obedience is not None and obedience.later and obedience.later[0][0] <= now:
-            _, number, due, failed = heapq.heappop(obedience.later)
-            connections[number].call(due, failed)
+            _, number, was_due, failed = heapq.heappop(obedience.later)
+            connections[number].call(was_due, failed)
         for connection in connections:
             connection.expire(now)
         await asyncio.sleep(TICK_S)
