@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import random
 import time
 from collections import deque
@@ -176,7 +177,7 @@ class Pace:
         self._at = 0.0
 
     def usual_s(self, now: float) -> float:
-        return self._usual_s * 0.5 ** ((now - self._at) / PACE_HALVED_S)
+        return self._usual_s * math.exp2((self._at - now) / PACE_HALVED_S)
 
     def took(self, seconds: float, now: float) -> None:
         usual_s = self.usual_s(now)
