@@ -11,7 +11,7 @@ from typing import Final
 ROOT: Final = Path(__file__).parent.parent
 PACKAGES: Final = (ROOT / "services" / "sealpushd", ROOT / "sdk" / "sealpush")
 # Methods and functions that read a wall clock, whatever they are called on: `datetime.now`, `clock.now`, `time.time`, `clock.now_ms`.
-_READS: Final = frozenset({"now", "utcnow", "today", "time_ns", "now_ms", "_now"})
+_READS: Final = frozenset({"now", "utcnow", "today", "time_ns", "now_ms", "_now", "epoch_s"})
 # `time` is also asked of event loops, which are steady.
 _TIME_MODULE: Final = frozenset({"time", "time_ns", "localtime", "gmtime", "ctime", "strftime"})
 _SQL: Final = re.compile(

@@ -16,6 +16,9 @@ class FakeClock:
     def now(self) -> datetime:
         return self._wall
 
+    def epoch_s(self) -> float:
+        return self._wall.timestamp()
+
     def monotonic(self) -> float:
         return self._steady
 

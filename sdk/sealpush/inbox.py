@@ -9,7 +9,6 @@ next call of its process.
 """
 
 import asyncio
-import contextlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -20,7 +19,7 @@ from google.protobuf.message import DecodeError
 from sealpush.content import made_safe
 from sealpush.entries import SenderEntries
 from sealpush.envelope import FLAG_SERVER_SEALED
-from sealpush.errors import EnvelopeRefused, KeystoreError
+from sealpush.errors import EnvelopeRefused
 from sealpush.ids import MessageId, SenderId
 from sealpush.keystore import PAGE_MAX, InboxMessage
 from sealpush.local import EXPIRY_SKEW_MS, ServerTime, Store
@@ -113,8 +112,9 @@ class Inbox:
         """Wait for the mark of a call that was cancelled. Of what is left, what was replaced or deleted meanwhile goes: another process
         may have shown the successor."""
         if self._marking is not None:
-            with contextlib.suppress(KeystoreError):
-                await asyncio.shield(self._marking)
+            # Whatever became of it: how it failed was for the call that began it.
+            await asyncio.wait((self._marking,))
+            self._marking = None
         if left := self._ready:
             self._ready = await self._store(lambda keystore: [each for each in left if keystore.message(each.message_id) is not None])
 

@@ -1,12 +1,15 @@
-"""RPCs with every field of their request at its worst, by a caller who may make the call: answered, or refused by the name of a field.
+"""Every RPC with every field of its request at its worst, by a caller who may make the call: answered, or refused by the name of a field.
 
-No value of a request is a bug of the service, nor taken for trouble with the database.
+No value of a request is a bug of the service, nor taken for trouble with the database: not in the answer, not in the result of one item,
+and not in the log. One field is wrong at a time; everything else is as a request that is good, with ids of its own, so that the value
+gets as far as it can.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import itertools
 import pkgutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from typing import Any, Final
 import grpc
 import pytest
 import pytest_asyncio
+import structlog
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
@@ -22,14 +26,16 @@ from google.protobuf.message import Message
 import sealpush.v1
 import sealpushd.v1
 from sealpush import MemoryKeystore
-from sealpush.ids import DeviceId, uuid7
-from sealpush.keys import IdentityKey
+from sealpush.envelope import Header
+from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, uuid7
+from sealpush.keys import EntryRole, IdentityKey, PrekeyKind, SenderMode, generate_prekey
 from sealpush.proofs import body_digest, change_proof, sign_proof
-from sealpush.v1 import keys_pb2, registration_pb2
+from sealpush.v1 import keys_pb2, publish_pb2, registration_pb2
+from sealpush.wire import wire_prekey
 from sealpushd.engines import Engines
 from sealpushd.platform import access
 from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, read_refusal
-from tests.contract.phones import APP, SENDER_ID, World, WrongClock, whole_world
+from tests.contract.phones import APP, CONTENT_KEY, PASSWORD, PLATFORM_KEY, ROOT, SENDER_ID, World, WrongClock, make_entry, whole_world
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.usefixtures("cheap_passwords")]
 
@@ -60,6 +66,11 @@ SIGNED: Final[dict[str, type[Message]]] = {
     "SetRegistrationLock": registration_pb2.RegistrationLock,
     "UploadPrekeys": keys_pb2.PrekeyUpload,
 }
+# Fields that a good request of these methods does without, or that would keep out everything else.
+LEFT_OUT: Final = ("subscriptions", "networks", "primary_only", "identity_unchanged_for")
+DURATIONS_S: Final = {"wait": 1}
+# What a service stores once, or answers from memory when it comes again.
+FRESH: Final = ("message_id", "request_id")
 # A stream that goes on is left after this; what a value breaks, it breaks at once.
 LISTEN_S: Final = 0.1
 FORBIDDEN: Final = {
@@ -110,13 +121,9 @@ MOMENTS: Final = (
 )
 
 
-# Not walked yet. Store still answers INTERNAL to a message id that was stored under another key; of Lanes and Providers nothing is known.
-NOT_WALKED: Final = ("/sealpushd.v1.Mailbox/", "/sealpushd.v1.Lanes/", "/sealpushd.v1.Providers/")
-
-
 def methods() -> list[MethodDescriptor]:
     pool = descriptor_pool.Default()
-    return [pool.FindMethodByName(name[1:].replace("/", ".")) for name in access.ACCESS if not name.startswith(NOT_WALKED)]
+    return [pool.FindMethodByName(name[1:].replace("/", ".")) for name in access.ACCESS]
 
 
 def is_repeated(field: Any) -> bool:
@@ -134,6 +141,7 @@ def is_map(field: Any) -> bool:
 @dataclass
 class Hostile:
     world: World
+    phone: str
     device_id: DeviceId
     subscriber_id: bytes
     identity: IdentityKey
@@ -145,7 +153,7 @@ class Hostile:
         for field in made.DESCRIPTOR.fields:
             if field.containing_oneof is not None and made.WhichOneof(field.containing_oneof.name) is not None:
                 continue
-            if is_map(field):
+            if is_map(field) or field.name in LEFT_OUT:
                 continue
             kind = field.message_type
             if kind is not None:
@@ -154,7 +162,17 @@ class Hostile:
                 inner = getattr(made, field.name).add() if is_repeated(field) else getattr(made, field.name)
                 inner.SetInParent()
                 if is_time(kind):
-                    inner.seconds = self.world.services.clock.now().timestamp().__int__() if kind.name == "Timestamp" else 60
+                    now_s = int(self.world.services.clock.now().timestamp())
+                    inner.seconds = now_s + 3600 if kind.name == "Timestamp" else DURATIONS_S.get(field.name, 60)
+                elif kind is keys_pb2.Prekey.DESCRIPTOR:
+                    _, prekey = generate_prekey(
+                        self.identity,
+                        self.device_id,
+                        prekey_id=2,
+                        kind=PrekeyKind.SIGNED,
+                        now_ms=int(self.world.services.clock.now().timestamp() * 1000),
+                    )
+                    inner.CopyFrom(wire_prekey(prekey))
                 else:
                     self.plausible(inner, depth + 1)
                 continue
@@ -171,11 +189,27 @@ class Hostile:
         known: dict[str, Any] = {
             "app_id": APP,
             "app_ids": APP,
-            "phone": "+380671234567",
+            "phone": self.phone,
+            "login": "bank",
+            "password": PASSWORD,
+            "organisation_id": self.world.organisation_id,
+            "sender_id": SENDER_ID,
+            "sender_entry": make_entry(SENDER_ID, SenderMode.SERVER | SenderMode.END_TO_END, CONTENT_KEY),
+            "root_public_key": ROOT.public_key,
+            "platform_entry": make_entry(SenderId(uuid7()), SenderMode.SERVER, PLATFORM_KEY, role=EntryRole.PLATFORM),
+            "sender_name": "bank",
+            "push_token": "ab" * 32,
+            "brand_colour": "#112233",
+            "brand_text_colour": "#ffffff",
+            "scopes": "publish",
+            "image_url": "https://bank.example/image",
+            "content_url": "https://bank.example/content",
+            "headers": Header(ContentId(uuid7()), SENDER_ID, CONTENT_KEY.key_id, RecipientRef(bytes(32)), now_ms, now_ms + 60_000).encode(),
+            "push_service": "fcm",
             "device_id": self.device_id,
             "device_ids": self.device_id,
             "subscriber_id": self.subscriber_id,
-            "request_id": "request",
+            "request_id": uuid7().hex(),
             "message_id": uuid7(now_ms),
             "created_at_ms": now_ms,
             "expires_at_ms": now_ms + 60_000,
@@ -188,6 +222,7 @@ class Hostile:
             "page_size": 1,
             "counter": self.keystore.next_counter(),
             "replace_hash": b"",
+            "logo_png": b"",
             "identity_public_key": self.identity.public_key,
         }
         if name in known:
@@ -203,7 +238,10 @@ class Hostile:
         kind = message_factory.GetMessageClass(method.input_type)
         signed = SIGNED.get(method.name)
         base = self.plausible(kind())
+        yield "nothing", base
         for what, request in hostile(base):
+            if signed is None:
+                self.make_fresh(request, base)
             yield what, request
         if signed is not None:
             for what, change in hostile(self.plausible(signed())):
@@ -216,7 +254,19 @@ class Hostile:
                 request.proof.counter, request.proof.signature = counter, sign_proof(self.identity, proof)  # type: ignore[attr-defined]
                 yield f"change.{what}", request
 
-    async def call(self, method: MethodDescriptor, request: Message) -> grpc.aio.AioRpcError | None:
+    def make_fresh(self, made: Message, base: Message) -> None:
+        """Ids of its own instead of the base's, which are stored already: else the value behind them is never looked at."""
+        for field in made.DESCRIPTOR.fields:
+            if field.message_type is not None and not is_map(field) and not is_time(field.message_type):
+                one, other = getattr(made, field.name), getattr(base, field.name)
+                pairs = zip(one, other, strict=False) if is_repeated(field) else [(one, other)] if made.HasField(field.name) else []
+                for inner, of_base in pairs:
+                    self.make_fresh(inner, of_base)
+            elif field.name in FRESH and not is_repeated(field) and getattr(made, field.name) == getattr(base, field.name):
+                setattr(made, field.name, self.value(field))
+
+    async def call(self, method: MethodDescriptor, request: Message) -> grpc.aio.AioRpcError | list[Message]:
+        """The error, or what was answered."""
         path = f"/{method.containing_service.full_name}/{method.name}"
         services, service = self.world.services, SERVED_BY[method.containing_service.name]
         rule = access.ACCESS[path]
@@ -229,27 +279,30 @@ class Hostile:
             if not isinstance(rule, access.Anyone):
                 metadata = (("authorization", f"Bearer {self.bearers['sender' if isinstance(rule, access.SenderWith) else 'device']}"),)
         serialise: Callable[[Any], bytes] = type(request).SerializeToString
+        read: Callable[[bytes], Message] = message_factory.GetMessageClass(method.output_type).FromString
         try:
             if not method.server_streaming and not method.client_streaming:
-                await channel.unary_unary(path, serialise)(request, metadata=metadata, timeout=LIMIT_S)
-                return None
+                return [await channel.unary_unary(path, serialise, read)(request, metadata=metadata, timeout=LIMIT_S)]
             call: Any
             if method.client_streaming:
-                call = channel.stream_stream(path, serialise)(metadata=metadata)
+                call = channel.stream_stream(path, serialise, read)(metadata=metadata)
                 await call.write(request)
+                await call.done_writing()
             else:
-                call = channel.unary_stream(path, serialise)(request, metadata=metadata)
+                call = channel.unary_stream(path, serialise, read)(request, metadata=metadata)
+            answers: list[Message] = []
             try:
-                async with asyncio.timeout(LISTEN_S):
-                    async for _ in call:
-                        pass
+                async with asyncio.timeout(LIMIT_S if method.client_streaming else LISTEN_S):
+                    async for answer in call:
+                        answers.append(answer)  # noqa: PERF401 - what came before the time is over is looked at
             except TimeoutError:
-                return None
+                if method.client_streaming:
+                    raise
             finally:
                 call.cancel()
         except grpc.aio.AioRpcError as error:
             return error
-        return None
+        return answers
 
     def __post_init__(self) -> None:
         pairs = {
@@ -345,7 +398,7 @@ async def urls(migrated: Migrated) -> dict[str, str]:
 async def hostile_caller(engines: Engines, mesh: Mesh, urls: dict[str, str]) -> AsyncIterator[Hostile]:
     async with whole_world(engines, mesh, urls, FakeClock()) as world:
         keystore = MemoryKeystore()
-        device, _ = await world.registered(WrongClock(), keystore)
+        device, phone = await world.registered(WrongClock(), keystore)
         await device.drain()
         identity, registration = keystore.identity(), keystore.registration()
         assert identity is not None
@@ -358,19 +411,41 @@ async def hostile_caller(engines: Engines, mesh: Mesh, urls: dict[str, str]) -> 
             "networks": [],
         }
         bearers["sender"], _ = mesh.keys["accounts"].sign("sender", SENDER_ID.hex(), 900, claims)
-        yield Hostile(world, registration.device_id, registration.subscriber_id, identity, keystore, bearers)
+        yield Hostile(world, phone, registration.device_id, registration.subscriber_id, identity, keystore, bearers)
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: f"{method.containing_service.name}.{method.name}")
 async def test_no_value_of_a_request_is_a_bug_of_the_service(hostile_caller: Hostile, method: MethodDescriptor) -> None:
     wrong: list[str] = []
-    for what, request in hostile_caller.requests(method):
-        error = await hostile_caller.call(method, request)
-        if error is None:
-            continue
-        refusal = read_refusal(error)
-        if refusal.code in FORBIDDEN:
-            wrong.append(f"{what}: {refusal.code.name} {refusal.message}")
-        elif refusal.code is grpc.StatusCode.INVALID_ARGUMENT and not refusal.field:
-            wrong.append(f"{what}: names no field: {refusal.message}")
+    with structlog.testing.capture_logs() as logs:
+        for what, request in hostile_caller.requests(method):
+            del logs[:]
+            answer = await hostile_caller.call(method, request)
+            wrong += [f"{what}: {problem}" for problem in problems(answer)]
+            wrong += [f"{what}: the log says: {entry['event']} {entry.get('exc_info', '')!r}" for entry in logs if "exc_info" in entry]
     assert not wrong, f"{len(wrong)} values, such as\n" + "\n".join(wrong[:40])
+
+
+def problems(answer: grpc.aio.AioRpcError | list[Message]) -> Iterator[str]:
+    if isinstance(answer, grpc.aio.AioRpcError):
+        refusal = read_refusal(answer)
+        if refusal.code in FORBIDDEN:
+            yield f"{refusal.code.name} {refusal.message}"
+        elif refusal.code is grpc.StatusCode.INVALID_ARGUMENT and not refusal.field:
+            yield f"names no field: {refusal.message}"
+        return
+    for item in itertools.chain.from_iterable(map(refusals, answer)):
+        if item.code in {code.value[0] for code in FORBIDDEN}:
+            yield f"the result says {item.code} {item.message}"
+        elif item.code == grpc.StatusCode.INVALID_ARGUMENT.value[0] and not item.field:
+            yield f"the result names no field: {item.message}"
+
+
+def refusals(answer: Message) -> Iterator[publish_pb2.Refusal]:
+    """Those anywhere inside an answer."""
+    if isinstance(answer, publish_pb2.Refusal):
+        yield answer
+    for field, value in answer.ListFields():
+        if field.message_type is not None and not is_map(field):
+            for inner in value if is_repeated(field) else (value,):
+                yield from refusals(inner)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import asyncpg
 import grpc
 import pytest
 import pytest_asyncio
@@ -25,8 +24,9 @@ from sealpushd.fetch import rules
 from sealpushd.fetch.rules import Ack, Event, NewMessage, Position, SignedAck, Taken, TakeQuery, Verdict, WakeUp
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clients import MeshChannel
+from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection, Database, connect
-from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
+from sealpushd.platform.errors import Aborted, DeadlineExceeded, InvalidRequest, ServiceError, Unavailable
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
 from tests.contract.harness import LIMIT_S, FakeClock, Mesh, Migrated, Served, refusal, running_services, until_locked_out
 from tests.contract.mailboxes import (
@@ -171,7 +171,7 @@ async def test_a_batch_that_fails_stores_nothing_of_any_of_its_messages(store: M
     before = message()
     await put(store, before)
     good, bad = message(), replace(message(), message_id=before.message_id)
-    with pytest.raises(asyncpg.UniqueViolationError):
+    with pytest.raises(Aborted):
         await put(store, good, bad)
     assert await store.lookup_accepted([good.key, bad.key]) == [None, None]
     assert await store.statuses(good.key.sender_id, [good.message_id]) == []
@@ -1462,6 +1462,72 @@ async def test_a_malformed_message_is_refused_by_its_field(world: World) -> None
         await world.store(good)
 
 
+def store_each(*messages: mailbox_pb2.NewMessage) -> mailbox_pb2.StoreRequest:
+    return mailbox_pb2.StoreRequest(messages=messages, item_errors=True)
+
+
+async def test_of_a_batch_a_message_that_is_wrong_is_refused_alone(world: World, store: MailboxStore) -> None:
+    first, last = message(), message()
+    wrong = proto(message())
+    wrong.tag = "\x85"
+    for batch in (store_each(proto(first), wrong, proto(last)), store_each(wrong)):
+        results = (await world.publishing.call(world.stub.Store, batch)).results
+        (refused,) = [each.refused for each in results if each.HasField("refused")]
+        assert (refused.code, refused.field) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], "tag")
+        assert all(each.stored_now for each in results if not each.HasField("refused"))
+    for each in (first, last):
+        assert await states(store, each) == [(State.QUEUED, 0)]
+
+
+async def test_a_message_id_that_another_key_has_taken_is_refused_alone_and_may_come_with_another(
+    world: World, store: MailboxStore
+) -> None:
+    """Nothing is lost and nothing doubled: the key is free, and the other message as it was."""
+    before, good = message(), message()
+    taken = replace(message(), message_id=before.message_id, deliveries=before.deliveries)
+    await put(store, before)
+    one, two = (await world.publishing.call(world.stub.Store, store_each(proto(good), proto(taken)))).results
+    assert one.stored_now
+    assert (two.refused.code, two.refused.field) == (grpc.StatusCode.ABORTED.value[0], "message_id")
+    assert two.refused.HasField("retry_after")
+    assert await store.lookup_accepted([taken.key]) == [None]
+    assert await states(store, before) == [(State.QUEUED, 0)]
+    # A caller of the release before is told for the whole call.
+    with pytest.raises(Aborted):
+        await world.store(proto(taken), proto(good))
+    again = replace(taken, message_id=MessageId(uuid7()))
+    assert [each.stored_now for each in await world.store(proto(again))] == [True]
+
+
+@pytest.mark.parametrize("far", [timedelta(days=-400), timedelta(days=400)])
+async def test_a_message_id_of_a_time_far_off_is_refused_alone(world: World, store: MailboxStore, far: timedelta) -> None:
+    """As of a publishing whose clock is wrong: what others store goes on."""
+    good = message()
+    at_ms = to_ms(datetime.now(UTC) + far)
+    wrong = replace(message(), message_id=MessageId(at_ms.to_bytes(6, "big") + uuid7()[6:]))
+    one, two = (await world.publishing.call(world.stub.Store, store_each(proto(wrong), proto(good)))).results
+    assert (one.refused.code, one.refused.field) == (grpc.StatusCode.ABORTED.value[0], "message_id")
+    assert two.stored_now
+    assert await store.lookup_accepted([wrong.key]) == [None]
+
+
+async def test_of_one_message_id_under_two_keys_in_a_batch_one_is_stored(world: World, store: MailboxStore) -> None:
+    one = message()
+    other = replace(message(), message_id=one.message_id, deliveries=one.deliveries)
+    results = (await world.publishing.call(world.stub.Store, store_each(proto(one), proto(other)))).results
+    assert [each.stored_now for each in results] == [True, False]
+    assert results[1].refused.code == grpc.StatusCode.ABORTED.value[0]
+    found = await store.lookup_accepted([one.key, other.key])
+    assert [each is None for each in found] == [False, True]
+
+
+async def test_the_same_key_and_id_for_another_request_is_not_told_as_stored(world: World) -> None:
+    one = message()
+    other = replace(one, key=replace(one.key, request_mac=b"o" * 32))
+    first, second = await world.store(proto(one), proto(other))
+    assert (first.stored_now, second.stored_now, second.accepted.other_request) == (True, False, True)
+
+
 async def test_a_service_may_only_make_its_own_calls(world: World) -> None:
     stub: Any = mailbox_pb2_grpc.MailboxStub(world.registration.channel)
     answer = await refusal(stub.Store(mailbox_pb2.StoreRequest(), metadata=world.registration.metadata()))
@@ -1536,20 +1602,50 @@ async def test_the_last_reports_of_a_session_that_ends_are_written(world: World,
     assert await states(store, made) == [(State.PUSHED, 0)]
 
 
-async def test_a_report_that_means_nothing_ends_the_session_and_its_leases_return(world: World) -> None:
-    made = message()
+async def test_a_report_that_means_nothing_fails_alone_and_its_wake_up_goes_out_again_in_a_while(
+    world: World, store: MailboxStore, sql: Connection
+) -> None:
+    wrong, nobody, newer, good = (message() for _ in range(4))
     async with asyncio.timeout(LIMIT_S):
         session = world.session()
-        await session.write(credit(made))
-        await world.store(proto(made))
-        wake_up = await read_wake_up(session)
-        nothing = mailbox_pb2.WakeUpReport(message_id=wake_up.message_id, device_id=wake_up.device_id, fence=wake_up.fence)
-        await session.write(mailbox_pb2.WakeUpSessionRequest(reports=[nothing]))
-        assert await session.code() is grpc.StatusCode.INVALID_ARGUMENT
-        next_session = world.session()
-        await next_session.write(credit(made))
-        assert (await read_wake_up(next_session)).fence == 2
-        next_session.cancel()
+        await session.write(mailbox_pb2.WakeUpSessionRequest(credits=[mailbox_pb2.LaneCredit(app_id="\0", credit=1)]))
+        await session.write(credit(good, 4))
+        await world.store(*(proto(replace(each, app_id=good.app_id)) for each in (wrong, nobody, newer, good)))
+        held: dict[bytes, mailbox_pb2.WakeUp] = {}
+        while len(held) < 4:
+            held.update((each.message_id, each) for each in (await session.read()).wake_ups)
+        reports = [
+            mailbox_pb2.WakeUpReport(message_id=each.message_id, device_id=each.device_id, fence=each.fence, outcome=outcome)
+            for each, outcome in (
+                (held[wrong.message_id], mailbox_pb2.WAKE_UP_OUTCOME_UNSPECIFIED),
+                (held[nobody.message_id], mailbox_pb2.WAKE_UP_OUTCOME_PUSHED),
+                (held[newer.message_id], mailbox_pb2.WAKE_UP_OUTCOME_RETRY),
+                (held[good.message_id], mailbox_pb2.WAKE_UP_OUTCOME_PUSHED),
+            )
+        ]
+        reports[1].message_id = b"short"
+        reports[2].reason_code = 999  # type: ignore[assignment]  # of a dispatcher of a later release
+        reports[2].retry_in.seconds = 60
+        await session.write(mailbox_pb2.WakeUpSessionRequest(reports=reports))
+        # The session goes on, and what it reported is written.
+        more = replace(message(), app_id=good.app_id)
+        await session.write(credit(more))
+        await world.store(proto(more))
+        assert (await read_wake_up(session)).message_id == more.message_id
+        await session.done_writing()
+        await to_the_end(session)
+    assert await states(store, good) == [(State.PUSHED, 0)]
+    rows = await sql.fetch(
+        "SELECT message_id, attempts, next_attempt_at > now() + interval '20 s' AS later FROM open_deliveries"
+        " WHERE message_id = ANY($1::uuid[])",
+        [wrong.message_id, nobody.message_id, newer.message_id],
+    )
+    # Of `nobody` it is not known which lease the report was about: that one returned with the session.
+    assert {row["message_id"]: (row["attempts"], row["later"]) for row in rows} == {
+        wrong.message_id: (1, True),
+        nobody.message_id: (0, False),
+        newer.message_id: (1, True),
+    }
 
 
 async def test_a_reader_of_the_journal_goes_on_where_it_stopped(world: World) -> None:

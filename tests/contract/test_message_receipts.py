@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -37,6 +38,7 @@ from sealpush.transport import Channels
 from sealpush.v1 import common_pb2, messages_pb2, messages_pb2_grpc, publish_pb2, publish_pb2_grpc
 from sealpush.v1.content_pb2 import Content
 from sealpush.wire import wire_prekey
+from sealpushd.cli.app import run
 from sealpushd.cli.receipts import as_lines
 from sealpushd.engines import Engines
 from sealpushd.platform.clock import to_ms
@@ -378,6 +380,43 @@ async def test_of_repeated_acknowledgements_the_first_is_kept(world: World) -> N
     # What it contradicts itself with is kept, too, and shown.
     assert after.acknowledgements[1].outcome is AckOutcome.UNDELIVERED
     assert not verified(again).failed
+
+
+@pytest.mark.parametrize("between", [False, True])
+async def test_a_reading_that_came_before_its_acknowledgement_is_proven_and_verifies_offline(
+    world: World, between: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by a receipt that was made when only the reading had come."""
+    phone, sender = await world.phone(), await world.sender()
+    message_id = await publish(sender)
+    envelope = (await phone.fetch())[message_id]
+    await phone.acknowledge(message_id, envelope, AckOutcome.READ)
+    if not between:
+        world.clock.advance(timedelta(seconds=1))
+        await phone.acknowledge(message_id, envelope, AckOutcome.DELIVERED)
+    receipt = await sender.receipt(message_id)
+    (delivery,) = receipt.deliveries
+    signed = [AckOutcome.READ] if between else [AckOutcome.DELIVERED, AckOutcome.READ]
+    assert delivery.state is (State.FETCHED if between else State.DELIVERED)
+    assert [each.outcome for each in delivery.acknowledgements] == signed
+    verdict = verified(receipt, envelope)
+    assert verdict.sender_proven
+    assert not verdict.failed
+    assert [(each.name, each.finding) for each in about(verdict, phone)] == [
+        *([] if between else [("delivered", Finding.PROVEN)]),
+        ("read", Finding.PROVEN),
+        ("state", Finding.UNPROVEN if between else Finding.PROVEN),
+    ]
+    file = tmp_path / "receipt.json"
+    file.write_text(receipt.to_json())
+    assert run(["receipt", "--verify", str(file), "--root-public-key", ROOT.public_key.hex()]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "showed the message to its user, who read it" in said
+    # Nobody can say that another message was read.
+    forged = replace(delivery, acknowledgements=tuple(replace(each, at_ms=each.at_ms + 1) for each in delivery.acknowledgements))
+    file.write_text(replace(receipt, deliveries=(forged,)).to_json())
+    assert run(["receipt", "--verify", str(file), "--root-public-key", ROOT.public_key.hex()]) == 1
+    assert "It does NOT verify" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sealed", [False, True])

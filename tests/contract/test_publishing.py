@@ -34,13 +34,15 @@ from sealpush.keys import (
 from sealpush.proofs import AckOutcome
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2, publish_pb2_grpc
 from sealpushd.engines import Engines
+from sealpushd.fetch import service as mailbox_service
+from sealpushd.fetch import wire
 from sealpushd.fetch.mailbox import Mailbox
 from sealpushd.fetch.rules import Accepted as Stored
 from sealpushd.fetch.rules import Ack, NewMessage, TakeQuery
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform.clock import to_ms
 from sealpushd.platform.db import Connection
-from sealpushd.platform.errors import Overloaded
+from sealpushd.platform.errors import InvalidRequest, Overloaded
 from sealpushd.platform.server import AddServicer
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.publishing import peers
@@ -49,6 +51,7 @@ from sealpushd.v1 import (
     administration_pb2_grpc,
     directory_pb2,
     directory_pb2_grpc,
+    mailbox_pb2,
     sealing_pb2,
     sealing_pb2_grpc,
 )
@@ -323,13 +326,54 @@ async def test_the_same_request_again_gets_the_first_answer_and_stores_nothing(w
     assert await world.stored() == 1
 
 
+@pytest.mark.parametrize("release", ["this", "before"])
+async def test_a_message_that_the_mailbox_refuses_fails_alone(world: World, monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    """Nothing that publishing lets in, until one of the two knows a rule that the other does not."""
+    world.person()
+    parse, calls = wire.parse_message, []
+
+    def strict(proto: mailbox_pb2.NewMessage) -> NewMessage:
+        calls.append(proto.tag)
+        if proto.tag == "wrong":
+            raise InvalidRequest("this mailbox knows no such tag", field="tag")
+        return parse(proto)
+
+    request = mailbox_pb2.StoreRequest
+
+    def before(messages: Sequence[mailbox_pb2.NewMessage], *, item_errors: bool) -> mailbox_pb2.StoreRequest:
+        """What a mailbox sees that does not know the flag."""
+        assert item_errors
+        return request(messages=messages)
+
+    requests = [world.request(tag="wrong" if n == 3 else "right") for n in range(8)]
+    with monkeypatch.context() as patched:
+        patched.setattr(mailbox_service, "parse_message", strict)
+        if release == "before":
+            patched.setattr(mailbox_pb2, "StoreRequest", before)
+        results = await world.batch(*requests)
+    assert [result.HasField("accepted") for result in results] == [n != 3 for n in range(8)]
+    assert (results[3].refusal.code, results[3].refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], "tag")
+    assert not results[3].refusal.HasField("retry_after")
+    assert await world.stored() == 7
+    assert (len(calls) > 8) is (release == "before")
+
+
+@pytest.mark.parametrize("field_", ["tag", "replace_key", "originator"])
+async def test_a_control_character_of_the_upper_range_is_refused_at_the_door(world: World, field_: str) -> None:
+    world.person()
+    good, wrong = world.request(), world.request(**{field_: "a\x85"})
+    accepted, refused = await world.batch(good, wrong)
+    assert accepted.HasField("accepted")
+    assert (refused.refusal.code, refused.refusal.field) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], field_)
+
+
 async def test_what_a_batch_stored_before_the_mailbox_was_overloaded_is_told_as_stored_and_only_the_rest_as_refused(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.person()
     stored, calls = Mailbox.store, []
 
-    async def store(self: Mailbox, messages: Sequence[NewMessage]) -> list[tuple[Stored, bool]]:
+    async def store(self: Mailbox, messages: Sequence[NewMessage]) -> list[tuple[Stored, bool] | Exception]:
         calls.append(len(messages))
         if len(calls) > 1:
             raise Overloaded("full")

@@ -14,10 +14,11 @@ from typing import Final
 
 from sealpush.envelope import HEADER_BYTES, Header, content_public_key
 from sealpush.errors import EntryRefused, EnvelopeRefused, RevocationsRefused
-from sealpush.ids import AppId, SenderId, is_app_id
+from sealpush.ids import AppId, SenderId
 from sealpush.keys import TAG_ENTRY, EntryRole, SenderEntry, signed_body, verify_sender_entry
 from sealpush.receipts import verify_entry_then
 from sealpush.revocations import RevocationList, verify_revocations
+from sealpushd.platform import fields
 from sealpushd.platform.access import SCOPES, address_allowed
 from sealpushd.platform.clock import MOMENT_AHEAD_MAX, to_ms
 from sealpushd.platform.errors import InvalidRequest
@@ -154,12 +155,6 @@ def check_login(text: str) -> str:
     return text
 
 
-def check_app_id(text: str) -> AppId:
-    if not is_app_id(text):
-        raise InvalidRequest("an app id is 1 to 64 characters of a-z 0-9 - .", field="app_id")
-    return AppId(text)
-
-
 def check_name(text: str, characters_max: int, field: str = "name") -> str:
     if not 1 <= len(text) <= characters_max or not text.isprintable() or text != text.strip():
         raise InvalidRequest(f"write 1 to {characters_max} printable characters, without spaces around them", field=field)
@@ -221,7 +216,7 @@ def check_app_ids(app_ids: Sequence[str]) -> tuple[AppId, ...]:
     if not 1 <= len(distinct) <= SENDER_APPS_MAX:
         raise InvalidRequest(f"name 1 to {SENDER_APPS_MAX} apps; the first is the sender's default", field="app_ids")
     for app_id in distinct:
-        check_app_id(app_id)
+        fields.app_id(app_id, "app_ids")
     return distinct
 
 

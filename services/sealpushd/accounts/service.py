@@ -16,7 +16,7 @@ from sealpushd.accounts.store import PLATFORM, AccountStore, EntryQuery, NewOrga
 from sealpushd.platform import fields, rpc
 from sealpushd.platform.access import address_allowed
 from sealpushd.platform.addresses import address_subject
-from sealpushd.platform.batching import BATCH_ITEMS_MAX, NaturalBatcher
+from sealpushd.platform.batching import NaturalBatcher
 from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
 from sealpushd.platform.limits import Limiter
@@ -110,7 +110,7 @@ class AccountsService(accounts_pb2_grpc.AccountsServicer):
     async def GetSenderProfile(
         self, request: accounts_pb2.GetSenderProfileRequest, context: rpc.Context
     ) -> accounts_pb2.GetSenderProfileResponse:
-        sender_id = _sender_id(request.sender_id)
+        sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
         now = self._clock.monotonic()
         cached = self._profiles.get(sender_id)
         if cached is not None and now < cached[1]:
@@ -176,9 +176,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     async def PutSender(self, request: administration_pb2.PutSenderRequest, context: rpc.Context) -> administration_pb2.PutSenderResponse:
         actor = rpc.require_service().name
         now = self._clock.now()
-        sender_id = _sender_id(request.sender_id)
-        if len(request.organisation_id) != ID_BYTES:
-            raise InvalidRequest("organisation_id must be 16 bytes", field="organisation_id")
+        sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
+        organisation_id = fields.id16(request.organisation_id, "organisation_id")
         app_ids = rules.check_app_ids(request.app_ids)
         brand = rules.Brand(
             rules.check_colour(request.brand_colour, "brand_colour"),
@@ -190,7 +189,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         rules.check_not_revoked(entry, (await self._store.revocations([root])).get(root), "sender_entry")
         new = NewSender(
             sender_id=sender_id,
-            organisation_id=request.organisation_id,
+            organisation_id=organisation_id,
             name=rules.check_name(request.name, rules.SENDER_NAME_CHARACTERS_MAX),
             signed_entry=request.sender_entry,
             entry=rules.check_entry_of(sender_id, entry),
@@ -208,7 +207,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         if not is_usable_ed25519(request.root_public_key):
             raise InvalidRequest("root_public_key must be an Ed25519 public key of 32 bytes", field="root_public_key")
         app = rules.App(
-            app_id=rules.check_app_id(request.app_id),
+            app_id=fields.app_id(request.app_id),
             name=rules.check_name(request.name, rules.APP_NAME_CHARACTERS_MAX),
             root_public_key=request.root_public_key,
         )
@@ -258,8 +257,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     async def GetSenders(
         self, request: administration_pb2.GetSendersRequest, context: rpc.Context
     ) -> administration_pb2.GetSendersResponse:
-        _check_batch(len(request.sender_ids), "sender_ids")
-        senders = await self._store.senders([_sender_id(sender_id, "sender_ids") for sender_id in request.sender_ids])
+        senders = await self._store.senders(list(map(SenderId, fields.ids(request.sender_ids, "sender_ids"))))
         revocations = await self._store.revocations([sender.root_public_key for sender in senders])
         return administration_pb2.GetSendersResponse(
             senders=[_to_sender(sender, rules.revoked_of(sender, revocations.get(sender.root_public_key))) for sender in senders]
@@ -268,8 +266,7 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
     async def FindEntries(
         self, request: administration_pb2.FindEntriesRequest, context: rpc.Context
     ) -> administration_pb2.FindEntriesResponse:
-        _check_batch(len(request.headers), "headers", HEADERS_MAX)
-        headers = [rules.check_header(each) for each in request.headers]
+        headers = [rules.check_header(each) for each in fields.bounded(request.headers, "headers", HEADERS_MAX)]
         senders = await self._store.entries(
             [EntryQuery(EntryRole.SENDER, each.sender_id, None, moment(each.created_at_ms)) for each in headers]
         )
@@ -291,8 +288,8 @@ class AdministrationService(administration_pb2_grpc.AdministrationServicer):
         return response
 
     async def GetApps(self, request: administration_pb2.GetAppsRequest, context: rpc.Context) -> administration_pb2.GetAppsResponse:
-        _check_batch(len(request.app_ids), "app_ids")
-        apps = await self._store.apps([app_id for app_id in request.app_ids if is_app_id(app_id)])
+        app_ids = fields.bounded(request.app_ids, "app_ids")
+        apps = await self._store.apps([app_id for app_id in app_ids if is_app_id(app_id)])
         return administration_pb2.GetAppsResponse(apps=[administration_pb2.App(app_id=app.app_id, name=app.name) for app in apps])
 
 
@@ -319,17 +316,4 @@ def _to_sender(sender: rules.Sender, revoked: rules.Revoked) -> administration_p
 
 
 def _root_public_key(value: bytes) -> bytes:
-    if len(value) != rules.ROOT_KEY_BYTES:
-        raise InvalidRequest("root_public_key must be 32 bytes", field="root_public_key")
-    return value
-
-
-def _sender_id(value: bytes, field: str = "sender_id") -> SenderId:
-    if len(value) != ID_BYTES:
-        raise InvalidRequest(f"{field} must be 16 bytes", field=field)
-    return SenderId(value)
-
-
-def _check_batch(items: int, field: str, items_max: int = BATCH_ITEMS_MAX) -> None:
-    if items > items_max:
-        raise InvalidRequest(f"at most {items_max} items a call", field=field)
+    return fields.octets(value, "root_public_key", rules.ROOT_KEY_BYTES)

@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 from cryptography import x509
 
 from sealpushd.dispatch.providers.apns import ApnsProvider, ApnsSettings
-from sealpushd.dispatch.providers.base import Clock, Provider
+from sealpushd.dispatch.providers.base import Provider
 from sealpushd.dispatch.providers.fcm import FcmProvider, FcmSettings
 from sealpushd.dispatch.providers.hms import HmsProvider, HmsSettings, parse_credential
 from sealpushd.dispatch.providers.http import HttpSettings
 from sealpushd.dispatch.receipts import ReceiptKey
+from sealpushd.platform.clock import Clock
 from sealpushd.platform.settings import Settings, SettingsError
 
 VALUE_CHARACTERS_MAX: Final = 256

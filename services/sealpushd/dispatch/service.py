@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from sealpush.ids import is_app_id
+from sealpush.ids import AppId
 from sealpush.v1 import common_pb2
 from sealpushd.dispatch.credentials import Credentials, NewCredential, Shown
 from sealpushd.dispatch.lanes import Lane, LaneSet, LaneState
 from sealpushd.dispatch.providers.base import Probed, Provider, accepts
 from sealpushd.dispatch.store import LaneStore
-from sealpushd.platform import rpc
+from sealpushd.platform import fields, rpc
 from sealpushd.platform.clients import MeshChannel
 from sealpushd.platform.clock import Clock, Reading
 from sealpushd.platform.errors import InvalidRequest, NotFound, StoreUnavailable
@@ -28,8 +28,6 @@ log = structlog.get_logger()
 FOLLOW_PERIOD_S: Final = 2.0
 # Within this every dispatch process has followed.
 FOLLOWED_S: Final = FOLLOW_PERIOD_S + 0.5
-# Platforms are stored in 16 bits; newer ones than this program knows are welcome.
-PLATFORM_MAX: Final = 32767
 
 
 def _timestamp(moment: datetime) -> Timestamp:
@@ -124,7 +122,7 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
                 self._outage.failed(e)
 
     def _need(self, app_id: str, platform: int) -> Lane:
-        lane = self._lanes.get(app_id, platform)
+        lane = self._lanes.get(*parse_lane(app_id, platform))
         if lane is None:
             raise NotFound("no such lane; `sealpush lanes` shows those there are")
         return lane
@@ -167,36 +165,34 @@ class ProvidersService(providers_pb2_grpc.ProvidersServicer):
         return providers_pb2.PutProviderResponse(verdicts=[to_verdict(provider, probed) for probed in probes])
 
     async def TestProvider(self, request: providers_pb2.TestProviderRequest, context: Any) -> providers_pb2.TestProviderResponse:
-        provider, probes = await self._credentials.test(request.app_id, request.platform)
+        provider, probes = await self._credentials.test(*parse_lane(request.app_id, request.platform))
         return providers_pb2.TestProviderResponse(verdicts=[to_verdict(provider, probed) for probed in probes], works=accepts(probes))
 
     async def ListProviders(self, request: providers_pb2.ListProvidersRequest, context: Any) -> providers_pb2.ListProvidersResponse:
         return providers_pb2.ListProvidersResponse(providers=[to_stored(shown) for shown in await self._credentials.list()])
 
     async def RemoveProvider(self, request: providers_pb2.RemoveProviderRequest, context: Any) -> providers_pb2.RemoveProviderResponse:
-        await self._credentials.remove(request.app_id, request.platform)
+        await self._credentials.remove(*parse_lane(request.app_id, request.platform))
         log.info("a credential was taken away", app=request.app_id, platform=request.platform, by=rpc.require_service().name)
         return providers_pb2.RemoveProviderResponse()
 
 
+def parse_lane(app_id: str, platform: int) -> tuple[AppId, int]:
+    """A lane by its name; platforms newer than this program knows are welcome."""
+    if platform == common_pb2.PLATFORM_UNSPECIFIED:
+        raise InvalidRequest("platform is required", field="platform")
+    return fields.app_id(app_id), fields.enum(platform, "platform")
+
+
 def parse_new(request: providers_pb2.PutProviderRequest) -> NewCredential:
     """Raises InvalidRequest that names the field."""
-    if not is_app_id(request.app_id):
-        raise InvalidRequest("an app id is 1 to 64 characters of a-z 0-9 - .", field="app_id")
-    if request.platform == common_pb2.PLATFORM_UNSPECIFIED:
-        raise InvalidRequest("platform is required", field="platform")
-    if not 0 < request.platform <= PLATFORM_MAX:
-        raise InvalidRequest(f"a platform is a number up to {PLATFORM_MAX}", field="platform")
-    try:
-        expires_at = request.expires_at.ToDatetime(UTC) if request.HasField("expires_at") else None
-    except (ValueError, OverflowError) as e:
-        raise InvalidRequest("expires_at is no time between the years 1 and 9999", field="expires_at") from e
+    app_id, platform = parse_lane(request.app_id, request.platform)
     return NewCredential(
-        app_id=request.app_id,
-        platform=request.platform,
+        app_id=app_id,
+        platform=platform,
         kind=request.push_service,
         values=dict(request.settings),
         secret=request.secret if request.HasField("secret") else None,
         secret_file=request.secret_file,
-        expires_at=expires_at,
+        expires_at=fields.moment(request.expires_at, "expires_at") if request.HasField("expires_at") else None,
     )

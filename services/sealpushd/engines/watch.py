@@ -21,6 +21,8 @@ PROBE_PATIENCE_S = 5.0
 # One may be lost to a moment in which everything stood still, us included. Three are 15 s without a single answer, while calls
 # last at most 10 s: whoever waited for this process has been refused already.
 PROBES_UNANSWERED_MAX = 3
+# One that was started again may hang before it ever answers. As long as a first start gets, on a machine that does something else as well.
+START_PATIENCE_S = 60.0
 
 # The first restart is at once, because what died by accident comes back; then doubling, so that what cannot live does not eat the machine.
 # No longer than what a start takes: what waits for a database that comes back is not to be away for much longer than that is.
@@ -43,6 +45,7 @@ class Liveness:
     every_s: float = PROBE_EVERY_S
     patience_s: float = PROBE_PATIENCE_S
     unanswered_max: int = PROBES_UNANSWERED_MAX
+    start_patience_s: float = START_PATIENCE_S
 
 
 class Watched(Protocol):
@@ -86,8 +89,13 @@ def restart_pause_s(attempts: int) -> float:
 
 async def _end_when_useless(watched: Watched, liveness: Liveness, reasons: list[str]) -> None:
     """Return once the process was sent its end; that it ended and what follows is for the supervisor."""
-    await watched.ready()
-    unanswered = 0
+    try:
+        async with asyncio.timeout(liveness.start_patience_s):
+            await watched.ready()
+        unanswered = 0
+    except TimeoutError:
+        _log.warning("did not come to answer after its start", process=watched.name, pid=watched.pid)
+        unanswered = liveness.unanswered_max
     while unanswered < liveness.unanswered_max:
         if not unanswered:
             await asyncio.sleep(liveness.every_s)

@@ -78,11 +78,11 @@ class Mailbox:
     async def lookup_accepted(self, keys: Sequence[AcceptedKey]) -> list[Accepted | None]:
         return await self._looking_up.submit_many(keys)
 
-    async def store(self, messages: Sequence[NewMessage]) -> list[tuple[Accepted, bool]]:
-        """What each key stands for now, and whether this call stored it."""
-        return await self._storing.submit_many(messages)
+    async def store(self, messages: Sequence[NewMessage]) -> list[tuple[Accepted, bool] | Exception]:
+        """What each key stands for now, and whether this call stored it; or why nothing of that message is stored."""
+        return await self._storing.submit_each(messages)
 
-    async def _store_batch(self, messages: Sequence[NewMessage]) -> Sequence[tuple[Accepted, bool]]:
+    async def _store_batch(self, messages: Sequence[NewMessage]) -> Sequence[tuple[Accepted, bool] | Exception]:
         first: dict[tuple[SenderId, str], NewMessage] = {}
         for message in messages:
             first.setdefault((message.key.sender_id, message.key.request_id), message)
@@ -92,17 +92,20 @@ class Mailbox:
         stored = await self._store.store(distinct, wake_up_ids, live)
         fresh = [message for message in distinct if message.message_id in stored]
         await self._announce(fresh, live)
-        older = [message.key for message in messages if message.message_id not in stored]
+        # Not by the id, which the second message of a key may have as well.
+        is_fresh = set(map(id, fresh))
+        older = [message.key for message in messages if id(message) not in is_fresh]
         found = iter(await self._store.lookup_accepted(older)) if older else iter(())
-        answers: list[tuple[Accepted, bool]] = []
+        answers: list[tuple[Accepted, bool] | Exception] = []
         for message in messages:
-            if message.message_id in stored:
+            if id(message) in is_fresh:
                 answers.append((Accepted(message.message_id, message.key.request_mac, len(message.deliveries), message.expires_at), True))
                 continue
             accepted = next(found)
             if accepted is None:
-                raise Overloaded("a request with this id is being decided; try again")
-            answers.append((accepted, False))
+                answers.append(Overloaded("a request with this id is being decided; try again"))
+            else:
+                answers.append((accepted, False))
         return answers
 
     async def _announce(self, messages: Sequence[NewMessage], live: set[DeviceId]) -> None:

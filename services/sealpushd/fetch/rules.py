@@ -46,6 +46,8 @@ DEAD_TOKEN_GRACE: Final = timedelta(seconds=60)
 OUTCOME_TOKEN_GONE: Final = 3
 # A push service may ask for 15 minutes, and dispatch adds 11 to the last try; a later one is of a clock that is wrong.
 RETRY_IN_MAX: Final = timedelta(minutes=30)
+# A wake-up of which a dispatcher reports what means nothing is tried again after this, so that a bug of it cannot turn into a storm.
+REPORT_LOST_PAUSE: Final = timedelta(seconds=30)
 # What one question may take at the most, less than a gRPC message with room for one more envelope and the rest.
 TAKE_BYTES_MAX: Final = 2 * 1024 * 1024
 # Sorts before every id.

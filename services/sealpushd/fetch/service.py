@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.ids import ID_BYTES, MessageId, SenderId, WakeUpId
@@ -15,17 +16,17 @@ from sealpushd.fetch import rules
 from sealpushd.fetch.leases import Leases
 from sealpushd.fetch.mailbox import Mailbox
 from sealpushd.fetch.queues import Queues
-from sealpushd.fetch.rules import AckAnswer, Position, Taken, TakeQuery, Verdict
+from sealpushd.fetch.rules import Accepted, AckAnswer, NewMessage, Position, Taken, TakeQuery, Verdict
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.fetch.streams import UNACKNOWLEDGED_MAX, LiveStream, StreamHub
 from sealpushd.fetch.wire import (
     parse_ack,
     parse_closed,
-    parse_credit,
+    parse_credits,
     parse_key,
     parse_lane,
     parse_message,
-    parse_report,
+    parse_reports,
     timestamp,
     to_accepted,
     to_ack_result,
@@ -38,9 +39,10 @@ from sealpushd.fetch.wire import (
     to_wake_up,
 )
 from sealpushd.platform import admission, fields, rpc
-from sealpushd.platform.batching import BATCH_ITEMS_MAX
-from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError
+from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError, Unavailable
 from sealpushd.v1 import mailbox_pb2, mailbox_pb2_grpc
+
+log = structlog.get_logger()
 
 PAGE_DEFAULT: Final = 64
 PAGE_MAX: Final = 256
@@ -69,10 +71,8 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
 
     async def Drain(self, request: messages_pb2.DrainRequest, context: Any) -> messages_pb2.DrainResponse:
         caller = rpc.require_device()
-        if request.page_size > PAGE_MAX:
-            raise InvalidRequest(f"page_size is at most {PAGE_MAX}", field="page_size")
+        most = fields.number(request.page_size, "page_size", PAGE_MAX) or PAGE_DEFAULT
         after = MessageId(fields.id16(request.page_token, "page_token")) if request.page_token else rules.BEFORE_ALL
-        most = request.page_size or PAGE_DEFAULT
         taken = await self._mailbox.take(TakeQuery(caller.device_id, after_id=after, most=most))
         more = rules.is_full(taken, most)
         return messages_pb2.DrainResponse(
@@ -87,8 +87,7 @@ class MessagesServicer(messages_pb2_grpc.MessagesServicer):
 
     async def _acknowledge(self, protos: Sequence[messages_pb2.Acknowledgement]) -> list[AckAnswer]:
         caller = rpc.require_device()
-        if len(protos) > UNACKNOWLEDGED_MAX:
-            raise InvalidRequest(f"at most {UNACKNOWLEDGED_MAX} acknowledgements a request", field="acknowledgements")
+        fields.bounded(protos, "acknowledgements", UNACKNOWLEDGED_MAX)
         parsed = [parse_ack(proto, caller.device_id, caller.identity_public_key) for proto in protos]
         answers = iter(await self._mailbox.acknowledge([ack for ack in parsed if ack is not None]))
         return [
@@ -202,18 +201,24 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         self._queues = queues
 
     async def LookupAccepted(self, request: mailbox_pb2.LookupAcceptedRequest, context: Any) -> mailbox_pb2.LookupAcceptedResponse:
-        keys = [parse_key(proto) for proto in _bounded(request.keys, "keys")]
+        keys = fields.each(request.keys, "keys", parse_key)
         found = await self._mailbox.lookup_accepted(keys)
         return mailbox_pb2.LookupAcceptedResponse(results=[to_accepted(accepted, key) for accepted, key in zip(found, keys, strict=True)])
 
     async def Store(self, request: mailbox_pb2.StoreRequest, context: Any) -> mailbox_pb2.StoreResponse:
-        messages = [parse_message(proto) for proto in _bounded(request.messages, "messages")]
-        answers = await self._mailbox.store(messages)
+        parsed = fields.each_alone(request.messages, "messages", parse_message)
+        refused = [each for each in parsed if isinstance(each, InvalidRequest)]
+        if refused and not request.item_errors:
+            # Before anything is stored.
+            raise refused[0]
+        answers = iter(await self._mailbox.store([each for each in parsed if not isinstance(each, InvalidRequest)]))
+        outcomes = [each if isinstance(each, InvalidRequest) else _to_result(each, next(answers)) for each in parsed]
+        failed = [each for each in outcomes if isinstance(each, Exception)]
+        # Where PostgreSQL is away, that is no message's fault.
+        if failed and (not request.item_errors or (len(failed) == len(parsed) and isinstance(failed[0], Unavailable))):
+            raise failed[0]
         return mailbox_pb2.StoreResponse(
-            results=[
-                mailbox_pb2.StoreResult(accepted=to_accepted(accepted, message.key), stored_now=now)
-                for (accepted, now), message in zip(answers, messages, strict=True)
-            ]
+            results=[mailbox_pb2.StoreResult(refused=rpc.refused(each)) if isinstance(each, Exception) else each for each in outcomes]
         )
 
     async def WakeUpSession(
@@ -224,10 +229,14 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         async def read() -> None:
             try:
                 async for request in request_iterator:
-                    for credit in request.credits:
-                        session.add_credit(*parse_credit(credit))
-                    if request.reports:
-                        session.add_reports([parse_report(report) for report in request.reports])
+                    credits_, wrong_credits = parse_credits(request.credits)
+                    for credit in credits_:
+                        session.add_credit(*credit)
+                    reports, wrong_reports = parse_reports(request.reports)
+                    if reports:
+                        session.add_reports(reports)
+                    if wrong := wrong_credits + wrong_reports:
+                        log.error("a dispatcher says what means nothing", items=len(wrong), field=wrong[0].field, error=wrong[0].message)
             except Exception as e:
                 session.end(e)
             else:
@@ -255,9 +264,7 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
 
     async def ReadEvents(self, request: mailbox_pb2.ReadEventsRequest, context: Any) -> AsyncIterator[mailbox_pb2.ReadEventsResponse]:
         position = await self._position(request)
-        if request.page_size > EVENTS_PAGE_MAX:
-            raise InvalidRequest(f"page_size is at most {EVENTS_PAGE_MAX}", field="page_size")
-        most = request.page_size or EVENTS_PAGE_DEFAULT
+        most = fields.number(request.page_size, "page_size", EVENTS_PAGE_MAX) or EVENTS_PAGE_DEFAULT
         # The first frame tells the reader that it misses nothing from here on.
         yield mailbox_pb2.ReadEventsResponse(position=position.encode())
         while True:
@@ -287,19 +294,19 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
 
     async def GetStatuses(self, request: mailbox_pb2.MailboxGetStatusesRequest, context: Any) -> mailbox_pb2.MailboxGetStatusesResponse:
         sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
-        ids = [MessageId(fields.id16(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
+        ids = list(map(MessageId, fields.ids(request.message_ids, "message_ids")))
         records = await self._store.statuses(sender_id, ids)
         return mailbox_pb2.MailboxGetStatusesResponse(statuses=[to_status(record) for record in records])
 
     async def GetReceipts(self, request: mailbox_pb2.MailboxGetReceiptsRequest, context: Any) -> mailbox_pb2.MailboxGetReceiptsResponse:
         sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
-        ids = [MessageId(fields.id16(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
+        ids = list(map(MessageId, fields.ids(request.message_ids, "message_ids")))
         found = await self._store.evidence(sender_id, ids)
         return mailbox_pb2.MailboxGetReceiptsResponse(receipts=[to_receipt(each, sender_id) for each in found])
 
     async def Cancel(self, request: mailbox_pb2.MailboxCancelRequest, context: Any) -> mailbox_pb2.MailboxCancelResponse:
         sender_id = SenderId(fields.id16(request.sender_id, "sender_id"))
-        ids = [MessageId(fields.id16(each, "message_ids")) for each in _bounded(request.message_ids, "message_ids")]
+        ids = list(map(MessageId, fields.ids(request.message_ids, "message_ids")))
         ended = await self._store.cancel(sender_id, ids)
         self._mailbox.journal.written()
         results = []
@@ -322,7 +329,7 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         return mailbox_pb2.BlockResponse(deliveries=to_stopped(ended))
 
     async def CloseDevices(self, request: mailbox_pb2.CloseDevicesRequest, context: Any) -> mailbox_pb2.CloseDevicesResponse:
-        devices = dict(map(parse_closed, _bounded(request.devices, "devices")))
+        devices = dict(fields.each(request.devices, "devices", parse_closed))
         ended = await self._mailbox.close_devices(devices)
         return mailbox_pb2.CloseDevicesResponse(closed=len(ended))
 
@@ -334,7 +341,8 @@ class MailboxServicer(mailbox_pb2_grpc.MailboxServicer):
         return mailbox_pb2.RequeueResponse(requeued=requeued, more=more)
 
 
-def _bounded(items: Any, field: str) -> Any:
-    if len(items) > BATCH_ITEMS_MAX:
-        raise InvalidRequest(f"at most {BATCH_ITEMS_MAX} {field} a call", field=field)
-    return items
+def _to_result(message: NewMessage, answer: tuple[Accepted, bool] | Exception) -> mailbox_pb2.StoreResult | Exception:
+    if isinstance(answer, Exception):
+        return answer
+    accepted, now = answer
+    return mailbox_pb2.StoreResult(accepted=to_accepted(accepted, message.key), stored_now=now)

@@ -39,7 +39,7 @@ from sealpushd.fetch.rules import (
     WakeUp,
 )
 from sealpushd.platform.db import Database, load_sql
-from sealpushd.platform.errors import FailedPrecondition, StoreUnavailable
+from sealpushd.platform.errors import Aborted, FailedPrecondition, StoreUnavailable
 
 Result = TypeVar("Result")
 
@@ -70,7 +70,7 @@ def _columns(rows: Iterable[Sequence[Any]], width: int) -> list[list[Any]]:
 
 
 class MailboxStore:
-    """Statements over the schema `fetch`. Raises StoreUnavailable; nothing else that a caller must handle."""
+    """Statements over the schema `fetch`. Raises StoreUnavailable; else only what a method names."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -131,7 +131,8 @@ class MailboxStore:
     async def store(self, messages: Sequence[NewMessage], wake_up_ids: Sequence[Sequence[WakeUpId]], live: Set[DeviceId]) -> set[MessageId]:
         """Store messages, one wake-up id a delivery; returns the ids stored now. A key accepted before stores nothing.
 
-        Messages are sorted by key, so that batches with the same keys cannot deadlock. Keys must differ within the call.
+        Messages are sorted by key, so that batches with the same keys cannot deadlock. Keys must differ within the call. Raises Aborted,
+        and stores nothing, where a message's id is that of a message under another key, or of a time without partitions.
         """
         ordered = sorted(zip(messages, wake_up_ids, strict=True), key=lambda pair: (pair[0].key.sender_id, pair[0].key.request_id))
         message_columns = _columns(
@@ -204,7 +205,20 @@ class MailboxStore:
                     await connection.fetch(self._sql["close"], *_close_columns(endings))
                 return stored
 
-        return await self._retrying(work)
+        try:
+            return await self._retrying(work)
+        except asyncpg.UniqueViolationError as e:
+            # Not a repeated request, whose key would have been found. Its caller makes another id with the next try.
+            raise Aborted(
+                "a message with this id is stored under another request id; try again with a fresh one", field="message_id"
+            ) from e
+        except asyncpg.CheckViolationError as e:
+            # The only check is that of partitions: weeks of which everything is dropped, or that are far ahead.
+            raise Aborted(
+                "the time of this message id is far off, and nothing is kept for it; set the clock of publishing, and try again with a"
+                " fresh id",
+                field="message_id",
+            ) from e
 
     async def take(self, queries: Sequence[TakeQuery], *, contents: bool = True) -> list[list[Taken]]:
         """Deliveries that devices ask for, FETCHED from now on; a list for each query, oldest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -45,6 +46,8 @@ REQUEST_ID_CHARACTERS_MAX: Final = 64
 TAG_CHARACTERS_MAX: Final = 50
 ORIGINATOR_CHARACTERS_MAX: Final = 32
 MAC_BYTES: Final = 32
+# What fits a row of PostgreSQL beside the rest: stanzas are kept in line. Those of the largest suite have 1.2 kB.
+STANZA_BYTES_MAX: Final = 7 * 1024
 # A leg is numbered up to 100; this is what the column holds.
 LEG_NO_MAX: Final = fields.ENUM_MAX
 _OUTCOMES: Final = frozenset(mailbox_pb2.WakeUpOutcome.values()) - {mailbox_pb2.WAKE_UP_OUTCOME_UNSPECIFIED}
@@ -119,8 +122,6 @@ def parse_message(proto: mailbox_pb2.NewMessage) -> NewMessage:
     """Raises InvalidRequest that names the field."""
     if not proto.deliveries:
         raise InvalidRequest("a message has at least one delivery", field="deliveries")
-    if len(proto.deliveries) > fields.ENUM_MAX:
-        raise InvalidRequest(f"a message has at most {fields.ENUM_MAX} deliveries", field="deliveries")
     if len({each.device_id for each in proto.deliveries}) != len(proto.deliveries):
         raise InvalidRequest("a message has two deliveries for one device", field="deliveries")
     message_id = MessageId(fields.id16(proto.message_id, "message_id"))
@@ -144,18 +145,19 @@ def parse_message(proto: mailbox_pb2.NewMessage) -> NewMessage:
         originator_effective=fields.text(proto.originator_effective, "originator_effective", ORIGINATOR_CHARACTERS_MAX),
         muted=proto.muted,
         blocked=fields.enum(proto.blocked, "blocked"),
-        deliveries=tuple(
-            NewDelivery(
-                DeviceId(fields.id16(each.device_id, "deliveries.device_id")),
-                each.stanza,
-                fields.enum(each.platform, "deliveries.platform"),
-                fields.enum(each.push_reason, "deliveries.push_reason"),
-            )
-            for each in proto.deliveries
-        ),
+        deliveries=tuple(fields.each(proto.deliveries, "deliveries", parse_delivery, fields.ENUM_MAX)),
         content_id=ContentId(fields.id16(proto.content_id, "content_id")),
         head=proto.head,
         tail=proto.tail,
+    )
+
+
+def parse_delivery(proto: mailbox_pb2.NewDelivery) -> NewDelivery:
+    return NewDelivery(
+        DeviceId(fields.id16(proto.device_id, "device_id")),
+        fields.octets_to(proto.stanza, "stanza", STANZA_BYTES_MAX),
+        fields.enum(proto.platform, "platform"),
+        fields.enum(proto.push_reason, "push_reason"),
     )
 
 
@@ -260,26 +262,54 @@ def parse_report(proto: mailbox_pb2.WakeUpReport) -> Report:
         fields.number(proto.fence, "fence", fields.I64_MAX),
         fields.enum(proto.outcome, "outcome", _OUTCOMES),
         fields.moment(proto.retry_at, "retry_at") if proto.HasField("retry_at") else None,
-        fields.enum(proto.reason_code, "reason_code", _REASON_CODES),
+        # Of a newer dispatcher it may be one that this mailbox does not know: senders may.
+        fields.enum(proto.reason_code, "reason_code"),
         # The provider's own words: PostgreSQL holds every character but this one.
         proto.detail.replace("\0", ""),
         None if retry_in is None else min(max(retry_in, timedelta(0)), rules.RETRY_IN_MAX),
     )
 
 
+def parse_reports(protos: Sequence[mailbox_pb2.WakeUpReport]) -> tuple[list[Report], list[InvalidRequest]]:
+    """What a dispatcher reports, and what of it means nothing.
+
+    Such a report ends no session, whose other leases are as good as before. Where it names its lease, that is given back: the wake-up
+    counts as tried and goes out again in a while. Else the lease ends with the session.
+    """
+    parsed = fields.each_alone(protos, "reports", parse_report, len(protos))
+    reports = [each if isinstance(each, Report) else _give_back(proto) for proto, each in zip(protos, parsed, strict=True)]
+    return [each for each in reports if each is not None], [each for each in parsed if isinstance(each, InvalidRequest)]
+
+
+def _give_back(proto: mailbox_pb2.WakeUpReport) -> Report | None:
+    lease = mailbox_pb2.WakeUpReport(
+        message_id=proto.message_id, device_id=proto.device_id, fence=proto.fence, outcome=mailbox_pb2.WAKE_UP_OUTCOME_RETRY
+    )
+    try:
+        return replace(parse_report(lease), retry_in=rules.REPORT_LOST_PAUSE, detail="report-not-understood")
+    except InvalidRequest:
+        return None
+
+
+def parse_credits(protos: Sequence[mailbox_pb2.LaneCredit]) -> tuple[list[tuple[AppId, int, int]], list[InvalidRequest]]:
+    """What a dispatcher can take, by lane, and what of it names none."""
+    parsed = fields.each_alone(protos, "credits", parse_credit, len(protos))
+    return [each for each in parsed if not isinstance(each, InvalidRequest)], [each for each in parsed if isinstance(each, InvalidRequest)]
+
+
 def parse_credit(proto: mailbox_pb2.LaneCredit) -> tuple[AppId, int, int]:
     """A lane, and what its dispatcher can take."""
     return (
-        AppId(fields.text(proto.app_id, "credits.app_id", APP_ID_CHARACTERS_MAX)),
-        fields.enum(proto.platform, "credits.platform"),
+        AppId(fields.text(proto.app_id, "app_id", APP_ID_CHARACTERS_MAX)),
+        fields.enum(proto.platform, "platform"),
         proto.credit,
     )
 
 
 def parse_closed(proto: mailbox_pb2.ClosedDevice) -> tuple[DeviceId, int]:
     """A device that is gone, and the reason."""
-    device_id = DeviceId(fields.id16(proto.device_id, "devices.device_id"))
-    return device_id, fields.enum(proto.reason_code, "devices.reason_code")
+    device_id = DeviceId(fields.id16(proto.device_id, "device_id"))
+    return device_id, fields.enum(proto.reason_code, "reason_code")
 
 
 def to_wake_up(each: WakeUp) -> mailbox_pb2.WakeUp:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
 from sealpush.devicelog import start_head
 from sealpush.errors import ContentTooLarge
-from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, check_id, uuid7
+from sealpush.ids import ContentId, DeviceId, RecipientRef, SenderId, SubscriberId, uuid7
 from sealpush.keys import ONE_TIME_PREKEYS_BATCH, ContentSigningKey, PrekeyKind, SignedPrekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.suites import SUITE_X25519
@@ -20,8 +20,7 @@ from sealpush.wire import read_prekey, wire_prekey
 from sealpushd.keys import rules
 from sealpushd.keys.rules import NewDevice, SealItem, StanzaCheck, StanzaKey, Upload
 from sealpushd.keys.store import DeviceList, KeyStore
-from sealpushd.platform import rpc
-from sealpushd.platform.batching import BATCH_ITEMS_MAX
+from sealpushd.platform import fields, rpc
 from sealpushd.platform.clients import BatchedCall
 from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, Unauthenticated
@@ -39,8 +38,6 @@ APP_ID_CHARS_MAX: Final = 64
 RECIPIENT_BYTES_MAX: Final = 1024
 # 142 bytes an entry at the most.
 LOG_PAGE_MAX: Final = 256
-# Counters are kept in 63 bits.
-COUNTER_MAX: Final = (1 << 63) - 1
 # Devices of all items of a batch: in the largest suite 5.2 MB of stanzas, within a frame of the mesh, and under a second's work.
 SEAL_DEVICES_MAX: Final = 4096
 # Devices in one answer: with two prekeys of the largest suite each has 2.7 kB, and gRPC takes 4 MiB unless its user asks for more. The
@@ -52,6 +49,7 @@ RECIPIENT_DEVICES_MAX: Final = 1100
 # 3 ms for others instead of 0.3. A single item for very many devices is one slice, however long.
 SEAL_SLICE_S: Final = 0.002
 
+_PREKEY_KINDS: Final = frozenset(map(int, PrekeyKind))
 _RECIPIENT_REF: Final = "recipient_ref"
 
 Context = rpc.Context
@@ -62,14 +60,9 @@ def recipient_ref(vault: Vault, sender_id: SenderId, subscriber_id: SubscriberId
     return RecipientRef(vault.lookup(sender_id + subscriber_id, _RECIPIENT_REF))
 
 
-def _bounded(items: Sequence[Any], most: int, field: str) -> None:
-    if len(items) > most:
-        raise InvalidRequest(f"{field} may hold at most {most} items, not {len(items)}; split the request", field=field)
-
-
 def _to_prekey(message: keys_pb2.Prekey) -> SignedPrekey:
-    """Raises ValueError for a kind that is not known; everything else is checked with the signature."""
-    return read_prekey(message, PrekeyKind(message.kind))
+    """Only the kind is checked here, everything else with the signature."""
+    return read_prekey(message, PrekeyKind(fields.enum(message.kind, "kind", _PREKEY_KINDS)))
 
 
 def _to_upload(change: bytes) -> Upload:
@@ -80,13 +73,7 @@ def _to_upload(change: bytes) -> Upload:
     except DecodeError as e:
         raise InvalidRequest("change is not a serialised PrekeyUpload", field="change") from e
     # Before anything is done with each.
-    _bounded(message.prekeys, ONE_TIME_PREKEYS_BATCH + 1, "change.prekeys")
-    prekeys = []
-    for n, each in enumerate(message.prekeys):
-        try:
-            prekeys.append(_to_prekey(each))
-        except ValueError as e:
-            raise InvalidRequest("kind must be signed or one-time", field=f"change.prekeys[{n}].kind") from e
+    prekeys = fields.each(message.prekeys, "change.prekeys", _to_prekey, ONE_TIME_PREKEYS_BATCH + 1)
     return Upload(tuple(prekeys), message.min_suite, message.forget_former)
 
 
@@ -108,9 +95,7 @@ class KeysService(keys_pb2_grpc.KeysServicer):
     async def UploadPrekeys(self, request: keys_pb2.UploadPrekeysRequest, context: Context) -> keys_pb2.UploadPrekeysResponse:
         caller = rpc.require_device()
         upload = _to_upload(request.change)
-        counter = request.proof.counter
-        if not 1 <= counter <= COUNTER_MAX:
-            raise InvalidRequest("counter must be 1 or more within 63 bits", field="proof.counter")
+        counter = fields.number(request.proof.counter, "proof.counter", fields.I64_MAX, least=1)
         device = await self._listed(caller.device_id)
         proof = change_proof(caller.device_id, counter, UPLOAD_METHOD, body_digest(request.change))
         if not verify_proof(device.identity_public_key, proof, request.proof.signature):
@@ -129,22 +114,17 @@ class KeysService(keys_pb2_grpc.KeysServicer):
 
     async def GetDeviceLog(self, request: keys_pb2.GetDeviceLogRequest, context: Context) -> keys_pb2.GetDeviceLogResponse:
         caller = rpc.require_device()
-        if request.page_size > LOG_PAGE_MAX:
-            raise InvalidRequest(f"page_size is at most {LOG_PAGE_MAX}", field="page_size")
-        if request.after_seq > COUNTER_MAX:
-            raise InvalidRequest("after_seq must be within 63 bits", field="after_seq")
+        most = fields.number(request.page_size, "page_size", LOG_PAGE_MAX) or LOG_PAGE_MAX
+        after_seq = fields.number(request.after_seq, "after_seq", fields.I64_MAX)
         device = await self._listed(caller.device_id)
         if device.subscriber_id != request.subscriber_id:
             raise FailedPrecondition("this device is in another subscriber's list; finish the registration and name that subscriber")
-        page = await self._store.log(device.subscriber_id, request.after_seq, request.page_size or LOG_PAGE_MAX)
+        page = await self._store.log(device.subscriber_id, after_seq, most)
         return keys_pb2.GetDeviceLogResponse(entries=page.entries, seq=page.seq, head=page.head)
 
     async def VouchDevice(self, request: keys_pb2.VouchDeviceRequest, context: Context) -> keys_pb2.VouchDeviceResponse:
         caller = rpc.require_device()
-        try:
-            device_id = DeviceId(check_id(request.device_id, "device_id"))
-        except ValueError as e:
-            raise InvalidRequest(str(e), field="device_id") from e
+        device_id = DeviceId(fields.id16(request.device_id, "device_id"))
         device = await self._listed(caller.device_id)
         await self._store.vouch(device.subscriber_id, device_id, caller.device_id, request.signature, self._clock.now())
         return keys_pb2.VouchDeviceResponse()
@@ -169,7 +149,7 @@ class KeysService(keys_pb2_grpc.KeysServicer):
 
     async def GetRecipientKeys(self, request: keys_pb2.GetRecipientKeysRequest, context: Context) -> keys_pb2.GetRecipientKeysResponse:
         sender = rpc.require_sender()
-        _bounded(request.queries, RECIPIENT_QUERIES_MAX, "queries")
+        fields.bounded(request.queries, "queries", RECIPIENT_QUERIES_MAX)
         refusals = [_refuse_query(query, sender) for query in request.queries]
         asked = [query for query, refusal in zip(request.queries, refusals, strict=True) if not refusal]
         answers = await self._resolve.submit_many(
@@ -290,14 +270,9 @@ class SealingService(sealing_pb2_grpc.SealingServicer):
         self._turn = asyncio.Lock()
 
     async def PutDevices(self, request: sealing_pb2.PutDevicesRequest, context: Context) -> sealing_pb2.PutDevicesResponse:
-        _bounded(request.devices, BATCH_ITEMS_MAX, "devices")
-        refusals = [""] * len(request.devices)
-        devices: dict[int, NewDevice] = {}
-        for n, each in enumerate(request.devices):
-            try:
-                devices[n] = _to_device(each)
-            except ValueError as e:
-                refusals[n] = str(e)
+        parsed = fields.each_alone(request.devices, "devices", _to_device)
+        refusals = [each.message if isinstance(each, InvalidRequest) else "" for each in parsed]
+        devices = {n: each for n, each in enumerate(parsed) if not isinstance(each, InvalidRequest)}
         if devices:
             answers = await self._store.put_devices(list(devices.values()), self._clock.now())
             for n, refusal in zip(devices, answers, strict=True):
@@ -305,15 +280,7 @@ class SealingService(sealing_pb2_grpc.SealingServicer):
         return sealing_pb2.PutDevicesResponse(refusals=refusals)
 
     async def RemoveDevices(self, request: sealing_pb2.RemoveDevicesRequest, context: Context) -> sealing_pb2.RemoveDevicesResponse:
-        _bounded(request.devices, BATCH_ITEMS_MAX, "devices")
-        devices = []
-        for n, each in enumerate(request.devices):
-            try:
-                devices.append(
-                    (SubscriberId(check_id(each.subscriber_id, "subscriber_id")), DeviceId(check_id(each.device_id, "device_id")))
-                )
-            except ValueError as e:
-                raise InvalidRequest(str(e), field=f"devices[{n}]") from e
+        devices = fields.each(request.devices, "devices", _to_removed)
         if devices:
             await self._store.remove_devices(devices, self._clock.now())
         return sealing_pb2.RemoveDevicesResponse()
@@ -348,8 +315,7 @@ class SealingService(sealing_pb2_grpc.SealingServicer):
         return response
 
     async def CheckStanzas(self, request: sealing_pb2.CheckStanzasRequest, context: Context) -> sealing_pb2.CheckStanzasResponse:
-        _bounded(request.checks, BATCH_ITEMS_MAX, "checks")
-        checks = [_to_check(each, n) for n, each in enumerate(request.checks)]
+        checks = fields.each(request.checks, "checks", _to_check)
         keys = await self._store.device_keys(list({device_id: None for each in checks for device_id in each.device_ids}))
         lists = await self._store.device_lists(list({each.subscriber_id: None for each in checks}))
         handouts = await self._store.handed_out(rules.one_time(stanza for check in checks for stanza in check.stanzas))
@@ -378,50 +344,52 @@ class SealingService(sealing_pb2_grpc.SealingServicer):
         return sealing_pb2.GetPlatformKeyResponse(public_key=self._platform_key.public_key)
 
 
-def _to_device_ids(device_ids: Sequence[bytes]) -> list[DeviceId]:
-    _bounded(device_ids, BATCH_ITEMS_MAX, "device_ids")
-    try:
-        return [DeviceId(check_id(each, "device_ids")) for each in device_ids]
-    except ValueError as e:
-        raise InvalidRequest(str(e), field="device_ids") from e
+def _to_device_ids(device_ids: Sequence[bytes], field: str = "device_ids") -> list[DeviceId]:
+    return list(map(DeviceId, fields.ids(device_ids, field)))
 
 
 def _to_device(message: sealing_pb2.NewDevice) -> NewDevice:
-    if len(message.identity_public_key) != 32:
-        raise ValueError("identity_public_key must be 32 bytes")
     if message.signed_prekey.kind != keys_pb2.PREKEY_KIND_SIGNED:
-        raise ValueError("signed_prekey must be a signed prekey")
+        raise InvalidRequest("signed_prekey must be a signed prekey", field="signed_prekey.kind")
     return NewDevice(
-        SubscriberId(check_id(message.subscriber_id, "subscriber_id")),
-        DeviceId(check_id(message.device_id, "device_id")),
-        message.identity_public_key,
+        SubscriberId(fields.id16(message.subscriber_id, "subscriber_id")),
+        DeviceId(fields.id16(message.device_id, "device_id")),
+        fields.octets(message.identity_public_key, "identity_public_key", 32),
         _to_prekey(message.signed_prekey),
         message.min_suite or SUITE_X25519,
     )
 
 
+def _to_removed(message: sealing_pb2.RemovedDevice) -> tuple[SubscriberId, DeviceId]:
+    return (
+        SubscriberId(fields.id16(message.subscriber_id, "subscriber_id")),
+        DeviceId(fields.id16(message.device_id, "device_id")),
+    )
+
+
 def _to_seal_items(request: sealing_pb2.SealRequest) -> list[SealItem]:
     """Raises InvalidRequest that names the item: nothing of a batch with a bad one is sealed."""
-    _bounded(request.items, BATCH_ITEMS_MAX, "items")
+    fields.bounded(request.items, "items")
     if sum(len(each.device_ids) for each in request.items) > SEAL_DEVICES_MAX:
         raise InvalidRequest(f"a batch may seal for at most {SEAL_DEVICES_MAX} devices; split it", field="items")
-    items = []
-    for n, each in enumerate(request.items):
-        try:
-            item = SealItem(
-                SenderId(check_id(each.sender_id, "sender_id")),
-                SubscriberId(check_id(each.subscriber_id, "subscriber_id")),
-                tuple(DeviceId(check_id(device_id, "device_id")) for device_id in each.device_ids),
-                each.content,
-                each.created_at_ms,
-                each.expires_at_ms,
-                each.added_until_ms,
-            )
-            rules.check_seal_item(item)
-        except (ValueError, ContentTooLarge) as e:
-            raise InvalidRequest(f"items[{n}]: {e}", field=f"items[{n}]") from e
-        items.append(item)
-    return items
+    return fields.each(request.items, "items", _to_seal_item)
+
+
+def _to_seal_item(message: sealing_pb2.SealItem) -> SealItem:
+    item = SealItem(
+        SenderId(fields.id16(message.sender_id, "sender_id")),
+        SubscriberId(fields.id16(message.subscriber_id, "subscriber_id")),
+        tuple(_to_device_ids(message.device_ids)),
+        message.content,
+        message.created_at_ms,
+        message.expires_at_ms,
+        message.added_until_ms,
+    )
+    try:
+        rules.check_seal_item(item)
+    except (ValueError, ContentTooLarge) as e:
+        raise InvalidRequest(str(e)) from e
+    return item
 
 
 def _from_too_new(too_new: rules.TooNew) -> publish_pb2.IdentityChanged:
@@ -443,18 +411,15 @@ def _from_sealed(sealed: rules.Sealed | rules.TooNew) -> sealing_pb2.SealResult:
     return sealing_pb2.SealResult(parts=parts, devices_without_prekey=sealed.devices_without_prekey)
 
 
-def _to_check(message: sealing_pb2.StanzaCheck, n: int) -> StanzaCheck:
-    try:
-        return StanzaCheck(
-            SenderId(check_id(message.sender_id, "sender_id")),
-            SubscriberId(check_id(message.subscriber_id, "subscriber_id")),
-            tuple(DeviceId(check_id(device_id, "device_id")) for device_id in message.device_ids),
-            tuple(
-                StanzaKey(DeviceId(check_id(each.device_id, "device_id")), each.suite, each.prekey_id, each.kind)
-                for each in message.stanzas
-            ),
-            message.recipient_ref,
-            message.added_until_ms,
-        )
-    except ValueError as e:
-        raise InvalidRequest(str(e), field=f"checks[{n}]") from e
+def _to_check(message: sealing_pb2.StanzaCheck) -> StanzaCheck:
+    return StanzaCheck(
+        SenderId(fields.id16(message.sender_id, "sender_id")),
+        SubscriberId(fields.id16(message.subscriber_id, "subscriber_id")),
+        tuple(_to_device_ids(message.device_ids)),
+        tuple(
+            StanzaKey(DeviceId(fields.id16(each.device_id, "stanzas.device_id")), each.suite, each.prekey_id, each.kind)
+            for each in message.stanzas
+        ),
+        message.recipient_ref,
+        message.added_until_ms,
+    )

@@ -15,13 +15,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
+
+from prometheus_client import Counter
 
 from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.errors import DeadlineExceeded, Overloaded, Rendered, render
@@ -48,6 +52,8 @@ WINDOW_S: Final = 0.25
 WINDOW_CALLS_MIN: Final = 8
 SHRINK: Final = 0.7
 GROW: Final = 1.25
+# How soon what a call usually takes is half forgotten, unless it is measured again.
+PACE_HALVED_S: Final = 1.0
 # A call whose caller gave it less than this says nothing about the service when it is late.
 FAIR_DEADLINE_S: Final = 0.1
 # The part of the limit that callers from outside may fill: the rest is for the other services, whose calls carry work that was let in.
@@ -108,12 +114,16 @@ def party_of(caller: Caller | None, address: str) -> Party:
     """Whom to count a call for: the device, sender or service that makes it; a stranger by the address."""
     match caller:
         case SenderCaller():
-            return Party(caller.sender_id, "sender", LIMIT_MAX)
+            return _party(caller.sender_id, "sender", LIMIT_MAX)
         case DeviceCaller():
-            return Party(caller.device_id, "device", DEVICE_IN_FLIGHT_MAX)
+            return _party(caller.device_id, "device", DEVICE_IN_FLIGHT_MAX)
         case ServiceCaller():
-            return Party(caller.name, "service", LIMIT_MAX, is_mesh=True)
-    return Party(address_subject(address), "address", ADDRESS_IN_FLIGHT_MAX)
+            return _party(caller.name, "service", LIMIT_MAX, is_mesh=True)
+    return _party(address_subject(address), "address", ADDRESS_IN_FLIGHT_MAX)
+
+
+# Made for each call anew they are a tenth of what the door costs.
+_party = lru_cache(maxsize=4_096)(Party)
 
 
 def allowance_s(cost: int) -> float:
@@ -164,20 +174,23 @@ class AdaptiveLimit:
 
 
 class Pace:
-    """How long calls of one method take at present."""
+    """How long calls of one method take at present. What was measured is forgotten, and not by the number of refusals: what is always
+    refused is never measured, and those who hold back after refusals would not come often enough."""
 
     def __init__(self) -> None:
-        self.usual_s = 0.0
+        self._usual_s = 0.0
+        self._at = 0.0
 
-    def took(self, seconds: float) -> None:
-        self.usual_s += (seconds - self.usual_s) / 16
+    def usual_s(self, now: float) -> float:
+        return self._usual_s * math.exp2((self._at - now) / PACE_HALVED_S)
 
-    def allows(self, remaining_s: float) -> bool:
-        """Whether there is hope to be done in so many seconds. Each refusal makes it greater: what is always refused is never measured."""
-        is_hopeful = remaining_s >= self.usual_s / 2
-        if not is_hopeful:
-            self.usual_s *= 1 - 1 / 64
-        return is_hopeful
+    def took(self, seconds: float, now: float) -> None:
+        usual_s = self.usual_s(now)
+        self._usual_s, self._at = usual_s + (seconds - usual_s) / 16, now
+
+    def allows(self, remaining_s: float, now: float) -> bool:
+        """Whether there is hope to be done in so many seconds."""
+        return remaining_s >= self.usual_s(now) / 2
 
 
 class Place:
@@ -198,8 +211,9 @@ class Place:
         """The request turned out to have so many bytes. Never more than a quarter of the limit: the largest must get in, too."""
         if self._holds:
             more = int(min(max(1, size // UNIT_BYTES), self._door.limit.units / 4)) - self._cost
-            self._cost += more
-            self._door.count(self.party, more)
+            if more:
+                self._cost += more
+                self._door.count(self.party, more)
 
     def hold(self) -> bool:
         """Work for this call begins that may outlast it: its place is kept until `release`. False: it has given its place back."""
@@ -232,6 +246,10 @@ class Place:
             self.release()
 
 
+# Callers who wait, whose turn it is first; and of each its turns with the sizes of the requests, in the order they came.
+_Waiting = dict[Hashable, tuple[Party, deque[tuple[asyncio.Future[Place], int]]]]
+
+
 class Door:
     """Lets calls in, or refuses them. One a process: whatever listens there shares its event loop."""
 
@@ -246,8 +264,13 @@ class Door:
         self._clock = clock
         self._later = later
         self._held: dict[Hashable, int] = {}
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        ADMISSION_LIMIT.set(self.limit.units)
+        # Of the mesh and of others, who may fill less.
+        self._waiting: dict[bool, _Waiting] = {True: {}, False: {}}
+        # Asked when somebody looks: setting them cost more than all else here.
+        ADMISSION_LIMIT.set_function(lambda: self.limit.units)
+        ADMISSION_IN_FLIGHT.set_function(lambda: self.in_flight)
+        # Label look-ups cost more than the counting.
+        self._refusals: dict[tuple[str, str], Counter] = {}
 
     def later(self, seconds: float, then: Callable[[], None]) -> None:
         (self._later or asyncio.get_running_loop().call_later)(seconds, then)
@@ -272,36 +295,48 @@ class Door:
         if remaining_s is not None:
             if remaining_s <= 0:
                 raise DeadlineExceeded("the deadline ended before the work began; try again with the same request id")
-            if pace is not None and not pace.allows(remaining_s):
+            if pace is not None and not pace.allows(remaining_s, self._clock()):
                 raise self._refused(_DEADLINE, party.kind)
         self.check(party)
         return self._take(party, 1, pace)
 
     async def wait(self, party: Party, size: int = 0) -> Place:
         """A place for a piece of a stream's work, as soon as there is one: who streams is slowed down and not refused."""
-        while self._reason(party) is not None:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    # It was this one's turn: the next one's, then.
-                    self.wake()
-                raise
-        place = self._take(party, 1, None)
-        place.weigh(size)
-        # There may be room for more than one.
-        self.wake()
-        return place
+        if self._reason(party) is None:
+            return self._take(party, 1, None, size)
+        turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        _, turns = self._waiting[party.is_mesh].setdefault(party.key, (party, deque()))
+        turns.append((turn, size))
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                # It was this one's turn: the next one's, then.
+                turn.result().release()
+            raise
 
     def wake(self) -> None:
-        """There may be room: whose turn it is looks again."""
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+        """There may be room: give it to those who wait, a place each in turn. Whose share is used up holds up nobody behind it."""
+        for is_mesh, waiting in self._waiting.items():
+            while waiting and self._free(is_mesh) >= 1 and self._give_one(waiting):
+                pass
+
+    def _give_one(self, waiting: _Waiting) -> bool:
+        first = next((each for each in waiting.values() if self._reason(each[0]) is None), None)
+        if first is None:
+            return False
+        party, turns = first
+        # To the end: so callers take turns.
+        del waiting[party.key]
+        while turns:
+            turn, size = turns.popleft()
+            if not turn.done():  # else cancelled
+                # Now, and not when it runs: who comes meanwhile would take it.
+                turn.set_result(self._take(party, 1, None, size))
+                break
+        if turns:
+            waiting[party.key] = party, turns
+        return True
 
     def count(self, party: Party, units: int) -> None:
         """The caller has so many more in flight."""
@@ -312,7 +347,6 @@ class Door:
         else:
             self._held.pop(party.key, None)
         self.limit.filled(self.in_flight)
-        ADMISSION_IN_FLIGHT.set(self.in_flight)
 
     def left(self, began: float, cost: int, pace: Pace | None, end: End) -> None:
         """Learn from a call that ended."""
@@ -325,14 +359,15 @@ class Door:
             # Nobody has anything of it, whatever is usual.
             lateness = max(2.0, lateness)
         if end is not End.SHED and pace is not None:
-            pace.took(took_s)
+            pace.took(took_s, now)
         self.limit.ended(lateness, now)
-        ADMISSION_LIMIT.set(self.limit.units)
 
-    def _take(self, party: Party, cost: int, pace: Pace | None) -> Place:
+    def _take(self, party: Party, cost: int, pace: Pace | None, size: int = 0) -> Place:
         self.count(party, cost)
         ADMISSION_ADMITTED.inc()
-        return Place(self, party, cost, pace, self._clock())
+        place = Place(self, party, cost, pace, self._clock())
+        place.weigh(size)
+        return place
 
     def _free(self, is_mesh: bool) -> float:
         return self.limit.units * (1.0 if is_mesh else OUTSIDE_PART) - self.in_flight
@@ -345,11 +380,14 @@ class Door:
         return None if party.is_mesh or held < min(party.most, SHARE * free) else _SHARE
 
     def _refused(self, reason: str, kind: str) -> Refused:
-        ADMISSION_REFUSED.labels(reason, kind).inc()
+        counter = self._refusals.get((reason, kind))
+        if counter is None:
+            counter = self._refusals[reason, kind] = ADMISSION_REFUSED.labels(reason, kind)
+        counter.inc()
         return Refused(reason)
 
 
-# Where the present call or stream came in, and for whom.
+# Where the present stream came in, and for whom.
 _visit: ContextVar[tuple[Door, Party]] = ContextVar("visit")
 # The present call's, or that of the present piece of a stream. None outside of calls: what runs beside them bounds itself.
 _place: ContextVar[Place | None] = ContextVar("place", default=None)
@@ -366,7 +404,7 @@ def deadline_at() -> float | None:
 
 
 def visiting(door: Door, party: Party) -> None:
-    """The present task answers a call or a stream of this caller."""
+    """The present task answers a stream of this caller."""
     _visit.set((door, party))
 
 

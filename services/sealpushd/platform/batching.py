@@ -15,7 +15,15 @@ from typing import Final, Generic, TypeVar
 
 from sealpushd.platform import admission
 from sealpushd.platform.admission import Place
-from sealpushd.platform.errors import DeadlineExceeded, Overloaded
+from sealpushd.platform.errors import (
+    Aborted,
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,6 +34,9 @@ BATCH_ITEMS_MAX: Final = 512
 QUEUE_AGE_S_MAX: Final = 2.0
 # A bound on memory, not on time: what that many wait for takes a quarter of a second here and twenty there.
 QUEUE_ITEMS_MAX: Final = 20_000
+# What one item can bring upon its whole batch: a peer's refusal of what was asked, or a value that a statement does not take. Nothing was
+# done then. Everything else is about the batch, and flushing parts of it would only add to the trouble.
+_OF_AN_ITEM: Final = (InvalidRequest, NotFound, AlreadyExists, FailedPrecondition, Aborted, ValueError)
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +44,7 @@ class _Submission(Generic[Item, Result]):
     """Items that wait: whose place their work takes, until when it is of use, since when they wait."""
 
     items: Sequence[Item]
-    future: asyncio.Future[list[Result]]
+    future: asyncio.Future[list[Result | Exception]]
     place: Place | None
     deadline_at: float | None
     since: float
@@ -42,8 +53,10 @@ class _Submission(Generic[Item, Result]):
 class NaturalBatcher(Generic[Item, Result]):
     """Gathers submissions into bounded batches for `flush`.
 
-    `flush` takes a sequence of items and returns a result each, in their order; when it raises, every submission in that
-    batch raises the same. A submission is never reordered behind a later one and, if it fits a batch, never split.
+    `flush` takes a sequence of items and returns a result each, in their order; an exception in the place of a result fails that item
+    alone. When it raises what one item can bring about, the batch is halved until that item stands alone, so that nobody is refused
+    because of somebody else; so repeating `flush` must be safe. When it raises anything else, every item in the batch fails with it.
+    A submission is never reordered behind a later one.
 
     What nobody waits for any more, or whose deadline has ended, is dropped before it is flushed. `flush` has time until the latest
     deadline of its batch, and works for everybody in it: their places at the door are kept until it has ended, also of those who left.
@@ -51,7 +64,7 @@ class NaturalBatcher(Generic[Item, Result]):
 
     def __init__(
         self,
-        flush: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]],
+        flush: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]],
         *,
         items_max: int = BATCH_ITEMS_MAX,
         in_flight_max: int = 1,
@@ -73,38 +86,27 @@ class NaturalBatcher(Generic[Item, Result]):
 
     async def submit(self, item: Item) -> Result:
         """The result for one item."""
-        return (await self._submit((item,)))[0]
+        return _all(await self._submit((item,)))[0]
 
     async def submit_many(self, items: Sequence[Item]) -> list[Result]:
-        """Results for many items, in their order; more than a batch holds is split. Raises what one of the parts raised: of the others
-        nothing is known then, see `submit_each`."""
-        parts = self._submit_parts(items)
-        if len(parts) == 1:
-            return await parts[0][1]
-        results = await asyncio.gather(*(future for _, future in parts))
-        return [result for part in results for result in part]
+        """Results for many items, in their order; more than a batch holds is split. Raises what the first of those that failed raised: of
+        the others nothing is known then, see `submit_each`."""
+        return _all(await self.submit_each(items))
 
     async def submit_each(self, items: Sequence[Item]) -> list[Result | Exception]:
-        """As `submit_many`; an item whose part failed has its error as result, so that what happened to the others is not lost."""
+        """As `submit_many`; an item that failed has its error as result, so that what happened to the others is not lost."""
         parts = self._submit_parts(items)
-        results = await asyncio.gather(*(future for _, future in parts), return_exceptions=True)
-        each: list[Result | Exception] = []
-        for (count, _), result in zip(parts, results, strict=True):
-            if isinstance(result, Exception):
-                each.extend([result] * count)
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                each.extend(result)
-        return each
+        if len(parts) == 1:
+            return await parts[0]
+        return [result for part in await asyncio.gather(*parts) for result in part]
 
-    def _submit_parts(self, items: Sequence[Item]) -> list[tuple[int, asyncio.Future[list[Result]]]]:
-        """How many items each part has, and its results to come."""
+    def _submit_parts(self, items: Sequence[Item]) -> list[asyncio.Future[list[Result | Exception]]]:
+        """The results to come of each part."""
         if not items:
             return []
         # All of it or nothing: parts that went ahead would be worked on for a caller who was refused.
         self._need_room(len(items))
-        return [(len(part), self._submit(part)) for part in self._split(items)]
+        return [self._submit(part) for part in self._split(items)]
 
     def _split(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
         if self._weigh is None:
@@ -130,9 +132,9 @@ class NaturalBatcher(Generic[Item, Result]):
         if is_old or self._waiting_items + items > self._queue_items_max:
             raise Overloaded("too much is waiting here already; try again in a second")
 
-    def _submit(self, items: Sequence[Item]) -> asyncio.Future[list[Result]]:
+    def _submit(self, items: Sequence[Item]) -> asyncio.Future[list[Result | Exception]]:
         self._need_room(len(items))
-        future: asyncio.Future[list[Result]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[list[Result | Exception]] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Submission(items, future, admission.place(), admission.deadline_at(), self._clock()))
         self._waiting_items += len(items)
         if len(self._running) < self._in_flight_max:
@@ -164,24 +166,34 @@ class NaturalBatcher(Generic[Item, Result]):
             admission.working(None, max((each for each in deadlines if each is not None), default=None) if None not in deadlines else None)
             places = [each.place for each in submissions if each.place is not None and each.place.hold()]
             try:
-                results = await self._flush(batch)
-                if len(results) != len(batch):
-                    raise RuntimeError(f"flush answered {len(results)} results for {len(batch)} items")
-            except BaseException as e:
+                results = await self._flush_each(batch)
+            except BaseException:
                 for each in submissions:
-                    if not each.future.done():
-                        each.future.set_exception(e) if isinstance(e, Exception) else each.future.cancel()
-                if not isinstance(e, Exception):
-                    raise
-                continue
+                    each.future.cancel()
+                raise
             finally:
                 for place in places:
                     place.release()
             start = 0
             for each in submissions:
                 if not each.future.done():
-                    each.future.set_result(list(results[start : start + len(each.items)]))
+                    each.future.set_result(results[start : start + len(each.items)])
                 start += len(each.items)
+
+    async def _flush_each(self, items: Sequence[Item]) -> list[Result | Exception]:
+        """A result for each item, or the error that it fails with."""
+        try:
+            results = await self._flush(items)
+            if len(results) != len(items):
+                raise RuntimeError(f"flush answered {len(results)} results for {len(items)} items")
+            return list(results)
+        except _OF_AN_ITEM as e:
+            if len(items) == 1:
+                return [e]
+        except Exception as e:
+            return [e] * len(items)
+        middle = len(items) // 2
+        return [*await self._flush_each(items[:middle]), *await self._flush_each(items[middle:])]
 
     def _next(self) -> list[_Submission[Item, Result]]:
         """What goes into the next batch, taken out of the queue; what is of no use any more falls out."""
@@ -208,3 +220,13 @@ class NaturalBatcher(Generic[Item, Result]):
         """Wait until nothing is in flight; nothing new may be submitted."""
         while self._running:
             await asyncio.gather(*self._running, return_exceptions=True)
+
+
+def _all(results: Sequence[Result | Exception]) -> list[Result]:
+    """The results; raises the first error among them."""
+    good: list[Result] = []
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        good.append(result)
+    return good

@@ -90,7 +90,8 @@ class MeshChannel:
 class BatchedCall(Generic[Item, Result]):
     """A batch RPC of another service, called with single items or many.
 
-    `build` makes the request of a batch, `results` takes the results out of the answer, in the items' order.
+    `build` makes the request of a batch, `results` takes the results out of the answer, in the items' order; an exception in the place of
+    one fails that item. What the peer refuses a batch for fails alone as well: the rest is asked again without it.
     """
 
     def __init__(
@@ -98,12 +99,12 @@ class BatchedCall(Generic[Item, Result]):
         channel: MeshChannel,
         method: Any,
         build: Callable[[Sequence[Item]], Message],
-        results: Callable[[Any], Sequence[Result]],
+        results: Callable[[Any], Sequence[Result | Exception]],
         *,
         in_flight_max: int = 1,
         weigh: Callable[[Item], int] | None = None,
     ) -> None:
-        async def flush(items: Sequence[tuple[Item, tuple[str, ...]]]) -> Sequence[Result]:
+        async def flush(items: Sequence[tuple[Item, tuple[str, ...]]]) -> Sequence[Result | Exception]:
             batch_items.observe(len(items))
             distinct = dict.fromkeys(one for _, ids in items for one in ids)
             request_ids.set(tuple(distinct)[:REQUEST_IDS_MAX])
@@ -123,7 +124,7 @@ class BatchedCall(Generic[Item, Result]):
         return await self._batcher.submit_many([(item, ids) for item in items])
 
     async def submit_each(self, items: Sequence[Item]) -> list[Result | Exception]:
-        """As `submit_many`; an item whose part failed has its error as result."""
+        """As `submit_many`; an item that failed has its error as result."""
         ids = request_ids.get()
         return await self._batcher.submit_each([(item, ids) for item in items])
 

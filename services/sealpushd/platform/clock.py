@@ -21,10 +21,17 @@ CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 # A stored moment that one machine wrote and another reads lies further ahead than this only because a clock was wrong.
 MOMENT_AHEAD_MAX: Final = timedelta(minutes=5)
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
 
 class Clock(Protocol):
     def now(self) -> datetime:
         """The present moment, aware, in UTC. Whoever sets the clock moves it."""
+        ...
+
+    def epoch_s(self) -> float:
+        """`now` in seconds since 1970: a tenth of its cost, for what every call asks."""
         ...
 
     def monotonic(self) -> float:
@@ -35,6 +42,9 @@ class Clock(Protocol):
 class SystemClock:
     def now(self) -> datetime:
         return datetime.now(UTC)
+
+    def epoch_s(self) -> float:
+        return time.time()
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -57,21 +67,20 @@ class Reading:
 
     def was_set(self, clock: Clock) -> bool:
         """Whether the wall clock was set since: what was reckoned from it does not hold any more."""
-        # In numbers: every call with a token that is known already comes here.
         return abs(self._moved_s(clock)) > _CLOCK_MOVED_S
 
     def _moved_s(self, clock: Clock) -> float:
-        return (clock.now() - self.wall).total_seconds() - (clock.monotonic() - self.steady)
+        return clock.epoch_s() - self.wall.timestamp() - (clock.monotonic() - self.steady)
 
 
 def to_ms(moment: datetime) -> int:
-    """Milliseconds since 1970-01-01 UTC."""
-    return int(moment.timestamp() * 1000)
+    """Whole milliseconds since 1970-01-01 UTC. In integers: by way of a float, one millisecond in a few would be the one before."""
+    return (moment - _EPOCH) // _MILLISECOND
 
 
 def from_ms(milliseconds: int) -> datetime:
     """The moment for milliseconds since 1970-01-01 UTC; raises ValueError beyond the year 9999."""
     try:
-        return datetime.fromtimestamp(milliseconds / 1000, UTC)
-    except (OverflowError, OSError) as e:
+        return _EPOCH + timedelta(milliseconds=milliseconds)
+    except OverflowError as e:
         raise ValueError(f"{milliseconds} ms is not a moment") from e

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -68,7 +69,11 @@ _BUSY = (
 # join over partitions again for each call costs more than running it; and indexes whatever the statistics say, so
 # that a table's first rows, or its emptiness, never turn a look-up into a scan. Halved the server's CPU for small batches. Nor joins that
 # read a side whole, which look cheap while a table is small.
-# Statements therefore never join two batches with each other, row by row (tests/contract/test_plans.py).
+# Statements therefore never join two batches with each other, row by row (tests/contract/test_plans.py). Nor do the settings keep an index
+# from being read whole, which costs no more than ten look-ups while a table is a page or empty, and is much worse when the plan is used
+# later. So a join with the first column of an index is written `= ANY (ARRAY[…])`: by a plain equality PostgreSQL may also go through the
+# index in order, in hope of a merge. Ordering is by what was given, not by the column itself, for the same reason; where that does not
+# do, `OFFSET 0` in a subquery keeps what is looked up apart.
 _LOOK_UPS: Final = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
@@ -199,27 +204,55 @@ class _Pinned(Connection):
         return None if statement is None or statement.done() else statement
 
     async def _to_its_end(self, work: Coroutine[Any, Any, _Answer]) -> _Answer:
-        self._statement = asyncio.create_task(self._after(self._running(), work))
-        # Where nobody waits any more, asyncio would print the error, and PostgreSQL's errors quote rows.
-        self._statement.add_done_callback(_look_at)
-        try:
-            return await asyncio.shield(self._statement)
-        except asyncio.CancelledError:
-            # What its caller left behind still is that caller's work.
-            admission.hold_until_done(self._statement)
-            raise
+        """What `await work` gives. Where the caller is cancelled, a task goes on with `work` from there.
 
-    @staticmethod
-    async def _after(earlier: asyncio.Task[Any] | None, work: Coroutine[Any, Any, _Answer]) -> _Answer:
-        if earlier is not None:
+        A task for every statement, with a shield before it, would do the same for three times the overhead.
+        """
+        if (earlier := self._running()) is not None:
             # Of a time-out inside a block, which goes on with another statement.
             try:
                 await asyncio.wait((earlier,))
             except asyncio.CancelledError:
                 work.close()
-                earlier.cancel()
                 raise
-        return await work
+        while True:
+            # As a task does it: `work` runs until it waits for something, and goes on when that is done.
+            try:
+                waiter: asyncio.Future[Any] = work.send(None)
+            except StopIteration as end:
+                answer: _Answer = end.value
+                return answer
+            # Beside it waits the caller, whose cancelling then does not reach asyncpg.
+            turn: asyncio.Future[None] = waiter.get_loop().create_future()
+            waiter.add_done_callback(partial(_tell, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                self._statement = asyncio.create_task(_go_on(work, waiter))
+                # Nobody waits any more: asyncio would print the error, and PostgreSQL's errors quote rows.
+                self._statement.add_done_callback(_look_at)
+                # What its caller left behind still is that caller's work.
+                admission.hold_until_done(self._statement)
+                raise
+
+
+def _tell(turn: asyncio.Future[None], _: asyncio.Future[Any]) -> None:
+    if not turn.done():
+        turn.set_result(None)
+
+
+async def _go_on(work: Coroutine[Any, Any, _Answer], waiter: asyncio.Future[Any]) -> _Answer:
+    """The rest of `work`, which waits for this. Cancelling reaches asyncpg, as it does where `work` is awaited."""
+    while True:
+        try:
+            await asyncio.wait((waiter,))
+        except asyncio.CancelledError:
+            waiter.cancel()
+        try:
+            waiter = work.send(None)
+        except StopIteration as end:
+            answer: _Answer = end.value
+            return answer
 
 
 class Database:

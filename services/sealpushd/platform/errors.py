@@ -16,6 +16,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from sealpush.v1 import publish_pb2
+
 DOMAIN = "sealpush"
 DETAILS_KEY = "grpc-status-details-bin"
 
@@ -155,6 +157,25 @@ def render(error: ServiceError) -> Rendered:
     number: int = error.code.value[0]
     status = status_pb2.Status(code=number, message=error.message, details=details)
     return error.code, error.message, ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def to_refusal(error: ServiceError) -> publish_pb2.Refusal:
+    """How an error looks where it is the result of one item."""
+    refusal = publish_pb2.Refusal(code=error.code.value[0], reason=error.reason, message=error.message, field=error.field or "")
+    if error.retryable:
+        refusal.retry_after.FromTimedelta(error.retry_after or timedelta(0))
+    return refusal
+
+
+def from_refusal(refusal: publish_pb2.Refusal) -> ServiceError:
+    """The error to give on for an item that a peer refused."""
+    kind = next((kind for code, kind in _BY_CODE.items() if code.value[0] == refusal.code), None)
+    if refusal.reason == Overloaded.reason:
+        return Overloaded(refusal.message)
+    if kind is None or kind in (Unauthenticated, PermissionDenied):
+        return Unavailable(refusal.message)
+    retry_after = refusal.retry_after.ToTimedelta() if refusal.HasField("retry_after") else None
+    return kind(refusal.message, field=refusal.field or None, retry_after=retry_after or None)
 
 
 _BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {

@@ -169,7 +169,7 @@ for _one in LIMITS:
 
 # $1 limit, $2 subject's hash, $3 window, $4 how many to add, negative to take back, $5 now, $6 when the row may go. Returns the count so
 # far. Not below 0: what is given back here may have been counted in Valkey.
-_COUNT: Final = """
+COUNT: Final = """
 WITH gone AS (
     DELETE FROM limit_counts WHERE ctid IN (SELECT ctid FROM limit_counts WHERE ends_at < $5 LIMIT 100 FOR UPDATE SKIP LOCKED)
 )
@@ -195,7 +195,7 @@ class PostgresCounter:
     async def count(self, limit: Limit, subject: str, window: int, add: int) -> int:
         digest = hashlib.blake2b(subject.encode(), digest_size=16).digest()
         now = self._clock.now()
-        row = await self._db.fetch_one("limit_count", _COUNT, limit.name, digest, window, add, now, now + 2 * limit.window)
+        row = await self._db.fetch_one("limit_count", COUNT, limit.name, digest, window, add, now, now + 2 * limit.window)
         return int(row["counted"]) if row is not None else 0
 
 

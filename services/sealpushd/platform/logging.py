@@ -62,7 +62,8 @@ class LineLimiter:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._windows: dict[Kind, _Window] = {}
-        self._lock = threading.Lock()
+        # Reentrant, as those of the standard module: the garbage collector may run in here, and what it ends may log.
+        self._lock = threading.RLock()
 
     def admit(self, kind: Kind) -> int | None:
         """None: the line is not written. Else it is, and so many like it were not, of which nobody was told."""
@@ -87,23 +88,23 @@ class LineLimiter:
 
     def _forget(self, now: float) -> None:
         """Kinds of which there is nothing to tell."""
-        for kind, window in list(self._windows.items()):
+        for kind, window in self._windows.copy().items():
             if not window.suppressed and now - window.since >= WINDOW_S:
-                del self._windows[kind]
+                self._windows.pop(kind, None)
 
     def take_untold(self, *, until_now: bool = False) -> list[tuple[Kind, int]]:
         """What was suppressed in windows that have ended, and nobody was told of; `until_now`: in the others as well."""
         now = self._monotonic()
         with self._lock:
-            ended = [(kind, window) for kind, window in self._windows.items() if until_now or now - window.since >= WINDOW_S]
+            ended = [(kind, window) for kind, window in self._windows.copy().items() if until_now or now - window.since >= WINDOW_S]
             for kind, _ in ended:
-                del self._windows[kind]
+                self._windows.pop(kind, None)
         return [(kind, window.suppressed) for kind, window in ended if window.suppressed]
 
     @property
     def has_untold(self) -> bool:
         with self._lock:
-            return any(window.suppressed for window in self._windows.values())
+            return any(window.suppressed for window in self._windows.copy().values())
 
 
 class _Limit:
@@ -115,7 +116,8 @@ class _Limit:
 
     def __init__(self, limiter: LineLimiter) -> None:
         self._limiter = limiter
-        self._lock = threading.Lock()
+        # As in the limiter.
+        self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
         self._closed = False
 
@@ -227,6 +229,7 @@ def configure(service: str, level: str, *, human: bool = False) -> None:
         event["service"] = service
         return event
 
+    writer = structlog.WriteLogger(sys.stderr)
     structlog.configure(
         processors=[
             # First: what it drops costs nothing more.
@@ -240,7 +243,8 @@ def configure(service: str, level: str, *, human: bool = False) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        # One for all lines: structlog asks for a logger with each, also with one that is not written.
+        logger_factory=lambda *_: writer,
     )
     # Warnings of libraries, and worse.
     logging.basicConfig(level=logging.WARNING, handlers=[_Libraries()], force=True)

@@ -21,10 +21,20 @@ from google.protobuf.message import DecodeError, Message
 from prometheus_client import Counter
 
 from sealpush.ids import uuid7
+from sealpush.v1 import publish_pb2
 from sealpushd.platform import access, admission, telemetry
 from sealpushd.platform.admission import Door, End, Pace, Party, Place
 from sealpushd.platform.arrivals import Arrivals
-from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, Overloaded, Rendered, ServiceError, Unauthenticated, render
+from sealpushd.platform.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    Rendered,
+    ServiceError,
+    Unauthenticated,
+    render,
+    to_refusal,
+)
 from sealpushd.platform.logging import request_ids
 from sealpushd.platform.metrics import RPC_ANSWERS, RPC_IN_FLIGHT, RPC_SECONDS
 from sealpushd.platform.tokens import Caller, DeviceCaller, SenderCaller, ServiceCaller, TokenVerifier
@@ -37,6 +47,8 @@ DEADLINE_S_MAX: Final = 10.0
 _DEADLINE_SLACK_S: Final = 0.02
 REQUEST_ID_KEY: Final = "x-request-id"
 _STREAM_OVER: Final = "the access token of this stream has expired; sign in again and go on in a new stream"
+_NO_SPAN: Final = contextlib.nullcontext()
+_INTERNAL: Final = "internal error; the log has it under this request id"
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._,:+-]{1,600}")
 
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -81,6 +93,14 @@ def address_of(peer: str) -> str:
         return ""
     host, _, _ = unquote(rest).rpartition(":")
     return host.strip("[]")
+
+
+def refused(error: Exception) -> publish_pb2.Refusal:
+    """The error of one item, for its result, as a call would have been answered."""
+    if not isinstance(error, ServiceError):
+        log.error("an item failed by a bug", exc_info=error)
+        error = ServiceError(_INTERNAL)
+    return to_refusal(error)
 
 
 class GuardedServer:
@@ -149,11 +169,11 @@ def _guard(
         async for raw in requests:
             yield parse(raw)
 
-    def enter(context: Context) -> tuple[Mapping[str, str], Party, float | None]:
-        """The call's metadata, for whom it counts, and how many seconds a sender's token still lasts."""
+    def enter(context: Context) -> tuple[Mapping[str, Any], Party, str, float | None]:
+        """The call's metadata, for whom it counts, where it comes from, and how many seconds a sender's token still lasts."""
         if door is not None:
             door.check_full(is_mesh=is_mesh)
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
         given = metadata.get(REQUEST_ID_KEY, "")
         request_ids.set(tuple(given.split(",")) if _REQUEST_ID.fullmatch(given) else (uuid7().hex(),))
         address = address_of(context.peer())
@@ -164,8 +184,7 @@ def _guard(
         if door is not None:
             # Before the request is received; a place is taken when it is whole.
             door.check(party)
-            admission.visiting(door, party)
-        return metadata, party, ends_at - time.time() if isinstance(caller, SenderCaller) and ends_at is not None else None
+        return metadata, party, address, ends_at - time.time() if isinstance(caller, SenderCaller) and ends_at is not None else None
 
     def answer(error: BaseException) -> Rendered:
         if isinstance(error, admission.Refused):
@@ -174,12 +193,8 @@ def _guard(
             error = DeadlineExceeded("the deadline ended before the work; try again with the same request id")
         if not isinstance(error, ServiceError):
             log.error("call failed by a bug", method=method, exc_info=error)
-            error = ServiceError("internal error; the log has it under this request id")
+            error = ServiceError(_INTERNAL)
         return render(error)
-
-    async def received(context: Context) -> bytes:
-        """The request of a call that `enter` has let in."""
-        return await arrivals.receive(context.read, _address.get())
 
     async def unary(_: object, context: Context) -> Any:
         start = time.perf_counter()
@@ -189,8 +204,8 @@ def _guard(
         ends_at = 0.0
         in_flight.inc()
         try:
-            metadata, party, _ = enter(context)
-            raw = await received(context)
+            metadata, party, address, _ = enter(context)
+            raw = await arrivals.receive(context.read, address)
             remaining = context.time_remaining()
             limit = DEADLINE_S_MAX if remaining is None else min(remaining, DEADLINE_S_MAX)
             if door is not None:
@@ -200,7 +215,7 @@ def _guard(
             admission.working(place, ends_at)
             request = parse(raw)
             async with asyncio.timeout(limit):
-                with telemetry.server_span(method, metadata) if telemetry.enabled() else contextlib.nullcontext():
+                with telemetry.server_span(method, metadata) if telemetry.enabled() else _NO_SPAN:
                     response = await handler.unary_unary(request, context)
             end = End.DONE
             return response
@@ -233,7 +248,9 @@ def _guard(
             # outlive theirs of 15 minutes, because signing in so often would cost more than the stream saves; what they get is sealed to
             # the device and ends with its registration. Services' tokens are about the moment of the call.
             # A stream takes no place of its own (`admission.turn`); where there is none, `enter` refuses it: it would only wait.
-            _, _, lifetime_s = enter(context)
+            _, party, _, lifetime_s = enter(context)
+            if door is not None:
+                admission.visiting(door, party)
             ends_at = None if lifetime_s is None else asyncio.get_running_loop().time() + lifetime_s
             # Closed here, so that what a handler holds is let go at the end of its call and not when memory is collected.
             async with contextlib.aclosing(call()) as responses:
@@ -263,7 +280,7 @@ def _guard(
     # gRPC looks at the function itself: only an asynchronous generator runs in the event loop.
     async def unary_stream(_: object, context: Context) -> AsyncGenerator[Message, None]:
         async def call() -> AsyncGenerator[Message, None]:
-            request = parse(await received(context))
+            request = parse(await arrivals.receive(context.read, _address.get()))
             async with contextlib.aclosing(handler.unary_stream(request, context)) as responses:
                 async for response in responses:
                     yield response

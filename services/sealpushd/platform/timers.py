@@ -135,9 +135,9 @@ TIMERS: Final = (
     ),
     Timer(
         "verified tokens",
-        Measure.STEADY,
-        "nothing: remembered for what is left of the token, and looked at again when the clock was set",
-        ("platform/rpc.py _guard.enter",),
+        Measure.MOMENT,
+        "nothing: one that is remembered is taken between the same two moments as one that is looked at anew",
+        ("platform/rpc.py _guard.enter", "platform/tokens.py TokenVerifier.verify_until"),
     ),
     # registration
     Timer(
@@ -313,6 +313,7 @@ TIMERS: Final = (
         (
             "platform/clock.py Reading._moved_s",
             "platform/clock.py Reading.of",
+            "platform/clock.py SystemClock.epoch_s",
             "platform/clock.py SystemClock.now",
             "platform/clockwatch.py ClockWatch.__init__",
             "platform/clockwatch.py ClockWatch.compare",

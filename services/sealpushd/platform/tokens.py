@@ -102,7 +102,7 @@ class ServiceKey:
 
     def sign(self, audience: str, subject: str, lifetime_s: int, claims: dict[str, Any]) -> tuple[str, int]:
         """A token and the epoch second it ends at."""
-        now = int(self._clock.now().timestamp())
+        now = int(self._clock.epoch_s())
         payload = {"iss": self.name, "aud": audience, "sub": subject, "iat": now, "exp": now + lifetime_s, **claims}
         return jwt.encode(payload, self._private_key, algorithm="EdDSA"), now + lifetime_s
 
@@ -142,15 +142,11 @@ class ServiceKey:
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """What a token said when it was looked at. It counts for `lasts_s`, and not once the clock was set: then it is looked at again."""
+    """What a token says. It is taken between these epoch seconds and at no other time, however the clock comes to them."""
 
     caller: Caller
+    begins_at: float
     ends_at: float
-    lasts_s: float
-    looked_at: Reading
-
-    def counts(self, clock: Clock) -> bool:
-        return clock.monotonic() - self.looked_at.steady < self.lasts_s and not self.looked_at.was_set(clock)
 
 
 class TokenVerifier:
@@ -177,7 +173,8 @@ class TokenVerifier:
     def verify_until(self, token: str) -> tuple[Caller, float]:
         """As `verify`, and the epoch second from which the token is no longer taken."""
         verified = self._cache.get(token)
-        if verified is None or not verified.counts(self._clock):
+        # One that is known gets the same answer as one that is looked at now, also when the clock was set since.
+        if verified is None or not verified.begins_at <= self._clock.epoch_s() < verified.ends_at:
             self._cache.pop(token, None)
             verified = self._cache[token] = self._verify(token)
             if len(self._cache) > CACHE_TOKENS_MAX:
@@ -203,9 +200,8 @@ class TokenVerifier:
                     # Its times are looked at below, by the clock that is handed in.
                     options={"require": ["exp", "iat", "sub", "aud", "iss"], "verify_exp": False, "verify_iat": False},
                 )
-                looked_at = Reading.of(self._clock)
-                ends_at = _end(audience, claims, looked_at.wall.timestamp())
-                return _Verified(_to_caller(audience, claims), ends_at, ends_at - looked_at.wall.timestamp(), looked_at)
+                begins_at, ends_at = _lifetime(audience, claims, self._clock.epoch_s())
+                return _Verified(_to_caller(audience, claims), begins_at, ends_at)
             except jwt.InvalidSignatureError:
                 continue
             except (jwt.PyJWTError, KeyError, ValueError, TypeError) as e:
@@ -213,8 +209,9 @@ class TokenVerifier:
         raise Unauthenticated("the access token is not signed by a key this installation trusts; sign in again")
 
 
-def _end(audience: str, claims: dict[str, Any], now: float) -> float:
-    """The epoch second from which the token is no longer taken. Raises Unauthenticated where it is not taken now, ValueError for no time.
+def _lifetime(audience: str, claims: dict[str, Any], now: float) -> tuple[float, float]:
+    """The epoch seconds from which the token is taken, and no longer taken. Raises Unauthenticated where it is not taken now, ValueError
+    for no time.
 
     A token of the future is refused, and one that lasts longer than any that is made ends like them: what a wrong clock signs, or
     anybody with a key, is bounded by the right one.
@@ -222,12 +219,13 @@ def _end(audience: str, claims: dict[str, Any], now: float) -> float:
     made_at, ends_at = float(claims["iat"]), float(claims["exp"])
     if not (math.isfinite(made_at) and math.isfinite(ends_at)):
         raise ValueError("iat and exp are no times")
-    if made_at > now + LEEWAY_S:
+    begins_at = made_at - LEEWAY_S
+    if now < begins_at:
         raise Unauthenticated("the access token was made in the future: the clock of its issuer or of this service is wrong; sign in again")
     ends_at = min(ends_at, made_at + LIFETIMES_S[audience]) + LEEWAY_S
     if ends_at <= now:
         raise Unauthenticated("the access token has expired; sign in again")
-    return ends_at
+    return begins_at, ends_at
 
 
 def _to_caller(audience: str, claims: dict[str, Any]) -> Caller:

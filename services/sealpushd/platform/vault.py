@@ -21,6 +21,8 @@ from sealpushd.platform.db import Database
 _NONCE: Final = bindings.crypto_aead_xchacha20poly1305_ietf_NPUBBYTES
 _KEY_BYTES: Final = 32
 _VERSION: Final = b"\x01"
+READ_KEY: Final = "SELECT wrapped FROM vault_keys WHERE name = $1"
+ADD_KEY: Final = "INSERT INTO vault_keys (name, wrapped) VALUES ($1, $2) ON CONFLICT DO NOTHING"
 DATA_KEY: Final = "data"
 LOOKUP_KEY: Final = "lookup"
 
@@ -91,11 +93,11 @@ class Vault:
         keys = {}
         for name in (DATA_KEY, LOOKUP_KEY):
             context = f"sealpush vault {service} {name}".encode()
-            row = await db.fetch_one("vault", "SELECT wrapped FROM vault_keys WHERE name = $1", name)
+            row = await db.fetch_one("vault", READ_KEY, name)
             if row is None:
                 made = await wrapper.wrap(random(_KEY_BYTES), context)
-                await db.execute("vault", "INSERT INTO vault_keys (name, wrapped) VALUES ($1, $2) ON CONFLICT DO NOTHING", name, made)
-                row = await db.fetch_one("vault", "SELECT wrapped FROM vault_keys WHERE name = $1", name)
+                await db.execute("vault", ADD_KEY, name, made)
+                row = await db.fetch_one("vault", READ_KEY, name)
             if row is None:
                 raise VaultError("the vault's keys vanished while it was opened; try again")
             keys[name] = await wrapper.unwrap(row["wrapped"], context)

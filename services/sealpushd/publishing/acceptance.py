@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from google.protobuf.duration_pb2 import Duration
+from typing import TypeVar
 
 from sealpush.ids import MessageId, uuid7
 from sealpush.v1 import common_pb2, keys_pb2, publish_pb2
+from sealpushd.platform import errors
+from sealpushd.platform.clients import BatchedCall
 from sealpushd.platform.clock import Clock, to_ms
 from sealpushd.platform.errors import AlreadyExists, FailedPrecondition, InvalidRequest, ServiceError
 from sealpushd.platform.tokens import SenderCaller
@@ -18,6 +19,9 @@ from sealpushd.publishing import rules
 from sealpushd.publishing.peers import Peers
 from sealpushd.publishing.rules import Publication, Standing
 from sealpushd.v1 import directory_pb2, mailbox_pb2, sealing_pb2
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -74,7 +78,8 @@ class Acceptance:
         entry, the recipient's registration. So the look-up has the last word; the recipient is asked for at the same time."""
         if not candidates:
             return
-        looking_up = asyncio.ensure_future(self._peers.lookup_accepted.submit_many([_key(candidate) for candidate in candidates]))
+        keys = [_key(candidate) for candidate in candidates]
+        looking_up = asyncio.ensure_future(_ask(self._peers.lookup_accepted, candidates, keys))
         failure: ServiceError | None = None
         try:
             await self._parse(caller, candidates)
@@ -84,7 +89,7 @@ class Acceptance:
         except BaseException:
             looking_up.cancel()
             raise
-        for candidate, accepted in zip(candidates, await looking_up, strict=True):
+        for candidate, accepted in await looking_up:
             if accepted.message_id:
                 candidate.outcome = _repeated(candidate, accepted)
         if failure is not None and _open(candidates):
@@ -119,7 +124,7 @@ class Acceptance:
             )
             for candidate in candidates
         ]
-        for candidate, result in zip(candidates, await self._peers.resolve.submit_many(queries), strict=True):
+        for candidate, result in await _ask(self._peers.resolve, candidates, queries):
             match result.WhichOneof("outcome"):
                 case "resolved":
                     candidate.resolved = result.resolved
@@ -163,7 +168,7 @@ class Acceptance:
             candidate.content_id = envelope.header.content_id
             candidate.head, candidate.tail = envelope.head, envelope.tail
             candidate.stanzas = {stanza.device_id: stanza.encode() for stanza in envelope.stanzas}
-        for candidate, verdict in zip(sealed, await self._peers.check_stanzas.submit_many(checks), strict=True):
+        for candidate, verdict in await _ask(self._peers.check_stanzas, sealed, checks):
             if verdict.foreign_recipient_ref:
                 candidate.outcome = InvalidRequest(
                     "the envelope's recipient_ref is not this sender's for this recipient; ask for the recipient's keys",
@@ -195,7 +200,7 @@ class Acceptance:
             )
             for candidate in blocked
         ]
-        for candidate, verdict in zip(blocked, await self._peers.check_stanzas.submit_many(checks), strict=True):
+        for candidate, verdict in await _ask(self._peers.check_stanzas, blocked, checks):
             if verdict.HasField("identity_changed"):
                 candidate.outcome = _identity_changed(candidate, verdict.identity_changed)
 
@@ -222,7 +227,7 @@ class Acceptance:
                     added_until_ms=_added_until_ms(candidate),
                 )
             )
-        for candidate, result in zip(plain, await self._peers.seal.submit_many(items), strict=True):
+        for candidate, result in await _ask(self._peers.seal, plain, items):
             if result.HasField("identity_changed"):
                 candidate.outcome = _identity_changed(candidate, result.identity_changed)
                 continue
@@ -286,6 +291,20 @@ class Acceptance:
             head=b"" if candidate.blocked else candidate.head,
             tail=b"" if candidate.blocked else candidate.tail,
         )
+
+
+async def _ask(call: BatchedCall[Item, Result], candidates: Sequence[_Candidate], items: Sequence[Item]) -> list[tuple[_Candidate, Result]]:
+    """What a peer answers about each candidate's item. A candidate whose item it refuses is decided by that, and left out. Raises what
+    failed for any other reason."""
+    answers: list[tuple[_Candidate, Result]] = []
+    for candidate, result in zip(candidates, await call.submit_each(items), strict=True):
+        if isinstance(result, InvalidRequest):
+            candidate.outcome = result
+        elif isinstance(result, Exception):
+            raise result
+        else:
+            answers.append((candidate, result))
+    return answers
 
 
 def _open(candidates: Sequence[_Candidate]) -> list[_Candidate]:
@@ -356,10 +375,4 @@ def _repeated(candidate: _Candidate, accepted: mailbox_pb2.AcceptedResult) -> pu
 
 def to_refusal(request: publish_pb2.PublishRequest, error: ServiceError) -> publish_pb2.PublishResult:
     """How an error looks inside a batch."""
-    refusal = publish_pb2.Refusal(code=error.code.value[0], reason=error.reason, message=error.message, field=error.field or "")
-    if error.retryable:
-        delay = Duration()
-        if error.retry_after is not None:
-            delay.FromTimedelta(error.retry_after)
-        refusal.retry_after.CopyFrom(delay)
-    return publish_pb2.PublishResult(request_id=request.request_id, refusal=refusal)
+    return publish_pb2.PublishResult(request_id=request.request_id, refusal=errors.to_refusal(error))

@@ -11,7 +11,7 @@ from sealpush.keys import SenderEntry
 from sealpush.v1 import publish_pb2
 from sealpushd.platform.batching import BATCH_ITEMS_MAX
 from sealpushd.platform.clients import BatchedCall, MeshChannel
-from sealpushd.platform.errors import FailedPrecondition, Unavailable
+from sealpushd.platform.errors import FailedPrecondition, Unavailable, from_refusal
 from sealpushd.publishing.rules import Standing
 from sealpushd.v1 import (
     administration_pb2,
@@ -68,8 +68,8 @@ class Peers:
         self.store: BatchedCall[mailbox_pb2.NewMessage, mailbox_pb2.StoreResult] = BatchedCall(
             fetch,
             self.mailbox.Store,
-            lambda items: mailbox_pb2.StoreRequest(messages=items),
-            lambda answer: answer.results,
+            lambda items: mailbox_pb2.StoreRequest(messages=items, item_errors=True),
+            lambda answer: [from_refusal(each.refused) if each.HasField("refused") else each for each in answer.results],
             # Stanzas that senders sealed may be ten times the usual 150 bytes.
             weigh=lambda item: 512 + len(item.tail) + sum(64 + len(each.stanza) for each in item.deliveries),
         )

@@ -13,10 +13,11 @@ from typing import Final, Literal
 from sealpush.content import ContentRefused, check_content
 from sealpush.envelope import CONTENT_BYTES_MAX, CREATED_SKEW_MS, HEADER_BYTES, Envelope, Header, content_public_key, verify_signature
 from sealpush.errors import EnvelopeRefused
-from sealpush.ids import ID_BYTES, SenderId
+from sealpush.ids import SenderId
 from sealpush.keys import SenderEntry, SenderMode, content_key_id
 from sealpush.model import moment
 from sealpush.v1 import common_pb2, content_pb2, publish_pb2
+from sealpushd.platform import fields
 from sealpushd.platform.clock import from_ms, to_ms
 from sealpushd.platform.errors import FailedPrecondition, InvalidRequest, PermissionDenied
 
@@ -31,6 +32,8 @@ IDENTITY_UNCHANGED_MAX: Final = timedelta(days=365)
 # An envelope's own lifetime and the one in the request may differ by rounding, not by more.
 LIFETIME_DIFFERENCE_MAX: Final = timedelta(seconds=1)
 SUBSCRIPTIONS_MAX: Final = 16
+SUBSCRIPTION_CHARACTERS_MAX: Final = 64
+LEG_NO_MAX: Final = 100
 # There are fewer platforms than this; each named costs a look-up, and all go to registration with the batch of others.
 PLATFORMS_MAX: Final = 16
 # An identifier of 128 characters and what surrounds it. A longer one is nobody's, and together with others it would burst the frame
@@ -48,8 +51,6 @@ _PLATFORM_KEY_REVOKED: Final = (
 )
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,64}")
-# PostgreSQL takes no NUL in a text, and one such message would fail the whole batch it travels in; the others only spoil logs.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {common_pb2.PLATFORM_UNSPECIFIED}
 
 _REQUEST_LIMITS: Final = {"app_id": 64, "replace_key": 64, "tag": 50, "originator": 32}
@@ -108,33 +109,22 @@ def parse_publish(request: publish_pb2.PublishRequest, sender_id: SenderId, app_
         raise InvalidRequest(f"recipient is longer than {RECIPIENT_BYTES_MAX} bytes", field="recipient")
     # Before anything repeats such a text in a message of its own.
     for field, most in _REQUEST_LIMITS.items():
-        text = getattr(request, field)
-        if len(text) > most:
-            raise InvalidRequest(f"{field} is longer than {most} characters", field=field)
-        if _CONTROL.search(text):
-            raise InvalidRequest(f"{field} holds a control character", field=field)
+        fields.text(getattr(request, field), field, most)
     app_id = _app(request.app_id, app_ids)
     if request.content_class not in (common_pb2.CONTENT_CLASS_INFORMATIONAL, common_pb2.CONTENT_CLASS_ADVERTISING):
         raise InvalidRequest("content_class must be INFORMATIONAL or ADVERTISING", field="content_class")
-    _known(request, "priority", common_pb2.Priority)
-    _known(request, "channel", common_pb2.Channel)
-    _known(request, "traffic_type", common_pb2.TrafficType)
+    fields.enum(request.priority, "priority", common_pb2.Priority.values())
+    fields.enum(request.channel, "channel", common_pb2.Channel.values())
+    fields.enum(request.traffic_type, "traffic_type", common_pb2.TrafficType.values())
     if request.channel not in (common_pb2.CHANNEL_UNSPECIFIED, common_pb2.CHANNEL_PUSH):
         raise InvalidRequest("this installation carries messages by push only", field="channel")
-    if len(request.platforms) > PLATFORMS_MAX:
-        raise InvalidRequest(f"at most {PLATFORMS_MAX} platforms", field="platforms")
-    for platform in request.platforms:
-        if platform not in _PLATFORMS:
-            raise InvalidRequest(f"platform {platform} is unknown", field="platforms")
-    for field in ("order_id", "group_id"):
-        if len(getattr(request, field)) not in (0, ID_BYTES):
-            raise InvalidRequest(f"{field} must be empty or 16 bytes", field=field)
-    if request.leg_no > 100:
-        raise InvalidRequest("leg_no is at most 100", field="leg_no")
-    if len(request.subscriptions) > SUBSCRIPTIONS_MAX or any(len(each) > 64 for each in request.subscriptions):
-        raise InvalidRequest(f"at most {SUBSCRIPTIONS_MAX} subscriptions of at most 64 characters", field="subscriptions")
-    if any(_CONTROL.search(each) for each in request.subscriptions):
-        raise InvalidRequest("a subscription holds a control character", field="subscriptions")
+    for platform in fields.bounded(request.platforms, "platforms", PLATFORMS_MAX):
+        fields.enum(platform, "platforms", _PLATFORMS)
+    fields.optional_id16(request.order_id, "order_id")
+    fields.optional_id16(request.group_id, "group_id")
+    fields.number(request.leg_no, "leg_no", LEG_NO_MAX)
+    for subscription in fields.bounded(request.subscriptions, "subscriptions", SUBSCRIPTIONS_MAX):
+        fields.text(subscription, "subscriptions", SUBSCRIPTION_CHARACTERS_MAX)
     lifetime = _lifetime(request)
     unchanged = _duration(request, "identity_unchanged_for", IDENTITY_UNCHANGED_MAX)
     if unchanged is not None and (request.primary_only or request.subscriptions):
@@ -168,12 +158,6 @@ def _app(app_id: str, allowed: Sequence[str]) -> str:
     return app_id
 
 
-def _known(request: publish_pb2.PublishRequest, field: str, enum: object) -> None:
-    value = getattr(request, field)
-    if value not in enum.values():  # type: ignore[attr-defined]  # the stubs of enums share no base class
-        raise InvalidRequest(f"{field} {value} is unknown to this version", field=field)
-
-
 def _lifetime(request: publish_pb2.PublishRequest) -> timedelta | None:
     return _duration(request, "lifetime", LIFETIME_MAX)
 
@@ -181,15 +165,7 @@ def _lifetime(request: publish_pb2.PublishRequest) -> timedelta | None:
 def _duration(
     request: publish_pb2.PublishRequest, field: Literal["lifetime", "identity_unchanged_for"], most: timedelta
 ) -> timedelta | None:
-    if not request.HasField(field):
-        return None
-    try:
-        duration: timedelta = getattr(request, field).ToTimedelta()
-    except (ValueError, OverflowError) as e:
-        raise InvalidRequest(f"{field} is no valid duration", field=field) from e
-    if not DURATION_MIN <= duration <= most:
-        raise InvalidRequest(f"{field} must be 1 second to {most.days} days", field=field)
-    return duration
+    return fields.duration(getattr(request, field), field, most, least=DURATION_MIN) if request.HasField(field) else None
 
 
 def _plain(request: publish_pb2.PublishRequest) -> bytes:
@@ -327,12 +303,7 @@ def parse_wait(request: publish_pb2.GetStatusRequest) -> tuple[Wait, timedelta]:
     """Absent: the true state. Present and 0: the assumed one. Longer: wait so long at the most. Raises InvalidRequest."""
     if not request.HasField("wait"):
         return Wait.TRUE_STATE, timedelta()
-    try:
-        wait = request.wait.ToTimedelta()
-    except (ValueError, OverflowError) as e:
-        raise InvalidRequest("wait is no valid duration", field="wait") from e
-    if wait < timedelta() or wait > WAIT_MAX:
-        raise InvalidRequest(f"wait must be 0 to {WAIT_MAX.total_seconds():.0f} seconds", field="wait")
+    wait = fields.duration(request.wait, "wait", WAIT_MAX)
     return (Wait.UP_TO, wait) if wait else (Wait.ASSUMED, wait)
 
 

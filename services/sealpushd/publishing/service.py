@@ -8,9 +8,9 @@ from datetime import timedelta
 from typing import Any, Final
 
 from sealpush.envelope import HEADER_BYTES
-from sealpush.ids import ID_BYTES, MessageId, SenderId
+from sealpush.ids import MessageId, SenderId
 from sealpush.v1 import publish_pb2, publish_pb2_grpc
-from sealpushd.platform import admission, rpc
+from sealpushd.platform import admission, fields, rpc
 from sealpushd.platform.errors import InvalidRequest, NotFound, ServiceError
 from sealpushd.platform.tokens import SenderCaller
 from sealpushd.publishing import rules
@@ -86,8 +86,7 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
     async def _accept_all(
         self, caller: SenderCaller, requests: Sequence[publish_pb2.PublishRequest], size: int
     ) -> list[publish_pb2.PublishResult]:
-        if len(requests) > rules.BATCH_REQUESTS_MAX:
-            raise InvalidRequest(f"at most {rules.BATCH_REQUESTS_MAX} messages a batch; split it", field="requests")
+        fields.bounded(requests, "requests", rules.BATCH_REQUESTS_MAX)
         if size > rules.BATCH_BYTES_MAX:
             raise InvalidRequest(f"a batch is at most {rules.BATCH_BYTES_MAX} bytes; split it", field="requests")
         outcomes = await self._acceptance.accept(caller, requests)
@@ -98,7 +97,7 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
 
     async def GetStatus(self, request: publish_pb2.GetStatusRequest, context: Any) -> publish_pb2.GetStatusResponse:
         caller = rpc.require_sender()
-        message_id = _message_id(request.message_id, "message_id")
+        message_id = MessageId(fields.id16(request.message_id, "message_id"))
         how, wait = rules.parse_wait(request)
         status = await self._status(caller.sender_id, message_id, wait)
         return publish_pb2.GetStatusResponse(status=rules.assume(status) if how is Wait.ASSUMED else status)
@@ -135,7 +134,7 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
 
     async def GetReceipt(self, request: publish_pb2.GetReceiptRequest, context: Any) -> publish_pb2.GetReceiptResponse:
         caller = rpc.require_sender()
-        message_id = _message_id(request.message_id, "message_id")
+        message_id = MessageId(fields.id16(request.message_id, "message_id"))
         receipt = await self._peers.evidence(caller.sender_id, message_id)
         if receipt is None:
             raise NotFound(_NO_SUCH_MESSAGE)
@@ -149,7 +148,7 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
 
     async def Cancel(self, request: publish_pb2.CancelRequest, context: Any) -> publish_pb2.CancelResponse:
         caller = rpc.require_sender()
-        message_id = _message_id(request.message_id, "message_id")
+        message_id = MessageId(fields.id16(request.message_id, "message_id"))
         answer = await self._peers.mailbox_channel.call(
             self._peers.mailbox.Cancel,
             mailbox_pb2.MailboxCancelRequest(sender_id=caller.sender_id, message_ids=[message_id]),
@@ -160,13 +159,5 @@ class PublishingServicer(publish_pb2_grpc.PublishingServicer):
         return publish_pb2.CancelResponse(state=result.state, deliveries=result.deliveries)
 
 
-def _message_id(value: bytes, field: str) -> MessageId:
-    if len(value) != ID_BYTES:
-        raise InvalidRequest(f"{field} must be 16 bytes, not {len(value)}", field=field)
-    return MessageId(value)
-
-
 def _message_ids(values: Sequence[bytes]) -> list[MessageId]:
-    if not 0 < len(values) <= rules.BATCH_REQUESTS_MAX:
-        raise InvalidRequest(f"give 1 to {rules.BATCH_REQUESTS_MAX} message ids", field="message_ids")
-    return [_message_id(value, "message_ids") for value in values]
+    return list(map(MessageId, fields.ids(values, "message_ids", rules.BATCH_REQUESTS_MAX, least=1)))

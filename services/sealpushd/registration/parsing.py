@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sealpush.errors import KeyRefused
-from sealpush.ids import ID_BYTES, DeviceId, RegistrationId, SenderId, is_app_id
+from sealpush.ids import DeviceId, SenderId
 from sealpush.keys import PrekeyKind, SignedPrekey, is_usable_ed25519, verify_prekey
 from sealpush.proofs import body_digest, change_proof, verify_proof
 from sealpush.v1 import common_pb2, keys_pb2, registration_pb2
 from sealpush.wire import read_prekey
-from sealpushd.platform.batching import BATCH_ITEMS_MAX
+from sealpushd.platform import fields
 from sealpushd.platform.errors import InvalidRequest
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.registration import rules
@@ -26,25 +25,11 @@ from sealpushd.v1 import directory_pb2
 
 PHONE_HELP: Final = "not a phone number in international format, such as +380501234567"
 
-_PLATFORMS: Final = frozenset(common_pb2.Platform.values()) - {0}
-_ENVIRONMENTS: Final = frozenset(common_pb2.PushEnvironment.values()) - {0}
+_PLATFORMS: Final = frozenset(common_pb2.Platform.values())
+_ENVIRONMENTS: Final = frozenset(common_pb2.PushEnvironment.values())
 _PRODUCTION: Final = int(common_pb2.PUSH_ENVIRONMENT_PRODUCTION)
 
 MessageType = TypeVar("MessageType", bound=Message)
-
-
-def check_id(value: bytes, field: str) -> bytes:
-    if len(value) != ID_BYTES:
-        raise InvalidRequest(f"{field} must be 16 bytes", field=field)
-    return value
-
-
-def device_id(value: bytes, field: str = "device_id") -> DeviceId:
-    return DeviceId(check_id(value, field))
-
-
-def registration_id(value: bytes) -> RegistrationId:
-    return RegistrationId(check_id(value, "registration_id"))
 
 
 def identity_key(value: bytes) -> bytes:
@@ -54,11 +39,6 @@ def identity_key(value: bytes) -> bytes:
             field="identity_public_key",
         )
     return value
-
-
-def check_batch(items: int, field: str) -> None:
-    if items > BATCH_ITEMS_MAX:
-        raise InvalidRequest(f"at most {BATCH_ITEMS_MAX} items a call", field=field)
 
 
 def signed_change(kind: type[MessageType], change: bytes) -> MessageType:
@@ -71,20 +51,17 @@ def signed_change(kind: type[MessageType], change: bytes) -> MessageType:
 
 def checked_counter(caller: DeviceCaller, proof: common_pb2.DeviceProof, method: str, change: bytes) -> int:
     """The counter of a change, proven to come from this device."""
-    if not 1 <= proof.counter <= rules.COUNTER_MAX:
-        raise InvalidRequest("the counter must be 1 or more within 63 bits", field="proof.counter")
-    statement = change_proof(caller.device_id, proof.counter, method, body_digest(change))
+    counter = fields.number(proof.counter, "proof.counter", fields.I64_MAX, least=1)
+    statement = change_proof(caller.device_id, counter, method, body_digest(change))
     if not verify_proof(caller.identity_public_key, statement, proof.signature):
         raise InvalidRequest("the change is not signed by the identity key of this device", field="proof.signature")
-    return proof.counter
+    return counter
 
 
 def installation_change(said: registration_pb2.Installation) -> InstallationChange:
     """What an update says: absent and zero fields stay."""
-    if said.platform and said.platform not in _PLATFORMS:
-        raise InvalidRequest(f"platform {int(said.platform)} is not known to this server", field="platform")
-    if said.push_environment and said.push_environment not in _ENVIRONMENTS:
-        raise InvalidRequest(f"push environment {int(said.push_environment)} is not known to this server", field="push_environment")
+    fields.enum(said.platform, "platform", _PLATFORMS)
+    fields.enum(said.push_environment, "push_environment", _ENVIRONMENTS)
     token = None
     if said.HasField("push_token"):
         token = PushToken(said.push_token) if said.push_token else NO_TOKEN
@@ -137,7 +114,7 @@ def signed_prekey(prekey: keys_pb2.Prekey, device: DeviceId, identity_public_key
 
 
 def preference(said: registration_pb2.Preference) -> Preference:
-    sender_id = SenderId(check_id(said.sender_id, "sender_id"))
+    sender_id = SenderId(fields.id16(said.sender_id, "sender_id"))
     return Preference(sender_id, said.block_all, said.block_advertising, said.mute)
 
 
@@ -147,32 +124,31 @@ def new_pin(said: registration_pb2.RegistrationLock) -> Pin | None:
     return None if pin is None else rules.check_new_pin(pin)
 
 
-def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query | str:
-    """One recipient to resolve; a text where it is malformed."""
+def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query:
+    """One recipient to resolve. Raises InvalidRequest."""
     recipient = asked.recipient
     kind = recipient.WhichOneof("kind")
     scope = ""
-    if len(asked.sender_id) != ID_BYTES:
-        return "sender_id must be 16 bytes"
-    if not is_app_id(asked.app_id):
-        return "app_id is not an app id"
+    fields.id16(asked.sender_id, "sender_id")
+    fields.app_id(asked.app_id)
     if kind == "phone":
         phone = parse_phone(recipient.phone)
         if phone is None:
-            return PHONE_HELP
+            raise InvalidRequest(PHONE_HELP, field="recipient.phone")
         number, lookup = IdentifierKind.PHONE, store.phone_lookup(phone)
     elif kind == "rnokpp":
         if not 1 <= len(recipient.rnokpp) <= rules.RNOKPP_CHARACTERS_MAX:
-            return f"an rnokpp has 1 to {rules.RNOKPP_CHARACTERS_MAX} characters"
+            raise InvalidRequest(f"an rnokpp has 1 to {rules.RNOKPP_CHARACTERS_MAX} characters", field="recipient.rnokpp")
         number, lookup = IdentifierKind.RNOKPP, store.identifier_lookup(recipient.rnokpp.strip(), "rnokpp")
     elif kind == "external_user_id":
         if not 1 <= len(recipient.external_user_id) <= rules.EXTERNAL_ID_CHARACTERS_MAX:
-            return f"an external user id has 1 to {rules.EXTERNAL_ID_CHARACTERS_MAX} characters"
+            most = rules.EXTERNAL_ID_CHARACTERS_MAX
+            raise InvalidRequest(f"an external user id has 1 to {most} characters", field="recipient.external_user_id")
         # The sender's own names of its users mean nothing to another sender.
         scope = asked.sender_id.hex()
         number, lookup = IdentifierKind.EXTERNAL_USER, store.identifier_lookup(recipient.external_user_id, "external user")
     else:
-        return "name a recipient: phone, rnokpp or external_user_id"
+        raise InvalidRequest("name a recipient: phone, rnokpp or external_user_id", field="recipient")
     if not (asked.primary_only or asked.subscriptions or asked.platforms):
         return Query(number, scope, lookup, asked.app_id, asked.sender_id)
     return Query(
@@ -180,19 +156,12 @@ def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query 
     )
 
 
-def check_device_ids(device_ids: Sequence[bytes], field: str) -> list[bytes]:
-    for one in device_ids:
-        if len(one) != ID_BYTES:
-            raise InvalidRequest(f"{field} must be 16 bytes each", field=field)
-    return list(device_ids)
-
-
 def dead_token(said: directory_pb2.DeadToken, now: datetime) -> DeadToken:
-    try:
-        dead_at = said.dead_at.ToDatetime(UTC) if said.HasField("dead_at") else now
-    except (ValueError, OverflowError) as e:
-        raise InvalidRequest("dead_at is no moment", field="dead_tokens.dead_at") from e
-    return DeadToken(check_id(said.device_id, "dead_tokens.device_id"), PushToken(said.push_token), dead_at)
+    return DeadToken(
+        fields.id16(said.device_id, "device_id"),
+        PushToken(said.push_token),
+        fields.moment(said.dead_at, "dead_at") if said.HasField("dead_at") else now,
+    )
 
 
 def timestamp(moment: datetime) -> Timestamp:

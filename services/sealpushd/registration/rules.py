@@ -51,6 +51,7 @@ from typing import Any, Final, NamedTuple
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
+from sealpushd.platform import fields
 from sealpushd.platform.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -95,8 +96,6 @@ SUBSCRIPTIONS_MAX: Final = 64
 SUBSCRIPTION_CHARACTERS_MAX: Final = 64
 RNOKPP_CHARACTERS_MAX: Final = 32
 EXTERNAL_ID_CHARACTERS_MAX: Final = 128
-# PostgreSQL's bigint; a counter that starts at 1 never gets there.
-COUNTER_MAX: Final = 2**63 - 1
 
 IOS: Final = 1
 _IOS_TOKEN = re.compile(r"[0-9A-Fa-f]{64,200}", re.ASCII)
@@ -517,11 +516,8 @@ def check_installation(change: InstallationChange) -> InstallationChange:
     _check_text(change.push_topic, TOPIC_CHARACTERS_MAX, _VISIBLE, "push_topic")
     _check_text(change.locale, LOCALE_CHARACTERS_MAX, _LOCALE, "locale")
     _check_text(change.app_version, APP_VERSION_CHARACTERS_MAX, _VISIBLE, "app_version")
-    names = change.subscriptions or ()
-    if len(names) > SUBSCRIPTIONS_MAX or any(not 1 <= len(name) <= SUBSCRIPTION_CHARACTERS_MAX or "\0" in name for name in names):
-        raise InvalidRequest(
-            f"at most {SUBSCRIPTIONS_MAX} subscriptions of 1 to {SUBSCRIPTION_CHARACTERS_MAX} characters", field="subscriptions"
-        )
+    for name in fields.bounded(change.subscriptions or (), "subscriptions", SUBSCRIPTIONS_MAX):
+        fields.text(name, "subscriptions", SUBSCRIPTION_CHARACTERS_MAX, characters_min=1)
     return change
 
 

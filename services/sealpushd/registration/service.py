@@ -16,7 +16,7 @@ from sealpush.model import Reason
 from sealpush.proofs import challenge_proof, registration_proof, verify_proof
 from sealpush.suites import SUITE_X25519
 from sealpush.v1 import common_pb2, registration_pb2, registration_pb2_grpc
-from sealpushd.platform import rpc
+from sealpushd.platform import fields, rpc
 from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.batching import NaturalBatcher
 from sealpushd.platform.clock import Clock, to_ms
@@ -168,8 +168,8 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         self, request: registration_pb2.ConfirmRegistrationRequest, context: rpc.Context
     ) -> registration_pb2.ConfirmRegistrationResponse:
         now = self._clock.now()
-        registration_id = parsing.registration_id(request.registration_id)
-        device_id = parsing.device_id(request.device_id)
+        registration_id = RegistrationId(fields.id16(request.registration_id, "registration_id"))
+        device_id = DeviceId(fields.id16(request.device_id, "device_id"))
         identity = parsing.identity_key(request.identity_public_key)
         min_suite = request.min_suite or SUITE_X25519
         prekey = parsing.signed_prekey(request.signed_prekey, device_id, identity, min_suite, to_ms(now))
@@ -277,7 +277,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
     async def GetChallenge(
         self, request: registration_pb2.GetChallengeRequest, context: rpc.Context
     ) -> registration_pb2.GetChallengeResponse:
-        device_id = parsing.device_id(request.device_id)
+        device_id = DeviceId(fields.id16(request.device_id, "device_id"))
         random = secrets.token_bytes(rules.CHALLENGE_RANDOM_BYTES)
         challenge = rules.make_challenge(device_id, random, self._store.challenge_mac, now=self._clock.now())
         return registration_pb2.GetChallengeResponse(challenge=challenge)
@@ -285,7 +285,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
     async def Authenticate(
         self, request: registration_pb2.AuthenticateRequest, context: rpc.Context
     ) -> registration_pb2.AuthenticateResponse:
-        device_id = parsing.device_id(request.device_id)
+        device_id = DeviceId(fields.id16(request.device_id, "device_id"))
         caller = await self._answered(device_id, request.challenge, request.signature)
         if caller is None:
             # One answer for every cause: an unknown device, a foreign or an old answer.
@@ -331,7 +331,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
     ) -> registration_pb2.RemoveDeviceResponse:
         caller = rpc.require_device()
         counter = parsing.checked_counter(caller, request.proof, _METHOD + "RemoveDevice", request.change)
-        device_id = parsing.device_id(parsing.signed_change(registration_pb2.DeviceRemoval, request.change).device_id)
+        device_id = DeviceId(fields.id16(parsing.signed_change(registration_pb2.DeviceRemoval, request.change).device_id, "device_id"))
         rules.check_removal(caller.device_id, device_id)
         listed = await self._devices.listed(caller.device_id, device_id)
         closures = await self._store.remove_installation(caller.device_id, counter, device_id, listed, self._clock.now())
@@ -342,10 +342,8 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         self, request: registration_pb2.ListPreferencesRequest, context: rpc.Context
     ) -> registration_pb2.ListPreferencesResponse:
         caller = rpc.require_device()
-        if request.page_size > PREFERENCES_PAGE_MAX:
-            raise InvalidRequest(f"page_size is at most {PREFERENCES_PAGE_MAX}", field="page_size")
-        size = request.page_size or PREFERENCES_PAGE_DEFAULT
-        after = parsing.check_id(request.page_token, "page_token") if request.page_token else NO_ID
+        size = fields.number(request.page_size, "page_size", PREFERENCES_PAGE_MAX) or PREFERENCES_PAGE_DEFAULT
+        after = fields.id16(request.page_token, "page_token") if request.page_token else NO_ID
         found = await self._store.preferences(caller.device_id, after, size + 1)
         page = found[:size]
         return registration_pb2.ListPreferencesResponse(
@@ -408,20 +406,18 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
         self._resolving: NaturalBatcher[Query, Resolved | Reason] = NaturalBatcher(store.resolve, in_flight_max=2)
 
     async def Resolve(self, request: directory_pb2.ResolveRequest, context: rpc.Context) -> directory_pb2.ResolveResponse:
-        parsing.check_batch(len(request.queries), "queries")
-        parsed = [parsing.query(query, self._store) for query in request.queries]
-        answers = iter(await self._resolving.submit_many([query for query in parsed if not isinstance(query, str)]))
+        parsed = fields.each_alone(request.queries, "queries", lambda query: parsing.query(query, self._store))
+        answers = iter(await self._resolving.submit_many([query for query in parsed if not isinstance(query, InvalidRequest)]))
         response = directory_pb2.ResolveResponse()
         for query in parsed:
-            _add_result(response.results.add(), query if isinstance(query, str) else next(answers))
+            _add_result(response.results.add(), query if isinstance(query, InvalidRequest) else next(answers))
         return response
 
     async def GetPushTargets(
         self, request: directory_pb2.GetPushTargetsRequest, context: rpc.Context
     ) -> directory_pb2.GetPushTargetsResponse:
-        parsing.check_batch(len(request.device_ids), "device_ids")
         response = directory_pb2.GetPushTargetsResponse()
-        for target in await self._store.push_targets(parsing.check_device_ids(request.device_ids, "device_ids")):
+        for target in await self._store.push_targets(fields.ids(request.device_ids, "device_ids")):
             entry = response.targets.add(
                 device_id=target.device_id,
                 push_token=target.push_token.value,
@@ -438,15 +434,14 @@ class DirectoryService(directory_pb2_grpc.DirectoryServicer):
     async def ReportDeadTokens(
         self, request: directory_pb2.ReportDeadTokensRequest, context: rpc.Context
     ) -> directory_pb2.ReportDeadTokensResponse:
-        parsing.check_batch(len(request.dead_tokens), "dead_tokens")
         now = self._clock.now()
-        dead = [parsing.dead_token(one, now) for one in request.dead_tokens]
+        dead = fields.each(request.dead_tokens, "dead_tokens", lambda said: parsing.dead_token(said, now))
         return directory_pb2.ReportDeadTokensResponse(forgotten=await self._store.forget_tokens(dead, now))
 
 
-def _add_result(result: directory_pb2.ResolveResult, answer: Resolved | Reason | str) -> None:
-    if isinstance(answer, str):
-        result.invalid = answer
+def _add_result(result: directory_pb2.ResolveResult, answer: Resolved | Reason | InvalidRequest) -> None:
+    if isinstance(answer, InvalidRequest):
+        result.invalid = answer.message
     elif isinstance(answer, Reason):
         result.not_registered = common_pb2.ReasonCode.ValueType(answer)
     else:

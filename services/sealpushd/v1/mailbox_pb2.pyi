@@ -30,7 +30,7 @@ class _WakeUpOutcome:
 class _WakeUpOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WakeUpOutcome.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WAKE_UP_OUTCOME_UNSPECIFIED: _WakeUpOutcome.ValueType  # 0
-    """Refused."""
+    """Means nothing."""
     WAKE_UP_OUTCOME_PUSHED: _WakeUpOutcome.ValueType  # 1
     """The push service took it."""
     WAKE_UP_OUTCOME_RETRY: _WakeUpOutcome.ValueType  # 2
@@ -48,7 +48,7 @@ class WakeUpOutcome(_WakeUpOutcome, metaclass=_WakeUpOutcomeEnumTypeWrapper):
     """What became of a wake-up."""
 
 WAKE_UP_OUTCOME_UNSPECIFIED: WakeUpOutcome.ValueType  # 0
-"""Refused."""
+"""Means nothing."""
 WAKE_UP_OUTCOME_PUSHED: WakeUpOutcome.ValueType  # 1
 """The push service took it."""
 WAKE_UP_OUTCOME_RETRY: WakeUpOutcome.ValueType  # 2
@@ -206,6 +206,11 @@ class StoreRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    ITEM_ERRORS_FIELD_NUMBER: _builtins.int
+    item_errors: _builtins.bool
+    """A message that cannot be stored is refused in its own result, and the others are stored. False: it fails the call, as a caller of an
+    earlier release expects.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewMessage]:
         """≤ 512."""
@@ -214,10 +219,11 @@ class StoreRequest(_message.Message):
         self,
         *,
         messages: _abc.Iterable[Global___NewMessage] | None = ...,
+        item_errors: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_errors", b"item_errors", "messages", b"messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,7 +356,7 @@ class NewDelivery(_message.Message):
     device_id: _builtins.bytes
     """16 bytes."""
     stanza: _builtins.bytes
-    """Empty: nothing could be sealed for this device; it ends as UNDELIVERED with the reason below."""
+    """≤ 7 KiB. Empty: nothing could be sealed for this device; it ends as UNDELIVERED with the reason below."""
     platform: _common_pb2.Platform.ValueType
     """With the app id, the lane."""
     push_reason: _common_pb2.ReasonCode.ValueType
@@ -401,21 +407,27 @@ class StoreResult(_message.Message):
 
     ACCEPTED_FIELD_NUMBER: _builtins.int
     STORED_NOW_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     stored_now: _builtins.bool
-    """This message was stored by this call; false: the key was accepted before."""
+    """This message was stored by this call; false: the key was accepted before, or it is refused."""
     @_builtins.property
     def accepted(self) -> Global___AcceptedResult:
         """The stored message, or the one the key was accepted for before."""
+
+    @_builtins.property
+    def refused(self) -> _publish_pb2.Refusal:
+        """Present: nothing of this message was stored, and `accepted` is absent. Only with `item_errors`."""
 
     def __init__(
         self,
         *,
         accepted: Global___AcceptedResult | None = ...,
         stored_now: _builtins.bool = ...,
+        refused: _publish_pb2.Refusal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "stored_now", b"stored_now"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "refused", b"refused", "stored_now", b"stored_now"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

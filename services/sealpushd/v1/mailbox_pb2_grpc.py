@@ -104,14 +104,18 @@ class MailboxServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Store(self, request, context):
-        """Stores messages with their deliveries, journal and idempotency keys: one commit, durable before the answer. A result each. Publishing.
+        """Stores messages with their deliveries, journal and idempotency keys: durable before the answer. A result each, in their order.
+        ABORTED for a message whose id is taken by another key, or is of a time far off: nothing of it is stored, and it may come again with a
+        fresh id. Publishing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WakeUpSession(self, request_iterator, context):
-        """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch.
+        """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. A credit that names no
+        lane is ignored; a wake-up whose report means nothing is handed out again half a minute later and counts as tried. Both are logged here,
+        and the stream goes on. Dispatch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

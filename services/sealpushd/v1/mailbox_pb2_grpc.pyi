@@ -36,9 +36,15 @@ class MailboxStub:
     LookupAccepted: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.LookupAcceptedRequest, _mailbox_pb2.LookupAcceptedResponse]
     """Whether requests were accepted before. A result each, in their order. Publishing."""
     Store: _grpc.UnaryUnaryMultiCallable[_mailbox_pb2.StoreRequest, _mailbox_pb2.StoreResponse]
-    """Stores messages with their deliveries, journal and idempotency keys: one commit, durable before the answer. A result each. Publishing."""
+    """Stores messages with their deliveries, journal and idempotency keys: durable before the answer. A result each, in their order.
+    ABORTED for a message whose id is taken by another key, or is of a time far off: nothing of it is stored, and it may come again with a
+    fresh id. Publishing.
+    """
     WakeUpSession: _grpc.StreamStreamMultiCallable[_mailbox_pb2.WakeUpSessionRequest, _mailbox_pb2.WakeUpSessionResponse]
-    """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch."""
+    """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. A credit that names no
+    lane is ignored; a wake-up whose report means nothing is handed out again half a minute later and counts as tried. Both are logged here,
+    and the stream goes on. Dispatch.
+    """
     ReadEvents: _grpc.UnaryStreamMultiCallable[_mailbox_pb2.ReadEventsRequest, _mailbox_pb2.ReadEventsResponse]
     """The journal of state changes from a position on, then every change as it comes. Publishing, operators.
 
@@ -74,9 +80,15 @@ class MailboxAsyncStub(MailboxStub):
     LookupAccepted: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.LookupAcceptedRequest, _mailbox_pb2.LookupAcceptedResponse]  # type: ignore[assignment]
     """Whether requests were accepted before. A result each, in their order. Publishing."""
     Store: _aio.UnaryUnaryMultiCallable[_mailbox_pb2.StoreRequest, _mailbox_pb2.StoreResponse]  # type: ignore[assignment]
-    """Stores messages with their deliveries, journal and idempotency keys: one commit, durable before the answer. A result each. Publishing."""
+    """Stores messages with their deliveries, journal and idempotency keys: durable before the answer. A result each, in their order.
+    ABORTED for a message whose id is taken by another key, or is of a time far off: nothing of it is stored, and it may come again with a
+    fresh id. Publishing.
+    """
     WakeUpSession: _aio.StreamStreamMultiCallable[_mailbox_pb2.WakeUpSessionRequest, _mailbox_pb2.WakeUpSessionResponse]  # type: ignore[assignment]
-    """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch."""
+    """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. A credit that names no
+    lane is ignored; a wake-up whose report means nothing is handed out again half a minute later and counts as tried. Both are logged here,
+    and the stream goes on. Dispatch.
+    """
     ReadEvents: _aio.UnaryStreamMultiCallable[_mailbox_pb2.ReadEventsRequest, _mailbox_pb2.ReadEventsResponse]  # type: ignore[assignment]
     """The journal of state changes from a position on, then every change as it comes. Publishing, operators.
 
@@ -121,7 +133,10 @@ class MailboxServicer(metaclass=_abc_1.ABCMeta):
         request: _mailbox_pb2.StoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_mailbox_pb2.StoreResponse, _abc.Awaitable[_mailbox_pb2.StoreResponse]]:
-        """Stores messages with their deliveries, journal and idempotency keys: one commit, durable before the answer. A result each. Publishing."""
+        """Stores messages with their deliveries, journal and idempotency keys: durable before the answer. A result each, in their order.
+        ABORTED for a message whose id is taken by another key, or is of a time far off: nothing of it is stored, and it may come again with a
+        fresh id. Publishing.
+        """
 
     @_abc_1.abstractmethod
     def WakeUpSession(
@@ -129,7 +144,10 @@ class MailboxServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_mailbox_pb2.WakeUpSessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_mailbox_pb2.WakeUpSessionResponse], _abc.AsyncIterator[_mailbox_pb2.WakeUpSessionResponse]]:
-        """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. Dispatch."""
+        """Hands wake-ups to a dispatcher as far as its credit goes and takes its reports. The leases end with the stream. A credit that names no
+        lane is ignored; a wake-up whose report means nothing is handed out again half a minute later and counts as tried. Both are logged here,
+        and the stream goes on. Dispatch.
+        """
 
     @_abc_1.abstractmethod
     def ReadEvents(

@@ -19,7 +19,7 @@ UNANSWERED_MAX = 3
 class Watched:
     """A child that does nothing, and what its supervisor asked and said."""
 
-    def __init__(self, log_path: Path, probe: Callable[["Watched"], Awaitable[None]]) -> None:
+    def __init__(self, log_path: Path, probe: Callable[["Watched"], Awaitable[None]], start_patience_s: float) -> None:
         self.log_path = log_path
         self.ready_pids: list[int | None] = []
         self.probed_pids: list[int | None] = []
@@ -27,7 +27,9 @@ class Watched:
         self.may_be_ready = asyncio.Event()
         self.may_be_ready.set()
         self._probe = probe
-        liveness = Liveness(self._probed, every_s=0.001, patience_s=PROBE_S, unanswered_max=UNANSWERED_MAX)
+        liveness = Liveness(
+            self._probed, every_s=0.001, patience_s=PROBE_S, unanswered_max=UNANSWERED_MAX, start_patience_s=start_patience_s
+        )
         arguments = ["-c", "import signal; signal.pause()"]
         self.child = Child("idle", arguments, os.environ, log_path, self._ready, liveness, lambda *told: self.told.append(told))
 
@@ -41,8 +43,10 @@ class Watched:
 
 
 @asynccontextmanager
-async def running(log_path: Path, probe: Callable[[Watched], Awaitable[None]]) -> AsyncIterator[Watched]:
-    watched = Watched(log_path, probe)
+async def running(
+    log_path: Path, probe: Callable[[Watched], Awaitable[None]], start_patience_s: float = PATIENCE_S
+) -> AsyncIterator[Watched]:
+    watched = Watched(log_path, probe, start_patience_s)
     await watched.child.start()
     try:
         async with asyncio.timeout(PATIENCE_S):
@@ -87,6 +91,19 @@ async def test_a_child_that_is_slow_now_and_then_is_left_alone(tmp_path: Path) -
         await watched.child.wait_ready(PATIENCE_S)
         await eventually(lambda: len(watched.probed_pids) > 4 * UNANSWERED_MAX)
         assert (watched.child.restarts, watched.told) == (0, [])
+
+
+async def test_a_child_that_hangs_in_its_second_start_is_started_once_more(tmp_path: Path) -> None:
+    async with running(tmp_path / "idle.log", answer, start_patience_s=PROBE_S) as watched:
+        await watched.child.wait_ready(PATIENCE_S)
+        watched.may_be_ready.clear()
+        first = watched.child.pid
+        assert first is not None
+        os.kill(first, 9)
+        await eventually(lambda: watched.child.restarts == 2)
+        assert [why for _, why, _ in watched.told] == ["killed", "hung"]
+        watched.may_be_ready.set()
+        await eventually(lambda: watched.child.pid in watched.probed_pids)
 
 
 async def test_who_starts_or_stops_is_not_probed(tmp_path: Path) -> None:

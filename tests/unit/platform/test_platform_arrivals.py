@@ -46,6 +46,17 @@ async def test_whoever_floods_loses_its_own_oldest_and_others_keep_theirs() -> N
 
 
 @pytest.mark.asyncio
+async def test_a_flood_from_ever_new_addresses_of_an_ipv6_network_is_one_flood() -> None:
+    arrivals = Arrivals(waiting_max=3)
+    phone, *flood = await begun(arrivals, "2001:db8:1::1", *(f"2001:db8:2::{n}" for n in range(1, 5)))
+    for lost in flood[:2]:
+        with pytest.raises(Overloaded):
+            await lost.task
+    phone.arrive()
+    assert await phone.task == b"request"
+
+
+@pytest.mark.asyncio
 async def test_what_has_come_or_been_cancelled_is_not_counted_any_more() -> None:
     arrivals = Arrivals(waiting_max=1)
     for _ in range(3):
@@ -77,3 +88,21 @@ async def test_a_request_whose_time_is_just_over_can_be_given_up_as_well() -> No
     calls = await begun(Arrivals(seconds_max=0, waiting_max=1), *["flood"] * 3)
     ended = await asyncio.gather(*(call.task for call in calls), return_exceptions=True)
     assert [type(each) for each in ended] == [DeadlineExceeded] * 3
+
+
+@pytest.mark.asyncio
+async def test_each_request_that_does_not_come_is_ended_whenever_it_began() -> None:
+    """One timer is for all: for those that began before it rang, and those after there was nothing to wait for."""
+    arrivals = Arrivals(seconds_max=0.05)
+    for _ in range(2):
+        calls = []
+        for _ in range(3):
+            calls += await begun(arrivals, "phone", "office")
+            await asyncio.sleep(0.02)
+        async with asyncio.timeout(30):
+            ended = await asyncio.gather(*(call.task for call in calls), return_exceptions=True)
+        assert [type(each) for each in ended] == [DeadlineExceeded] * 6
+        (last,) = await begun(arrivals, "phone")
+        last.arrive()
+        assert await last.task == b"request"
+        await asyncio.sleep(0.1)

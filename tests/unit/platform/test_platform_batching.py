@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sealpushd.platform import admission
 from sealpushd.platform.admission import Door, End, party_of
 from sealpushd.platform.batching import QUEUE_AGE_S_MAX, NaturalBatcher
-from sealpushd.platform.errors import DeadlineExceeded, Overloaded
+from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 
 # Bounds a hang; it claims nothing about time.
 LIMIT_S = 30
@@ -32,7 +32,7 @@ class Gate:
         self.entered.set()
         await self.open.wait()
         if self.fail_on.intersection(items):
-            raise ValueError("this batch fails")
+            raise RuntimeError("this batch fails")
         return [item * 10 for item in items]
 
 
@@ -71,7 +71,7 @@ async def test_a_failure_reaches_every_submission_of_its_batch_and_no_other() ->
     gate.open.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert gate.batches == [[1, 2], [3, 4], [5, 6]]
-    assert [type(result) for result in results] == [int, int, ValueError, ValueError, int, int]
+    assert [type(result) for result in results] == [int, int, RuntimeError, RuntimeError, int, int]
 
 
 async def test_a_wrong_number_of_results_is_an_error_and_not_a_mix_up() -> None:
@@ -283,5 +283,74 @@ async def test_of_a_submission_that_was_split_each_part_has_its_own_result_or_er
     gate.open.set()
     batcher = NaturalBatcher[int, int](gate.flush, items_max=2)
     results = await batcher.submit_each([1, 2, 3, 4, 5])
-    assert [result if isinstance(result, int) else type(result) for result in results] == [10, 20, ValueError, ValueError, 50]
+    assert [result if isinstance(result, int) else type(result) for result in results] == [10, 20, RuntimeError, RuntimeError, 50]
     assert await batcher.submit_each([]) == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.sets(st.integers(0, 200)), st.booleans())
+def test_an_item_that_its_batch_is_refused_for_fails_alone(sizes: list[int], bad: set[int], refused: bool) -> None:
+    """Also where another's item has failed the batch: nobody learns of it."""
+    done: list[int] = []
+
+    async def flush(items: Sequence[int]) -> Sequence[int]:
+        await asyncio.sleep(0)
+        if first := sorted(bad.intersection(items)):
+            raise InvalidRequest(f"{first[0]} is wrong") if refused else ValueError(f"{first[0]} does not fit")
+        done.extend(items)
+        return [item * 10 for item in items]
+
+    async def run() -> None:
+        batcher = NaturalBatcher[int, int](flush)
+        starts = [sum(sizes[:n]) for n in range(len(sizes))]
+        submissions = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+        async with asyncio.timeout(LIMIT_S):
+            answers = await asyncio.gather(*(batcher.submit_each(items) for items in submissions))
+        for items, results in zip(submissions, answers, strict=True):
+            for item, result in zip(items, results, strict=True):
+                assert str(result).split(" ")[0] == str(item if item in bad else item * 10)
+                assert isinstance(result, Exception) == (item in bad)
+        good = [item for items in submissions for item in items if item not in bad]
+        assert done == good, "each once, in their order"
+        for items in submissions:
+            if bad.intersection(items):
+                with pytest.raises((InvalidRequest, ValueError), match=str(min(bad.intersection(items)))):
+                    await batcher.submit_many(items)
+
+    asyncio.run(run())
+
+
+async def test_an_error_in_the_place_of_a_result_is_of_that_item_alone() -> None:
+    async def flush(items: Sequence[int]) -> Sequence[int | Exception]:
+        return [Overloaded("later") if item == 2 else item for item in items]
+
+    batcher = NaturalBatcher[int, int](flush)
+    one, two, three = (asyncio.create_task(batcher.submit(n)) for n in (1, 2, 3))
+    with pytest.raises(Overloaded):
+        await two
+    assert [await one, await three] == [1, 3]
+
+
+async def test_a_batch_that_fails_for_a_reason_of_its_own_is_flushed_once() -> None:
+    flushed = 0
+
+    async def flush(items: Sequence[int]) -> Sequence[int]:
+        nonlocal flushed
+        flushed += 1
+        raise Unavailable("nobody is there")
+
+    results = await NaturalBatcher[int, int](flush).submit_each([1, 2, 3])
+    assert [type(result) for result in results] == [Unavailable] * 3
+    assert flushed == 1
+
+
+async def test_what_was_done_before_the_peer_went_away_in_the_middle_of_a_halving_is_told() -> None:
+    async def flush(items: Sequence[int]) -> Sequence[int]:
+        if len(items) > 2:
+            raise InvalidRequest("one of these")
+        if 3 in items:
+            raise Unavailable("gone")
+        return items
+
+    results = await NaturalBatcher[int, int](flush).submit_each([1, 2, 3, 4])
+    assert [type(result) for result in results] == [int, int, Unavailable, Unavailable]

@@ -10,7 +10,19 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc.aio import AioRpcError, Metadata
 
 from sealpushd.platform import errors
-from sealpushd.platform.errors import DETAILS_KEY, DOMAIN, ServiceError, from_mesh, render
+from sealpushd.platform.errors import (
+    DETAILS_KEY,
+    DOMAIN,
+    PermissionDenied,
+    ServiceError,
+    StoreUnavailable,
+    Unauthenticated,
+    Unavailable,
+    from_mesh,
+    from_refusal,
+    render,
+    to_refusal,
+)
 
 # The codes that STYLE.md names, and what a deadline and a bug answer.
 CODES = {
@@ -85,3 +97,23 @@ def test_what_grpc_says_by_itself_leaves_unknown_what_the_peer_did(code: grpc.St
     assert from_mesh(AioRpcError(code, Metadata(), Metadata(), "CLIENT: Received message larger than max"), "fetch").code is (
         grpc.StatusCode.UNAVAILABLE
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refusal_of_one_item_says_to_the_caller_what_a_call_would(kind: type[ServiceError]) -> None:
+    error = kind("what happened")
+    error.field = "tag"
+    if kind.retryable:
+        error.retry_after = timedelta(seconds=3)
+    back = from_refusal(to_refusal(error))
+    of_a_call = from_mesh(over_the_wire(error), "peer")
+    assert (type(back), back.retryable) == (type(of_a_call), of_a_call.retryable)
+    assert back.message == "what happened"
+    if kind in (Unauthenticated, PermissionDenied, Unavailable, StoreUnavailable):
+        assert isinstance(back, Unavailable)
+    elif not isinstance(back, errors.Overloaded):
+        assert (back.field, back.retry_after) == (error.field, error.retry_after)
+
+
+def test_a_bug_of_the_peer_is_never_a_refusal_of_the_item() -> None:
+    assert isinstance(from_refusal(to_refusal(ServiceError("internal error"))), Unavailable)

@@ -190,6 +190,39 @@ def test_every_line_is_written_or_counted_once(asked: list[tuple[str, float, boo
         assert all(later - first >= WINDOW_S for first, later in zip(at, at[2 * LINES_MAX :], strict=False))
 
 
+# Wherever something is allocated the collector may run, in the thread that allocates, and what it ends may log: asyncio does, of tasks.
+COLLECTING = """
+import structlog, threading
+from sealpushd.platform import logging
+
+class Window(logging._Window):
+    def __init__(self, since):
+        global left
+        super().__init__(since)
+        left -= 1
+        if left >= 0:
+            log.warning("of the collector", exc_info=RuntimeError())
+
+class Timer(threading.Timer):
+    def __init__(self, *arguments):
+        log.warning("of the collector")
+        super().__init__(*arguments)
+
+logging._Window, threading.Timer, left = Window, Timer, 3
+logging.configure("fetch", "info")
+log = structlog.get_logger()
+for _ in range(50):
+    log.warning("refused")
+"""
+
+
+def test_a_line_that_the_garbage_collector_causes_in_the_middle_of_another_stops_nothing() -> None:
+    ended = subprocess.run([sys.executable, "-c", COLLECTING], capture_output=True, timeout=LIMIT_S / 3, check=True)
+    events = Counter(json.loads(line)["event"] for line in ended.stderr.splitlines())
+    assert events["refused"] == LINES_MAX
+    assert events["of the collector"] > 0
+
+
 def test_ever_new_kinds_take_no_more_memory_and_no_more_lines() -> None:
     steady = Steady()
     limiter = LineLimiter(steady)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from hypothesis import strategies as st
 
 from sealpush.ids import DeviceId, SenderId, SubscriberId
 from sealpushd.platform.errors import Unauthenticated
-from sealpushd.platform.tokens import LEEWAY_S, DeviceCaller, SenderCaller, ServiceCaller, ServiceKey, TokenVerifier
+from sealpushd.platform.tokens import (
+    LEEWAY_S,
+    SENDER_TOKEN_LIFETIME_S,
+    Caller,
+    DeviceCaller,
+    SenderCaller,
+    ServiceCaller,
+    ServiceKey,
+    TokenVerifier,
+)
+from tests.clocks import FakeClock
 
 SENDER = SenderCaller(SenderId(b"s" * 16), b"o" * 16, ("bank", "shop"), frozenset({"publish", "status"}), ("10.0.0.0/8",))
 DEVICE = DeviceCaller(DeviceId(b"d" * 16), SubscriberId(b"u" * 16), "bank", b"k" * 32)
@@ -169,3 +180,26 @@ def test_files_that_hold_no_key_or_trust_are_named_and_not_quoted(tmp_path: Path
     loaded = ServiceKey.load("fetch", tmp_path / "fetch.key")
     (tmp_path / "trust.json").write_text(json.dumps({"fetch": [loaded.public_key.hex()]}))
     assert TokenVerifier.load(tmp_path / "trust.json").verify(loaded.mesh_token()) == ServiceCaller("fetch")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(-SENDER_TOKEN_LIFETIME_S, SENDER_TOKEN_LIFETIME_S)), max_size=12))
+def test_a_token_that_is_remembered_is_judged_as_one_that_is_looked_at_anew(moves: list[tuple[bool, int]]) -> None:
+    """Whatever becomes of the clock: time passes, or somebody sets it, by seconds or by hours."""
+    clock = FakeClock()
+    signing = ServiceKey("accounts", Ed25519PrivateKey.generate(), clock)
+    remembering = TokenVerifier({"accounts": [signing.public_key]}, clock)
+    token, _ = signing.sender_token(SENDER)
+    remembering.verify(token)
+
+    def judged(verifier: TokenVerifier) -> str | tuple[Caller, float]:
+        try:
+            return verifier.verify_until(token)
+        except Unauthenticated as e:
+            return e.message
+
+    for passes, seconds in moves:
+        if passes:
+            clock.advance(timedelta(seconds=abs(seconds)))
+        else:
+            clock.jump(timedelta(seconds=seconds))
+        assert judged(remembering) == judged(TokenVerifier({"accounts": [signing.public_key]}, clock))

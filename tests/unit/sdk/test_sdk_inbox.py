@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -82,6 +83,27 @@ class Faulty(Store):
         return await asyncio.to_thread(slowly, self._keystore)
 
 
+def keep(
+    keystore: Keystore, number: int, key: bytes | None = None, lifetime_ms: int = LIFETIME_MS, received_at_ms: int = START_MS
+) -> InboxMessage:
+    message = InboxMessage(
+        message_id=MessageId(number.to_bytes(16, "big")),
+        content_id=ContentId(number.to_bytes(16, "big")),
+        envelope_digest=number.to_bytes(32, "big"),
+        sender_id=SENDER,
+        created_at_ms=START_MS + number,
+        expires_at_ms=received_at_ms + lifetime_ms,
+        received_at_ms=received_at_ms,
+        content=Content(version=1, body=str(number)).SerializeToString(),
+        replace_key=key,
+    )
+    acknowledgement = PendingAcknowledgement(
+        message.message_id, message.content_id, message.envelope_digest, AckOutcome.DELIVERED, 0, received_at_ms
+    )
+    assert keystore.commit_message(message, acknowledgement=acknowledgement)
+    return message
+
+
 class HandingOver(RuleBasedStateMachine):
     """Two processes of one device over one store, a few tasks in each."""
 
@@ -130,23 +152,7 @@ class HandingOver(RuleBasedStateMachine):
 
     def keep(self, key: bytes | None, lifetime_ms: int) -> None:
         self.committed += 1
-        number = self.committed
-        message = InboxMessage(
-            message_id=MessageId(number.to_bytes(16, "big")),
-            content_id=ContentId(number.to_bytes(16, "big")),
-            envelope_digest=number.to_bytes(32, "big"),
-            sender_id=SENDER,
-            created_at_ms=START_MS + number,
-            expires_at_ms=self.clock.at_ms + lifetime_ms,
-            received_at_ms=self.clock.at_ms,
-            content=Content(version=1, body=str(number)).SerializeToString(),
-            replace_key=key,
-        )
-        acknowledgement = PendingAcknowledgement(
-            message.message_id, message.content_id, message.envelope_digest, AckOutcome.DELIVERED, 0, self.clock.at_ms
-        )
-        keystore = self.memory or self.opened[-1]
-        assert keystore.commit_message(message, acknowledgement=acknowledgement)
+        message = keep(self.memory or self.opened[-1], self.committed, key, lifetime_ms, self.clock.at_ms)
         self.ends[message.message_id] = message.expires_at_ms
         if key is not None:
             if key in self.newest:
@@ -291,3 +297,30 @@ HandingOver.TestCase.settings = settings(
     max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 test_whatever_happens_each_message_is_handed_over_once_and_in_order = HandingOver.TestCase
+
+
+async def test_a_mark_that_ended_in_a_way_nobody_foresaw_is_the_trouble_of_one_call() -> None:
+    class Failing(Store):
+        fails = False
+
+        async def __call__(self, use: Callable[[Keystore], Result]) -> Result:
+            if self.fails:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            return await super().__call__(use)
+
+    class Marking(Inbox):
+        async def _mark(self, waiting: list[Message]) -> None:
+            store.fails = not tried
+            tried.append(len(waiting))
+            await super()._mark(waiting)
+
+    tried: list[int] = []
+    keystore = MemoryKeystore()
+    store = Failing(keystore)
+    inbox = Marking(store, ServerTime(Clock(), store), cast(SenderEntries, Names()))
+    keep(keystore, 1)
+    with pytest.raises(RuntimeError):
+        await inbox.hand_over()
+    store.fails = False
+    (given,) = await inbox.hand_over()
+    assert given.is_new

@@ -6,7 +6,9 @@ WITH ended AS (
 ), surplus AS (
     DELETE FROM sign_in_addresses
     WHERE ctid IN (SELECT ctid FROM sign_in_addresses
-                   WHERE ctid IN (SELECT ctid FROM sign_in_addresses WHERE organisation_id = $1 AND address_hmac <> $2
+                   WHERE ctid IN (SELECT ctid
+                                  FROM (SELECT ctid, signed_in_at FROM sign_in_addresses
+                                        WHERE organisation_id = $1 AND address_hmac <> $2 OFFSET 0) own
                                   ORDER BY signed_in_at DESC OFFSET $5 - 1 LIMIT 100)
                    FOR UPDATE SKIP LOCKED)
 )

@@ -2,4 +2,4 @@
 -- remembers.
 SELECT a.organisation_id, a.address_hmac, a.signed_in_at
 FROM unnest($1::uuid[], $2::bytea[]) AS asked (organisation_id, address_hmac)
-JOIN sign_in_addresses a ON a.organisation_id = asked.organisation_id AND a.address_hmac = asked.address_hmac
+JOIN sign_in_addresses a ON a.organisation_id = ANY (ARRAY[asked.organisation_id]) AND a.address_hmac = asked.address_hmac

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sealpushd.dispatch.providers.base import (
     Accepted,
     Bug,
-    Clock,
     HttpAnswer,
     Misconfigured,
     Outcome,
@@ -42,7 +41,7 @@ from sealpushd.dispatch.providers.base import (
     retry,
 )
 from sealpushd.dispatch.providers.http import Connection, HttpClient, HttpSettings, clock_is_wrong
-from sealpushd.platform.clock import MOMENT_AHEAD_MAX, Reading
+from sealpushd.platform.clock import MOMENT_AHEAD_MAX, Clock, Reading
 
 # Apple: reuse one for 20 to 60 minutes.
 PROVIDER_TOKEN_LIFETIME = timedelta(minutes=45)

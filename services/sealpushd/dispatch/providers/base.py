@@ -26,16 +26,6 @@ RETRY_AFTER_MAX = timedelta(minutes=15)
 PUSH_TOKEN_CHARACTERS_MAX = 4096
 
 
-class Clock(Protocol):
-    """Gives the time; tests move it by hand. See `platform.clock`: durations are measured by `monotonic` alone."""
-
-    def now(self) -> datetime:
-        """The time now, aware, in UTC. Whoever sets the clock moves it."""
-
-    def monotonic(self) -> float:
-        """Seconds since some moment, which no setting of the clock changes."""
-
-
 class PushToken:
     """A device's address at its push service. A secret: it prints as `PushToken(…)`, `reveal` is for the wire only."""
 

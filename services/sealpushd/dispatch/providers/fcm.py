@@ -30,7 +30,6 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sealpushd.dispatch.providers.base import (
     Accepted,
     Bug,
-    Clock,
     HttpAnswer,
     Misconfigured,
     Outcome,
@@ -54,6 +53,7 @@ from sealpushd.dispatch.providers.base import (
 )
 from sealpushd.dispatch.providers.http import Connection, HttpClient, HttpSettings, clock_is_wrong
 from sealpushd.dispatch.providers.oauth import AuthorizedSends, is_https_url
+from sealpushd.platform.clock import Clock
 
 SCOPE = "https://www.googleapis.com/auth/firebase.messaging"
 JWT_GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"

@@ -26,7 +26,6 @@ from typing import Self
 from sealpushd.dispatch.providers.base import (
     Accepted,
     Bug,
-    Clock,
     HttpAnswer,
     Misconfigured,
     Outcome,
@@ -48,6 +47,7 @@ from sealpushd.dispatch.providers.base import (
 )
 from sealpushd.dispatch.providers.http import Connection, HttpClient, HttpSettings
 from sealpushd.dispatch.providers.oauth import AuthorizedSends, is_https_url
+from sealpushd.platform.clock import Clock
 
 BASE_URL = "https://push-api.cloud.huawei.com"
 TOKEN_URL = "https://oauth-login.cloud.huawei.com/oauth2/v3/token"  # noqa: S105 - where, not what

@@ -21,7 +21,8 @@ from pyreqwest.exceptions import ClientClosedError, DecodeError, DetailedPyreqwe
 from pyreqwest.proxy import ProxyBuilder
 from pyreqwest.response import Response
 
-from sealpushd.dispatch.providers.base import Clock, HttpAnswer, RetryAt, parse_http_date
+from sealpushd.dispatch.providers.base import HttpAnswer, RetryAt, parse_http_date
+from sealpushd.platform.clock import Clock
 
 # Push services answer in tens of bytes; whoever sends more is none, and his answer must not eat memory.
 ANSWER_BYTES_MAX = 64 * 1024

@@ -17,7 +17,6 @@ from sealpushd.dispatch.providers.base import (
     ACCESS_TOKEN,
     Accepted,
     Bug,
-    Clock,
     HttpAnswer,
     Misconfigured,
     Outcome,
@@ -28,6 +27,7 @@ from sealpushd.dispatch.providers.base import (
     retry,
 )
 from sealpushd.dispatch.providers.http import Connection, HttpClient, clock_is_wrong
+from sealpushd.platform.clock import Clock
 
 # A token is renewed so long before its end, while it still serves.
 RENEW_BEFORE = timedelta(minutes=5)

@@ -1,5 +1,6 @@
 -- The journal is read in the order of its numbers, between two snapshots (docs/architecture.md, "The journal"). A reader of the version
--- before goes on with the index on (xid, seq). Making the index holds writers up for about a second a million entries.
+-- before goes on with the index on (xid, seq). Making the index holds writers up for about a second a million entries, and no time where the
+-- partitions have theirs already (docs/operations.md, "Restarting and upgrading").
 CREATE INDEX ON status_events (seq);
 GRANT SELECT ON SEQUENCE status_events_seq TO fetch_app;
 
@@ -39,7 +40,12 @@ BEGIN
         IF to_timestamp(right(old.part, 7), 'IYYY"w"IW') + interval '1 week'
            < now() - (CASE WHEN old.parent = 'contents' THEN interval '29 days' ELSE greatest(keep, interval '29 days') END) THEN
             IF old.parent = 'status_events' THEN
-                EXECUTE format('SELECT xid FROM %I ORDER BY xid DESC, seq DESC LIMIT 1', old.part) INTO newest;
+                -- Of what came out of a back-up the transaction says nothing here: who has read nothing yet misses it, nobody else.
+                EXECUTE format(
+                    'SELECT coalesce((SELECT xid FROM %1$I WHERE seq > $1 ORDER BY xid DESC, seq DESC LIMIT 1),'
+                    ' (SELECT ''1''::xid8 FROM %1$I LIMIT 1))',
+                    old.part
+                ) INTO newest USING (SELECT restored_seq FROM journal_epoch);
                 UPDATE journal_epoch SET dropped_xid = greatest(dropped_xid, newest) WHERE newest IS NOT NULL;
             END IF;
             EXECUTE format('DROP TABLE %I', old.part);

@@ -15,6 +15,6 @@ WITH lanes AS (
     ) o
 )
 UPDATE open_deliveries o SET session_id = $1, fence = o.fence + 1
-FROM due WHERE o.device_id = due.device_id AND o.message_id = due.message_id
+FROM due WHERE o.device_id = ANY (ARRAY[due.device_id]) AND o.message_id = due.message_id
 RETURNING o.message_id, o.device_id, o.wake_up_id, o.fence, o.app_id, o.platform, o.priority, o.muted, o.expires_at, o.attempts,
           o.expires_at - now()

@@ -12,9 +12,9 @@ WITH given AS (
            -- No push can have left what was never handed to a dispatcher, and no device has what is QUEUED.
            CASE WHEN o.fence = 0 AND d.state = 1 THEN 1 ELSE 2 END AS stop_point
     FROM given g
-    JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
-    JOIN messages m ON m.message_id = g.message_id
-    JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
+    JOIN open_deliveries o ON o.device_id = ANY (ARRAY[g.device_id]) AND o.message_id = g.message_id
+    JOIN messages m ON m.message_id = ANY (ARRAY[g.message_id])
+    JOIN deliveries d ON d.message_id = ANY (ARRAY[g.message_id]) AND d.device_id = g.device_id
     WHERE g.outcome IS NULL OR (
         o.expires_at > now() AND m.content_id = g.content_id
         AND (g.envelope_digest IS NULL OR m.evidence IS NULL OR g.envelope_digest = sha256(m.evidence))
@@ -22,7 +22,7 @@ WITH given AS (
 ), closed AS (
     -- Everything else follows from what this removed and so has locked, also the numbers in the journal.
     DELETE FROM open_deliveries o USING fitting f
-    WHERE o.device_id = f.device_id AND o.message_id = f.message_id
+    WHERE o.device_id = ANY (ARRAY[f.device_id]) AND o.message_id = f.message_id
     RETURNING f.*
 ), changed AS (
     UPDATE deliveries d
@@ -34,7 +34,7 @@ WITH given AS (
         read_at = CASE WHEN c.state = 4 AND c.read_before THEN now() ELSE d.read_at END,
         stop_point = CASE WHEN c.outcome IS NULL THEN c.stop_point END
     FROM closed c
-    WHERE d.message_id = c.message_id AND d.device_id = c.device_id
+    WHERE d.message_id = ANY (ARRAY[c.message_id]) AND d.device_id = c.device_id
 ), fetched AS (
     -- A device that acknowledges has fetched; where that was not written yet, it is written now.
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
@@ -57,9 +57,9 @@ WITH given AS (
         SELECT DISTINCT c.message_id FROM closed c
         WHERE NOT EXISTS (
             SELECT FROM deliveries d
-            WHERE d.message_id = c.message_id AND d.state < 4
+            WHERE d.message_id = ANY (ARRAY[c.message_id]) AND d.state < 4
               AND (d.message_id, d.device_id) NOT IN (SELECT message_id, device_id FROM closed)
         )
-    ) done WHERE t.message_id = done.message_id
+    ) done WHERE t.message_id = ANY (ARRAY[done.message_id])
 )
 SELECT message_id, device_id, state, stop_point FROM closed

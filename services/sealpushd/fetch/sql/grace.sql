@@ -4,7 +4,7 @@
 WITH unfetched AS MATERIALIZED (
     SELECT d.device_id, d.message_id
     FROM unnest($1::uuid[], $2::uuid[]) AS g (device_id, message_id)
-    JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
+    JOIN deliveries d ON d.message_id = ANY (ARRAY[g.message_id]) AND d.device_id = g.device_id
     WHERE d.state < 3
 ), closing AS (
     UPDATE open_deliveries o SET
@@ -12,7 +12,7 @@ WITH unfetched AS MATERIALIZED (
         close_reason = CASE WHEN now() + $3::interval < o.closes_at THEN 105 ELSE o.close_reason END,
         next_attempt_at = NULL,
         quarantined = false
-    FROM unfetched u WHERE o.device_id = u.device_id AND o.message_id = u.message_id
+    FROM unfetched u WHERE o.device_id = ANY (ARRAY[u.device_id]) AND o.message_id = u.message_id
 )
 UPDATE deliveries d SET push_reason = 105
-FROM unfetched u WHERE d.message_id = u.message_id AND d.device_id = u.device_id
+FROM unfetched u WHERE d.message_id = ANY (ARRAY[u.message_id]) AND d.device_id = u.device_id

@@ -10,15 +10,15 @@ WITH given AS (
            m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel,
            coalesce(d.ack_outcome = g.outcome, false) AS repeated
     FROM given g
-    JOIN messages m ON m.message_id = g.message_id AND m.content_id = g.content_id
+    JOIN messages m ON m.message_id = ANY (ARRAY[g.message_id]) AND m.content_id = g.content_id
         AND (g.envelope_digest IS NULL OR m.evidence IS NULL OR g.envelope_digest = sha256(m.evidence))
-    JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
+    JOIN deliveries d ON d.message_id = ANY (ARRAY[g.message_id]) AND d.device_id = g.device_id
 ), late AS (
     UPDATE deliveries d SET
         late_ack_at = now(), late_ack_outcome = f.outcome, late_ack_reason = f.ack_reason, late_ack_at_ms = f.at_ms,
         late_ack_signature = f.signature
     FROM found f
-    WHERE d.message_id = f.message_id AND d.device_id = f.device_id AND NOT f.repeated AND d.state >= 4 AND d.late_ack_at IS NULL
+    WHERE d.message_id = ANY (ARRAY[f.message_id]) AND d.device_id = f.device_id AND NOT f.repeated AND d.state >= 4 AND d.late_ack_at IS NULL
     RETURNING f.*
 ), journal AS (
     INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, kind, state, reason)

@@ -8,14 +8,14 @@ WITH asked AS MATERIALIZED (
         AS g (question, device_id, wake_up_id, message_id, after_id, most)
     CROSS JOIN LATERAL (
         SELECT o.device_id, o.message_id, o.bytes FROM open_deliveries o
-        WHERE o.device_id = g.device_id AND o.message_id > g.after_id AND o.expires_at > now()
+        WHERE o.device_id = ANY (ARRAY[g.device_id]) AND o.message_id > g.after_id AND o.expires_at > now()
           AND (g.wake_up_id IS NULL OR o.wake_up_id = g.wake_up_id)
           AND (g.message_id IS NULL OR o.message_id = g.message_id)
         ORDER BY o.message_id LIMIT g.most
     ) o
 )
 SELECT a.question, a.device_id, a.message_id
-FROM asked a JOIN open_deliveries o ON o.device_id = a.device_id AND o.message_id = a.message_id
+FROM asked a JOIN open_deliveries o ON o.device_id = ANY (ARRAY[a.device_id]) AND o.message_id = a.message_id
 WHERE a.bytes_before < $7
-ORDER BY o.device_id, o.message_id
+ORDER BY a.device_id, a.message_id
 FOR UPDATE OF o

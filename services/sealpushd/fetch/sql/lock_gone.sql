@@ -6,12 +6,12 @@
 WITH gone AS MATERIALIZED (
     SELECT DISTINCT g.device_id
     FROM unnest($2::uuid[], $3::uuid[], $4::int8[]) AS g (message_id, device_id, fence)
-    LEFT JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
+    LEFT JOIN open_deliveries o ON o.device_id = ANY (ARRAY[g.device_id]) AND o.message_id = g.message_id
     WHERE (o.session_id = $1 AND o.fence = g.fence)
        OR (o.device_id IS NULL AND EXISTS (SELECT FROM wake_up_sessions s WHERE s.session_id = $1))
 )
 SELECT o.device_id, o.message_id
-FROM gone g JOIN open_deliveries o ON o.device_id = g.device_id
+FROM gone g JOIN open_deliveries o ON o.device_id = ANY (ARRAY[g.device_id])
 WHERE (o.device_id, o.message_id) > ($5::uuid, $6::uuid) AND o.close_reason <> 105
 ORDER BY o.device_id, o.message_id LIMIT $7
 FOR UPDATE OF o

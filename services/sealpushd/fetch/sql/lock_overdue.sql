@@ -4,7 +4,7 @@ WITH overdue AS MATERIALIZED (
     SELECT device_id, message_id FROM open_deliveries WHERE closes_at <= now() ORDER BY closes_at LIMIT $1
 )
 SELECT o.device_id, o.message_id, o.close_reason
-FROM overdue d JOIN open_deliveries o ON o.device_id = d.device_id AND o.message_id = d.message_id
+FROM overdue d JOIN open_deliveries o ON o.device_id = ANY (ARRAY[d.device_id]) AND o.message_id = d.message_id
 WHERE o.closes_at <= now()
-ORDER BY o.device_id, o.message_id
+ORDER BY d.device_id, d.message_id
 FOR UPDATE OF o

@@ -4,7 +4,6 @@ UPDATE open_deliveries o SET next_attempt_at = now()
 FROM (
     SELECT device_id, message_id FROM open_deliveries
     WHERE next_attempt_at > now() + $1::interval AND session_id IS NULL
-    ORDER BY device_id, message_id
     FOR UPDATE SKIP LOCKED
 ) late
-WHERE o.device_id = late.device_id AND o.message_id = late.message_id
+WHERE o.device_id = ANY (ARRAY[late.device_id]) AND o.message_id = late.message_id

@@ -8,9 +8,9 @@ WITH given AS (
     SELECT DISTINCT ON (g.message_id, g.device_id)
            g.message_id, g.device_id, g.at_ms, g.signature, d.state, d.reason, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel
     FROM given g
-    JOIN messages m ON m.message_id = g.message_id AND m.content_id = g.content_id
+    JOIN messages m ON m.message_id = ANY (ARRAY[g.message_id]) AND m.content_id = g.content_id
         AND (m.evidence IS NULL OR g.envelope_digest = sha256(m.evidence))
-    JOIN deliveries d ON d.message_id = g.message_id AND d.device_id = g.device_id
+    JOIN deliveries d ON d.message_id = ANY (ARRAY[g.message_id]) AND d.device_id = g.device_id
 ), marked AS (
     -- Of a delivery that is open, the first one is kept and counts when it is acknowledged (`close`).
     UPDATE deliveries d SET
@@ -18,7 +18,7 @@ WITH given AS (
         read_ack_at_ms = CASE WHEN d.read_ack_signature IS NULL THEN f.at_ms ELSE d.read_ack_at_ms END,
         read_ack_signature = coalesce(d.read_ack_signature, f.signature)
     FROM found f
-    WHERE d.message_id = f.message_id AND d.device_id = f.device_id AND d.read_at IS NULL
+    WHERE d.message_id = ANY (ARRAY[f.message_id]) AND d.device_id = f.device_id AND d.read_at IS NULL
       AND (d.state = 4 OR (d.state < 4 AND d.read_ack_signature IS NULL))
     RETURNING f.*
 ), journal AS (

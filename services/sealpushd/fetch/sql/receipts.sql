@@ -4,6 +4,6 @@ SELECT m.message_id, m.content_id, m.evidence, d.device_id, d.state, d.reason,
        d.late_ack_outcome, d.late_ack_reason, d.late_ack_at_ms, d.late_ack_signature,
        d.read_ack_at_ms, d.read_ack_signature
 FROM unnest($2::uuid[]) AS i (message_id)
-JOIN messages m ON m.message_id = i.message_id AND m.sender_id = $1
-JOIN deliveries d ON d.message_id = m.message_id
-ORDER BY m.message_id, d.device_id
+JOIN messages m ON m.message_id = ANY (ARRAY[i.message_id]) AND m.sender_id = $1
+JOIN deliveries d ON d.message_id = ANY (ARRAY[i.message_id])
+ORDER BY i.message_id, d.device_id

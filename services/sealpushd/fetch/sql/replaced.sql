@@ -2,4 +2,8 @@
 -- Out: keys to close.
 SELECT o.message_id, o.device_id
 FROM unnest($1::uuid[], $2::uuid[], $3::bytea[]) AS i (message_id, device_id, replace_hash)
-JOIN open_deliveries o ON o.device_id = i.device_id AND o.replace_hash = i.replace_hash AND o.message_id < i.message_id
+CROSS JOIN LATERAL (
+    SELECT message_id, device_id FROM open_deliveries
+    WHERE device_id = i.device_id AND replace_hash = i.replace_hash AND message_id < i.message_id
+    OFFSET 0
+) o

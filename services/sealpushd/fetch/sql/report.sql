@@ -10,7 +10,7 @@ WITH given AS (
 ), held AS MATERIALIZED (
     SELECT g.*, o.next_attempt_at IS NULL AS off
     FROM given g
-    JOIN open_deliveries o ON o.device_id = g.device_id AND o.message_id = g.message_id
+    JOIN open_deliveries o ON o.device_id = ANY (ARRAY[g.device_id]) AND o.message_id = g.message_id
     -- Not by the session's index, which looks cheap when statistics were taken while nothing was leased.
     WHERE o.session_id IS NOT DISTINCT FROM $1 AND o.fence = g.fence
 ), released AS (
@@ -24,7 +24,7 @@ WITH given AS (
         END END,
         -- Without a token, or for any other reason than that pushing failed, there is nothing to requeue.
         quarantined = l.outcome = 4 AND l.reason IN (0, 110) AND NOT l.off
-    FROM held l WHERE o.device_id = l.device_id AND o.message_id = l.message_id
+    FROM held l WHERE o.device_id = ANY (ARRAY[l.device_id]) AND o.message_id = l.message_id
     RETURNING o.device_id, o.message_id
 ), pushed AS (
     UPDATE deliveries d SET
@@ -41,9 +41,9 @@ WITH given AS (
             ELSE l.reason
         END,
         detail = nullif(l.detail, '')
-    FROM held l WHERE d.message_id = l.message_id AND d.device_id = l.device_id
+    FROM held l WHERE d.message_id = ANY (ARRAY[l.message_id]) AND d.device_id = l.device_id
     RETURNING d.message_id, d.device_id, d.state = 2 AND d.changed_at = now() AS changed
 )
 INSERT INTO status_events (message_id, device_id, sender_id, order_id, leg_no, group_id, channel, state, reason)
 SELECT p.message_id, p.device_id, m.sender_id, m.order_id, m.leg_no, m.group_id, m.channel, 2, 0
-FROM pushed p JOIN messages m ON m.message_id = p.message_id WHERE p.changed
+FROM pushed p JOIN messages m ON m.message_id = ANY (ARRAY[p.message_id]) WHERE p.changed

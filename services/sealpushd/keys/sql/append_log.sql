@@ -8,4 +8,4 @@ WITH appended AS (
 UPDATE device_lists l
 SET seq = t.seq, head = t.head, identity_changed_at = CASE WHEN t.added THEN $9::timestamptz ELSE l.identity_changed_at END
 FROM unnest($5::uuid[], $6::int8[], $7::bytea[], $8::bool[]) AS t (subscriber_id, seq, head, added)
-WHERE l.subscriber_id = t.subscriber_id
+WHERE l.subscriber_id = ANY (ARRAY[t.subscriber_id])

@@ -6,8 +6,7 @@ WITH given AS (
 ), superseded AS (
     INSERT INTO signed_prekeys AS p
     SELECT c.device_id, false, c.suite, c.prekey_id, c.public_key, c.created_at_ms, c.expires_at_ms, c.signature, $8::timestamptz
-    FROM signed_prekeys c JOIN given g USING (device_id)
-    WHERE c.is_current
+    FROM given g CROSS JOIN LATERAL (SELECT * FROM signed_prekeys WHERE device_id = g.device_id AND is_current OFFSET 0) c
     ON CONFLICT (device_id, is_current) DO UPDATE
     SET suite = excluded.suite, prekey_id = excluded.prekey_id, public_key = excluded.public_key, created_at_ms = excluded.created_at_ms,
         expires_at_ms = excluded.expires_at_ms, signature = excluded.signature, superseded_at = excluded.superseded_at

@@ -7,4 +7,4 @@ WITH handed_out AS (
 )
 UPDATE devices d SET min_suite = t.min_suite
 FROM unnest($1::uuid[], $2::int2[]) AS t (device_id, min_suite)
-WHERE d.device_id = t.device_id
+WHERE d.device_id = ANY (ARRAY[t.device_id])

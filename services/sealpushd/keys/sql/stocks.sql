@@ -4,5 +4,5 @@ SELECT o.device_id, o.suite, o.next_index,
        substr(o.blob, s.start + 1, t.record_bytes * t.records) AS blob,
        octet_length(o.blob) > s.start + t.record_bytes * t.records AS more
 FROM unnest($1::uuid[], $2::int2[], $3::int4[], $4::int4[]) AS t (device_id, suite, record_bytes, records)
-JOIN one_time_prekeys o USING (device_id, suite)
+JOIN one_time_prekeys o ON o.device_id = ANY (ARRAY[t.device_id]) AND o.suite = t.suite
 CROSS JOIN LATERAL (SELECT ((o.next_index - o.first_index) * t.record_bytes)::int4 AS start) s

@@ -8,5 +8,5 @@ UPDATE pending_closures c
 SET attempts = c.attempts + 1,
     next_attempt_at = $1::timestamptz + make_interval(secs => least(2.0 ^ least(c.attempts, 16), $3::double precision))
 FROM due
-WHERE c.closure_id = due.closure_id
+WHERE c.closure_id = ANY (ARRAY[due.closure_id])
 RETURNING c.closure_id, c.kind, c.subscriber_id, c.device_id, c.sender_id, c.reason_code, c.advertising_only

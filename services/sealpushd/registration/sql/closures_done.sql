@@ -4,8 +4,8 @@ WITH gone AS (
 )
 UPDATE installations i SET held = false
 FROM gone
-WHERE gone.kind = 1 AND i.device_id = gone.device_id AND i.held
+WHERE gone.kind = 1 AND i.device_id = ANY (ARRAY[gone.device_id]) AND i.held
   AND NOT EXISTS (
       SELECT 1 FROM pending_closures o
-      WHERE o.kind = 1 AND o.device_id = i.device_id AND o.closure_id <> ALL ($1::bigint[])
+      WHERE o.kind = 1 AND o.device_id = i.device_id AND o.closure_id <> ALL ($1::bigint[]) OFFSET 0
   )

@@ -2,5 +2,5 @@
 -- any more.
 DELETE FROM registrations r
 USING identifiers i
-WHERE i.subscriber_id = $1 AND i.kind = 1 AND i.scope = '' AND r.phone_lookup = i.lookup_hmac
+WHERE i.subscriber_id = $1 AND i.kind = 1 AND i.scope = '' AND r.phone_lookup = ANY (ARRAY[i.lookup_hmac])
   AND r.used_by_device_id = $2 AND r.used_at IS NULL

@@ -5,15 +5,15 @@
 WITH dead AS (
     SELECT i.device_id, i.push_token_lookup
     FROM unnest($1::uuid[], $2::bytea[], $3::timestamptz[]) AS q (device_id, push_token_lookup, dead_at)
-    JOIN installations i ON i.device_id = q.device_id
-                        AND i.push_token_lookup = q.push_token_lookup
+    JOIN installations i ON i.device_id = ANY (ARRAY[q.device_id])
+                        AND (i.push_token_lookup = q.push_token_lookup) IS TRUE
                         AND (i.token_registered_at < q.dead_at OR i.token_registered_at > $5)
     -- In one order everywhere: two batches never wait for each other.
-    ORDER BY i.device_id
+    ORDER BY q.device_id
     FOR UPDATE OF i
 )
 UPDATE installations i
 SET push_token = NULL, push_token_lookup = NULL, token_registered_at = NULL, token_gone_at = $4, updated_at = $4
 FROM dead
-WHERE i.device_id = dead.device_id
+WHERE i.device_id = ANY (ARRAY[dead.device_id])
 RETURNING i.device_id, dead.push_token_lookup

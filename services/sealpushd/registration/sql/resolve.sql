@@ -7,7 +7,7 @@ SELECT q.n, i.subscriber_id, p.block_all, p.block_advertising, p.mute,
        d.push_allowed_by_os, d.push_allowed_by_app, d.push_token_lookup IS NOT NULL, d.token_gone_at IS NOT NULL
 FROM unnest($1::smallint[], $2::text[], $3::bytea[], $4::text[], $5::uuid[])
      WITH ORDINALITY AS q (kind, scope, lookup_hmac, app_id, sender_id, n)
-JOIN identifiers i ON i.kind = q.kind AND i.scope = q.scope AND i.lookup_hmac = q.lookup_hmac
-LEFT JOIN preferences p ON p.subscriber_id = i.subscriber_id AND p.sender_id = q.sender_id
-LEFT JOIN installations d ON d.subscriber_id = i.subscriber_id AND d.app_id = q.app_id
+JOIN identifiers i ON i.kind = ANY (ARRAY[q.kind]) AND i.scope = q.scope AND i.lookup_hmac = q.lookup_hmac
+LEFT JOIN LATERAL (SELECT * FROM preferences WHERE subscriber_id = i.subscriber_id AND sender_id = q.sender_id OFFSET 0) p ON true
+LEFT JOIN installations d ON d.subscriber_id = ANY (ARRAY[i.subscriber_id]) AND (d.app_id = q.app_id) IS TRUE
 ORDER BY q.n, d.device_id

@@ -4,13 +4,13 @@
 WITH answered AS (
     SELECT i.device_id, q.issued_us
     FROM unnest($1::uuid[], $2::bigint[]) AS q (device_id, issued_us)
-    JOIN installations i ON i.device_id = q.device_id AND i.state = 1
+    JOIN installations i ON i.device_id = ANY (ARRAY[q.device_id]) AND i.state = 1
         AND (i.last_challenge_us < q.issued_us OR i.last_challenge_us > $4::bigint)
-    ORDER BY i.device_id
+    ORDER BY q.device_id
     FOR UPDATE OF i
 )
 UPDATE installations i
 SET last_challenge_us = a.issued_us, last_seen_at = $3
 FROM answered a
-WHERE i.device_id = a.device_id
+WHERE i.device_id = ANY (ARRAY[a.device_id])
 RETURNING i.device_id, i.subscriber_id, i.app_id, i.identity_public_key
