@@ -64,14 +64,19 @@ class Reading:
         return (clock.now() - self.wall).total_seconds() - (clock.monotonic() - self.steady)
 
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+
 def to_ms(moment: datetime) -> int:
     """Milliseconds since 1970-01-01 UTC."""
-    return int(moment.timestamp() * 1000)
+    # In whole numbers: a float's product may lie just below the millisecond that it stands for.
+    return (moment - _EPOCH) // _MILLISECOND
 
 
 def from_ms(milliseconds: int) -> datetime:
     """The moment for milliseconds since 1970-01-01 UTC; raises ValueError beyond the year 9999."""
     try:
-        return datetime.fromtimestamp(milliseconds / 1000, UTC)
-    except (OverflowError, OSError) as e:
+        return _EPOCH + milliseconds * _MILLISECOND
+    except OverflowError as e:
         raise ValueError(f"{milliseconds} ms is not a moment") from e
