@@ -31,7 +31,7 @@ class Clock(Protocol):
         ...
 
     def epoch_s(self) -> float:
-        """`now` in seconds since 1970: a tenth of its cost, for what every call asks."""
+        """`now` in seconds since 1970: cheaper, for what every call asks."""
         ...
 
     def monotonic(self) -> float:
