@@ -354,9 +354,29 @@ async def test_a_wrong_number_and_an_unknown_app_are_refused_by_field(world: Wor
 
 async def test_a_number_is_the_same_however_it_is_written(world: World) -> None:
     phone = Phone(world, "+380501009999")
-    started = await world.start("380 (50) 100-99-99")
+    started = await world.start("\u202a+380 (50) 100\u00a099-99\u202c")
     await phone.confirm(phone.confirmation(started.registration_id, world.code(phone.number)))
-    assert (await world.resolve("380501009999")).WhichOneof("outcome") == "resolved"
+    assert (await world.resolve("+38 050 100 99 99")).WhichOneof("outcome") == "resolved"
+    # Abroad it would be somebody else's.
+    for national in ("380501009999", "0501009999"):
+        assert (await world.resolve(national)).invalid
+
+
+async def test_a_number_of_before_a_renumbering_is_the_same_person(world: World) -> None:
+    phone = Phone(world, "+2290197123456")
+    started = await world.start("+22997123456")
+    await phone.confirm(phone.confirmation(started.registration_id, world.code(phone.number)))
+    for form in ("+22997123456", "+229 01 97 12 34 56"):
+        assert (await world.resolve(form)).WhichOneof("outcome") == "resolved"
+
+
+async def test_an_operator_says_in_which_country_national_numbers_are_and_which_are_for_tests(world: World) -> None:
+    world.served = await world.services.serve("registration", {"default_country": "UA", "test_numbers": "+1555"})
+    await world.start("050 100 88 88")
+    assert world.code("+380501008888")
+    await world.start("+1 555 0199")
+    assert world.code("+15550199")
+    assert (await refusal(world.start("+380441234"))).field == "phone"
 
 
 async def test_five_wrong_codes_end_the_registration(world: World) -> None:

@@ -459,7 +459,9 @@ class Recipient(_message.Message):
     RNOKPP_FIELD_NUMBER: _builtins.int
     EXTERNAL_USER_ID_FIELD_NUMBER: _builtins.int
     phone: _builtins.str
-    """International format with or without "+"; at most 25 characters, parsed and normalised to E.164."""
+    """A valid number in international format, with "+"; blanks, brackets, dashes and digits of other scripts are taken, ≤ 64 characters. Kept
+    in the form of today: what changed by renumbering names the same person. National forms only where the operator set their country.
+    """
     rnokpp: _builtins.str
     """Taxpayer number, at most 32 characters."""
     external_user_id: _builtins.str

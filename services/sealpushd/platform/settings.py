@@ -73,6 +73,12 @@ class Settings(BaseSettings):
     fetch_mesh: str = Field("127.0.0.1:7206", description="Mesh address of fetch.")
 
     # Registration.
+    default_country: str | None = Field(
+        None, description="Country (UA, KZ, …) in whose national form a number without + is read. Not set: such a number is refused."
+    )
+    test_numbers: str = Field(
+        "", description="Beginnings of numbers that nobody has and that are taken all the same, for tests: +1555,+38000. Empty: none."
+    )
     code_channel: Literal["simulated", "none"] = Field(
         "none", description="How one-time codes reach people: none, or simulated (an inbox, no SMS)."
     )

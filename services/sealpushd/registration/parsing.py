@@ -18,12 +18,12 @@ from sealpushd.platform import fields
 from sealpushd.platform.errors import InvalidRequest
 from sealpushd.platform.tokens import DeviceCaller
 from sealpushd.registration import rules
-from sealpushd.registration.phones import parse_phone
+from sealpushd.registration.phones import Numbers
 from sealpushd.registration.rules import NO_TOKEN, IdentifierKind, InstallationChange, Pin, Preference, PushToken, Query
 from sealpushd.registration.store import DeadToken, RegistrationStore
 from sealpushd.v1 import directory_pb2
 
-PHONE_HELP: Final = "not a phone number in international format, such as +380501234567"
+PHONE_HELP: Final = "not a valid phone number in international format, with + and country code, such as +380501234567"
 
 _PLATFORMS: Final = frozenset(common_pb2.Platform.values())
 _ENVIRONMENTS: Final = frozenset(common_pb2.PushEnvironment.values())
@@ -124,7 +124,7 @@ def new_pin(said: registration_pb2.RegistrationLock) -> Pin | None:
     return None if pin is None else rules.check_new_pin(pin)
 
 
-def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query:
+def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore, numbers: Numbers) -> Query:
     """One recipient to resolve. Raises InvalidRequest."""
     recipient = asked.recipient
     kind = recipient.WhichOneof("kind")
@@ -132,7 +132,7 @@ def query(asked: directory_pb2.ResolveQuery, store: RegistrationStore) -> Query:
     fields.id16(asked.sender_id, "sender_id")
     fields.app_id(asked.app_id)
     if kind == "phone":
-        phone = parse_phone(recipient.phone)
+        phone = numbers.parse(recipient.phone)
         if phone is None:
             raise InvalidRequest(PHONE_HELP, field="recipient.phone")
         number, lookup = IdentifierKind.PHONE, store.phone_lookup(phone)

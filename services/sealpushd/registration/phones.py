@@ -33,6 +33,8 @@ _CACHED_MAX: Final = 65_536
 
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}", re.ASCII)
 _DIALLED = re.compile(r"\+?[0-9]+", re.ASCII)
+# One digit would be half a continent.
+_TEST_PREFIX = re.compile(r"\+[1-9][0-9]{1,13}", re.ASCII)
 # Blanks, invisible marks and dashes by their Unicode categories; what else people put between digits by name.
 _BETWEEN_CATEGORIES: Final = frozenset({"Zs", "Cf", "Pd"})
 _BETWEEN_CHARACTERS: Final = frozenset("()[]./\t\N{MINUS SIGN}\N{COMBINING GRAPHEME JOINER}")
@@ -210,3 +212,26 @@ def parse_phone(text: str, country: str | None = None, test_prefixes: Sequence[s
     if dialled is None or not (dialled.startswith("+") or country is not None):
         return None
     return _parsed(dialled, country, tuple(test_prefixes))
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """How an installation reads the numbers it is given; the parameters are those of `parse_phone`."""
+
+    country: str | None = None
+    test_prefixes: tuple[str, ...] = ()
+
+    @classmethod
+    def read_as(cls, country: str | None, test_numbers: str) -> Numbers:
+        """From settings: a country or none, and beginnings separated by commas. Raises ValueError that says what is wrong."""
+        if country is not None and country not in phonenumbers.SUPPORTED_REGIONS:
+            raise ValueError(f"{country!r} is no country: give two capital letters of ISO 3166-1, such as UA")
+        prefixes = tuple(prefix.strip() for prefix in test_numbers.split(",") if prefix.strip())
+        for prefix in prefixes:
+            if _TEST_PREFIX.fullmatch(prefix) is None:
+                raise ValueError(f"{prefix!r} is no beginning of a number: give + and 2 to 14 digits, such as +1555")
+        return cls(country, prefixes)
+
+    def parse(self, text: str) -> PhoneNumber | None:
+        """The canonical number that a text names, or None."""
+        return parse_phone(text, self.country, self.test_prefixes)

@@ -46,7 +46,7 @@ from sealpushd.registration import parsing, rules
 from sealpushd.registration.codes import CODE_LENGTH, Code, CodeChannel, CodeUnconfirmed
 from sealpushd.registration.outbox import Outbox
 from sealpushd.registration.peers import App, Apps, DeviceLog, LoggedDevice
-from sealpushd.registration.phones import PhoneNumber, parse_phone
+from sealpushd.registration.phones import Numbers, PhoneNumber
 from sealpushd.registration.rules import Lock, NewDevice, Pin, Query, Resolved
 from sealpushd.registration.store import Answered, PendingRegistration, RegistrationStore, StartedRegistration
 from sealpushd.v1 import directory_pb2, directory_pb2_grpc
@@ -73,6 +73,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
     def __init__(
         self,
         store: RegistrationStore,
+        numbers: Numbers,
         limiter: Limiter,
         codes: CodeChannel,
         apps: Apps,
@@ -83,6 +84,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
         code_lifetime: timedelta,
     ) -> None:
         self._store = store
+        self._numbers = numbers
         self._limiter = limiter
         self._codes = codes
         self._apps = apps
@@ -100,7 +102,7 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
     async def StartRegistration(
         self, request: registration_pb2.StartRegistrationRequest, context: rpc.Context
     ) -> registration_pb2.StartRegistrationResponse:
-        phone = parse_phone(request.phone)
+        phone = self._numbers.parse(request.phone)
         if phone is None:
             raise InvalidRequest(parsing.PHONE_HELP, field="phone")
         locale = rules.check_locale(request.locale)
@@ -399,14 +401,15 @@ class RegistrationService(registration_pb2_grpc.RegistrationServicer):
 class DirectoryService(directory_pb2_grpc.DirectoryServicer):
     """Mesh: recipients to devices, devices to push tokens. The hottest calls of the suite: one statement a batch."""
 
-    def __init__(self, store: RegistrationStore, clock: Clock) -> None:
+    def __init__(self, store: RegistrationStore, numbers: Numbers, clock: Clock) -> None:
         self._store = store
+        self._numbers = numbers
         self._clock = clock
         # Two in flight: one is parsed and answered here while PostgreSQL works on the other.
         self._resolving: NaturalBatcher[Query, Resolved | Reason] = NaturalBatcher(store.resolve, in_flight_max=2)
 
     async def Resolve(self, request: directory_pb2.ResolveRequest, context: rpc.Context) -> directory_pb2.ResolveResponse:
-        parsed = fields.each_alone(request.queries, "queries", lambda query: parsing.query(query, self._store))
+        parsed = fields.each_alone(request.queries, "queries", lambda query: parsing.query(query, self._store, self._numbers))
         answers = iter(await self._resolving.submit_many([query for query in parsed if not isinstance(query, InvalidRequest)]))
         response = directory_pb2.ResolveResponse()
         for query in parsed:

@@ -12,7 +12,7 @@ from phonenumbers import COUNTRY_CODE_TO_REGION_CODE
 
 from sealpushd.registration import phones
 from sealpushd.registration.codes import CODE_LENGTH, Code
-from sealpushd.registration.phones import PhoneNumber, parse_phone
+from sealpushd.registration.phones import Numbers, PhoneNumber, parse_phone
 from sealpushd.registration.renumbering import RULES, present_form
 
 E164 = phonenumbers.PhoneNumberFormat.E164
@@ -234,3 +234,26 @@ def test_codes_have_six_digits_and_speak_the_language_asked_for() -> None:
     assert code.text("Bank", "uk-UA") != code.text("Bank", "ru") != code.text("Bank", "en-GB")
     assert code.text("Bank", "xx") == code.text("Bank", "")
     assert all("012345" in code.text("Bank", locale) and "Bank" in code.text("Bank", locale) for locale in ("uk", "ru", "en", ""))
+
+
+def test_an_installation_reads_numbers_as_its_settings_say() -> None:
+    numbers = Numbers.read_as("UA", " +1555 , +38000,")
+    assert numbers == Numbers("UA", ("+1555", "+38000"))
+    assert numbers.parse("0501234567") == numbers.parse("+380501234567") == PhoneNumber("+380501234567")
+    assert numbers.parse("+15550199") == PhoneNumber("+15550199")
+    assert Numbers.read_as(None, "") == Numbers()
+
+
+@pytest.mark.parametrize(
+    ("country", "test_numbers", "said"),
+    [
+        ("XX", "", "no country"),
+        ("ua", "", "no country"),
+        (None, "1555", "no beginning"),
+        (None, "+1", "no beginning"),
+        (None, "+15x", "no"),
+    ],
+)
+def test_settings_about_numbers_that_cannot_be_are_refused_in_words(country: str | None, test_numbers: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Numbers.read_as(country, test_numbers)
