@@ -5,6 +5,7 @@ One `Channels` serves thousands of devices and senders in a process: an HTTP/2 c
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -191,6 +192,9 @@ class Channels:
             if scheme in ("ipv4", "ipv6"):
                 # gRPC would look for the whole list in the certificate.
                 options.append(("grpc.default_authority", addresses.partition(",")[0]))
+            if _is_this_machine(addresses if scheme in ("ipv4", "ipv6") else address):
+                # The environment's proxy has another one.
+                options.append(("grpc.enable_http_proxy", 0))
             if self.endpoints.insecure:
                 channel = grpc.aio.insecure_channel(address, options=options)
             else:
@@ -198,6 +202,15 @@ class Channels:
                 channel = grpc.aio.secure_channel(address, credentials, options=options)
             self._channels[address] = channel
         return channel
+
+
+def _is_this_machine(address: str) -> bool:
+    """Whether host:port, of several the first, is a name of loopback."""
+    host = address.partition(",")[0].removeprefix("dns:///").rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 _KINDS: Final[dict[grpc.StatusCode, type[CallFailed]]] = {

@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 import grpc
 
+from sealpushd.platform.clients import NO_PROXY
 from sealpushd.platform.errors import FailedPrecondition, Unavailable
 from sealpushd.platform.settings import Settings
 from sealpushd.registration.phones import PhoneNumber
@@ -87,7 +88,7 @@ class SimulatedSms:
     """Hands codes to the simulated SMS inbox, by its gRPC interface."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+        self._channel = grpc.aio.insecure_channel(address, options=[NO_PROXY])
         self._stub = simulator_pb2_grpc.SimulatedSmsStub(self._channel)
 
     async def send(self, phone: PhoneNumber, text: str) -> None:

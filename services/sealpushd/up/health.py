@@ -9,6 +9,8 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from sealpushd.platform.clients import NO_PROXY
+
 # Of whoever waits for a process that starts: it listens from one moment to the next.
 _EAGER: Final = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
 # Of `answers_at_all`: one call, longer than its callers wait, and the pause after a connection that broke.
@@ -36,7 +38,7 @@ async def answers_at_all(address: str) -> None:
 
 
 async def _ask(address: str, *, timeout_s: float, wait: bool, options: Sequence[tuple[str, int]]) -> str:
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
+    async with grpc.aio.insecure_channel(address, options=[NO_PROXY, *options]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         check = stub.Check  # type: ignore[attr-defined] # its stubs leave the methods out
         answer = await check(health_pb2.HealthCheckRequest(), wait_for_ready=wait, timeout=timeout_s)

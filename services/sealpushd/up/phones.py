@@ -28,6 +28,7 @@ from sealpush.model import PushEnvironment
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.suites import SUITE_HYBRID, SUITE_X25519
 from sealpush.transport import Channels, cancellation_kept
+from sealpushd.platform.clients import NO_PROXY
 from sealpushd.platform.outage import Outage
 from sealpushd.up.demo import OFFLINE_PHONE
 from sealpushd.up.endpoints import Endpoints
@@ -121,7 +122,7 @@ async def open_phones(endpoints: Endpoints, data_dir: Path) -> AsyncIterator[Han
     folder.mkdir(mode=0o700, exist_ok=True)
     async with (
         Channels(public_endpoints(endpoints)) as channels,
-        grpc.aio.insecure_channel(endpoints.simulators, options=[("grpc.max_reconnect_backoff_ms", 500)]) as simulators,
+        grpc.aio.insecure_channel(endpoints.simulators, options=[NO_PROXY, ("grpc.max_reconnect_backoff_ms", 500)]) as simulators,
         contextlib.AsyncExitStack() as stack,
     ):
         push, sms = SimulatedPushStub(simulators), SimulatedSmsStub(simulators)
