@@ -20,6 +20,9 @@ _CLOCK_MOVED_S: Final = CLOCK_MOVED.total_seconds()
 CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 # A stored moment that one machine wrote and another reads lies further ahead than this only because a clock was wrong.
 MOMENT_AHEAD_MAX: Final = timedelta(minutes=5)
+# Milliseconds are reckoned in whole numbers: a float's fraction loses one now and then.
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 class Clock(Protocol):
@@ -72,12 +75,12 @@ class Reading:
 
 def to_ms(moment: datetime) -> int:
     """Milliseconds since 1970-01-01 UTC."""
-    return int(moment.timestamp() * 1000)
+    return (moment - _EPOCH) // _MILLISECOND
 
 
 def from_ms(milliseconds: int) -> datetime:
     """The moment for milliseconds since 1970-01-01 UTC; raises ValueError beyond the year 9999."""
     try:
-        return datetime.fromtimestamp(milliseconds / 1000, UTC)
-    except (OverflowError, OSError) as e:
+        return _EPOCH + milliseconds * _MILLISECOND
+    except OverflowError as e:
         raise ValueError(f"{milliseconds} ms is not a moment") from e
