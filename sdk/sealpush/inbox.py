@@ -3,9 +3,9 @@
 What is committed and not shown yet is handed over oldest first, to whoever asks next: draining, a wake-up or a stream of this process, or
 another process of this device. Nothing that waits is kept in memory, so however a call ends, the next one finds it in the store.
 
-A message is marked shown, then handed over: two processes must not show it both. The mark is the last step of a call. A process that is
-killed between the two leaves the message in the inbox, where `Device.inbox()` lists it; a call that is cancelled there leaves it to the
-next call of its process.
+A message is marked shown, then handed over: two processes must not show it both. The mark is the last step of a call. Who takes messages
+one by one has a page of them marked at a time. The rest is ready for the next call of this process, also where the stream ends or the
+call is cancelled. A process that is killed leaves what was marked in the inbox, where `Device.inbox()` lists it.
 """
 
 import asyncio
@@ -21,12 +21,15 @@ from sealpush.entries import SenderEntries
 from sealpush.envelope import FLAG_SERVER_SEALED
 from sealpush.errors import EnvelopeRefused
 from sealpush.ids import MessageId, SenderId
-from sealpush.keystore import PAGE_MAX, InboxMessage
+from sealpush.keystore import PAGE_MAX, InboxMessage, Keystore
 from sealpush.local import EXPIRY_SKEW_MS, ServerTime, Store
 from sealpush.model import moment
 from sealpush.retry import Deadline
 from sealpush.v1.content_pb2 import Content
 
+# Marked at a time, however few are asked for: each mark is a write, and one for each message held up a backlog. No more, because a process
+# that is killed may have marked so many without handing them over.
+MARKED_MIN: Final = 32
 FLAG_MUTED: Final = 1 << 8  # in the store's flags, above the envelope's own eight bits
 
 
@@ -91,32 +94,52 @@ class Inbox:
         Raises KeystoreError; then, and where this is cancelled, everything waits on.
         """
         async with self._sequence:
-            await self._keep_what_was_left()
-            wanted = None if limit is None else limit - len(self._ready)
+            given = await self._left(limit)
+            wanted = None if limit is None else limit - len(given)
             if wanted is None or wanted > 0:
-                waiting = await self._waiting(wanted, collecting)
+                # Until the mark is made: whoever is cancelled leaves them to the next call.
+                self._ready = [*given, *self._ready]
+                waiting = await self._waiting(None if wanted is None else max(wanted, MARKED_MIN), collecting)
                 if waiting:
                     self._marking = asyncio.create_task(self._mark(waiting), name="sealpush-hand-over")
                     await asyncio.shield(self._marking)
-            given = self._ready[:limit]
-            self._ready = self._ready[len(given) :]
+                given, self._ready = self._ready[:limit], self._ready[len(self._ready[:limit]) :]
             return given
 
     async def forget(self) -> None:
         """Forget what a cancelled call left: the store was erased."""
         async with self._sequence:
-            await self._keep_what_was_left()
+            await self._until_marked()
             self._ready = []
 
-    async def _keep_what_was_left(self) -> None:
-        """Wait for the mark of a call that was cancelled. Of what is left, what was replaced or deleted meanwhile goes: another process
-        may have shown the successor."""
+    async def _until_marked(self) -> None:
+        """Wait for the mark of a call that was cancelled."""
         if self._marking is not None:
             # Whatever became of it: how it failed was for the call that began it.
             await asyncio.wait((self._marking,))
             self._marking = None
-        if left := self._ready:
-            self._ready = await self._store(lambda keystore: [each for each in left if keystore.message(each.message_id) is not None])
+
+    async def _left(self, limit: int | None) -> list[Message]:
+        """Taken from what is ready: at most `limit`, without those that ended meanwhile, or were replaced or deleted: another process may
+        have shown the successor."""
+        await self._until_marked()
+        ready, alive_at_ms = self._ready, self._time.now_ms() - EXPIRY_SKEW_MS
+        if not ready:
+            return []
+
+        def look(keystore: Keystore) -> tuple[list[Message], int]:
+            found: list[Message] = []
+            for count, each in enumerate(ready, start=1):
+                stored = keystore.message(each.message_id)
+                if stored is not None and stored.expires_at_ms > alive_at_ms:
+                    found.append(each)
+                if len(found) == limit:
+                    return found, count
+            return found, len(ready)
+
+        found, looked = await self._store(look)
+        self._ready = ready[looked:]
+        return found
 
     async def _waiting(self, limit: int | None, collecting: Deadline | None) -> list[Message]:
         alive_at_ms = self._time.now_ms() - EXPIRY_SKEW_MS

@@ -279,7 +279,7 @@ async def test_a_transaction_in_which_a_failure_was_swallowed_is_not_called_comm
 
 
 async def test_a_time_out_inside_a_block_leaves_its_connection_to_nobody_half_way(one: Database, sql: Connection) -> None:
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(TimeoutError):
         async with one.transaction() as connection, asyncio.timeout(0.05):
             await connection.execute("INSERT INTO vault_keys SELECT 'half', '' FROM pg_sleep(0.3)")
     async with asyncio.timeout(LIMIT_S):
@@ -365,3 +365,41 @@ async def test_who_comes_while_it_is_known_to_be_away_does_not_wait_for_the_whol
         os.kill(server, signal.SIGCONT)
     async with asyncio.timeout(LIMIT_S):
         await database.aclose()
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError(), OSError("disk")], ids=repr)
+@pytest.mark.parametrize("writes", [False, True])
+async def test_an_error_of_the_blocks_own_work_costs_no_connection_and_commits_nothing(
+    db: Database, sql: Connection, error: OSError, writes: bool
+) -> None:
+    async def work() -> None:
+        async with db.transaction() if writes else db.connection() as connection:
+            if writes:
+                await connection.execute(INSERT, "own work a")
+            raise error
+
+    before = await warm(db)
+    with pytest.raises(type(error)) as raised:
+        await work()
+    assert raised.value is error
+    assert await names(sql, "own work%") == []
+    assert await warm(db) == before
+
+
+async def test_who_gives_up_a_statement_does_not_wait_for_it_and_its_transaction_is_rolled_back(db: Database, sql: Connection) -> None:
+    async def work() -> None:
+        async with db.transaction() as connection:
+            await connection.execute(INSERT, "given up a")
+            async with asyncio.timeout(0.05):
+                # For as long as PostgreSQL lets it.
+                await connection.execute("SELECT pg_sleep(60)")
+
+    before = await warm(db)
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(TimeoutError):
+            await work()
+        assert len(await backends(sql, "active")) == 1
+        while await backends(sql, "idle") != before:  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(0.01)
+    assert await names(sql, "given up%") == []
+    assert await warm(db) == before

@@ -462,3 +462,23 @@ async def test_entries_of_a_dump_that_go_make_nobody_begin_again(store: MailboxS
     with pytest.raises(PositionLost, match="past their retention"):
         await store.events(behind, 100)
     assert await store.close_devices({made.deliveries[0].device_id: Reason.UNREGISTERED})
+
+
+@pytest.mark.parametrize("asked", ["now", "first", "step"])
+async def test_what_a_position_calls_ended_is_on_disk_before_the_position_is_given(
+    store: MailboxStore, sql: Connection, urls: dict[str, str], asked: str
+) -> None:
+    """After a crash PostgreSQL gives ids and numbers again of which nothing was on disk: entries under them would count as read."""
+    since = await store.now_position()
+    for _ in range(30):
+        transaction = sql.transaction()
+        await transaction.start()
+        await sql.execute("SELECT pg_current_xact_id(), nextval('status_events_seq')")
+        # PostgreSQL does not wait for the disk with this.
+        await transaction.rollback()
+        log_end = await sql.fetchval("SELECT pg_current_wal_insert_lsn()::text")
+        if asked == "step":
+            _, since = await store.events(since, 10)
+        else:
+            await (store.now_position() if asked == "now" else store.first_position())
+        assert await sql.fetchval("SELECT pg_current_wal_flush_lsn() >= $1::text::pg_lsn", log_end)

@@ -551,6 +551,6 @@ async def test_malformed_questions_are_refused(world: World) -> None:
     keys = world.services.channel("keys", "publishing")
     sealing: Any = sealing_pb2_grpc.SealingStub(keys.channel)
     found = await refusal(sealing.GetIdentities(sealing_pb2.GetIdentitiesRequest(device_ids=[b"short"]), metadata=keys.metadata()))
-    assert found.field == "device_ids"
+    assert found.field == "device_ids[0]"
     unknown = await sealing.GetIdentities(sealing_pb2.GetIdentitiesRequest(device_ids=[uuid7()]), metadata=keys.metadata())
     assert not unknown.identities

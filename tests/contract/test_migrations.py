@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from sealpush.devicelog import EntryKind, LogEntry
@@ -20,9 +22,10 @@ from sealpushd.fetch.rules import NewMessage, TakeQuery
 from sealpushd.fetch.store import MailboxStore
 from sealpushd.platform import migrate as migrations
 from sealpushd.platform.db import Connection, Database, connect, load_sql
+from sealpushd.platform.errors import StoreUnavailable
 from sealpushd.platform.migrate import Migration, check_schema, migrate
 from sealpushd.registration import store as registration_store
-from tests.contract.harness import Migrated
+from tests.contract.harness import LIMIT_S, Migrated, until_locked_out
 from tests.contract.mailboxes import IOS, QUARANTINED, TOKEN_GONE, a_session, ack, an_id, claim, delivery, message, put, report
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -177,7 +180,9 @@ async def test_installations_of_before_are_not_dead_and_can_die(migrated: Migrat
 
         assert await resolved() == {with_token: (True, False), without: (False, False)}
         now = await sql.fetchval("SELECT now()")
-        dead = await sql.fetch(load_sql(Path(registration_store.__file__).parent, "forget_tokens"), [with_token], [b"hash"], [now], now)
+        dead = await sql.fetch(
+            load_sql(Path(registration_store.__file__).parent, "forget_tokens"), [with_token], [b"hash"], [now], now, now
+        )
         assert [row["device_id"] for row in dead] == [with_token]
         assert await resolved() == {with_token: (False, True), without: (False, False)}
     finally:
@@ -223,5 +228,66 @@ async def test_devices_of_before_are_recovered_as_their_log_says(migrated: Migra
         assert "keys/0003_vouched" in await to_now(urls, "keys")
         rows = await sql.fetch("SELECT device_id, recovered FROM devices WHERE removed_at IS NULL")
         assert {row["device_id"]: row["recovered"] for row in rows} == {first: False, second: True, back: True}
+    finally:
+        await sql.close()
+
+
+async def test_a_migration_behind_a_long_transaction_lets_writers_by_and_says_who_holds_it_up(
+    migrated: Migrated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = await at_version(migrated, monkeypatch, "fetch", 3)
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(migrations, "LOCK_PAUSE_S", 0.01)
+    monkeypatch.setattr(migrations, "LOCK_ATTEMPTS_MAX", 3)
+    long, writer = await connect(urls["admin"], search_path="fetch"), await connect(urls["admin"], search_path="fetch")
+    lock = "LOCK TABLE status_events IN ROW EXCLUSIVE MODE"
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            transaction = long.transaction()
+            await transaction.start()
+            await long.execute(lock)
+            migrating = asyncio.create_task(migrate(urls["admin"], {}, ["fetch"]))
+            await until_locked_out(long)
+            async with writer.transaction():
+                await writer.execute(lock)
+            with pytest.raises(StoreUnavailable) as refused:
+                await migrating
+            told = str(refused.value)
+            assert "fetch/0004_journal" in told
+            assert f"process {long.get_server_pid()} of PostgreSQL (sealpush-fetch) holds RowExclusiveLock" in told
+            assert "status_events" in told
+            await transaction.rollback()
+            assert "fetch/0004_journal" in await to_now(urls, "fetch")
+    finally:
+        await long.close()
+        await writer.close()
+
+
+async def test_a_migration_waits_for_a_transaction_that_ends(migrated: Migrated, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = await at_version(migrated, monkeypatch, "fetch", 3)
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(migrations, "LOCK_PAUSE_S", 0.01)
+    other = await connect(urls["admin"], search_path="fetch")
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            async with other.transaction():
+                await other.execute("LOCK TABLE status_events IN ROW EXCLUSIVE MODE")
+                migrating = asyncio.create_task(to_now(urls, "fetch"))
+                await until_locked_out(other)
+            assert "fetch/0004_journal" in await migrating
+    finally:
+        await other.close()
+
+
+@pytest.mark.parametrize("change", ["UPDATE journal_epoch SET dropped_xid = '0'", "DELETE FROM journal_epoch"])
+async def test_a_service_reads_what_the_journal_depends_on_and_does_not_change_it(migrated: Migrated, change: str) -> None:
+    urls = await migrated("fetch")
+    # Rights are given anew with every run.
+    await migrate(urls["admin"], {}, ["fetch"])
+    sql = await connect(urls["fetch"], search_path="fetch")
+    try:
+        assert await sql.fetchval("SELECT count(*) FROM journal_epoch") == 1
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await sql.execute(change)
     finally:
         await sql.close()

@@ -517,7 +517,7 @@ async def _(world: World) -> None:
 async def _(world: World) -> None:
     purged = asyncio.Event()
 
-    async def purge_registrations(expired_before: datetime, expiring_after: datetime) -> None:
+    async def purge_registrations(now: datetime, kept: timedelta) -> None:
         purged.set()
 
     async def claim_closures(now: datetime) -> list[Any]:
@@ -825,3 +825,36 @@ def assert_in_force(path: Path, now: datetime) -> None:
 
     certificate = x509.load_pem_x509_certificate(path.read_bytes())
     assert certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc
+
+
+async def started(world: World, number: str, now: datetime, expires_at: datetime | None = None) -> timedelta | None:
+    phone = parse_phone(number)
+    assert phone is not None
+    ids = RegistrationId(uuid7()), SubscriberId(uuid7())
+    return await world.registration.start(
+        StartedRegistration(ids[0], BANK, phone, bytes(32), ids[1], now, now + 10 * MINUTE if expires_at is None else expires_at)
+    )
+
+
+@pytest.mark.parametrize("jump", [timedelta(0)])
+@pytest.mark.parametrize(("ahead", "wait"), [(20 * SECOND, 50 * SECOND), (40 * SECOND, 30 * SECOND)])
+async def test_a_code_counts_as_made_when_it_was_unless_no_clock_that_works_says_so(
+    world: World, ahead: timedelta, wait: timedelta
+) -> None:
+    number, now = f"+38050{uuid7_ms(uuid7()) % 10_000_000:07}", world.clock.now()
+    assert await started(world, number, now + ahead) is None
+    assert await started(world, number, now) == wait
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+async def test_a_process_whose_clock_is_wrong_purges_no_code_of_the_others(world: World, jump: timedelta) -> None:
+    number, now = f"+38050{uuid7_ms(uuid7()) % 10_000_000:07}", datetime.now(UTC)
+    await world.sql.execute("DELETE FROM registration.registrations")
+    for which, expires_at in enumerate((now + 10 * MINUTE, now - 23 * HOUR, now - 400 * 24 * HOUR, now + 400 * 24 * HOUR)):
+        assert await started(world, number, now + which * MINUTE, expires_at) is None
+    await world.registration.purge_registrations(now + jump, rules.REGISTRATIONS_KEPT)
+    kept = [row["expires_at"] for row in await world.sql.fetch("SELECT expires_at FROM registration.registrations ORDER BY expires_at")]
+    assert {now - 23 * HOUR, now + 10 * MINUTE} <= set(kept)
+    await world.registration.purge_registrations(now, rules.REGISTRATIONS_KEPT)
+    kept = [row["expires_at"] for row in await world.sql.fetch("SELECT expires_at FROM registration.registrations ORDER BY expires_at")]
+    assert kept == [now - 23 * HOUR, now + 10 * MINUTE]

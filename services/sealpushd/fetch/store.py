@@ -551,6 +551,7 @@ class MailboxStore:
         """Where the journal's future begins: what is committed from now on comes after it."""
         floor = await self._journal_floor()
         row = await self._journal_now()
+        await self._journal_flush(row)
         return Position(row["epoch"], row["snapshot"], floor, floor, row["dropped_xid"])
 
     async def first_position(self) -> Position:
@@ -571,6 +572,11 @@ class MailboxStore:
     async def _journal_floor(self) -> int:
         (row,) = await self._fetch("journal_floor")
         return int(row["seq"])
+
+    async def _journal_flush(self, step: asyncpg.Record) -> None:
+        """Before a position leaves: no transaction that its snapshot calls ended may be given again after a crash."""
+        if not step["is_flushed"]:
+            await self._fetch("journal_flush")
 
     async def events(self, after: Position, most: int) -> tuple[list[Event], Position]:
         """Journal entries after a position, and the position after them. Fewer than `most`: that is all that is committed by now.
@@ -599,6 +605,8 @@ class MailboxStore:
                 # Nothing was read: the step's snapshot has to be taken after its floor.
                 position, floor_is_new = replace(position, next_floor=await self._journal_floor()), True
                 continue
+            if begins:
+                await self._journal_flush(step)
             events = [_event(row) for row in rows if row["seq"] is not None]
             found += events
             if len(events) == wanted:

@@ -143,6 +143,19 @@ class End(enum.Enum):
     # Its caller went away.
     RESET = enum.auto()
 
+    @classmethod
+    def by(cls, error: BaseException) -> End:
+        """How work ended that raised this."""
+        match error:
+            case TimeoutError() | DeadlineExceeded():
+                return cls.LATE
+            case Overloaded():
+                return cls.SHED
+            case asyncio.CancelledError() | GeneratorExit():
+                return cls.RESET
+            case _:
+                return cls.FAILED
+
 
 class AdaptiveLimit:
     """How many units may be in flight. `now` is any clock's seconds that only go forward."""
@@ -448,18 +461,11 @@ async def turn(size: int = 0) -> AsyncIterator[None]:
     door, party = _visit.get()
     held = await door.wait(party, size)
     _place.set(held)
-    end = End.FAILED
+    end = End.DONE
     try:
         yield
-        end = End.DONE
-    except DeadlineExceeded:
-        end = End.LATE
-        raise
-    except Overloaded:
-        end = End.SHED
-        raise
-    except (asyncio.CancelledError, GeneratorExit):
-        end = End.RESET
+    except BaseException as e:
+        end = End.by(e)
         raise
     finally:
         held.leave(end)

@@ -106,7 +106,7 @@ class NaturalBatcher(Generic[Item, Result]):
             return []
         # All of it or nothing: parts that went ahead would be worked on for a caller who was refused.
         self._need_room(len(items))
-        return [self._submit(part) for part in self._split(items)]
+        return [self._enqueue(part) for part in self._split(items)]
 
     def _split(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
         if self._weigh is None:
@@ -134,6 +134,9 @@ class NaturalBatcher(Generic[Item, Result]):
 
     def _submit(self, items: Sequence[Item]) -> asyncio.Future[list[Result | Exception]]:
         self._need_room(len(items))
+        return self._enqueue(items)
+
+    def _enqueue(self, items: Sequence[Item]) -> asyncio.Future[list[Result | Exception]]:
         future: asyncio.Future[list[Result | Exception]] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Submission(items, future, admission.place(), admission.deadline_at(), self._clock()))
         self._waiting_items += len(items)

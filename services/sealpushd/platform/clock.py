@@ -20,7 +20,7 @@ _CLOCK_MOVED_S: Final = CLOCK_MOVED.total_seconds()
 CLOCK_SKEW_MAX: Final = timedelta(seconds=10)
 # A stored moment that one machine wrote and another reads lies further ahead than this only because a clock was wrong.
 MOMENT_AHEAD_MAX: Final = timedelta(minutes=5)
-
+# Milliseconds are reckoned in whole numbers: a float's fraction loses one now and then.
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
@@ -75,7 +75,6 @@ class Reading:
 
 def to_ms(moment: datetime) -> int:
     """Milliseconds since 1970-01-01 UTC."""
-    # In whole numbers: a float's product may lie just below the millisecond that it stands for.
     return (moment - _EPOCH) // _MILLISECOND
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -162,7 +162,7 @@ class _Pinned(Connection):
     less than that question. So who is cancelled goes at once, and the connection is given back when its state is known.
     """
 
-    __slots__ = ("_statement",)
+    __slots__ = ("_raised", "_statement")
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         return await self._to_its_end(super().execute(query, *args, timeout=timeout))
@@ -178,6 +178,16 @@ class _Pinned(Connection):
 
     async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
         return await self._to_its_end(super().fetchval(query, *args, column=column, timeout=timeout))
+
+    def is_lost_by(self, error: BaseException) -> bool:
+        """Whether an error that came out of a block says that this connection is lost. Not where it is the block's own: what else is done
+        there may meet a time-out, or a broken connection of something else."""
+        return not isinstance(error, OSError) or error is getattr(self, "_raised", None)
+
+    @property
+    def is_running(self) -> bool:
+        """A statement runs whose caller has gone."""
+        return self._running() is not None
 
     @property
     def is_clean(self) -> bool:
@@ -222,6 +232,9 @@ class _Pinned(Connection):
             except StopIteration as end:
                 answer: _Answer = end.value
                 return answer
+            except OSError as e:
+                self._raised = e
+                raise
             # Beside it waits the caller, whose cancelling then does not reach asyncpg.
             turn: asyncio.Future[None] = waiter.get_loop().create_future()
             waiter.add_done_callback(partial(_tell, turn))
@@ -299,13 +312,16 @@ class Database:
         idle, self._idle, self._standing = self._idle, [], 0
         await asyncio.gather(*(_close(connection) for connection in idle))
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Connection]:
-        """A connection for more than one statement; asyncpg's errors come out as ServiceErrors.
+    def connection(self) -> AbstractAsyncContextManager[Connection]:
+        """A connection for more than one statement; asyncpg's errors come out as ServiceErrors, the block's own as they are.
 
         Who is cancelled in the block goes at once; a statement that runs then goes on to its end, and its connection is in use until it
         is clean. So what goes on without a caller is never more than there are connections.
         """
+        return self._pinned()
+
+    @asynccontextmanager
+    async def _pinned(self) -> AsyncIterator[_Pinned]:
         connection = await self._take()
         try:
             yield connection
@@ -313,6 +329,8 @@ class Database:
             # A bug of whoever checked the value. The original shows it, and it may be a secret.
             raise ValueError(f"a value given to a statement does not fit ({type(e).__name__})") from None
         except _LOST as e:
+            if not connection.is_lost_by(e):
+                raise
             connection.terminate()
             if isinstance(e, TimeoutError):
                 self._suspect_idle()
@@ -328,15 +346,16 @@ class Database:
 
         Cancelled in the block it is rolled back; cancelled in the commit, that ends as it ends, and the caller does not know how.
         """
-        async with self.connection() as connection:
+        async with self._pinned() as connection:
             await connection.execute("BEGIN")
             try:
                 yield connection
-            except _LOST:
-                raise
-            except Exception:
-                # Before the error goes on, so that the locks are gone when it is acted on. Who is cancelled does not wait for that.
-                await connection.execute("ROLLBACK")
+            except Exception as e:
+                # Before the error goes on, so that the locks are gone when it is acted on. Who is cancelled does not wait for that, nor who
+                # gave up a statement that still runs.
+                lost = isinstance(e, _LOST) and connection.is_lost_by(e)
+                if not lost and not connection.is_running:
+                    await connection.execute("ROLLBACK")
                 raise
             if await connection.execute("COMMIT") != "COMMIT":
                 # PostgreSQL's answer to the COMMIT of a transaction in which a statement failed and nobody passed the error on.

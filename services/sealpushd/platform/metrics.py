@@ -38,7 +38,7 @@ DB_SECONDS = Histogram(
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
 )
 DB_RECONNECTS = Counter("sealpush_db_reconnects", "Connections to PostgreSQL that had to be made again.")
-AWAY = Gauge("sealpush_away", "1 while something that this process needs, or works at, does not answer, by what it is.", ["what"])
+AWAY = Gauge("sealpush_away", "Things that this process needs, or works at, and that do not answer at present, by what they are.", ["what"])
 DELIVERIES = Counter("sealpush_deliveries", "Deliveries that entered a state.", ["state"])
 WAKE_UPS = Counter("sealpush_wake_ups", "Wake-ups by lane and outcome.", ["app", "platform", "outcome"])
 VALKEY_ERRORS = Counter("sealpush_valkey_errors", "Calls to Valkey that failed and were gone on without.", ["use"])

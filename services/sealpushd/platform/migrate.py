@@ -7,9 +7,11 @@ A migration is a file `sql/NNNN_name.sql` of a service's folder, applied once, i
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +31,15 @@ MAINTENANCE_ROLE: Final = "sealpush_maintenance"
 _FAULTS_TOLD_MAX: Final = 3
 # Any number, the same for ever: it names the lock that keeps two migrations apart.
 _LOCK: Final = 0x5EA1_9054
+# Who waits for a lock on a table holds up all who come to it after: writers stand still no longer than their calls can bear.
+LOCK_TIMEOUT_S: Final = 2.0
+# Between attempts, so that what had queued behind one is through before the next. Up to twice this, by chance: two programs
+# that keep tables do not go on meeting each other.
+LOCK_PAUSE_S: Final = 2.0
+# A minute or so: longer than any transaction of a service lasts, so what still stands in the way is somebody's session.
+LOCK_ATTEMPTS_MAX: Final = 15
+# Tables that the service reads and only functions of the schema's owner, or the role that migrates, may change.
+_READ_ONLY: Final[Mapping[str, Sequence[str]]] = {"fetch": ("journal_epoch",)}
 _FILE = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 
 
@@ -41,7 +52,8 @@ UNION
 SELECT 'function', p.proname::text FROM pg_proc p WHERE p.pronamespace = to_regnamespace($1)
 """
 
-# In: $1 the service, $2 the maintenance role. A row for whatever the service's roles do not own or may not use, in words.
+# In: $1 the service, $2 the maintenance role, $3 tables that the service only reads. A row for whatever the service's roles do not own or
+# may not use, in words.
 _FAULTS: Final = """
 WITH roles AS (
     SELECT to_regrole($1 || '_owner') AS owner, to_regrole($1 || '_app') AS app, to_regrole($2) AS maintenance
@@ -66,7 +78,8 @@ WHERE app IS NOT NULL AND to_regnamespace($1) IS NOT NULL AND NOT has_schema_pri
 UNION ALL
 SELECT $1 || '_app may not ' || lower(privilege) || ' ' || r.relname
 FROM roles, relations r, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS privilege
-WHERE app IS NOT NULL AND r.relkind IN ('r', 'p') AND NOT has_table_privilege(app, r.oid, privilege)
+WHERE app IS NOT NULL AND r.relkind IN ('r', 'p') AND (privilege = 'SELECT' OR r.relname <> ALL ($3::text[]))
+  AND NOT has_table_privilege(app, r.oid, privilege)
 UNION ALL
 SELECT $1 || '_app may not use ' || r.relname FROM roles, relations r
 WHERE app IS NOT NULL AND r.relkind = 'S' AND NOT has_sequence_privilege(app, r.oid, 'USAGE')
@@ -112,7 +125,8 @@ async def migrate(admin_url: str, passwords: dict[str, str], services: Sequence[
 
     Roles, owners and grants are put right as well: a restored dump may lack them. `passwords` gives the password of each login role by its
     name; a role without one keeps what it has. Safe to repeat and to run twice at once. Raises SchemaError when the database is newer or an
-    applied migration differs, StoreUnavailable.
+    applied migration differs, StoreUnavailable, also when another transaction holds a table for too long: then what was applied before
+    stays.
     """
     connection = await connect(admin_url)
     applied: list[str] = []
@@ -131,18 +145,7 @@ async def migrate(admin_url: str, passwords: dict[str, str], services: Sequence[
         for service in services:
             await _roles_and_schema(connection, service, passwords.get(f"{service}_app"))
             for migration in await _pending(connection, service):
-                async with connection.transaction():
-                    await connection.execute(f'SET LOCAL ROLE "{service}_owner"')
-                    await connection.execute(f'SET LOCAL search_path = "{service}"')
-                    await connection.execute(migration.sql)
-                    await connection.execute("RESET ROLE")
-                    await connection.execute(
-                        "INSERT INTO sealpush_meta.migrations (service, version, name, checksum) VALUES ($1, $2, $3, $4)",
-                        service,
-                        migration.version,
-                        migration.name,
-                        migration.checksum,
-                    )
+                await _apply(connection, migration)
                 applied.append(f"{service}/{migration.name}")
             await _grants(connection, service)
             await _note_objects(connection, service, after_a_migration=any(each.startswith(f"{service}/") for each in applied))
@@ -153,6 +156,61 @@ async def migrate(admin_url: str, passwords: dict[str, str], services: Sequence[
     finally:
         await connection.close()
     return applied
+
+
+async def _apply(connection: Connection, migration: Migration) -> None:
+    """In one transaction; again and again while somebody else holds a table that it needs."""
+    attempt = 1
+    while True:
+        try:
+            await _try(connection, migration)
+            return
+        except asyncpg.LockNotAvailableError as e:
+            holder = await _holder(connection, migration.service)
+            if attempt == LOCK_ATTEMPTS_MAX:
+                raise StoreUnavailable(
+                    f"migration {migration.service}/{migration.name} did not get a lock on its tables in {attempt} attempts of"
+                    f" {LOCK_TIMEOUT_S:.0f} s: {holder}; end that transaction, then run `sealpush db migrate` again (nothing of this"
+                    " migration was applied)"
+                ) from e
+            log.warning("a migration waits for a lock, and is tried again", migration=migration.name, holder=holder, attempt=attempt)
+        attempt += 1
+        await asyncio.sleep(LOCK_PAUSE_S * random.uniform(1, 2))  # noqa: S311 - no secret
+
+
+async def _try(connection: Connection, migration: Migration) -> None:
+    async with connection.transaction():
+        await connection.execute(f"SET LOCAL lock_timeout = {int(LOCK_TIMEOUT_S * 1000)}")
+        await connection.execute(f'SET LOCAL ROLE "{migration.service}_owner"')
+        await connection.execute(f'SET LOCAL search_path = "{migration.service}"')
+        await connection.execute(migration.sql)
+        await connection.execute("RESET ROLE")
+        await connection.execute(
+            "INSERT INTO sealpush_meta.migrations (service, version, name, checksum) VALUES ($1, $2, $3, $4)",
+            migration.service,
+            migration.version,
+            migration.name,
+            migration.checksum,
+        )
+
+
+async def _holder(connection: Connection, service: str) -> str:
+    """Who has held a table of this schema for longest, in words."""
+    row = await connection.fetchrow(
+        "SELECT l.pid, l.relation::regclass::text AS held, l.mode, a.application_name AS name,"
+        " extract(epoch FROM clock_timestamp() - a.xact_start)::int AS held_s"
+        " FROM pg_locks l JOIN pg_class c ON c.oid = l.relation LEFT JOIN pg_stat_activity a ON a.pid = l.pid"
+        " WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid() AND c.relkind IN ('r', 'p') AND c.relnamespace = to_regnamespace($1)"
+        " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        " ORDER BY a.xact_start NULLS LAST, l.mode <> 'AccessShareLock' DESC, c.relkind = 'p' DESC LIMIT 1",
+        f'"{service}"',
+    )
+    if row is None:
+        return "the transaction that held it has just ended"
+    if row["pid"] is None:
+        return f"a prepared transaction (pg_prepared_xacts) holds {row['mode']} on {row['held']}"
+    since = "" if row["held_s"] is None else f", in a transaction of {row['held_s']} s"
+    return f"process {row['pid']} of PostgreSQL ({row['name'] or 'without a name'}) holds {row['mode']} on {row['held']}{since}"
 
 
 async def _login_role(connection: Connection, role: str, password: str | None) -> None:
@@ -198,11 +256,17 @@ async def _own(connection: Connection, service: str, owner: str) -> None:
 
 async def _grants(connection: Connection, service: str) -> None:
     app = f"{service}_app"
-    await connection.execute(f'REVOKE ALL ON ALL FUNCTIONS IN SCHEMA "{service}" FROM PUBLIC')
-    await connection.execute(f'GRANT USAGE ON SCHEMA "{service}" TO "{app}", "{MAINTENANCE_ROLE}"')
-    await connection.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{service}" TO "{app}"')
-    await connection.execute(f'GRANT USAGE ON ALL SEQUENCES IN SCHEMA "{service}" TO "{app}"')
-    await connection.execute(f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA "{service}" TO "{MAINTENANCE_ROLE}"')
+    # Together, so that there is no moment in between at which the service may do more.
+    async with connection.transaction():
+        await connection.execute(f'REVOKE ALL ON ALL FUNCTIONS IN SCHEMA "{service}" FROM PUBLIC')
+        await connection.execute(f'GRANT USAGE ON SCHEMA "{service}" TO "{app}", "{MAINTENANCE_ROLE}"')
+        await connection.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "{service}" TO "{app}"')
+        await connection.execute(f'GRANT USAGE ON ALL SEQUENCES IN SCHEMA "{service}" TO "{app}"')
+        await connection.execute(f'GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA "{service}" TO "{MAINTENANCE_ROLE}"')
+        for table in _READ_ONLY.get(service, ()):
+            name = f'"{service}"."{table}"'
+            if await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", name):
+                await connection.execute(f'REVOKE INSERT, UPDATE, DELETE ON {name} FROM "{app}"')
 
 
 async def _note_objects(connection: Connection, service: str, *, after_a_migration: bool) -> None:
@@ -243,7 +307,7 @@ async def check_schema(url: str, service: str) -> None:
     connection = await connect(url)
     try:
         rows = await connection.fetch("SELECT version, name, checksum FROM sealpush_meta.migrations WHERE service = $1", service)
-        faults = [row[0] for row in await connection.fetch(_FAULTS, service, MAINTENANCE_ROLE)]
+        faults = [row[0] for row in await connection.fetch(_FAULTS, service, MAINTENANCE_ROLE, list(_READ_ONLY.get(service, ())))]
         present = {(row["kind"], row["name"]) for row in await connection.fetch(_OBJECTS, service)}
         noted = await connection.fetch("SELECT kind, name FROM sealpush_meta.objects WHERE service = $1 ORDER BY kind, name", service)
         missing = [f"the {row['kind']} {row['name']}" for row in noted if (row["kind"], row["name"]) not in present]

@@ -7,8 +7,11 @@ tells what to do.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
+from collections import defaultdict
 from typing import Any, Final
+from weakref import WeakSet
 
 import structlog
 
@@ -19,6 +22,13 @@ log = structlog.get_logger()
 
 # What works for this long is back. What fails again sooner was never back: it is the same outage, and the log does not flicker.
 STEADY_S: Final = 5.0
+# Lines about one kind of error in an outage, each with other words. A server that goes and comes back says two or three things; what says
+# more names something new each time, and tells nothing new.
+WORDINGS_MAX: Final = 4
+# Names, numbers and addresses in an error's words, which differ from one failure to the next of the same kind.
+_VARYING = re.compile(r"\S*\d\S*")
+# Of each `what`, those that there are: several connections to one thing are away by themselves.
+_ALL: Final[defaultdict[str, WeakSet[Outage]]] = defaultdict(WeakSet)
 
 
 class Outage:
@@ -34,27 +44,35 @@ class Outage:
         self._facts = facts
         self._since: float | None = None
         self._failures = 0
-        self._kinds: set[type[BaseException]] = set()
+        # By kind of error, the wordings that were told of.
+        self._told: defaultdict[type[BaseException], set[str]] = defaultdict(set)
         self._steady: asyncio.TimerHandle | None = None
         self._away = AWAY.labels(what)
-        self._away.set(0)
+        self._alike = _ALL[what]
+        self._alike.add(self)
+        self._count()
 
     def failed(self, error: BaseException, *, stack: bool = False, **facts: Any) -> None:
-        """It failed once more. Each kind of failure is told of once in an outage; `stack` is for those that are bugs."""
+        """It failed once more. Each kind of failure, by its type and its words, is told of once in an outage; `stack` is for those that are
+        bugs."""
         if self._steady is not None:
             self._steady.cancel()
             self._steady = None
         if self._since is None:
             self._since = time.monotonic()
             self._failures = 0
-            self._kinds.clear()
-            self._away.set(1)
+            self._told.clear()
+            self._count()
         self._failures += 1
-        kind = type(error)
-        if kind not in self._kinds:
-            self._kinds.add(kind)
+        words, told = in_words(error), self._told[type(error)]
+        wording = _VARYING.sub("", words)
+        if wording not in told and len(told) < WORDINGS_MAX:
+            told.add(wording)
             emit = log.error if stack else log.warning
-            emit(self._gone, error=in_words(error), **self._facts, **facts, **({"exc_info": error} if stack else {}))
+            emit(self._gone, error=words, **self._facts, **facts, **({"exc_info": error} if stack else {}))
+
+    def _count(self) -> None:
+        self._away.set(sum(each._since is not None for each in self._alike))
 
     def worked(self) -> None:
         """It worked. Costs nothing where nothing was wrong."""
@@ -65,5 +83,5 @@ class Outage:
     def _is_over(self, seconds: float) -> None:
         self._steady = None
         self._since = None
-        self._away.set(0)
+        self._count()
         log.warning(self._back, seconds=seconds, failures=self._failures, **self._facts)

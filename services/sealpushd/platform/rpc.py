@@ -28,7 +28,6 @@ from sealpushd.platform.arrivals import Arrivals
 from sealpushd.platform.errors import (
     DeadlineExceeded,
     InvalidRequest,
-    Overloaded,
     Rendered,
     ServiceError,
     Unauthenticated,
@@ -219,16 +218,13 @@ def _guard(
                     response = await handler.unary_unary(request, context)
             end = End.DONE
             return response
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as e:
             code = grpc.StatusCode.CANCELLED
             # gRPC cancels at the deadline, too.
-            end = End.LATE if time.monotonic() >= ends_at - _DEADLINE_SLACK_S else End.RESET
+            end = End.LATE if time.monotonic() >= ends_at - _DEADLINE_SLACK_S else End.by(e)
             raise
         except Exception as e:
-            if isinstance(e, TimeoutError | DeadlineExceeded):
-                end = End.LATE
-            elif isinstance(e, Overloaded):
-                end = End.SHED
+            end = End.by(e)
             code, message, trailing = answer(e)
             await _abort(context, code, message, trailing)
             raise

@@ -153,13 +153,18 @@ TIMERS: Final = (
     Timer(
         "codes",
         Measure.MOMENT,
-        "another code is given after the usual 30 seconds; a code that expires more than a day ahead goes within an hour",
+        "another code is given after the usual 30 seconds, a minute at the most; one that ends more than a day ahead goes within an hour",
         (
             "registration/service.py RegistrationService._new_registration",
             "registration/service.py RegistrationService.ConfirmRegistration",
         ),
     ),
-    Timer("purge of codes", Measure.STEADY, "nothing: once an hour", ("registration/outbox.py Outbox.run",)),
+    Timer(
+        "purge of codes",
+        Measure.STEADY,
+        "nothing: once an hour, and what is over by PostgreSQL's clock and by the process's",
+        ("registration/outbox.py Outbox.run", "registration/sql/purge_registrations.sql"),
+    ),
     Timer(
         "registration locks and numbers in use",
         Measure.MOMENT,
@@ -341,6 +346,7 @@ TIMERS: Final = (
             "cli/checks.py check_service_clock",
             "cli/lanes.py lanes",
             "cli/providers.py _expiry",
+            "platform/migrate.py _holder",
             "platform/migrate.py migrate",
         ),
     ),
@@ -362,6 +368,7 @@ TIMERS: Final = (
             "sdk/devices.py Devices._read_anew",
             "sdk/devices.py Devices.tell_restored",
             "sdk/inbox.py Inbox.messages",
+            "sdk/inbox.py Inbox._left",
             "sdk/inbox.py Inbox._mark",
             "sdk/inbox.py Inbox._waiting",
             "sdk/local.py ServerTime.bounded_ms",

@@ -157,8 +157,7 @@ class Outbox:
         purge_at = self._clock.monotonic()
         while True:
             if self._clock.monotonic() >= purge_at:
-                now = self._clock.now()
-                await self._store.purge_registrations(now - REGISTRATIONS_KEPT, now + REGISTRATIONS_KEPT)
+                await self._store.purge_registrations(self._clock.now(), REGISTRATIONS_KEPT)
                 purge_at = self._clock.monotonic() + PURGE_EVERY.total_seconds()
             if await self.run_once() < CLOSURES_MAX:
                 await asyncio.sleep(POLL_PAUSE_S)

@@ -81,9 +81,8 @@ REGISTRATIONS_KEPT: Final = timedelta(days=1)
 REPEAT_AFTER: Final = timedelta(seconds=15)
 
 CHALLENGE_LIFETIME: Final = timedelta(seconds=60)
-# Two processes of this service may differ by this much.
-CLOCK_SKEW: Final = timedelta(seconds=5)
-CHALLENGE_SKEW: Final = CLOCK_SKEW
+# How far the clock of the process that gave a challenge may be ahead. A later one is refused, and the device asks for another.
+CHALLENGE_SKEW: Final = timedelta(seconds=5)
 CHALLENGE_RANDOM_BYTES: Final = 16
 _CHALLENGE_VERSION: Final = b"\x01"
 _CHALLENGE_BYTES: Final = 1 + 8 + 16 + CHALLENGE_RANDOM_BYTES + 32

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from sealpush.ids import AppId, DeviceId, RegistrationId, SenderId, SubscriberId
 from sealpush.model import Reason
-from sealpushd.platform.clock import MOMENT_AHEAD_MAX
+from sealpushd.platform.clock import CLOCK_MOVED, MOMENT_AHEAD_MAX
 from sealpushd.platform.db import Connection, Database, load_sql
 from sealpushd.platform.errors import Aborted, Unauthenticated
 from sealpushd.platform.tokens import DeviceCaller
@@ -202,7 +202,8 @@ class RegistrationStore:
                 new.created_at,
                 new.expires_at,
                 new.created_at - rules.RESEND_AFTER,
-                new.created_at + rules.CLOCK_SKEW,
+                # Not the wider bound of other moments: for as long the number would wait.
+                new.created_at + CLOCK_MOVED,
             )
             if row is not None:
                 return None
@@ -235,9 +236,9 @@ class RegistrationStore:
         """Keep the registration for this device. False: it is another one's, or was used. Safe to repeat."""
         return await self._db.fetch_one("claim_registration", CLAIM_REGISTRATION, registration_id, device_id) is not None
 
-    async def purge_registrations(self, expired_before: datetime, expiring_after: datetime) -> None:
-        """Those that expired long ago, and those that expire later than any can: a clock that was ahead made them."""
-        await self._db.execute("purge_registrations", PURGE_REGISTRATIONS, expired_before, expiring_after)
+    async def purge_registrations(self, now: datetime, kept: timedelta) -> None:
+        """Those that expired longer ago than they are kept, and those that expire later than any can: a clock that was ahead made them."""
+        await self._db.execute("purge_registrations", PURGE_REGISTRATIONS, now, kept)
 
     # --- binding ---
 

@@ -34,7 +34,7 @@ from sealpushd.platform.admission import (
     allowance_s,
     party_of,
 )
-from sealpushd.platform.errors import DeadlineExceeded
+from sealpushd.platform.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from sealpushd.platform.tokens import DeviceCaller, SenderCaller, ServiceCaller
 
 # Bounds a hang; it claims nothing about time.
@@ -403,3 +403,28 @@ def test_those_refused_together_come_back_apart() -> None:
             at.enter(BANK)
         details.add(caught.value.rendered[2][0][1])
     assert len(details) > 10
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (TimeoutError(), End.LATE),
+        (DeadlineExceeded("late"), End.LATE),
+        (Overloaded("too much"), End.SHED),
+        (asyncio.CancelledError(), End.RESET),
+        (GeneratorExit(), End.RESET),
+        (InvalidRequest("no"), End.FAILED),
+        (KeyError("bug"), End.FAILED),
+    ],
+    ids=repr,
+)
+async def test_a_piece_of_a_stream_ends_as_a_call_would_that_raised_the_same(
+    error: BaseException, end: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[End] = []
+    monkeypatch.setattr(Place, "leave", lambda place, end: ends.append(end))
+    admission.visiting(Door(), party_of(None, "10.0.0.1"))
+    with pytest.raises(type(error)):
+        async with admission.turn():
+            raise error
+    assert ends == [end] == [End.by(error)]

@@ -125,6 +125,15 @@ async def test_more_than_may_wait_is_refused_before_any_of_it_is_worked_on() -> 
     assert await batcher.submit_many([2, 3, 4]) == [20, 30, 40]
 
 
+async def test_a_caller_who_is_let_in_is_let_in_with_all_parts() -> None:
+    """Room is asked for once: the parts that had gone ahead would be worked on for a caller who was refused."""
+    gate, times = Gate(), iter(range(0, 10_000, 100))
+    gate.open.set()
+    # A moment is long here: by the second part, the first is old.
+    batcher = NaturalBatcher[int, int](gate.flush, items_max=2, clock=lambda: next(times))
+    assert await batcher.submit_many([1, 2, 3, 4]) == [10, 20, 30, 40]
+
+
 async def test_what_has_waited_beyond_its_deadline_is_never_flushed() -> None:
     gate, time = Gate(), [100.0]
     batcher = NaturalBatcher[int, int](gate.flush, clock=lambda: time[0])

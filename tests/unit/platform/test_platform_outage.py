@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from sealpushd.platform import server
 from sealpushd.platform.errors import StoreUnavailable, in_words
-from sealpushd.platform.outage import Outage
+from sealpushd.platform.outage import WORDINGS_MAX, Outage
 from sealpushd.platform.server import _keep_running
 
 LIMIT_S = 30
@@ -73,6 +73,34 @@ async def test_another_kind_of_failure_in_an_outage_has_a_line_of_its_own() -> N
             outage.failed(StoreUnavailable("refused"))
             outage.failed(TypeError("a bug"), stack=True)
     assert [(line["error"], "exc_info" in line) for line in lines] == [("refused", False), ("a bug", True)]
+
+
+async def test_failures_of_one_type_that_say_something_else_have_lines_of_their_own_and_never_many() -> None:
+    outage = Outage("test four", gone="it is away", back="it is back")
+    hangs, refused = "did not answer within 5 s; does it hang?", "are role and password right?"
+    with capture_logs() as lines:
+        for port in range(5000, 5010):
+            outage.failed(StoreUnavailable(hangs))
+            outage.failed(StoreUnavailable(f"{refused} (127.0.0.1:{port})"))
+        assert [line["error"] for line in lines] == [hangs, f"{refused} (127.0.0.1:5000)"]
+        for letter in "abcdefghijkl":
+            outage.failed(StoreUnavailable(letter))
+        assert len(lines) == WORDINGS_MAX
+
+
+async def test_of_two_that_are_the_same_thing_each_counts() -> None:
+    first, second = (Outage("test five", gone="it is away", back="it is back", steady_s=0.01) for _ in range(2))
+    with capture_logs() as lines:
+        first.failed(StoreUnavailable("refused"))
+        second.failed(StoreUnavailable("refused"))
+        assert away("test five") == 2
+        second.worked()
+        await until(lambda: len(lines) == 3)
+        assert away("test five") == 1
+        Outage("test five", gone="it is away", back="it is back")
+        assert away("test five") == 1
+        first.worked()
+        await until(lambda: away("test five") == 0)
 
 
 @pytest.mark.parametrize(("error", "stack"), [(StoreUnavailable("the database does not answer"), False), (KeyError("bug"), True)])

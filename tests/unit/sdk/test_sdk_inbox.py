@@ -5,7 +5,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,11 +17,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sealpush.entries import SenderEntries
 from sealpush.errors import KeystoreBusy
 from sealpush.ids import ContentId, MessageId, SenderId
-from sealpush.inbox import Inbox, Message
+from sealpush.inbox import MARKED_MIN, Inbox, Message
 from sealpush.keystore import InboxMessage, Keystore, PendingAcknowledgement
-from sealpush.local import EXPIRY_SKEW_MS, ServerTime, Store
+from sealpush.live import MessageStream
+from sealpush.local import EXPIRY_SKEW_MS, ServerTime, Store, Trouble
 from sealpush.memory_keystore import MemoryKeystore
 from sealpush.proofs import AckOutcome
+from sealpush.session import Session
 from sealpush.sqlite_keystore import SqliteKeystore
 from sealpush.v1.content_pb2 import Content
 
@@ -250,7 +252,7 @@ class HandingOver(RuleBasedStateMachine):
             call.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 self.given += await call
-            await inbox._keep_what_was_left()  # its thread has ended, as it has with a process
+            await inbox._until_marked()  # its thread has ended, as it has with a process
 
         self.run(killed())
         for each in inbox._ready:
@@ -324,3 +326,55 @@ async def test_a_mark_that_ended_in_a_way_nobody_foresaw_is_the_trouble_of_one_c
     store.fails = False
     (given,) = await inbox.hand_over()
     assert given.is_new
+
+
+class Counting(Store):
+    """How often the store is asked, and how often it is written to."""
+
+    asked = 0
+
+    async def __call__(self, use: Callable[[Keystore], Result]) -> Result:
+        self.asked += 1
+        return await super().__call__(use)
+
+
+class Marks(MemoryKeystore):
+    marks = 0
+
+    def mark_shown(self, local_ids: Sequence[int], at_ms: int) -> frozenset[int]:
+        self.marks += 1
+        return super().mark_shown(local_ids, at_ms)
+
+
+def a_stream(inbox: Inbox) -> MessageStream:
+    # It asks neither while there are messages.
+    return MessageStream(inbox, cast(Session, None), cast(Trouble, None), asyncio.Event())
+
+
+async def test_a_backlog_goes_through_a_stream_by_the_page_and_once_each() -> None:
+    keystore = Marks()
+    store = Counting(keystore)
+    inbox = Inbox(store, ServerTime(Clock(), store), cast(SenderEntries, Names()))
+    for number in range(1, 1001):
+        keep(keystore, number)
+    stream = a_stream(inbox)
+    given = [(await anext(stream)).content.body for _ in range(1000)]
+    assert given == [str(number) for number in range(1, 1001)]
+    pages = -(-1000 // MARKED_MIN)
+    assert keystore.marks == pages
+    assert store.asked <= 1000 + 2 * pages
+
+
+async def test_what_a_stream_had_marked_when_it_ended_goes_to_the_next_call() -> None:
+    keystore = MemoryKeystore()
+    clock, store = Clock(), Store(keystore)
+    inbox = Inbox(store, ServerTime(clock, store), cast(SenderEntries, Names()))
+    for number in range(1, 6):
+        keep(keystore, number, key=b"k" if number == 3 else None, lifetime_ms=1_000 if number == 4 else LIFETIME_MS)
+    assert (await anext(a_stream(inbox))).content.body == "1"
+    # The third is replaced, the fourth ends, the second is deleted.
+    keep(keystore, 6, key=b"k")
+    keystore.delete_message(MessageId((2).to_bytes(16, "big")))
+    clock.at_ms += 1_000 + EXPIRY_SKEW_MS
+    assert (await anext(a_stream(inbox))).content.body == "5"
+    assert [each.content.body for each in await inbox.hand_over()] == ["6"]

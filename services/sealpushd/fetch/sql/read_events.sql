@@ -2,18 +2,21 @@
 -- In: $1 the snapshot up to which everything was read; $2 its floor: transactions that it does not know have numbers above;
 --   $3 the snapshot that this step reads up to (null: a step begins, with the present one); $4 only after this number; $5 no number that $3
 --   sees is above (null with $3); $6 how many at the most; $7 read nothing where numbers are above this already (null: read).
--- Out: the journal's epoch, the newest transaction of which entries are gone, the snapshot and the highest number of the step, whether $7 kept
---   it from reading, and the events; one row without an event where there is none.
+-- Out: the journal's epoch, the newest transaction of which entries are gone, the snapshot and the highest number of the step, whether the ends of
+--   all transactions that a step begun here knows are on disk, whether $7 kept it from reading, and the events; one row without an event where
+--   there is none.
 WITH step AS MATERIALIZED (
     SELECT j.epoch, j.restored_seq, j.dropped_xid, $1::text::pg_snapshot AS done,
            coalesce($3::text::pg_snapshot, pg_current_snapshot()) AS up_to,
            -- Read after this statement's snapshot was taken: what that sees had its number before.
-           coalesce($5::int8, (SELECT last_value - CASE WHEN is_called THEN 0 ELSE 1 END FROM status_events_seq)) AS until_seq
+           coalesce($5::int8, (SELECT last_value - CASE WHEN is_called THEN 0 ELSE 1 END FROM status_events_seq)) AS until_seq,
+           -- As above: what the snapshot knows was in the log before.
+           pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn() AS is_flushed
     FROM journal j
 ), bounded AS MATERIALIZED (
     SELECT *, coalesce(until_seq > $7::int8, false) AS floor_is_old, CASE WHEN until_seq > $7::int8 THEN 0 ELSE $6::int8 END AS most FROM step
 )
-SELECT step.epoch, step.dropped_xid::text::int8 AS dropped_xid, step.up_to::text AS up_to, step.until_seq, step.floor_is_old, e.*
+SELECT step.epoch, step.dropped_xid::text::int8 AS dropped_xid, step.up_to::text AS up_to, step.until_seq, step.is_flushed, step.floor_is_old, e.*
 FROM bounded step LEFT JOIN LATERAL (
     (
         -- Of transactions that were running then: the only ones below the floor, however long they took.
