@@ -1,8 +1,10 @@
 """What is still accepted when more is asked than can be done: unary Publish at 1 to 5 times its peak, against the peak.
 
 The peak is taken first, with calls that follow each other; then calls come at a rate, whether those before are answered or not, as those of
-many senders do. Both come from a process of its own (`bench.openloop`). On a machine whose cores the services, the database and the load
-share, each refused call and the load itself take from what is accepted: the shares of a core that they took stand beside.
+many senders do. Both come from a process of its own (`bench.openloop`). Clients are of two kinds: those that do about a refusal what the
+SDK does, by its own classes (they hold attempts back, wait, try again), and raw ones that take no notice. On a machine whose cores the
+services, the database and the load share, each refused call and the load itself take from what is accepted: the shares of a core that they
+took stand beside.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from bench.openloop import DEADLINE_EXCEEDED, ID_MARK, OK, Order, Outcome
+from bench.openloop import DEADLINE_EXCEEDED, ID_MARK, OK, RESOURCE_EXHAUSTED, Order, Outcome
 from bench.phones import Phones
 from bench.publish import CONCURRENCY, request
 from bench.suite import Suite, cpu_seconds
 from sealpushd.up.sdk import public_endpoints
 
 FACTORS: Final = (1.0, 1.5, 2.0, 3.0, 5.0)
-# How long a sender waits.
+# How long a raw client waits.
 TIMEOUT_S: Final = 2.0
+# What the SDK gives a call, with its pauses, unless its user says otherwise.
+SDK_TIMEOUT_S: Final = 10.0
 # Those of many senders: a single connection holds 512 calls at most, and what is more waits in its client.
 CONNECTIONS: Final = 16
-RESOURCE_EXHAUSTED: Final = "8"
 # A call that takes longer than this after the load fell is not served as before it.
 RECOVERED_S: Final = 0.25
 SERVICES: Final = ("accounts", "registration", "keys", "publishing", "dispatch", "fetch")
@@ -43,7 +46,7 @@ async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:
         asked.request_id = ID_MARK.decode()
         host, _, port = public_endpoints(suite.endpoints).publishing.rpartition(":")
 
-        def order(**how: Any) -> Order:
+        def order(timeout_s: float = TIMEOUT_S, **how: Any) -> Order:
             return Order(
                 host=host,
                 port=int(port),
@@ -51,7 +54,7 @@ async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:
                 path="/sealpush.v1.Publishing/Publish",
                 authorization=suite.metadata[0][1],
                 request_hex=asked.SerializeToString().hex(),
-                timeout_s=TIMEOUT_S,
+                timeout_s=timeout_s,
                 **how,
             )
 
@@ -62,9 +65,13 @@ async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:
             peaks.append(outcome.statuses.get(OK, 0) / outcome.seconds)
         peak = statistics.median(peaks)
         figures = []
-        for factor in factors:
+        for factor, obeys in [(factor, obeys) for obeys in (True, False) for factor in factors]:
             pids = {pid: name for pid, name in suite.processes().items() if name in SERVICES}
-            loading = asyncio.create_task(_load(order(seconds=seconds, settle_s=settle_s, connections=CONNECTIONS, rate=factor * peak)))
+            timeout_s = SDK_TIMEOUT_S if obeys else TIMEOUT_S
+            wanted = order(
+                seconds=seconds, settle_s=settle_s, timeout_s=timeout_s, connections=CONNECTIONS, rate=factor * peak, obeys=obeys
+            )
+            loading = asyncio.create_task(_load(wanted))
             publishing = next(pid for pid, name in pids.items() if name == "publishing")
             cpu, began = cpu_seconds(publishing), time.monotonic()
             most = 0
@@ -77,13 +84,15 @@ async def measure(suite: Suite, short: bool) -> list[dict[str, Any]]:
             goodput = outcome.statuses.get(OK, 0) / outcome.seconds
             figures.append(
                 {
-                    "figure": f"unary publish at {factor:g} times the peak",
+                    "figure": f"unary publish at {factor:g} times the peak, {'clients as the SDK' if obeys else 'raw clients'}",
                     "unit": "messages/s",
                     "value": round(goodput, 1),
                     "floor": f"peak, {CONCURRENCY} at a time",
                     "floor_value": round(peak, 1),
                     "ratio": round(goodput / peak, 3),
                     "offered": round(outcome.calls / outcome.seconds, 1),
+                    "sent": round(outcome.sent / outcome.seconds, 1),
+                    "refused": round(outcome.refused / outcome.seconds, 1),
                     "resource_exhausted_share": _share(outcome, RESOURCE_EXHAUSTED),
                     "deadline_exceeded_share": _share(outcome, DEADLINE_EXCEEDED),
                     "other_share": round(1 - sum(_share(outcome, each) for each in (OK, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED)), 3),

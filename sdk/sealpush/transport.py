@@ -20,6 +20,7 @@ from sealpush import errors
 from sealpush.errors import CallFailed, Unauthenticated, WrongCode
 from sealpush.ids import uuid7
 from sealpush.retry import Clock, Deadline, Random, RetryPolicy, retrying
+from sealpush.throttle import Throttle
 from sealpush.v1.accounts_pb2_grpc import AccountsStub
 from sealpush.v1.keys_pb2_grpc import KeysStub
 from sealpush.v1.messages_pb2_grpc import MessagesStub
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # only the stubs know these
 
 MESSAGE_BYTES_MAX: Final = 8 * 1024 * 1024  # above the 2 MiB that batches are bounded by: a bound on accidents, not on use
 TIMEOUT_S: Final = 10.0  # one attempt; the services cap theirs at the same
+HELD_BACK_S: Final = 1.0  # the services ask those whom they refuse for a pause of one to two seconds, and so does the SDK itself
 TOKEN_MARGIN_S: Final = 60.0  # a token is renewed this long before its end, so that none ends on the way
 
 _DOMAIN: Final = "sealpush"
@@ -336,9 +338,12 @@ class UnaryMethod(Protocol[Answer_co]):
 
 
 class Calls:
-    """Makes calls with everything a call needs. Every error is a CallFailed."""
+    """Makes calls with everything a call needs. Every error is a CallFailed.
 
-    __slots__ = ("clock", "policy", "random", "timeout_s")
+    A service that refuses calls as too many is sent few of those that follow, until it accepts more. The rest is refused here: Overloaded.
+    """
+
+    __slots__ = ("_throttles", "clock", "policy", "random", "timeout_s")
 
     def __init__(self, clock: Clock, random: Random, policy: RetryPolicy, timeout_s: float = TIMEOUT_S) -> None:
         if timeout_s <= 0:
@@ -347,6 +352,8 @@ class Calls:
         self.random = random
         self.policy = policy
         self.timeout_s = timeout_s
+        # By the proto file of a request, which holds one service.
+        self._throttles: dict[str, Throttle] = {}
 
     async def call(
         self,
@@ -375,16 +382,29 @@ class Calls:
         request_id: str = "",
     ) -> Answer:
         """The answer to one attempt. A token that the service refuses is renewed once."""
+        throttle = self._throttles.setdefault(request.DESCRIPTOR.file.name, Throttle())
         for renewed in (False, True):
             bearer = await token.get(deadline) if token is not None else ""
+            if throttle.holds_back(self.clock.monotonic(), self.random):
+                raise errors.Overloaded(
+                    "not sent: the service refuses too much of what this client sends; try again after the time in retry_after_s",
+                    code=grpc.StatusCode.RESOURCE_EXHAUSTED.name,
+                    server_reason=errors.Overloaded.reason,
+                    retry_after_s=HELD_BACK_S + self.random(),
+                )
             try:
-                return await method(
+                answer = await method(
                     request,
                     timeout=deadline.timeout_s(self.timeout_s),
                     metadata=call_metadata(bearer, request_id or uuid7().hex()),
                 )
+                throttle.answered(self.clock.monotonic(), accepted=True)
+                return answer
             except grpc.aio.AioRpcError as error:
                 failure = call_failed(error)
+                if failure.server_reason:
+                    # Without the service's own word nothing is known of how much it accepts.
+                    throttle.answered(self.clock.monotonic(), accepted=failure.server_reason != errors.Overloaded.reason)
                 if not isinstance(failure, Unauthenticated) or token is None or renewed:
                     raise failure from error
                 token.drop(bearer)

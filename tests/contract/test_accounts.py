@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import struct
+import sys
 import threading
 import zlib
 from collections import Counter
@@ -838,3 +839,18 @@ async def test_a_sender_that_was_put_by_another_organisation_leaves_no_entry(wor
     with pytest.raises(InvalidRequest):
         await world.put_sender(shop, sender_id, sender_entry=world.entry(sender_id, serial=9, keys=[key.public_key]))
     assert await certified(world, publishing, sender_id, key) == b""
+
+
+async def test_strangers_who_give_up_after_moments_end_no_call_but_their_own(world: World) -> None:
+    await world.put_sender(await world.put_organisation("bank"), uuid7())
+    address = world.services["accounts"].public_address
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.contract.impatient", address, "bank", PASSWORD), stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(LIMIT_S):
+        said, _ = await process.communicate()
+    ended = json.loads(said)
+    assert sum(ended["strangers"].values()) > 100
+    # On a machine that is too busy for it, a bank may be asked to come back: never cut off.
+    assert set(ended["bank"]) <= {"OK", StatusCode.RESOURCE_EXHAUSTED.name}
+    assert ended["bank"]["OK"]

@@ -280,8 +280,8 @@ LONG = "x" * 300
         ({"secret": None, "secret_file": "large.p8"}, "secret_file", "more than 65536"),
         ({"secret": None, "secret_file": "pipe"}, "secret_file", "is no file"),
         ({"expires_at": Timestamp(seconds=1)}, "expires_at", "ended already"),
-        ({"expires_at": Timestamp(seconds=10**15)}, "expires_at", "no time"),
-        ({"expires_at": Timestamp(seconds=4_000_000_000, nanos=-1)}, "expires_at", "no time"),
+        ({"expires_at": Timestamp(seconds=10**15)}, "expires_at", "years 1970 to 9999"),
+        ({"expires_at": Timestamp(seconds=4_000_000_000, nanos=-1)}, "expires_at", "years 1970 to 9999"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -343,7 +343,7 @@ async def test_who_is_listed_and_trusted_is_told_of_devices_in_a_list_only(world
     assert await world.put(first.new_device(subscriber)) == [""]
     assert await listed(first.device_id) == {(first.device_id, subscriber, False)}
     for wrong in ([b"short"], [uuid7()] * 513):
-        assert (await refused(listed(*wrong)))[1] == "device_ids"
+        assert (await refused(listed(*wrong)))[1] in ("device_ids", f"device_ids[{len(wrong) - 1}]")
 
 
 async def test_a_registration_repeated_late_does_not_bring_back_an_old_prekey(world: World, phone: Phone, subscriber: SubscriberId) -> None:
@@ -391,7 +391,7 @@ async def test_a_batch_is_bounded(world: World, phone: Phone, subscriber: Subscr
     _, field = await refused(world.put(*[phone.new_device(subscriber)] * 513))
     assert field == "devices"
     _, field = await refused(world.remove((subscriber, DeviceId(b"short"))))
-    assert field == "devices[0]"
+    assert field == "devices[0].device_id"
 
 
 # Prekeys.
@@ -573,7 +573,7 @@ async def test_a_bad_item_is_named_and_its_batch_refused(world: World, phone: Ph
         world.item(subscriber, *[phone] * 513),
     ):
         message, field = await refused(world.seal(good, bad))
-        assert (field, message[:8]) == ("items[1]", "items[1]")
+        assert (field[:8], message[:8]) == ("items[1]", "items[1]")
     assert (await refused(world.seal(*[good] * 513)))[1] == "items"
     assert (await refused(world.seal(*[world.item(subscriber, *[phone] * 512)] * 9)))[1] == "items"
 
@@ -675,7 +675,7 @@ async def test_a_replaced_prekey_is_accepted_while_its_private_half_is_surely_ke
 async def test_a_malformed_check_is_named(world: World, subscriber: SubscriberId) -> None:
     good = sealing_pb2.StanzaCheck(sender_id=uuid7(), subscriber_id=subscriber)
     bad = sealing_pb2.StanzaCheck(sender_id=b"short", subscriber_id=subscriber)
-    assert (await refused(world.check(good, bad)))[1] == "checks[1]"
+    assert (await refused(world.check(good, bad)))[1].startswith("checks[1].")
     assert (await refused(world.check(*[good] * 513)))[1] == "checks"
 
 

@@ -862,7 +862,7 @@ async def test_watching_nothing_known_ends_at_once_and_a_wrong_list_is_refused(w
     for wrong in ([], [b"short"], [uuid7()] * 513):
         request = publish_pb2.WatchStatusRequest(message_ids=wrong)
         answer = await refusal(until_the_end(world.publishing.WatchStatus(request, metadata=world.metadata, timeout=LIMIT_S)))
-        assert (answer.code, answer.field) == (grpc.StatusCode.INVALID_ARGUMENT, "message_ids")
+        assert (answer.code, answer.field.removesuffix("[0]")) == (grpc.StatusCode.INVALID_ARGUMENT, "message_ids")
 
 
 async def test_a_cancel_says_for_each_delivery_whether_a_push_may_have_left(world: World) -> None:

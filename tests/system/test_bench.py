@@ -14,7 +14,8 @@ def test_every_benchmark_gives_its_figure_and_floor() -> None:
     assert [figure["figure"] for figure in figures] == [
         "unary publish",
         "batched publish",
-        "unary publish at 1 times the peak",
+        "unary publish at 1 times the peak, clients as the SDK",
+        "unary publish at 1 times the peak, raw clients",
         "publish to opened, live stream",
         "publish to opened, push",
         "whole path, push",

@@ -241,7 +241,7 @@ async def check_push(dispatch: str, fetch: str, operator_key: Path, log: Path) -
     from sealpushd.v1.providers_pb2_grpc import ProvidersStub
 
     key = ServiceKey.load(OPERATOR, operator_key)
-    channel, mailbox = MeshChannel("dispatch", dispatch, key), MeshChannel("fetch", fetch, key)
+    channel, mailbox = (MeshChannel(name, address, key, logs_outages=False) for name, address in (("dispatch", dispatch), ("fetch", fetch)))
     try:
         listed = await channel.call(ProvidersStub(channel.channel).ListProviders, providers_pb2.ListProvidersRequest(), timeout_s=3)
         lanes = (await channel.call(LanesStub(channel.channel).ListLanes, lanes_pb2.ListLanesRequest(), timeout_s=3)).lanes
@@ -271,7 +271,7 @@ async def check_entries(accounts: str, operator_key: Path, log: Path, now: datet
     now = now or datetime.now(UTC)
     request = GetEndingEntriesRequest()
     request.before.FromDatetime(now + timedelta(days=ENTRY_DAYS_LEFT_MIN))
-    channel = MeshChannel("accounts", accounts, ServiceKey.load(OPERATOR, operator_key))
+    channel = MeshChannel("accounts", accounts, ServiceKey.load(OPERATOR, operator_key), logs_outages=False)
     try:
         ending = (await channel.call(AdministrationStub(channel.channel).GetEndingEntries, request, timeout_s=3)).entries
     except ServiceError as e:

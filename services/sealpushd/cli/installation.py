@@ -33,7 +33,7 @@ class Service:
         from sealpushd.platform.clients import MeshChannel
 
         async def work() -> Any:
-            channel = MeshChannel(self.name, self.address, self.key)
+            channel = MeshChannel(self.name, self.address, self.key, logs_outages=False)
             try:
                 return await channel.call(getattr(stub(channel.channel), method), request)
             finally:

@@ -122,7 +122,7 @@ class LanesService(lanes_pb2_grpc.LanesServicer):
                 self._outage.failed(e)
 
     def _need(self, app_id: str, platform: int) -> Lane:
-        lane = self._lanes.get(*parse_lane(app_id, platform))
+        lane = self._lanes.get(app_id, platform)
         if lane is None:
             raise NotFound("no such lane; `sealpush lanes` shows those there are")
         return lane
@@ -165,14 +165,14 @@ class ProvidersService(providers_pb2_grpc.ProvidersServicer):
         return providers_pb2.PutProviderResponse(verdicts=[to_verdict(provider, probed) for probed in probes])
 
     async def TestProvider(self, request: providers_pb2.TestProviderRequest, context: Any) -> providers_pb2.TestProviderResponse:
-        provider, probes = await self._credentials.test(*parse_lane(request.app_id, request.platform))
+        provider, probes = await self._credentials.test(request.app_id, request.platform)
         return providers_pb2.TestProviderResponse(verdicts=[to_verdict(provider, probed) for probed in probes], works=accepts(probes))
 
     async def ListProviders(self, request: providers_pb2.ListProvidersRequest, context: Any) -> providers_pb2.ListProvidersResponse:
         return providers_pb2.ListProvidersResponse(providers=[to_stored(shown) for shown in await self._credentials.list()])
 
     async def RemoveProvider(self, request: providers_pb2.RemoveProviderRequest, context: Any) -> providers_pb2.RemoveProviderResponse:
-        await self._credentials.remove(*parse_lane(request.app_id, request.platform))
+        await self._credentials.remove(request.app_id, request.platform)
         log.info("a credential was taken away", app=request.app_id, platform=request.platform, by=rpc.require_service().name)
         return providers_pb2.RemoveProviderResponse()
 

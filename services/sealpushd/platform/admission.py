@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import random
 import time
 from collections import deque
@@ -23,6 +24,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
+
+from prometheus_client import Counter
 
 from sealpushd.platform.addresses import address_subject
 from sealpushd.platform.errors import DeadlineExceeded, Overloaded, Rendered, render
@@ -49,6 +52,8 @@ WINDOW_S: Final = 0.25
 WINDOW_CALLS_MIN: Final = 8
 SHRINK: Final = 0.7
 GROW: Final = 1.25
+# How soon what a call usually takes is half forgotten, unless it is measured again.
+PACE_HALVED_S: Final = 1.0
 # A call whose caller gave it less than this says nothing about the service when it is late.
 FAIR_DEADLINE_S: Final = 0.1
 # The part of the limit that callers from outside may fill: the rest is for the other services, whose calls carry work that was let in.
@@ -182,20 +187,23 @@ class AdaptiveLimit:
 
 
 class Pace:
-    """How long calls of one method take at present."""
+    """How long calls of one method take at present. What was measured is forgotten, and not by the number of refusals: what is always
+    refused is never measured, and those who hold back after refusals would not come often enough."""
 
     def __init__(self) -> None:
-        self.usual_s = 0.0
+        self._usual_s = 0.0
+        self._at = 0.0
 
-    def took(self, seconds: float) -> None:
-        self.usual_s += (seconds - self.usual_s) / 16
+    def usual_s(self, now: float) -> float:
+        return self._usual_s * math.exp2((self._at - now) / PACE_HALVED_S)
 
-    def allows(self, remaining_s: float) -> bool:
-        """Whether there is hope to be done in so many seconds. Each refusal makes it greater: what is always refused is never measured."""
-        is_hopeful = remaining_s >= self.usual_s / 2
-        if not is_hopeful:
-            self.usual_s *= 1 - 1 / 64
-        return is_hopeful
+    def took(self, seconds: float, now: float) -> None:
+        usual_s = self.usual_s(now)
+        self._usual_s, self._at = usual_s + (seconds - usual_s) / 16, now
+
+    def allows(self, remaining_s: float, now: float) -> bool:
+        """Whether there is hope to be done in so many seconds."""
+        return remaining_s >= self.usual_s(now) / 2
 
 
 class Place:
@@ -274,6 +282,8 @@ class Door:
         # Asked when somebody looks: setting them cost more than all else here.
         ADMISSION_LIMIT.set_function(lambda: self.limit.units)
         ADMISSION_IN_FLIGHT.set_function(lambda: self.in_flight)
+        # Label look-ups cost more than the counting.
+        self._refusals: dict[tuple[str, str], Counter] = {}
 
     def later(self, seconds: float, then: Callable[[], None]) -> None:
         (self._later or asyncio.get_running_loop().call_later)(seconds, then)
@@ -298,7 +308,7 @@ class Door:
         if remaining_s is not None:
             if remaining_s <= 0:
                 raise DeadlineExceeded("the deadline ended before the work began; try again with the same request id")
-            if pace is not None and not pace.allows(remaining_s):
+            if pace is not None and not pace.allows(remaining_s, self._clock()):
                 raise self._refused(_DEADLINE, party.kind)
         self.check(party)
         return self._take(party, 1, pace)
@@ -362,7 +372,7 @@ class Door:
             # Nobody has anything of it, whatever is usual.
             lateness = max(2.0, lateness)
         if end is not End.SHED and pace is not None:
-            pace.took(took_s)
+            pace.took(took_s, now)
         self.limit.ended(lateness, now)
 
     def _take(self, party: Party, cost: int, pace: Pace | None, size: int = 0) -> Place:
@@ -383,7 +393,10 @@ class Door:
         return None if party.is_mesh or held < min(party.most, SHARE * free) else _SHARE
 
     def _refused(self, reason: str, kind: str) -> Refused:
-        ADMISSION_REFUSED.labels(reason, kind).inc()
+        counter = self._refusals.get((reason, kind))
+        if counter is None:
+            counter = self._refusals[reason, kind] = ADMISSION_REFUSED.labels(reason, kind)
+        counter.inc()
         return Refused(reason)
 
 

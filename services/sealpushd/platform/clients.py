@@ -47,13 +47,15 @@ Result = TypeVar("Result")
 
 
 class MeshChannel:
-    """A channel to one service that carries this service's credentials."""
+    """A channel to one service that carries this service's credentials. `logs_outages`: not where a command tells a person what failed."""
 
-    def __init__(self, peer: str, address: str, key: ServiceKey) -> None:
+    def __init__(self, peer: str, address: str, key: ServiceKey, *, logs_outages: bool = True) -> None:
         self.peer = peer
         self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._key = key
-        self._outage = Outage(f"mesh {peer}", gone="another service does not answer", back="another service answers again", peer=peer)
+        self._outage: Outage | None = None
+        if logs_outages:
+            self._outage = Outage(f"mesh {peer}", gone="another service does not answer", back="another service answers again", peer=peer)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Credentials, request ids and trace context of the present work."""
@@ -74,14 +76,19 @@ class MeshChannel:
         try:
             answer = await method(request, timeout=timeout_s, metadata=self.metadata())
         except grpc.aio.AioRpcError as e:
-            if e.code() in _SILENCE and not any(key == DETAILS_KEY for key, _ in e.trailing_metadata() or ()):
-                self._outage.failed(e)
-            else:
-                # An answer, and be it a refusal: what is wrong there is said there.
-                self._outage.worked()
+            is_silent = e.code() in _SILENCE and not any(key == DETAILS_KEY for key, _ in e.trailing_metadata() or ())
+            # Any other is an answer, and be it a refusal: what is wrong there is said there.
+            self._note(e if is_silent else None)
             raise from_mesh(e, self.peer) from e
-        self._outage.worked()
+        self._note(None)
         return answer
+
+    def _note(self, silence: grpc.aio.AioRpcError | None) -> None:
+        if self._outage is not None:
+            if silence is not None:
+                self._outage.failed(silence)
+            else:
+                self._outage.worked()
 
     async def aclose(self) -> None:
         await self.channel.close()

@@ -116,7 +116,8 @@ def number(value: int, field: str, most: int, *, least: int = 0) -> int:
 def enum(value: int, field: str, known: Collection[int] | None = None) -> int:
     """A value of an enum that this version knows; without `known` any that can be kept, because a service of the next release may name one
     that this release only hands on."""
-    if not 0 <= value <= ENUM_MAX or (known is not None and value not in known):
+    number(value, field, ENUM_MAX)
+    if known is not None and value not in known:
         raise InvalidRequest(f"{field} {value} is unknown to this version", field=field)
     return value
 

@@ -1,6 +1,7 @@
 """sealpush.transport, sealpush.model and the package's front: addresses, errors off the wire, open enumerations."""
 
 import json
+import random
 import subprocess
 import sys
 from typing import cast
@@ -14,15 +15,88 @@ from hypothesis import strategies as st
 
 import sealpush
 from sealpush import errors, model
+from sealpush.doubt import Said, said_by_batch_failure, said_by_failure
 from sealpush.model import Recipient, State, moment
-from sealpush.retry import Deadline, SystemClock
-from sealpush.transport import Channels, Endpoints, Token, TokenHolder, call_failed
-from sealpush.v1 import common_pb2
+from sealpush.retry import Deadline, RetryPolicy, SystemClock
+from sealpush.transport import Calls, Channels, Endpoints, Token, TokenHolder, call_failed
+from sealpush.v1 import accounts_pb2, common_pb2, keys_pb2, messages_pb2, publish_pb2, registration_pb2
 
 
 def rpc_error(code: grpc.StatusCode, details: bytes | None = None) -> grpc.aio.AioRpcError:
     trailing = grpc.aio.Metadata() if details is None else grpc.aio.Metadata(("grpc-status-details-bin", details))
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, "what happened")
+
+
+def refusal(reason: str) -> grpc.aio.AioRpcError:
+    info, pause = AnyMessage(), AnyMessage()
+    info.Pack(error_details_pb2.ErrorInfo(reason=reason, domain="sealpush"))
+    pause.Pack(error_details_pb2.RetryInfo())
+    return rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, status_pb2.Status(details=[info, pause]).SerializeToString())
+
+
+class Refusing:
+    """A method that refuses every attempt for one reason."""
+
+    def __init__(self, error: grpc.aio.AioRpcError) -> None:
+        self.error = error
+        self.sent = 0
+
+    async def __call__(self, request: object, /, *, timeout: float | None = None, metadata: object = None) -> common_pb2.Recipient:
+        self.sent += 1
+        raise self.error
+
+
+async def failures(calls: Calls, method: Refusing, attempts: int) -> list[errors.CallFailed]:
+    found = []
+    for _ in range(attempts):
+        with pytest.raises(errors.CallFailed) as caught:
+            await calls.once(method, publish_pb2.PublishRequest(), deadline=Deadline.after(calls.clock, 10))
+        found.append(caught.value)
+    return found
+
+
+async def test_a_service_that_refuses_everything_is_spared_most_attempts_and_they_say_so() -> None:
+    calls = Calls(SystemClock(), random.Random(1).random, RetryPolicy())  # noqa: S311 - dice of a test
+    method = Refusing(refusal("OVERLOADED"))
+    found = await failures(calls, method, 500)
+    assert 8 <= method.sent < 150
+    for failure in found:
+        assert isinstance(failure, errors.Overloaded)
+        assert (failure.code, failure.server_reason) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+        # This attempt is not stored, and about those before it nothing is said.
+        assert said_by_failure(failure) is said_by_batch_failure(failure) is Said.ATTEMPT
+    held_back = [each for each in found if "not sent" in str(each)]
+    assert len(held_back) == 500 - method.sent
+    assert all(each.retry_after_s is not None and 1 <= each.retry_after_s < 2 for each in held_back)
+
+
+async def test_only_the_overloaded_service_is_spared() -> None:
+    calls = Calls(SystemClock(), lambda: 0.0, RetryPolicy())
+    await failures(calls, Refusing(refusal("OVERLOADED")), 20)
+
+    async def answers(request: object, /, *, timeout: float | None = None, metadata: object = None) -> str:
+        return "answer"
+
+    assert await calls.once(answers, keys_pb2.GetRecipientKeysRequest(), deadline=Deadline.after(calls.clock, 10)) == "answer"
+
+
+@pytest.mark.parametrize("error", [refusal("LIMIT_EXCEEDED"), rpc_error(grpc.StatusCode.UNAVAILABLE), rpc_error(grpc.StatusCode.NOT_FOUND)])
+async def test_what_is_no_overload_holds_nothing_back(error: grpc.aio.AioRpcError) -> None:
+    calls = Calls(SystemClock(), lambda: 0.0, RetryPolicy())
+    method = Refusing(error)
+    await failures(calls, method, 100)
+    assert method.sent == 100
+
+
+def test_the_requests_of_a_service_stand_in_its_own_file() -> None:
+    """By which the SDK knows what a request is to."""
+    files = [each.DESCRIPTOR for each in (accounts_pb2, keys_pb2, messages_pb2, publish_pb2, registration_pb2)]
+    assert {
+        (file.name, method.input_type.file.name)
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    } == {(file.name, file.name) for file in files}
 
 
 def test_endpoints_are_read_from_json() -> None:
