@@ -5,6 +5,6 @@ WITH overdue AS MATERIALIZED (
 )
 SELECT o.device_id, o.message_id, o.close_reason
 FROM overdue d JOIN open_deliveries o ON o.device_id = ANY (ARRAY[d.device_id]) AND o.message_id = d.message_id
-WHERE o.closes_at <= now()
+WHERE (o.closes_at <= now()) IS TRUE
 ORDER BY d.device_id, d.message_id
 FOR UPDATE OF o
