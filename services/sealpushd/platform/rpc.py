@@ -223,6 +223,11 @@ def _guard(
             # gRPC cancels at the deadline, too.
             end = End.LATE if time.monotonic() >= ends_at - _DEADLINE_SLACK_S else End.by(e)
             raise
+        except grpc.aio.InternalError as e:
+            # What gRPC says where the caller went while its request was read: no bug, and nobody to tell.
+            code = grpc.StatusCode.CANCELLED
+            end = End.RESET
+            raise asyncio.CancelledError from e
         except Exception as e:
             end = End.by(e)
             code, message, trailing = answer(e)
@@ -264,6 +269,10 @@ def _guard(
         except (asyncio.CancelledError, GeneratorExit):
             code = grpc.StatusCode.CANCELLED
             raise
+        except grpc.aio.InternalError as e:
+            # As of a unary call.
+            code = grpc.StatusCode.CANCELLED
+            raise asyncio.CancelledError from e
         except Exception as e:
             if isinstance(e, TimeoutError) and life is not None and life.expired():
                 e = Unauthenticated(_STREAM_OVER)
