@@ -403,3 +403,14 @@ async def test_who_gives_up_a_statement_does_not_wait_for_it_and_its_transaction
             await asyncio.sleep(0.01)
     assert await names(sql, "given up%") == []
     assert await warm(db) == before
+
+
+async def test_a_file_that_postgresql_cannot_read_is_an_outage_and_no_bug(urls: dict[str, str]) -> None:
+    db = Database(urls["admin"], "fetch", 1)
+    await db.open()
+    try:
+        with pytest.raises(StoreUnavailable, match="PostgreSQL refused for now"):
+            await db.fetch("read", "SELECT pg_read_file('/no/such/file')")
+        assert [row[0] for row in await db.fetch("one", "SELECT 1")] == [1]
+    finally:
+        await db.aclose()

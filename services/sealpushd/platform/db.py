@@ -60,8 +60,10 @@ _BUSY = (
     asyncpg.SerializationError,
     asyncpg.LockNotAvailableError,
     asyncpg.QueryCanceledError,
-    asyncpg.DiskFullError,
-    asyncpg.OutOfMemoryError,
+    # No memory, no space, no room for another lock.
+    asyncpg.InsufficientResourcesError,
+    # The machine below it failed: a file that cannot be read or written, or is gone.
+    asyncpg.PostgresSystemError,
     asyncpg.ReadOnlySQLTransactionError,
 )
 
