@@ -392,8 +392,19 @@ class _Gone:
         raise grpc.aio.InternalError('Failed "execute_batch"')
 
 
+class _GoneWhileRead(_Gone):
+    """Of a caller with a good token, who went before its request was read."""
+
+    def invocation_metadata(self) -> Any:
+        return AS_SENDER
+
+    async def read(self) -> Any:
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+@pytest.mark.parametrize("context", [_Gone(), _GoneWhileRead()], ids=["refused", "while its request is read"])
 @pytest.mark.parametrize("method", ["Publish", "WatchStatus"])
-async def test_an_error_for_a_caller_that_has_gone_is_a_cancelled_call_and_no_traceback(method: str) -> None:
+async def test_a_caller_that_has_gone_is_a_cancelled_call_and_neither_a_bug_nor_a_traceback(method: str, context: _Gone) -> None:
     """gRPC prints a stack for whatever else comes out of a handler."""
     handlers: list[Any] = []
 
@@ -405,35 +416,7 @@ async def test_an_error_for_a_caller_that_has_gone_is_a_cancelled_call_and_no_tr
     guarded: Any = GuardedServer(Server(), VERIFIER)  # type: ignore[arg-type]
     publish_pb2_grpc.add_PublishingServicer_to_server(publishing, guarded)
     handler = handlers[0].service(SimpleNamespace(method=f"/sealpush.v1.Publishing/{method}", invocation_metadata=()))
-    answer = handler.stream_unary(None, _Gone()) if method == "Publish" else anext(handler.stream_stream(None, _Gone()))
-    with pytest.raises(asyncio.CancelledError):
-        await answer
-
-
-class _GoneWhileRead(_Gone):
-    """Of a caller with a good token, who went before its request was read."""
-
-    def invocation_metadata(self) -> Any:
-        return AS_SENDER
-
-    async def read(self) -> Any:
-        raise grpc.aio.InternalError('Failed "execute_batch"')
-
-
-@pytest.mark.parametrize("method", ["Publish", "WatchStatus"])
-async def test_a_caller_that_goes_while_its_request_is_read_is_a_cancelled_call_and_no_bug(method: str) -> None:
-    handlers: list[Any] = []
-
-    class Server:
-        def add_generic_rpc_handlers(self, given: Any) -> None:
-            handlers.extend(given)
-
-    publishing: Any = Publishing()  # type: ignore[abstract]  # nothing else is called
-    guarded: Any = GuardedServer(Server(), VERIFIER)  # type: ignore[arg-type]
-    publish_pb2_grpc.add_PublishingServicer_to_server(publishing, guarded)
-    handler = handlers[0].service(SimpleNamespace(method=f"/sealpush.v1.Publishing/{method}", invocation_metadata=()))
-    gone = _GoneWhileRead()
-    answer = handler.stream_unary(None, gone) if method == "Publish" else anext(handler.stream_stream(None, gone))
+    answer = handler.stream_unary(None, context) if method == "Publish" else anext(handler.stream_stream(None, context))
     with capture_logs() as logs, pytest.raises(asyncio.CancelledError):
         await answer
     assert not logs
