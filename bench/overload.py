@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
+
 from bench.openloop import DEADLINE_EXCEEDED, ID_MARK, OK, RESOURCE_EXHAUSTED, Order, Outcome
 from bench.phones import Phones
 from bench.publish import CONCURRENCY, request
@@ -129,7 +131,7 @@ async def _recovery(suite: Suite, number: str, watch_s: float) -> float:
         try:
             await suite.channels.publishing.Publish(request(number), metadata=suite.metadata, timeout=TIMEOUT_S)
             is_well = time.monotonic() - began < RECOVERED_S
-        except Exception:
+        except grpc.aio.AioRpcError:
             is_well = False
         if not is_well:
             last = time.monotonic()
